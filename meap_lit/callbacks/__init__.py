@@ -1,0 +1,18 @@
+"""What happens around the training steps: budget, checkpoints, measurements, what a person sees."""
+
+from meap_lit.callbacks.budget import Budget
+from meap_lit.callbacks.checkpoint import Checkpoint, StopOnNonFiniteLoss
+from meap_lit.callbacks.progress import StepProgressBar
+from meap_lit.callbacks.retrieval import RetrievalProbe
+from meap_lit.callbacks.summary import RunSummary
+from meap_lit.callbacks.throughput import Throughput
+
+__all__ = [
+    "Budget",
+    "Checkpoint",
+    "RetrievalProbe",
+    "RunSummary",
+    "StepProgressBar",
+    "StopOnNonFiniteLoss",
+    "Throughput",
+]

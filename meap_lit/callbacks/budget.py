@@ -1,0 +1,62 @@
+"""What a run may spend, stated in tokens or optimizer steps and turned into the Trainer's own terms."""
+
+import lightning as L
+
+from meap_lit.errors import UserError
+
+
+class Budget(L.Callback):
+    """Sets the Trainer's steps, gradient accumulation and validation interval from the data module's batch sizes.
+
+    All three follow from the number of devices, so a recipe that states its global batch gives the same run on any
+    number of them. State either `max_tokens` or `max_steps`.
+
+    Args:
+        max_tokens: Tokens to train on; the last step that would exceed them is left out.
+        max_steps: Optimizer steps.
+        val_every_n_steps: Optimizer steps between validations; the last step is always followed by one.
+    """
+
+    def __init__(
+        self, max_tokens: int | None = None, max_steps: int | None = None, val_every_n_steps: int = 1000
+    ) -> None:
+        if (max_tokens is None) == (max_steps is None):
+            raise UserError(f"state one of budget.max_tokens ({max_tokens}) and budget.max_steps ({max_steps})")
+        if max_steps is not None and max_steps < 1:
+            raise UserError(f"budget.max_steps must be at least 1, got {max_steps}")
+        if val_every_n_steps < 1:
+            raise UserError(f"budget.val_every_n_steps must be at least 1, got {val_every_n_steps}")
+        self.max_tokens = max_tokens
+        self.max_steps = max_steps
+        self.val_every_n_steps = val_every_n_steps
+
+    def steps(self, tokens_per_step: int) -> int:
+        """Number of optimizer steps that the budget pays for.
+
+        Raises:
+            UserError: If it does not pay for one.
+        """
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.max_tokens is not None
+        if self.max_tokens < tokens_per_step:
+            raise UserError(
+                f"budget.max_tokens {self.max_tokens} is less than one optimizer step, "
+                f"data.global_batch_size x data.seq_len = {tokens_per_step} tokens"
+            )
+        return self.max_tokens // tokens_per_step
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        trainer.accumulate_grad_batches = data.accumulation(data.shard.num_replicas)
+        trainer.fit_loop.epoch_loop.max_steps = self.steps(data.tokens_per_step)
+        trainer.val_check_interval = self.val_every_n_steps * trainer.accumulate_grad_batches
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After a resume, count the finished micro-batches as this number of devices would have made them."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        if progress.completed:
+            finished = trainer.global_step * trainer.accumulate_grad_batches
+            progress.ready = progress.started = progress.processed = progress.completed = finished

@@ -1,0 +1,53 @@
+"""The lines that a run ends with."""
+
+import math
+import sys
+from typing import TypeVar
+
+import lightning as L
+
+from meap_lit.callbacks.retrieval import RetrievalProbe
+from meap_lit.callbacks.throughput import Throughput
+
+
+C = TypeVar("C", bound=L.Callback)
+
+
+class RunSummary(L.Callback):
+    """Prints what a finished run reached, where it lies, and what to do next."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            print("\n" + "\n".join(summarise(trainer)), file=sys.stdout)
+
+
+def summarise(trainer: L.Trainer) -> list[str]:
+    """The closing lines of a run."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    metrics = trainer.callback_metrics
+    rows = [("optimizer steps", f"{trainer.global_step:,} ({data.samples_seen * data.seq_len:,} tokens)")]
+    if "val/loss" in metrics:
+        loss = float(metrics["val/loss"])
+        rows.append(("clean validation loss", f"{loss:.4f} (perplexity {math.exp(loss):.2f})"))
+    probe = _callback(trainer, RetrievalProbe)
+    if probe is not None and probe.accuracy is not None:
+        rows.append(("retrieval accuracy", f"{probe.accuracy.mean():.1%} (chance {probe.grid.chance:.1%})"))
+    throughput = _callback(trainer, Throughput)
+    if throughput is not None:
+        rows.append(("tokens per second", f"{throughput.tokens_per_second(data.tokens_per_step):,.0f}"))
+    rows.append(("logs and resolved recipe", str(trainer.log_dir)))
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if checkpoint:
+        rows.append(("checkpoint", checkpoint))
+    if probe is not None and probe.figure_path is not None:
+        rows.append(("retrieval figure", str(probe.figure_path)))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    recipe = f"{trainer.log_dir}/config.yaml"
+    lines += ["", "Next:", f"  tensorboard --logdir {trainer.logger.save_dir}" if trainer.logger else ""]
+    lines += [f"  python -m meap_lit validate --config {recipe} --ckpt_path {checkpoint}"] if checkpoint else []
+    return lines
+
+
+def _callback(trainer: L.Trainer, kind: type[C]) -> C | None:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)

@@ -1,0 +1,83 @@
+"""Tokens per second, model FLOPs utilisation, tokens seen and memory."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+
+
+class Throughput(L.Callback):
+    """Logs speed at the Trainer's logging interval, over the steps since the last one; validation is left out.
+
+    `throughput/mfu` is the share of the device's peak that the model's own FLOPs make up (`DecoderConfig.
+    flops_per_token`); it is absent where the peak is not known, as on a CPU. Lightning's `ThroughputMonitor` counts
+    micro-batches instead of optimizer steps and says nothing during its first hundred, so it does not serve here.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._peak_flops = _peak_flops(trainer)
+        self._start_window(trainer)
+        self._train_seconds, self._train_steps = 0.0, 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        steps = trainer.global_step - self._step
+        at_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not at_step_end or steps == 0:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        metrics = {"throughput/tokens_seen": float(data.samples_seen * data.seq_len)}
+        if trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+            seconds = self._elapsed()
+            self._train_seconds += seconds
+            self._train_steps += steps
+            rate = steps * data.tokens_per_step / seconds
+            self._start_window(trainer)
+            metrics |= {"throughput/tokens_per_second": rate, "memory/gigabytes": _memory(trainer)}
+            flops = rate * pl_module.config.flops_per_token(data.seq_len)
+            metrics["throughput/model_teraflops_per_second"] = flops / 1e12
+            if self._peak_flops:
+                metrics["throughput/mfu"] = flops / self._peak_flops
+            pl_module.log("tokens/s", rate, prog_bar=True, logger=False)
+        pl_module.log_dict(metrics)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pause = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._excluded += time.perf_counter() - self._pause
+
+    def tokens_per_second(self, tokens_per_step: int) -> float:
+        """Mean rate of the run so far."""
+        return self._train_steps * tokens_per_step / self._train_seconds if self._train_seconds else float("nan")
+
+    def _start_window(self, trainer: L.Trainer) -> None:
+        self._start, self._step, self._excluded = time.perf_counter(), trainer.global_step, 0.0
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._start - self._excluded
+
+
+def _peak_flops(trainer: L.Trainer) -> float | None:
+    """Peak of all devices of the run at the precision of the matrix products; None where it is not known."""
+    device = trainer.strategy.root_device
+    if device.type != "cuda":
+        return None
+    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+    peak = get_available_flops(device, dtype)
+    return None if peak is None else peak * trainer.world_size
+
+
+def _memory(trainer: L.Trainer) -> float:
+    """Peak memory in GB: allocated on the GPU, or resident in this process."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,120 @@
+"""The command line: `fit`, `validate` and their like from recipes, and thin commands beside them.
+
+Only the standard library is imported at the top, so that `--help` answers at once.
+"""
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from meap_lit.errors import UserError
+
+USAGE = """\
+usage: python -m meap_lit COMMAND [options]
+
+Train and fine-tune decoder-only language models with Mask-Enhanced Autoregressive Prediction.
+
+from a recipe (--config FILE, may be given several times; any value can follow as --key value):
+  fit               train
+  validate          clean validation loss of a checkpoint (--ckpt_path)
+  test, predict     Lightning's other two, for modules that define them
+
+data:
+  tokenizer train   train a byte-level BPE tokenizer
+  prepare text      tokenize text files into a dataset for streaming
+  prepare facts     write the small made-up corpus of the quickstart
+
+COMMAND --help lists its options. The first thing to try:
+  python -m meap_lit fit --config recipes/quickstart.yaml
+"""
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it went well, 2 after wrong input (one line on stderr), 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        if arguments[0] in TRAINER_COMMANDS:
+            _run_trainer(arguments)
+        else:
+            _run_preparation(arguments)
+    except UserError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(error: UserError) -> str:
+    # a worker process of a DataLoader hands on its whole traceback as the message; the last line is the error's own
+    last = str(error).strip().splitlines()[-1]
+    return re.sub(r"^(\w+\.)*UserError: ", "", last)
+
+
+# ---------------------------------------------------------------------------------------------- preparation
+
+
+def _preparations() -> dict[tuple[str, str], type]:
+    from meap_lit.data.synthetic import FactCorpus
+    from meap_lit.data.text import PrepareText
+    from meap_lit.data.tokenizer import TrainTokenizer
+
+    return {
+        ("tokenizer", "train"): TrainTokenizer,
+        ("prepare", "text"): PrepareText,
+        ("prepare", "facts"): FactCorpus,
+    }
+
+
+def _run_preparation(arguments: list[str]) -> None:
+    import jsonargparse
+
+    steps = _preparations()
+    step = steps.get((arguments[0], arguments[1])) if len(arguments) > 1 else None
+    if step is None:
+        known = ", ".join((*TRAINER_COMMANDS, *map(" ".join, steps)))
+        raise UserError(f"no command '{' '.join(arguments[:2])}'; there are {known}")
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m meap_lit {arguments[0]} {arguments[1]}", description=step.__doc__, exit_on_error=False
+    )
+    parser.add_class_arguments(step)
+    namespace = _parse(lambda: parser.parse_args(arguments[2:]))
+    step(**namespace.as_dict()).run()
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def _run_trainer(arguments: list[str]) -> None:
+    silence_noise()
+    from meap_lit.recipe import RecipeCLI
+
+    RecipeCLI.run(arguments)
+
+
+def silence_noise() -> None:
+    """Filter, by their text, what libraries say that no user of this package can act on."""
+    # Lightning's own use of a pytree API that torch deprecates
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    # advertisement for other products
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(name in record.getMessage() for name in ("litlogger", "litmodels"))
+    )
+
+
+def _parse(parse: Callable):  # noqa: ANN202
+    """Call a parser; its complaint becomes a `UserError`."""
+    import jsonargparse
+
+    try:
+        return parse()
+    except jsonargparse.ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error

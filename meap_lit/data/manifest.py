@@ -1,0 +1,194 @@
+"""What a prepared dataset says about itself, and the proof that it is whole."""
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from meap_lit.data.chunks import INDEX_FILE, check_chunk_files, check_index
+from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.errors import UserError
+
+MANIFEST_FILE = "manifest.json"
+VERSION = 1
+REMOTE_SCHEMES = ("s3", "gs", "r2", "azure", "hf")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Size of one split, the folder `train` or `val`."""
+
+    documents: int
+    tokens: int
+    fingerprint: str
+    """Hex SHA-256 of the tokens and of their layout in chunks."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file that the dataset was made of."""
+
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Content of the manifest.json that stands beside the splits and is written last.
+
+    Args:
+        tokenizer_fingerprint: `Tokenizer.fingerprint` of the tokenizer that made the ids.
+        vocab_size: Its vocabulary: every id is below.
+        eos_token_id: Id that closes every document.
+        bos_token_id: The tokenizer's id for a beginning; documents do not start with it.
+        mask_token_id: Id of the mask token; it stands nowhere in the data.
+        dtype: uint16 or int32.
+        val_share: Share of documents that was to be held out.
+        splits: `train`, and `val` unless val_share is 0.
+        sources: Files read, in order.
+        num_empty: Documents left out because they hold nothing but white space.
+        num_skipped: Lines left out because they could not be read.
+        version: Version of this format.
+    """
+
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eos_token_id: int
+    bos_token_id: int | None
+    mask_token_id: int
+    dtype: str
+    val_share: float
+    splits: Mapping[str, Split]
+    sources: list[Source]
+    num_empty: int
+    num_skipped: int
+    version: int = VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the dataset's tokens, their layout and their tokenizer; independent of where it lies."""
+        parts = [self.tokenizer_fingerprint, *(f"{name}:{split.fingerprint}" for name, split in self.splits.items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, location: str, storage_options: dict[str, Any] | None = None) -> "Manifest":
+        """Read the manifest of a dataset and check that the dataset is whole.
+
+        In a local folder every chunk must be there and have its size. Of a remote one only the indexes are read.
+
+        Args:
+            location: Folder or address such as s3://bucket/path; the one above `train` and `val`.
+            storage_options: Endpoint and credentials of a remote dataset, as LitData takes them.
+
+        Raises:
+            UserError: If there is no whole dataset; says what is wrong.
+        """
+        remote = "://" in location
+        read = _remote_reader(location, storage_options or {}) if remote else _local_reader(location)
+        manifest = cls._parse(read(MANIFEST_FILE), location)
+        for name, split in manifest.splits.items():
+            index = _parse_json(read(f"{name}/{INDEX_FILE}"), f"{location}/{name}/{INDEX_FILE}")
+            check_index(index, split.tokens, f"{location}/{name}")
+            if not remote:
+                check_chunk_files(Path(location, name), index)
+        return manifest
+
+    @classmethod
+    def _parse(cls, text: bytes, location: str) -> "Manifest":
+        content = _parse_json(text, f"{location}/{MANIFEST_FILE}")
+        version = content.get("version")
+        if isinstance(version, int) and version > VERSION:
+            raise UserError(
+                f"dataset {location} has a manifest of version {version}, this meap_lit reads up to {VERSION}; "
+                f"upgrade meap_lit or prepare the dataset anew"
+            )
+        try:
+            splits = {name: Split(**split) for name, split in content.pop("splits").items()}
+            sources = [Source(**source) for source in content.pop("sources")]
+            return cls(**content, splits=splits, sources=sources)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{location}/{MANIFEST_FILE} is not a manifest of meap_lit ({error})") from error
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json into `folder`."""
+        (folder / MANIFEST_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    def check_tokenizer(self, tokenizer: Tokenizer, dataset: str, tokenizer_folder: str) -> None:
+        """Make sure that the data's ids mean what `tokenizer` takes them for.
+
+        Args:
+            tokenizer: The tokenizer of the recipe.
+            dataset: Where the dataset lies, for the message.
+            tokenizer_folder: Where the tokenizer lies, for the message.
+
+        Raises:
+            UserError: If the dataset was prepared with another tokenizer.
+        """
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+            raise UserError(
+                f"dataset {dataset} was prepared with another tokenizer than {tokenizer_folder} (fingerprint "
+                f"{self.tokenizer_fingerprint[:8]} against {tokenizer.fingerprint[:8]}); name that one as "
+                f"data.tokenizer, or prepare the dataset anew with this one"
+            )
+
+
+def _local_reader(location: str) -> Callable[[str], bytes]:
+    """A function that reads a file of the dataset in the folder `location`."""
+    folder = Path(location)
+    if not folder.is_dir():
+        raise UserError(
+            f"dataset folder {location} does not exist; make it with: "
+            f"python -m meap_lit prepare text --input FILES --tokenizer DIR --output {location}"
+        )
+    if not (folder / MANIFEST_FILE).is_file():
+        if (folder.parent / MANIFEST_FILE).is_file():
+            raise UserError(f"{location} is one split of a dataset; name the folder above it, {folder.parent}")
+        state = f"holds no {MANIFEST_FILE}" if any(folder.iterdir()) else "is empty"
+        raise UserError(
+            f"dataset folder {location} {state}: it was not made, or not finished, by meap_lit prepare text"
+        )
+
+    def read(name: str) -> bytes:
+        try:
+            return (folder / name).read_bytes()
+        except OSError as error:
+            raise UserError(f"dataset {location} is incomplete: cannot read {name} ({error.strerror})") from error
+
+    return read
+
+
+def _remote_reader(location: str, storage_options: dict[str, Any]) -> Callable[[str], bytes]:
+    """A function that reads an object of the dataset under the address `location`."""
+    if urlsplit(location).scheme not in REMOTE_SCHEMES:
+        raise UserError(f"dataset address {location} must begin with one of {', '.join(REMOTE_SCHEMES)} and ://")
+    # imported here because it takes seconds
+    from botocore.exceptions import BotoCoreError, ClientError
+    from litdata.streaming.downloader import get_downloader
+
+    downloader = get_downloader(location, "", [], storage_options)
+
+    def read(name: str) -> bytes:
+        address = f"{location.rstrip('/')}/{name}"
+        buffer = io.BytesIO()
+        try:
+            downloader.download_fileobj(address, buffer)
+        except (BotoCoreError, ClientError) as error:
+            raise UserError(f"cannot read {address}: {error}; is {location} a dataset of meap_lit?") from error
+        return buffer.getvalue()
+
+    return read
+
+
+def _parse_json(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is damaged: not a JSON object")
+    return content

@@ -1,0 +1,99 @@
+"""A function applied to a stream by several processes, its results in the order of the stream."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from meap_lit.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_PENDING_PER_WORKER = 3  # one in work, one waiting, one finished: nobody waits for the slowest
+
+
+def default_num_workers(num_bytes: int, bytes_per_worker: int = 4_000_000) -> int:
+    """Processes worth starting for an input of `num_bytes`: one per core, fewer for a small input."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, num_bytes // bytes_per_worker))
+
+
+def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
+    """Yield `function(item)` for every item, in order; with one worker in this process, with more in that many others.
+
+    Every worker tokenises in a single thread. Items are read ahead by a few per worker only. The workers end when this
+    process ends, however it ends.
+
+    Args:
+        function: Picklable; sent to each worker once. An exception it raises is raised here.
+        items: Read in this process.
+        num_workers: Number of processes.
+
+    Raises:
+        UserError: If a worker is killed.
+    """
+    if num_workers == 1:
+        with _single_threaded_tokenizers():
+            yield from map(function, items)
+        return
+    # spawned rather than forked: a fork of a process that has threads may hang
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(function,))
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(_call, item))
+            if len(pending) >= _PENDING_PER_WORKER * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, most often because memory ran out; try fewer with --num_workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_function: Callable[[Any], Any] | None = None
+
+
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    global _worker_function
+    _worker_function = function
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A pool's worker does not notice that its parent was killed: it waits for work for good."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _call(item: Any) -> Any:
+    assert _worker_function is not None
+    return _worker_function(item)
+
+
+@contextmanager
+def _single_threaded_tokenizers() -> Iterator[None]:
+    old = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if old is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = old

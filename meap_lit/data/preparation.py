@@ -1,0 +1,137 @@
+"""Steps that make something on disk once: a corpus, a tokenizer, a dataset.
+
+A step is a dataclass of what it needs plus `output`, the folder it makes. The same classes serve the command line
+(`python -m meap_lit prepare text ...`) and a recipe's `data.preparation` list, which makes what is missing before
+the run. A folder is built aside and renamed when it is whole, so a folder that exists is complete.
+"""
+
+import dataclasses
+import errno
+import glob
+import json
+import os
+import shutil
+import socket
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meap_lit.errors import UserError
+
+RECORD_FILE = "preparation.json"
+"""Written into every folder that a step makes: the step's class and arguments."""
+
+
+@dataclass(kw_only=True)
+class Preparation(ABC):
+    """One step. Subclasses are dataclasses; a field with `compare=False` does not change what is made.
+
+    Args:
+        output: Folder to make.
+    """
+
+    output: str
+
+    @abstractmethod
+    def make(self, folder: Path) -> str | None:
+        """Write the whole result into the empty `folder`, which becomes `output` afterwards.
+
+        Returns:
+            A summary for the user, printed once `output` is there.
+        """
+
+    def run(self) -> None:
+        """Make `output`.
+
+        Raises:
+            UserError: If `output` exists already; nothing in it is touched.
+        """
+        if Path(self.output).exists():
+            raise UserError(f"output folder {self.output} exists already; remove it or name another --output")
+        with new_folder(Path(self.output)) as folder:
+            summary = self.make(folder)
+            (folder / RECORD_FILE).write_text(json.dumps(self._record(), indent=2) + "\n")
+        if summary:
+            print(summary)
+
+    def ensure(self) -> None:
+        """Make `output` unless this very step made it before.
+
+        Raises:
+            UserError: If `output` exists and was made otherwise.
+        """
+        output = Path(self.output)
+        if not output.exists():
+            self.run()
+            return
+        record = output / RECORD_FILE
+        if not record.is_file():
+            raise UserError(f"folder {output} exists but was not made by meap_lit; remove it or name another output")
+        was, now = json.loads(record.read_text()), self._record()
+        if was["step"] != now["step"]:
+            raise UserError(f"folder {output} was made by {was['step']}, not {now['step']}; name another output")
+        for name, value in now["arguments"].items():
+            if was["arguments"].get(name) != value:
+                raise UserError(
+                    f"folder {output} was made with {name} = {was['arguments'].get(name)!r}, "
+                    f"the recipe says {value!r}; remove the folder or name another output"
+                )
+
+    def _record(self) -> dict[str, Any]:
+        names = [f.name for f in dataclasses.fields(self) if f.compare and f.name != "output"]
+        arguments = {name: getattr(self, name) for name in names}
+        return {"step": type(self).__name__, "arguments": json.loads(json.dumps(arguments))}
+
+
+_OWNER_FILE = ".owner.json"
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output` that takes its name when the block ends well, and vanishes when it fails.
+
+    What a killed run left behind is removed, recognised by its name and by the record of its process; a folder
+    whose process still lives is left alone.
+    """
+    for old in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
+        if _is_abandoned(old):
+            shutil.rmtree(old)
+    folder = output.parent / f"{output.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {output}: {error.strerror}") from error
+    owner = folder / _OWNER_FILE
+    owner.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    try:
+        yield folder
+        owner.unlink()
+        try:
+            os.rename(folder, output)
+        except OSError as error:
+            raise UserError(f"output folder {output} appeared while it was being made; nothing was replaced") from error
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left to make {output}; nothing was kept") from error
+        raise
+
+
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        owner = json.loads((folder / _OWNER_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    if owner["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False

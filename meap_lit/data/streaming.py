@@ -1,0 +1,178 @@
+"""Micro-batches of token blocks, read from LitData chunks in an order that does not depend on the devices."""
+
+import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from litdata import StreamingDataset, TokensLoader
+from litdata.streaming.sampler import ChunkedIndex
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from meap_lit.data.order import MixedOrder, ShuffledOrder
+from meap_lit.errors import UserError
+from meap_lit.model.loss import IGNORE_INDEX
+
+Batch = dict[str, Tensor]
+"""`input_ids` [B, T], `labels` [B, T] and `sample_ids` [B], all int64."""
+
+
+class TokenBlocks:
+    """Random access to the blocks of seq_len + 1 tokens of one prepared dataset.
+
+    Neighbouring blocks share no token and never cross a chunk; LitData drops a chunk's last, incomplete block.
+
+    Args:
+        path: Folder or s3:// address of one split.
+        seq_len: Tokens that a model reads at once; a block holds one more, for the last label.
+        cache_dir: Where chunks of a remote dataset are kept; LitData's default if not given.
+        storage_options: Passed to LitData for remote datasets: endpoint, credentials.
+    """
+
+    def __init__(
+        self, path: str, seq_len: int, cache_dir: str | None = None, storage_options: dict[str, Any] | None = None
+    ) -> None:
+        self.path = path
+        self.seq_len = seq_len
+        self._dataset = StreamingDataset(
+            path,
+            cache_dir=cache_dir,
+            storage_options=storage_options or {},
+            item_loader=TokensLoader(block_size=seq_len + 1),
+            shuffle=False,
+        )
+        len(self._dataset)  # reads the index
+        assert self._dataset.shuffler is not None
+        intervals = self._dataset.shuffler.cache.get_chunk_intervals()
+        self.chunk_sizes = [last - first for first, _, _, last in intervals]  # blocks in each chunk
+        self._ends = [last for _, _, _, last in intervals]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Block number `index`, [T + 1], int64."""
+        chunk = bisect.bisect_right(self._ends, index)  # LitData's own look-up walks over all chunks
+        return self._dataset[ChunkedIndex(index=index, chunk_index=chunk)].long()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of every global batch that one data-parallel rank reads."""
+
+    rank: int = 0
+    num_replicas: int = 1
+
+
+class TrainStream(IterableDataset):
+    """One rank's micro-batches of a run, epoch after epoch without a seam.
+
+    Args:
+        sources: Datasets that are mixed.
+        weights: Share of samples of each.
+        seed: Seed of the order.
+        shard: This rank's part.
+        micro_batch_size: Rows of a micro-batch.
+        start: Samples that the run, all ranks together, has seen already.
+        stop: Samples that it will have seen at its end.
+        vocab_size: Token ids must be below it.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[TokenBlocks],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        shard: Shard,
+        micro_batch_size: int,
+        start: int,
+        stop: int,
+        vocab_size: int,
+    ) -> None:
+        self.sources = sources
+        orders = [ShuffledOrder(source.chunk_sizes, (seed, number)) for number, source in enumerate(sources)]
+        self.order = MixedOrder(orders, weights, seed)
+        self.shard = shard
+        self.micro_batch_size = micro_batch_size
+        self.start = start
+        self.stop = stop
+        self.vocab_size = vocab_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker, num_workers = _worker()
+        samples = self.order.iterate(self.start)
+        rows_of_all_ranks = self.micro_batch_size * self.shard.num_replicas
+        for number in range((self.stop - self.start) // rows_of_all_ranks):
+            rows = list(islice(samples, rows_of_all_ranks))
+            if number % num_workers == worker:  # the loader takes from its workers in turn: the order is kept
+                first = self.shard.rank * self.micro_batch_size
+                yield self._read(rows[first : first + self.micro_batch_size])
+
+    def _read(self, rows: Sequence[tuple[int, int]]) -> Batch:
+        tokens = torch.stack([self.sources[source][index] for source, index in rows])  # [B, T + 1]
+        _check_vocabulary(tokens, self.vocab_size, self.sources[rows[0][0]].path)
+        sample_ids = torch.tensor([(source << 32) + index for source, index in rows])
+        return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "sample_ids": sample_ids}
+
+
+class ValidationStream(IterableDataset):
+    """The first blocks of the validation splits, once, in their own order.
+
+    Every rank gets equally many batches of equal size: rows past the end are filled up with a block whose labels are
+    all ignored, so that no rank waits for another and the figure does not depend on the number of ranks.
+
+    Args:
+        sources: Validation splits, read one after the other.
+        num_samples: Rows in all.
+        shard: This rank's part.
+        micro_batch_size: Rows of a batch.
+        vocab_size: Token ids must be below it.
+    """
+
+    def __init__(
+        self, sources: Sequence[TokenBlocks], *, num_samples: int, shard: Shard, micro_batch_size: int, vocab_size: int
+    ) -> None:
+        self.sources = sources
+        self.num_samples = num_samples
+        self.shard = shard
+        self.micro_batch_size = micro_batch_size
+        self.vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // (self.micro_batch_size * self.shard.num_replicas))
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker, num_workers = _worker()
+        rows = [(source, index) for source, blocks in enumerate(self.sources) for index in range(len(blocks))]
+        for number in range(worker, len(self), num_workers):
+            first = (number * self.shard.num_replicas + self.shard.rank) * self.micro_batch_size
+            mine = rows[first : min(first + self.micro_batch_size, self.num_samples)]
+            yield self._read(mine, filler=rows[0])
+
+    def _read(self, rows: Sequence[tuple[int, int]], filler: tuple[int, int]) -> Batch:
+        padded = [*rows, *[filler] * (self.micro_batch_size - len(rows))]
+        tokens = torch.stack([self.sources[source][index] for source, index in padded])
+        _check_vocabulary(tokens, self.vocab_size, self.sources[padded[0][0]].path)
+        labels = tokens[:, 1:].clone()
+        labels[len(rows) :] = IGNORE_INDEX
+        sample_ids = torch.tensor([(source << 32) + index for source, index in padded])
+        return {"input_ids": tokens[:, :-1], "labels": labels, "sample_ids": sample_ids}
+
+
+def _check_vocabulary(tokens: Tensor, vocab_size: int, path: str) -> None:
+    """Here, on the CPU, because the same fault on a GPU is an opaque device assertion."""
+    largest = int(tokens.max())
+    if largest >= vocab_size:
+        raise UserError(
+            f"dataset {path} holds token id {largest}, outside the model's vocabulary of {vocab_size}; "
+            f"raise decoder.vocab_size or prepare the data with the recipe's tokenizer"
+        )
+
+
+def _worker() -> tuple[int, int]:
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)

@@ -1,0 +1,9 @@
+"""The one exception that a user can cause and mend."""
+
+
+class UserError(ValueError):
+    """Wrong input: the message names the key or file, the value, and what would be right.
+
+    The command line prints it as a single line and exits with status 2; anything else is a bug of ours
+    and keeps its traceback.
+    """

@@ -1,0 +1,270 @@
+"""The method: which input tokens are masked, and how many of them at each step.
+
+MEAP (arXiv 2502.07490, section 3.1) replaces a share P of the *input* tokens by a mask token and leaves the
+next-token targets clean. Everything here is a pure function of its arguments: a mask depends on
+(seed, optimizer step, sample id, position) and on nothing else. No random state is read or advanced, so the same
+sample gets the same mask on CPU and GPU, for any split of the batch, and after a resume.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from meap_lit.errors import UserError
+
+# ------------------------------------------------------------------------------------------------ positions
+
+
+def num_masked(mask_ratio: float, seq_len: int) -> int:
+    """Number of masked positions in a row of `seq_len` inputs: max(1, floor(P * T)), and 0 for P = 0.
+
+    The product is rounded to nine digits before it is floored, so that 0.29 * 100 is 29 and not 28.
+    """
+    check_ratio("mask_ratio", mask_ratio)
+    return max(1, math.floor(round(mask_ratio * seq_len, 9))) if mask_ratio > 0 else 0
+
+
+def mask_inputs(
+    input_ids: Tensor,
+    sample_ids: Tensor,
+    *,
+    mask_token_id: int,
+    mask_ratio: float,
+    seed: int,
+    step: int,
+    protected_ids: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Replace a random share of the input tokens by the mask token.
+
+    Args:
+        input_ids: Token ids, [B, T], int64. Not modified.
+        sample_ids: Identity of each row's sample, [B], int64, on the device of `input_ids`. Rows with equal ids
+            draw equal positions, so a constant here gives the whole batch one set, as the authors' released
+            pretraining code does.
+        mask_token_id: Id written at the chosen positions.
+        mask_ratio: Share P of the positions to mask, in [0, 1). At 0 `input_ids` itself is returned.
+        seed: Seed of the run; its low 64 bits count.
+        step: Optimizer step; every visit of a sample draws anew.
+        protected_ids: Ids that are never masked, for example BOS and EOS. A row with fewer than
+            `num_masked(P, T)` other tokens has all of those masked.
+
+    Returns:
+        Masked ids, [B, T], and the input mask that chose them, [B, T], bool.
+
+    Raises:
+        UserError: If `mask_ratio` is outside [0, 1).
+
+    Reference: MEAP, section 3.1 (masking for pretraining).
+    """
+    count = num_masked(mask_ratio, input_ids.size(1))
+    if count == 0:
+        return input_ids, torch.zeros_like(input_ids, dtype=torch.bool)
+    eligible = torch.ones_like(input_ids, dtype=torch.bool)
+    for token_id in protected_ids:
+        eligible &= input_ids != token_id
+    counts = torch.full_like(sample_ids, count)
+    input_mask = sample_positions(eligible, counts, sample_ids, seed=seed, step=step)
+    return input_ids.masked_fill(input_mask, mask_token_id), input_mask
+
+
+def sample_positions(eligible: Tensor, counts: Tensor, sample_ids: Tensor, *, seed: int, step: int) -> Tensor:
+    """Draw `counts[b]` of the eligible positions of each row, uniformly and without replacement.
+
+    Every position gets a pseudo-random key; the smallest keys of the row are taken. Keys hold the position in
+    their low bits, so no two are equal and the choice does not depend on how a device breaks ties. Nothing here
+    waits for the device.
+
+    Args:
+        eligible: Positions that may be drawn, [B, T], bool.
+        counts: How many to draw in each row, [B], int64; capped at the row's eligible positions.
+        sample_ids: Identity of each row's sample, [B], int64.
+        seed: Seed of the run; its low 64 bits count.
+        step: Optimizer step.
+
+    Returns:
+        The drawn positions, [B, T], bool.
+    """
+    seq_len = eligible.size(1)
+    position = torch.arange(seq_len, device=eligible.device)  # [T]
+    row = _fold(_fold(_fold(_START, seed), step), sample_ids)  # [B]
+    keys = (_hash(row[:, None] ^ _hash(position)) << 31) | position  # [B, T], below 2**63
+    keys = keys.masked_fill(~eligible, torch.iinfo(torch.int64).max)
+    counts = torch.minimum(counts, eligible.sum(dim=1))  # [B]
+    ordered = keys.sort(dim=1).values
+    threshold = ordered.gather(1, (counts - 1).clamp(min=0)[:, None])  # [B, 1], largest key that is taken
+    return (keys <= threshold) & (counts > 0)[:, None]
+
+
+_START = 0x9E3779B9  # any constant but 0, which the hash maps to itself
+_UINT32 = 0xFFFFFFFF
+_Integers = TypeVar("_Integers", int, Tensor)
+
+
+def _fold(state: int, value: _Integers) -> _Integers:
+    """Mix a 64-bit value into a 32-bit state, its low half and then its high half.
+
+    Values are hashed before they meet the state. Were they added as they are, two states that lie close together
+    would draw shifted copies of one another's masks.
+    """
+    half_way = _hash(state ^ _hash(value & _UINT32))
+    return _hash(half_way ^ _hash((value >> 32) & _UINT32))
+
+
+def _hash(x: _Integers) -> _Integers:
+    """A one-to-one hash of [0, 2**32), for Python integers and int64 tensors alike.
+
+    Constants and shifts of the "lowbias32" mixer (Chris Wellons, "Prospecting for Hash Functions", 2018). The
+    second constant, 0x846CA68B, is written less 2**32: equal modulo 2**32, but no product leaves int64. Without
+    overflow, every device agrees to the bit.
+    """
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _UINT32
+    x = ((x ^ (x >> 15)) * -0x7B935975) & _UINT32
+    return x ^ (x >> 16)
+
+
+# ------------------------------------------------------------------------------------------------ schedules
+
+
+def check_ratio(name: str, value: float) -> None:
+    """Raise `UserError` unless `value` is a share in [0, 1)."""
+    if not 0 <= value < 1:
+        hint = f"; write {value / 100:g} for {value:g}%" if 1 <= value < 100 else ""
+        raise UserError(f"{name} must be in [0, 1), got {value:g}{hint}")
+
+
+def _check_steps(name: str, value: int | None) -> None:
+    if value is not None and value < 0:
+        raise UserError(f"mask schedule '{name}' must be at least 0, got {value}")
+
+
+class MaskSchedule(ABC):
+    """The mask ratio P as a function of the optimizer step."""
+
+    @abstractmethod
+    def __call__(self, step: int, max_steps: int) -> float:
+        """P at optimizer step `step`, counted from 0, of a run of `max_steps` steps."""
+
+
+@dataclass(frozen=True)
+class Constant(MaskSchedule):
+    """The same P at every step, as in the paper.
+
+    Args:
+        ratio: Share of the input tokens that is masked; 0 is plain next-token prediction.
+    """
+
+    ratio: float = 0.15
+
+    def __post_init__(self) -> None:
+        check_ratio("mask ratio", self.ratio)
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        return self.ratio
+
+
+@dataclass(frozen=True)
+class Linear(MaskSchedule):
+    """P moves in a straight line from `start` to `end`, then stays there.
+
+    Args:
+        start: P at step 0.
+        end: P from `steps` on.
+        steps: Length of the ramp in optimizer steps; the whole run if not given.
+    """
+
+    start: float = 0.0
+    end: float = 0.15
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio("mask ratio 'start'", self.start)
+        check_ratio("mask ratio 'end'", self.end)
+        _check_steps("steps", self.steps)
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        return self.start + (self.end - self.start) * _progress(step, self.steps, max_steps)
+
+
+@dataclass(frozen=True)
+class Cosine(MaskSchedule):
+    """P moves from `start` to `end` along half a cosine wave, then stays there.
+
+    Args:
+        start: P at step 0.
+        end: P from `steps` on.
+        steps: Length of the ramp in optimizer steps; the whole run if not given.
+    """
+
+    start: float = 0.0
+    end: float = 0.15
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio("mask ratio 'start'", self.start)
+        check_ratio("mask ratio 'end'", self.end)
+        _check_steps("steps", self.steps)
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        wave = (1 - math.cos(math.pi * _progress(step, self.steps, max_steps))) / 2
+        return self.start + (self.end - self.start) * wave
+
+
+@dataclass(frozen=True)
+class WarmupHold(MaskSchedule):
+    """No masking for `hold_off` steps, then a straight ramp to `ratio` over `warmup_steps`, which is held.
+
+    Args:
+        ratio: P once warmed up.
+        warmup_steps: Length of the ramp in optimizer steps.
+        hold_off: Steps of plain next-token prediction before the ramp.
+    """
+
+    ratio: float = 0.15
+    warmup_steps: int = 1000
+    hold_off: int = 0
+
+    def __post_init__(self) -> None:
+        check_ratio("mask ratio", self.ratio)
+        _check_steps("warmup_steps", self.warmup_steps)
+        _check_steps("hold_off", self.hold_off)
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        return self.ratio * _progress(step - self.hold_off, self.warmup_steps, max_steps)
+
+
+@dataclass(frozen=True)
+class Piecewise(MaskSchedule):
+    """P jumps at given steps.
+
+    Args:
+        ratios: One P for each piece.
+        boundaries: Step at which each piece but the first begins, rising; one fewer than `ratios`.
+    """
+
+    ratios: list[float]
+    boundaries: list[int]
+
+    def __post_init__(self) -> None:
+        for ratio in self.ratios:
+            check_ratio("mask ratio in 'ratios'", ratio)
+        if len(self.ratios) != len(self.boundaries) + 1 or self.boundaries != sorted(set(self.boundaries)):
+            raise UserError(
+                f"a piecewise mask schedule needs rising 'boundaries', one fewer than 'ratios'; "
+                f"got boundaries {self.boundaries} for ratios {self.ratios}"
+            )
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        return self.ratios[sum(step >= boundary for boundary in self.boundaries)]
+
+
+def _progress(step: int, steps: int | None, max_steps: int) -> float:
+    """Share of a ramp that lies behind at `step`; a ramp of no steps is over at step 0."""
+    if steps is None and not 0 <= max_steps < math.inf:
+        raise UserError(f"a mask schedule over the whole run needs trainer.max_steps, got {max_steps}; or set 'steps'")
+    length = max_steps if steps is None else steps
+    return min(1.0, max(0.0, step / length)) if length > 0 else float(step >= 0)

@@ -1,0 +1,142 @@
+"""What a decoder is made of, as a recipe writes it down."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from meap_lit.errors import UserError
+
+VOCAB_MULTIPLE = 64
+"""Embedding and head are padded to a multiple of this, which matrix units like (32,001 becomes 32,064)."""
+
+
+def pad_vocab_size(num_tokens: int) -> int:
+    """Smallest multiple of `VOCAB_MULTIPLE` that holds `num_tokens` ids."""
+    return -(-num_tokens // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched to contexts longer than the model was pretrained on.
+
+    Args:
+        type: `linear` divides every frequency by `factor`; `llama3` only the low ones; `yarn` blends by wavelength
+            and sharpens the attention (arXiv 2309.00071).
+        factor: Ratio of the new context to the old.
+        original_max_seq_len: Context of the original pretraining, in tokens.
+        low_freq_factor: `llama3`: wavelengths longer than original_max_seq_len / low_freq_factor are divided.
+        high_freq_factor: `llama3`: wavelengths shorter than original_max_seq_len / high_freq_factor are kept.
+        beta_fast: `yarn`: dimensions that turn more often than this within the old context are kept.
+        beta_slow: `yarn`: dimensions that turn less often than this are divided.
+    """
+
+    type: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_seq_len: int = 4096
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise UserError(f"decoder.rope_scaling.factor must be at least 1, got {self.factor:g}")
+        if self.original_max_seq_len < 1:
+            raise UserError(
+                f"decoder.rope_scaling.original_max_seq_len must be at least 1, got {self.original_max_seq_len}"
+            )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not 0 < getattr(self, low) < getattr(self, high):
+                raise UserError(
+                    f"decoder.rope_scaling.{low} must be above 0 and below {high}, "
+                    f"got {getattr(self, low):g} and {getattr(self, high):g}"
+                )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder of the Llama family; the defaults are the 1.1B model of the paper.
+
+    Args:
+        num_layers: Number of transformer blocks.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key-value heads; each serves num_heads / num_kv_heads query heads.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the SwiGLU.
+        vocab_size: Rows of embedding and head; if not given, the tokenizer's size padded to a multiple of 64.
+        max_seq_len: Longest input in tokens.
+        head_dim: Width of a head; hidden_size / num_heads if not given.
+        norm_eps: Epsilon of RMSNorm.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: Stretching of the rotary frequencies, none by default.
+        tie_embeddings: Use the embedding as the head.
+        qkv_bias: Bias on query, key and value projections (Qwen2).
+        qk_norm: RMSNorm over each query and key head (Qwen3).
+    """
+
+    num_layers: int = 24
+    num_heads: int = 32
+    num_kv_heads: int = 2
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    vocab_size: int | None = None
+    max_seq_len: int = 4096
+    head_dim: int | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        counts = ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "intermediate_size", "max_seq_len")
+        for name in (*counts, "vocab_size", "head_dim"):
+            value = getattr(self, name)  # the last two may be left open
+            if value is not None and value < 1:
+                raise UserError(f"decoder.{name} must be at least 1, got {value}")
+        for name in ("norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"decoder.{name} must be above 0, got {getattr(self, name):g}")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"decoder.num_heads must be a multiple of decoder.num_kv_heads, "
+                f"got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise UserError(
+                f"decoder.hidden_size must be a multiple of decoder.num_heads, "
+                f"got {self.hidden_size} and {self.num_heads}; or set decoder.head_dim"
+            )
+        if self.head_width % 2:
+            raise UserError(f"decoder.head_dim must be even for rotary positions, got {self.head_width}")
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    def num_parameters(self) -> int:
+        """Number of trained weights; a tied embedding counts once."""
+        vocab = self._vocab_size() * self.hidden_size
+        norms = self.hidden_size * (2 * self.num_layers + 1)
+        biases = self.qkv_bias * self.num_layers * (self.num_heads + 2 * self.num_kv_heads) * self.head_width
+        head_norms = self.qk_norm * self.num_layers * 2 * self.head_width
+        return self._num_block_weights() + norms + biases + head_norms + vocab * (1 if self.tie_embeddings else 2)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """FLOPs of forward and backward for one token in a row of `seq_len`.
+
+        6 per weight of a matrix product (blocks and head; the embedding is a look-up) and 12 * layers * heads *
+        head_dim * seq_len for the attention scores, the causal half not discounted (PaLM, arXiv 2204.02311,
+        appendix B). Masking adds nothing.
+        """
+        matrices = self._num_block_weights() + self._vocab_size() * self.hidden_size
+        return 6 * matrices + 12 * self.num_layers * self.num_heads * self.head_width * seq_len
+
+    def _num_block_weights(self) -> int:
+        attention = self.hidden_size * self.head_width * 2 * (self.num_heads + self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+
+    def _vocab_size(self) -> int:
+        assert self.vocab_size is not None, "the vocabulary is not known before a tokenizer is"
+        return self.vocab_size

@@ -1,0 +1,126 @@
+"""A decoder-only transformer of the Llama family, written for one device.
+
+Reads top to bottom: norm, attention, MLP, block, decoder. Parameter names are those of Hugging Face's Llama, so a
+checkpoint maps one to one. Nothing here knows of masking, of ranks or of a trainer.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meap_lit.model.config import DecoderConfig
+from meap_lit.model.rope import apply_rope, rope_angles
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key-value heads and rotary positions."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width = config.head_width
+        self.head_dim = width
+        self.grouped = config.num_heads != config.num_kv_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_heads * width, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [B, H, T, head_dim]
+        key = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [B, H_kv, T, head_dim]
+        value = self.v_proj(x).view(heads).transpose(1, 2)
+        query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, T, D]
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states; the head is a separate call, so a loss can be taken without all logits."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "a decoder needs a vocabulary"
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as TinyLlama does (jzhang38/TinyLlama, `lit_gpt/model.py`, `GPT._init_weights`).
+
+        Normal with std sqrt(2 / (5 * width)); the two projections of a block that write to the residual stream
+        get std 1 / sqrt(width) / layers. Also ties the head, which leaving the meta device (`to_empty`) unties.
+        """
+        config = self.config
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        std = math.sqrt(2 / (5 * config.hidden_size))
+        residual_std = 1 / math.sqrt(config.hidden_size) / config.num_layers
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(parameter, std=residual_std)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.ones_(parameter)  # norms
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Final hidden states.
+
+        Args:
+            input_ids: Token ids, [B, T], int64, with T up to `config.max_seq_len`.
+            position_ids: Positions of the tokens, [T] or [B, T], int64; 0 to T-1 if not given.
+
+        Returns:
+            Hidden states after the final norm, [B, T, D].
+        """
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
+        cos, sin = rope_angles(self.config, position_ids)  # [..., T, head_dim]
+        if cos.dim() == 3:
+            cos, sin = cos[:, None], sin[:, None]  # [B, 1, T, head_dim], the same for all heads
+        x = self.embed_tokens(input_ids)  # [B, T, D]
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every vocabulary entry, [..., V], for hidden states [..., D]."""
+        return self.lm_head(hidden)

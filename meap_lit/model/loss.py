@@ -1,0 +1,76 @@
+"""Next-token cross entropy from hidden states, without ever holding the full [B, T, V] logits."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+"""Label of a position that is not supervised, as in `torch.nn.functional.cross_entropy`."""
+
+MAX_LOGITS = 2**25
+"""Logits of one piece: 128 MiB in float32, 1,046 rows of a 32,064-token vocabulary. A few copies live at once."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross entropy of `hidden @ weight.T` against `labels`.
+
+    Rows are taken in pieces of at most `MAX_LOGITS` logits. Their gradients are formed in the same pass while the
+    piece's logits are at hand and only scaled in the backward, so nothing is computed twice and peak memory does
+    not grow with B * T * V. Without grad mode no gradients are formed.
+
+    Matrix products run in the autocast dtype, if autocast is on; softmax, sum and the head's gradient accumulate in
+    float32. Meant for float32 and bfloat16: in float16 small gradients would underflow before a loss scale meets them.
+
+    Args:
+        hidden: Hidden states, [..., D].
+        weight: Head, [V, D].
+        labels: Target ids, [...], int64; rows with `IGNORE_INDEX` count nothing.
+
+    Returns:
+        Sum over the supervised rows, scalar, float32 (float64 for such inputs). Divide by their number for the mean.
+    """
+    # Inside the function grad mode is off and needs_input_grad ignores it, so it has to be asked for here.
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, grad_enabled: bool) -> Tensor:
+        device = hidden.device
+        matmul_dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        head = weight.to(matmul_dtype)  # once, not for each piece
+        grad_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if grad_enabled and ctx.needs_input_grad[1] else None
+        total = torch.zeros((), dtype=sum_dtype, device=device)
+        rows = max(1, MAX_LOGITS // weight.size(0))
+        for start in range(0, hidden.size(0), rows):
+            piece, target = hidden[start : start + rows].to(matmul_dtype), labels[start : start + rows]
+            log_probs = F.log_softmax(F.linear(piece, head), dim=-1, dtype=sum_dtype)  # [rows, V]
+            total += F.nll_loss(log_probs, target, ignore_index=IGNORE_INDEX, reduction="sum")
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad = log_probs.exp_()  # [rows, V], softmax less one-hot, and 0 where not supervised
+            grad[torch.arange(len(target), device=device), target.clamp(min=0)] -= 1.0
+            grad *= (target != IGNORE_INDEX)[:, None]
+            grad = grad.to(matmul_dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + rows] = grad @ head
+            if grad_weight is not None:
+                grad_weight += grad.T @ piece
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
+            None,
+            None,
+        )

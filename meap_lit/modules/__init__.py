@@ -1,0 +1,6 @@
+"""LightningModules: what is trained, and on which loss."""
+
+from meap_lit.modules.optimizer import AdamW
+from meap_lit.modules.pretraining import MEAPPretraining
+
+__all__ = ["AdamW", "MEAPPretraining"]

@@ -1,0 +1,56 @@
+"""AdamW and its learning-rate schedule, as the paper sets them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from meap_lit.errors import UserError
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW with a linear warm-up and a cosine fall; the defaults are the paper's.
+
+    Args:
+        lr: Peak learning rate.
+        final_lr: Learning rate at the last step.
+        warmup_share: Share of the steps over which the rate climbs from 0 to `lr`.
+        betas: Decay of the first and second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay of matrices; norms and biases are never decayed.
+    """
+
+    lr: float = 4e-4
+    final_lr: float = 4e-5
+    warmup_share: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UserError(f"optimizer.lr must be above 0, got {self.lr:g}")
+        if not 0 <= self.final_lr <= self.lr:
+            raise UserError(f"optimizer.final_lr must be in [0, optimizer.lr = {self.lr:g}], got {self.final_lr:g}")
+        if not 0 <= self.warmup_share <= 1:
+            raise UserError(f"optimizer.warmup_share must be in [0, 1], got {self.warmup_share:g}")
+
+    def build(self, model: nn.Module) -> torch.optim.AdamW:
+        """Optimizer over the trained parameters of `model`; matrices decay, vectors do not."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+    def lr_factor(self, step: int, max_steps: int) -> float:
+        """Learning rate of the update after `step` earlier ones, as a share of the peak."""
+        warmup = round(self.warmup_share * max_steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        floor = self.final_lr / self.lr
+        progress = min(1.0, (step - warmup) / max(1, max_steps - 1 - warmup))
+        return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,142 @@
+"""A recipe: one YAML file that composes model, data, mask schedule and trainer into a run."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, Namespace, set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from meap_lit.callbacks import (
+    Budget,
+    Checkpoint,
+    RetrievalProbe,
+    RunSummary,
+    StepProgressBar,
+    StopOnNonFiniteLoss,
+    Throughput,
+)
+from meap_lit.errors import UserError
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI with the parts that every run of this project has.
+
+    A recipe's top-level keys: `model`, `data`, `trainer` as Lightning knows them; `budget`, `checkpoint` and `probe`
+    for the callbacks of those names; `seed_everything`; and `base`, a recipe that this one starts from.
+    """
+
+    @classmethod
+    def run(cls, arguments: list[str]) -> "RecipeCLI":
+        """Parse and run one command.
+
+        Raises:
+            UserError: If the recipe or an override is wrong, in one line.
+        """
+        # `${...}` is resolved after all files and overrides are read, so it follows an override
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        try:
+            return cls(
+                args=arguments,
+                save_config_callback=SaveRecipe,
+                trainer_defaults={
+                    "max_epochs": 1,
+                    "num_sanity_val_steps": 0,
+                    "use_distributed_sampler": False,
+                    "log_every_n_steps": 10,
+                    "enable_model_summary": False,
+                    "callbacks": [Throughput(), StopOnNonFiniteLoss(), StepProgressBar(), RunSummary()],
+                },
+                parser_kwargs={
+                    "parser_mode": "omegaconf+",
+                    "exit_on_error": False,
+                    **{name: {"parser_mode": "omegaconf+", "exit_on_error": False} for name in cls.subcommands()},
+                },
+                auto_configure_optimizers=False,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                model_class=L.LightningModule,
+                datamodule_class=L.LightningDataModule,
+            )
+        except (ArgumentError, MisconfigurationException) as error:
+            raise UserError(" ".join(str(error).split())) from error
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = self.parser_class(dump_header=[], **kwargs)
+        parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe; a later one overrides an earlier one.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--base", type=str | None, default=None, help="Recipe that this one starts from, relative to its folder."
+        )
+        parser.add_lightning_class_args(Budget, "budget")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(RetrievalProbe, "probe")
+        parser.set_defaults({"seed_everything": 0})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """The recipe says what is run; Lightning would let a checkpoint's hyper-parameters override it."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        config.base = None  # it is part of the resolved recipe now
+
+
+class RecipeFile(ActionConfigFile):
+    """Reads a recipe after the recipes that it names as `base`."""
+
+    @staticmethod
+    def apply_config(parser: Any, cfg: Namespace, dest: str, value: str) -> None:
+        for path in lineage(Path(value)):
+            ActionConfigFile.apply_config(parser, cfg, dest, str(path))
+
+
+def lineage(path: Path) -> list[Path]:
+    """The recipe at `path` and all that it is based on, the most basic first.
+
+    Raises:
+        UserError: If a file is missing, is not YAML, or is based on itself.
+    """
+    chain: list[Path] = []
+    while True:
+        if path.resolve() in (other.resolve() for other in chain):
+            raise UserError(f"recipe {path} is based on itself")
+        if not path.is_file():
+            named_by = f" (named as base by {chain[0]})" if chain else ""
+            raise UserError(f"recipe {path} does not exist{named_by}; the recipes of this project lie in recipes/")
+        chain.insert(0, path)
+        try:
+            content = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"recipe {path} is empty or not a mapping of keys to values")
+        if not content.get("base"):
+            return chain
+        path = path.parent / content["base"]
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Keeps the resolved recipe beside the checkpoints and shows it in TensorBoard."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "overwrite": True})
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        recipe = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(recipe))
+            if isinstance(logger, TensorBoardLogger):
+                text = "\n".join(f"    {line}" for line in recipe.splitlines())  # shown as code
+                logger.experiment.add_text("recipe", text)

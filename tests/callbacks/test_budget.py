@@ -1,0 +1,39 @@
+import pytest
+
+from meap_lit.callbacks import Budget
+from meap_lit.data.pretraining import PretrainingData
+from meap_lit.errors import UserError
+
+
+def data(global_batch_size, micro_batch_size):
+    return PretrainingData(
+        "unused", "unused", seq_len=128, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size
+    )
+
+
+@pytest.mark.parametrize(("num_devices", "accumulation"), [(1, 32), (4, 8), (32, 1)])
+def test_accumulation_follows_the_number_of_devices(num_devices, accumulation):
+    assert data(256, 8).accumulation(num_devices) == accumulation
+
+
+def test_what_cannot_be_divided_is_named():
+    with pytest.raises(UserError, match=r"global_batch_size 256 cannot be divided by .* 8 x 3 devices = 24"):
+        data(256, 8).accumulation(3)
+
+
+def test_tokens_become_whole_steps_and_are_never_exceeded():
+    assert Budget(max_tokens=200_000_000_000).steps(256 * 4096) == 190_734
+    assert Budget(max_tokens=1000).steps(1000) == 1
+    assert Budget(max_tokens=1999).steps(1000) == 1
+    assert Budget(max_steps=7).steps(1000) == 7
+
+
+@pytest.mark.parametrize("arguments", [{}, {"max_tokens": 5, "max_steps": 5}])
+def test_exactly_one_budget_is_stated(arguments):
+    with pytest.raises(UserError, match=r"state one of budget.max_tokens \(.*\) and budget.max_steps \(.*\)"):
+        Budget(**arguments)
+
+
+def test_a_budget_below_one_step_is_named():
+    with pytest.raises(UserError, match=r"max_tokens 999 is less than one optimizer step, .* = 1000 tokens"):
+        Budget(max_tokens=999).steps(1000)

@@ -1,0 +1,224 @@
+"""The decoder against transformers' own models at toy size, and the properties that training rests on."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from meap_lit.model import Decoder, DecoderConfig, RopeScaling
+
+VOCAB_SIZE = 96
+
+
+def toy(**changes: object) -> DecoderConfig:
+    values = {
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "vocab_size": VOCAB_SIZE,
+        "max_seq_len": 128,
+    }
+    return DecoderConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def reference(config: DecoderConfig) -> PreTrainedModel:
+    """The transformers model of the same shape, with weights large enough for any difference to show."""
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if scaling := config.rope_scaling:
+        rope |= {"rope_type": scaling.type, "factor": scaling.factor}
+        if scaling.type != "linear":
+            rope |= {"original_max_position_embeddings": scaling.original_max_seq_len}
+        if scaling.type == "llama3":
+            rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    config_class, model_class = {
+        (False, False): (LlamaConfig, LlamaForCausalLM),
+        (True, False): (Qwen2Config, Qwen2ForCausalLM),
+        (False, True): (Qwen3Config, Qwen3ForCausalLM),
+    }[config.qkv_bias, config.qk_norm]
+    model = model_class(
+        config_class(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_width,
+            max_position_embeddings=config.max_seq_len,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=config.tie_embeddings,
+            attn_implementation="eager",
+        )
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.dim() == 1))
+    return model.eval()
+
+
+def our_name(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+CONFIGS = {
+    "llama": toy(),
+    "one key-value head": toy(num_kv_heads=1),
+    "no grouping": toy(num_kv_heads=4),
+    "head_dim": toy(head_dim=12),
+    "tied": toy(tie_embeddings=True),
+    "rope base": toy(rope_theta=500.0),
+    "linear": toy(rope_scaling=RopeScaling("linear", 4.0, original_max_seq_len=32)),
+    "llama3": toy(rope_scaling=RopeScaling("llama3", 4.0, original_max_seq_len=32)),
+    "yarn": toy(rope_scaling=RopeScaling("yarn", 4.0, original_max_seq_len=32)),
+    "qwen2": toy(qkv_bias=True),
+    "qwen2 tied": toy(qkv_bias=True, tie_embeddings=True),
+    "qwen3": toy(qk_norm=True, head_dim=16),
+    "qwen3 tied": toy(qk_norm=True, head_dim=6, tie_embeddings=True, norm_eps=1e-6),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_logits_and_gradients_are_those_of_transformers(config: DecoderConfig) -> None:
+    theirs = reference(config)
+    ours = Decoder(config)
+    weights = {our_name(name): tensor for name, tensor in theirs.state_dict().items()}
+    ours.load_state_dict(weights)
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(0, VOCAB_SIZE, (3, 40), generator=generator)
+    labels = torch.randint(0, VOCAB_SIZE, (120,), generator=generator)
+
+    expected = theirs(input_ids, use_cache=False).logits
+    logits = ours.logits(ours(input_ids))
+    assert expected.std() > 0.5, "logits this small would agree whatever the decoder did"
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+    F.cross_entropy(expected.flatten(0, 1), labels).backward()
+    F.cross_entropy(logits.flatten(0, 1), labels).backward()
+    gradients = {our_name(name): parameter.grad for name, parameter in theirs.named_parameters()}
+    compared = dict(ours.named_parameters())
+    assert gradients.keys() == compared.keys()
+    for name, parameter in compared.items():
+        assert parameter.grad is not None and parameter.grad.any(), name
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling("yarn", 4.0, original_max_seq_len=32)])
+def test_explicit_positions_are_those_of_transformers(scaling: RopeScaling | None) -> None:
+    theirs = reference(toy(rope_scaling=scaling))
+    ours = Decoder(toy(rope_scaling=scaling))
+    ours.load_state_dict({our_name(name): tensor for name, tensor in theirs.state_dict().items()})
+    input_ids = torch.randint(0, VOCAB_SIZE, (2, 10), generator=torch.Generator().manual_seed(2))
+    # Gaps, so that distances differ. Positions never fall: transformers would take that for packed documents.
+    position_ids = torch.tensor([[0, 1, 2, 10, 11, 12, 40, 41, 42, 90], [5, 6, 7, 8, 9, 60, 61, 62, 63, 64]])
+    mask = torch.full((10, 10), -torch.inf).triu(1)[None, None]  # theirs, given so that it is not inferred
+    with torch.no_grad():
+        expected = theirs(input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False).logits
+        logits = ours.logits(ours(input_ids, position_ids))
+        shared = ours(input_ids, position_ids[1])  # [T], the same positions for both rows
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.logits(shared)[1], expected[1], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(ours.logits(ours(input_ids)), expected, atol=1e-2), "positions made no difference"
+
+
+def test_default_positions_count_from_zero() -> None:
+    model = Decoder(toy())
+    input_ids = torch.arange(20).view(2, 10)
+    assert torch.equal(model(input_ids), model(input_ids, torch.arange(10)))
+
+
+def test_no_hidden_state_sees_a_later_token() -> None:
+    torch.manual_seed(0)
+    model = Decoder(toy())
+    input_ids = torch.randint(0, VOCAB_SIZE, (1, 24))
+    with torch.no_grad():
+        before = model(input_ids)
+        for t in range(24):
+            changed = input_ids.clone()
+            changed[0, t] = (changed[0, t] + 1) % VOCAB_SIZE
+            difference = (model(changed) - before).abs().amax(dim=-1)[0]
+            assert not difference[:t].any(), t
+            assert difference[t:].all(), t
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # RMSNorm of a bfloat16 head with float32 weights is not fused
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"qk_norm": True, "head_dim": 16}])
+def test_bf16_autocast_stays_close_to_float32(changes: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model = Decoder(toy(**changes))
+    input_ids = torch.randint(0, VOCAB_SIZE, (2, 32))
+    expected = model(input_ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model(input_ids)
+    assert F.cosine_similarity(hidden.float(), expected, dim=-1).min() > 0.999
+
+
+# ------------------------------------------------------------------------------------------------ initialisation
+
+
+def measured_std(parameter: Tensor) -> float:
+    return parameter.detach().double().std().item()
+
+
+def test_initial_weights_are_those_of_tinyllama() -> None:
+    torch.manual_seed(0)
+    width, layers = 256, 3
+    model = Decoder(toy(hidden_size=width, intermediate_size=512, num_layers=layers, qkv_bias=True, qk_norm=True))
+    std, residual_std = math.sqrt(2 / (5 * width)), 1 / math.sqrt(width) / layers
+    kinds: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        kind = ".".join(name.split(".")[-2:])
+        kinds[kind] = kinds.get(kind, 0) + 1
+        if kind in ("o_proj.weight", "down_proj.weight"):
+            assert measured_std(parameter) == pytest.approx(residual_std, rel=0.03), name
+        elif kind.endswith("norm.weight"):
+            assert (parameter == 1).all(), name
+        elif kind.endswith(".bias"):
+            assert not parameter.any(), name
+        else:
+            assert parameter.dim() == 2, name
+            assert measured_std(parameter) == pytest.approx(std, rel=0.03), name
+    assert kinds["o_proj.weight"] == kinds["down_proj.weight"] == kinds["q_norm.weight"] == kinds["q_proj.bias"] == 3
+    assert kinds["embed_tokens.weight"] == kinds["lm_head.weight"] == 1
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_meta_device_start_gives_the_same_weights(tie_embeddings: bool) -> None:
+    """As large models begin: built without memory, then allocated, then initialised; ties must survive."""
+    config = toy(tie_embeddings=tie_embeddings)
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to_empty(device="cpu")
+    torch.manual_seed(3)
+    model.reset_parameters()
+    assert (model.lm_head.weight is model.embed_tokens.weight) == tie_embeddings
+    direct = Decoder(config)
+    torch.manual_seed(3)
+    direct.reset_parameters()
+    assert model.state_dict().keys() == direct.state_dict().keys()
+    for name, tensor in direct.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert not list(model.buffers()), "a buffer would stay uninitialised"
+
+
+def test_untrained_model_is_near_the_uniform_guess() -> None:
+    torch.manual_seed(0)
+    model = Decoder(toy(hidden_size=64))
+    input_ids = torch.randint(0, VOCAB_SIZE, (4, 64))
+    logits = model.logits(model(input_ids))
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(VOCAB_SIZE), abs=0.5)

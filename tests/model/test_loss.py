@@ -1,0 +1,212 @@
+"""The fused loss against plain cross entropy over the full logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meap_lit.model import IGNORE_INDEX, linear_cross_entropy, loss
+
+
+def inputs(rows: tuple[int, ...], width: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*rows, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, vocab, rows, generator=generator)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = (hidden @ weight.T).flatten(0, -2)
+    return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Limits a piece to 100 logits; the sizes of the pieces that were taken are appended to the list."""
+    monkeypatch.setattr(loss, "MAX_LOGITS", 100)
+    sizes: list[int] = []
+    nll_loss = F.nll_loss
+
+    def recorded(log_probs: Tensor, *args: object, **kwargs: object) -> Tensor:
+        sizes.append(log_probs.size(0))
+        return nll_loss(log_probs, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loss.F, "nll_loss", recorded)
+    return sizes
+
+
+def test_by_hand() -> None:
+    """Logits (0, ln 3) and (ln 3, 0): the second class has probability 3/4 and 1/4."""
+    hidden = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0], [9.0, 9.0]], requires_grad=True)
+    total = linear_cross_entropy(hidden, torch.eye(2), torch.tensor([1, 1, IGNORE_INDEX]))
+    total.backward()
+    torch.testing.assert_close(total.detach(), torch.tensor(math.log(4 / 3) + math.log(4)))
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad, torch.tensor([[0.25, -0.25], [0.75, -0.75], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab", "expected_pieces"),
+    [
+        ((3, 7), 8, 20, [5, 5, 5, 5, 1]),
+        ((10,), 4, 20, [5, 5]),
+        ((2, 2, 2), 4, 33, [3, 3, 2]),
+        ((4,), 3, 250, [1, 1, 1, 1]),  # a row may exceed the limit
+        ((1, 1), 2, 2, [1]),
+    ],
+)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_value_and_gradients_are_those_of_plain_cross_entropy(
+    rows: tuple[int, ...],
+    width: int,
+    vocab: int,
+    expected_pieces: list[int],
+    dtype: torch.dtype,
+    tolerance: float,
+    ignored: bool,
+    pieces: list[int],
+) -> None:
+    hidden, weight, labels = inputs(rows, width, vocab, dtype)
+    if ignored:
+        labels.view(-1)[::3] = IGNORE_INDEX
+    total = linear_cross_entropy(hidden, weight, labels)
+    assert pieces == expected_pieces
+    assert total.dtype == dtype
+    expected = plain(hidden, weight, labels)
+    torch.testing.assert_close(total, expected, atol=tolerance, rtol=tolerance)
+    gradients = torch.autograd.grad(total * 0.37, (hidden, weight))
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected * 0.37, (hidden, weight)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_all_rows_ignored_gives_zero_and_zero_gradients(pieces: list[int]) -> None:
+    hidden, weight, labels = inputs((3, 7), 8, 20, torch.float32)
+    total = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE_INDEX))
+    total.backward()
+    assert len(pieces) > 1
+    assert total.item() == 0
+    assert hidden.grad is not None and not hidden.grad.any()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_no_rows_at_all() -> None:
+    hidden, weight, labels = inputs((0, 7), 8, 20, torch.float32)
+    total = linear_cross_entropy(hidden, weight, labels)
+    total.backward()
+    assert total.item() == 0
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_tied_weight_collects_both_gradients(pieces: list[int]) -> None:
+    _, weight, labels = inputs((3, 7), 8, 20, torch.float64)
+    input_ids = labels.roll(1, dims=1)
+    (ours,) = torch.autograd.grad(linear_cross_entropy(F.embedding(input_ids, weight), weight, labels), weight)
+    (theirs,) = torch.autograd.grad(plain(F.embedding(input_ids, weight), weight, labels), weight)
+    assert len(pieces) > 1
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+def test_one_gradient_alone(trained: str, pieces: list[int]) -> None:
+    hidden, weight, labels = inputs((3, 7), 8, 20, torch.float64)
+    leaf = {"hidden": hidden, "weight": weight}[trained]
+    (theirs,) = torch.autograd.grad(plain(hidden, weight, labels), leaf)
+    hidden.requires_grad_(trained == "hidden")
+    weight.requires_grad_(trained == "weight")
+    total = linear_cross_entropy(hidden, weight, labels)
+    total.backward()
+    assert len(pieces) > 1
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, theirs)
+    assert hidden.grad is None or weight.grad is None
+
+
+def test_backward_twice_adds_up() -> None:
+    hidden, weight, labels = inputs((3, 7), 8, 20, torch.float64)
+    total = linear_cross_entropy(hidden, weight, labels)
+    total.backward(retain_graph=True)
+    assert weight.grad is not None
+    once = weight.grad.clone()
+    total.backward()
+    torch.testing.assert_close(weight.grad, 2 * once)
+
+
+def test_without_grad_mode_the_value_is_the_same_and_no_gradient_is_formed(pieces: list[int]) -> None:
+    hidden, weight, labels = inputs((3, 7), 8, 20, torch.float32)
+    expected = linear_cross_entropy(hidden, weight, labels)
+    shapes: list[torch.Size] = []
+    with torch.no_grad(), RecordShapes(shapes):
+        total = linear_cross_entropy(hidden, weight, labels)
+    assert torch.equal(total, expected)
+    assert not total.requires_grad
+    assert len(pieces) > 1
+    assert torch.Size([5, 20]) in shapes, "no logits were seen"
+    assert not {hidden.flatten(0, 1).shape, weight.shape} & set(shapes), "a gradient was formed"
+
+
+def test_bf16_autocast_is_as_close_as_plain_autocast(pieces: list[int]) -> None:
+    hidden, weight, labels = inputs((3, 7), 64, 20, torch.float32)
+    exact = plain(hidden.double(), weight.double(), labels)
+    exact_gradients = torch.autograd.grad(exact, (hidden, weight))
+    errors = {}
+    for name, function in (("ours", linear_cross_entropy), ("plain", plain)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            total = function(hidden, weight, labels)
+        assert total.dtype == torch.float32
+        gradients = torch.autograd.grad(total, (hidden, weight))
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        errors[name] = [abs(total - exact).item() / exact.item()] + [
+            ((ours - theirs).norm() / theirs.norm()).item()
+            for ours, theirs in zip(gradients, exact_gradients, strict=True)
+        ]
+    assert len(pieces) > 1
+    assert max(errors["ours"]) < 0.02
+    for ours, theirs in zip(errors["ours"], errors["plain"], strict=True):
+        assert ours < 1.5 * theirs + 1e-3
+
+
+def test_bf16_head_gradient_accumulates_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summed in bfloat16, 512 pieces of one row each would lose most of their small terms."""
+    monkeypatch.setattr(loss, "MAX_LOGITS", 1)
+    hidden, weight, labels = inputs((512,), 16, 8, torch.bfloat16)
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), weight)
+    (exact,) = torch.autograd.grad(plain(hidden.double(), weight.double(), labels), weight)
+    assert gradient.dtype == torch.bfloat16
+    assert (gradient.double() - exact).norm() / exact.norm() < 0.01
+
+
+def test_logits_are_never_whole(pieces: list[int]) -> None:
+    """Neither saved for the backward nor formed on the way; the largest tensors are those of one piece."""
+    hidden, weight, labels = inputs((10, 20), 4, 30, torch.float32)
+    saved: list[torch.Size] = []
+    formed: list[torch.Size] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), RecordShapes(formed):
+        total = linear_cross_entropy(hidden, weight, labels)
+    total.backward()
+    assert len(pieces) > 60
+    assert sorted(saved) == sorted([torch.Size([200, 4]), torch.Size([30, 4])])
+    assert torch.Size([3, 30]) in formed, "no logits were seen"
+    assert max(shape.numel() for shape in formed) <= hidden.numel()
+
+
+class RecordShapes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Append the shape of every tensor that an operation makes."""
+
+    def __init__(self, shapes: list[torch.Size]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not function.is_view:
+            self.shapes.append(result.shape)
+        return result

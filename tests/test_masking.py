@@ -1,0 +1,325 @@
+"""The method by hand-written answers and by the properties that resuming, splitting and comparing runs rest on."""
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from meap_lit.errors import UserError
+from meap_lit.masking import (
+    Constant,
+    Cosine,
+    Linear,
+    MaskSchedule,
+    Piecewise,
+    WarmupHold,
+    mask_inputs,
+    num_masked,
+    sample_positions,
+)
+
+MASK = 999
+
+
+def draw(rows: int, seq_len: int, count: int, *, seed: int = 0, step: int = 0, first_sample: int = 0) -> Tensor:
+    """`count` positions of each of `rows` consecutive samples, all positions eligible, [rows, seq_len], bool."""
+    eligible = torch.ones(rows, seq_len, dtype=torch.bool)
+    sample_ids = torch.arange(first_sample, first_sample + rows)
+    return sample_positions(eligible, torch.full((rows,), count), sample_ids, seed=seed, step=step)
+
+
+# ------------------------------------------------------------------------------------------------ how many
+
+
+@pytest.mark.parametrize(
+    ("mask_ratio", "seq_len", "expected"),
+    [
+        (0.15, 4096, 614),
+        (0.15, 20, 3),
+        (0.15, 13, 1),
+        (0.15, 3, 1),  # never none
+        (0.001, 10, 1),
+        (0.05, 128, 6),
+        (0.10, 128, 12),
+        (0.20, 128, 25),
+        (0.29, 100, 29),  # 0.29 * 100 is 28.999999999999996
+        (0.57, 100, 57),  # and 0.57 * 100 is 56.99999999999999
+        (0.999, 1000, 999),
+        (0.0, 4096, 0),
+    ],
+)
+def test_count_is_the_floor_of_the_share_and_at_least_one(mask_ratio: float, seq_len: int, expected: int) -> None:
+    assert num_masked(mask_ratio, seq_len) == expected
+    input_ids = torch.zeros(3, seq_len, dtype=torch.int64)
+    masked, input_mask = mask_inputs(
+        input_ids, torch.arange(3), mask_token_id=MASK, mask_ratio=mask_ratio, seed=5, step=7
+    )
+    assert input_mask.sum(dim=1).tolist() == [expected] * 3
+    assert torch.equal(masked == MASK, input_mask)
+
+
+@pytest.mark.parametrize("mask_ratio", [-0.1, 1.0, 15, math.nan])
+def test_ratio_outside_the_unit_interval_is_refused(mask_ratio: float) -> None:
+    with pytest.raises(UserError, match=r"^mask_ratio must be in \[0, 1\), got "):
+        num_masked(mask_ratio, 100)
+
+
+def test_percentage_is_recognised() -> None:
+    with pytest.raises(UserError) as error:
+        Constant(15)
+    assert str(error.value) == "mask ratio must be in [0, 1), got 15; write 0.15 for 15%"
+
+
+# ------------------------------------------------------------------------------------------------ which
+
+
+def test_masked_tokens_are_replaced_and_the_others_kept() -> None:
+    input_ids = torch.arange(40).view(2, 20)
+    before = input_ids.clone()
+    masked, input_mask = mask_inputs(
+        input_ids, torch.tensor([3, 4]), mask_token_id=MASK, mask_ratio=0.15, seed=1, step=2
+    )
+    assert input_mask.any(), "no token was masked"
+    assert torch.equal(masked, torch.where(input_mask, MASK, before))
+    assert torch.equal(input_ids, before), "the input was modified"
+    assert masked.dtype == torch.int64
+    assert input_mask.dtype == torch.bool
+
+
+def test_ratio_zero_is_plain_next_token_prediction() -> None:
+    input_ids = torch.arange(40).view(2, 20)
+    masked, input_mask = mask_inputs(
+        input_ids, torch.tensor([3, 4]), mask_token_id=MASK, mask_ratio=0.0, seed=1, step=2
+    )
+    assert masked is input_ids
+    assert not input_mask.any()
+
+
+def test_golden_masks() -> None:
+    """Frozen: a change of the hash would silently change every run that is resumed or repeated."""
+    cases = {
+        (0, 0, 0): [10, 11, 19, 20, 33, 37, 50, 57, 63],
+        (42, 1000, 123_456_789): [2, 11, 17, 19, 20, 28, 48, 51, 55],
+        (-1, 7, -5): [6, 8, 21, 28, 41, 43, 51, 56, 58],
+        (2**40 + 3, 190_000, 2**35 + 11): [12, 18, 24, 31, 35, 39, 46, 54, 58],
+    }
+    for (seed, step, sample_id), expected in cases.items():
+        chosen = draw(1, 64, 9, seed=seed, step=step, first_sample=sample_id)
+        assert chosen[0].nonzero().flatten().tolist() == expected, (seed, step, sample_id)
+
+
+def test_protected_ids_are_never_masked() -> None:
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, 5, (200, 30), generator=generator)
+    _, input_mask = mask_inputs(
+        input_ids, torch.arange(200), mask_token_id=MASK, mask_ratio=0.3, seed=0, step=0, protected_ids=(1, 2)
+    )
+    protected = (input_ids == 1) | (input_ids == 2)
+    assert protected.any()
+    assert not (input_mask & protected).any()
+    assert input_mask.sum(dim=1).tolist() == [9] * 200
+
+
+def test_too_few_eligible_tokens_are_all_masked() -> None:
+    input_ids = torch.tensor([[1, 1, 5, 1, 6, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1], [5, 5, 5, 5, 5, 5, 5, 5]])
+    masked, input_mask = mask_inputs(
+        input_ids, torch.arange(3), mask_token_id=MASK, mask_ratio=0.5, seed=0, step=0, protected_ids=(1,)
+    )
+    assert masked[0].tolist() == [1, 1, MASK, 1, MASK, 1, 1, 1]
+    assert masked[1].tolist() == [1] * 8
+    assert input_mask.sum(dim=1).tolist() == [2, 0, 4]
+
+
+def test_each_row_has_its_own_count() -> None:
+    eligible = torch.ones(4, 10, dtype=torch.bool)
+    eligible[3, 2:] = False
+    chosen = sample_positions(eligible, torch.tensor([0, 1, 10, 5]), torch.arange(4), seed=0, step=0)
+    assert chosen.sum(dim=1).tolist() == [0, 1, 10, 2]
+
+
+def test_more_masks_contain_fewer() -> None:
+    """A schedule that raises P adds positions to those it had."""
+    few, many = draw(8, 100, 10), draw(8, 100, 30)
+    assert torch.equal(few & many, few)
+
+
+# ------------------------------------------------------------------------------------------------ pure function
+
+
+def test_mask_does_not_depend_on_how_the_batch_is_split() -> None:
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(0, 50, (8, 64), generator=generator)
+    sample_ids = torch.randint(0, 2**40, (8,), generator=generator)
+
+    def mask(rows: Tensor) -> Tensor:
+        return mask_inputs(
+            input_ids[rows],
+            sample_ids[rows],
+            mask_token_id=MASK,
+            mask_ratio=0.15,
+            seed=3,
+            step=11,
+            protected_ids=(0, 1),
+        )[0]
+
+    rows = torch.arange(8)
+    whole = mask(rows)
+    assert (whole == MASK).any()
+    assert torch.equal(torch.cat([mask(half) for half in rows.split(4)]), whole)
+    assert torch.equal(torch.cat([mask(row) for row in rows.split(1)]), whole)
+    permuted = torch.randperm(8, generator=generator)
+    assert torch.equal(mask(permuted), whole[permuted])
+
+
+def test_equal_sample_ids_share_positions() -> None:
+    eligible = torch.ones(3, 64, dtype=torch.bool)
+    chosen = sample_positions(eligible, torch.full((3,), 9), torch.tensor([7, 8, 7]), seed=0, step=0)
+    assert torch.equal(chosen[0], chosen[2])
+    assert not torch.equal(chosen[0], chosen[1])
+
+
+def test_every_part_of_the_key_changes_the_mask() -> None:
+    """Also the high half of a 64-bit seed or sample id, and the sign."""
+    keys = [(0, 0, 0)]
+    keys += [(seed, 0, 0) for seed in (1, 2, -1, 2**32, 2**32 + 1, 2**33, 2**63)]
+    keys += [(0, step, 0) for step in (1, 2, 190_000)]
+    keys += [(0, 0, sample) for sample in (1, 2, -1, -(2**32), 2**32, 2**32 + 1, 2**33, 2**62)]
+    keys += [(1, 1, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1), (2, 2, 2)]
+    masks = {
+        tuple(draw(1, 256, 38, seed=seed, step=step, first_sample=sample)[0].nonzero().flatten().tolist())
+        for seed, step, sample in keys
+    }
+    assert len(masks) == len(keys)
+
+
+def test_no_global_random_state_is_touched() -> None:
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    mask_inputs(
+        torch.zeros(2, 50, dtype=torch.int64), torch.arange(2), mask_token_id=1, mask_ratio=0.15, seed=0, step=0
+    )
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (2**63 + 5, 190_000), (-3, 17)])
+def test_cuda_draws_the_same_mask(seed: int, step: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    input_ids = torch.randint(0, 100, (16, 4096), generator=generator)
+    sample_ids = torch.randint(-(2**62), 2**62, (16,), generator=generator)
+
+    def mask(device: str) -> Tensor:
+        return mask_inputs(
+            input_ids.to(device),
+            sample_ids.to(device),
+            mask_token_id=MASK,
+            mask_ratio=0.15,
+            seed=seed,
+            step=step,
+            protected_ids=(3,),
+        )[0].cpu()
+
+    assert torch.equal(mask("cuda"), mask("cpu"))
+
+
+def test_long_row_draws_the_exact_number_of_positions() -> None:
+    """32-bit keys alone would nearly surely collide somewhere in 65,536 positions times 8 rows."""
+    chosen = draw(8, 65_536, 9_830, seed=1)
+    assert chosen.sum(dim=1).tolist() == [9_830] * 8
+
+
+# ------------------------------------------------------------------------------------------------ randomness
+# Seeds are fixed, so these tests give the same answer every time; bounds are 5 standard deviations.
+
+SEQ_LEN, COUNT, SAMPLES, STEPS = 256, 38, 64, 64
+
+
+@pytest.fixture(scope="module")
+def masks() -> Tensor:
+    """[STEPS, SAMPLES, SEQ_LEN], float, centred on the share."""
+    drawn = torch.stack([draw(SAMPLES, SEQ_LEN, COUNT, seed=42, step=step) for step in range(STEPS)])
+    return drawn.double() - COUNT / SEQ_LEN
+
+
+def test_positions_are_uniform(masks: Tensor) -> None:
+    share = COUNT / SEQ_LEN
+    draws = STEPS * SAMPLES
+    deviation = masks.sum(dim=(0, 1))  # of each position's count from its mean
+    chi_square = (deviation**2 / (draws * share * (1 - share))).sum().item()
+    assert abs(chi_square - SEQ_LEN) < 5 * math.sqrt(2 * SEQ_LEN)
+
+
+@pytest.mark.parametrize(
+    ("step_lag", "sample_lag", "position_lag"),
+    [(1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 1, -1), (2, 0, 0), (0, 2, 0)],
+)
+def test_masks_of_neighbours_are_independent(masks: Tensor, step_lag: int, sample_lag: int, position_lag: int) -> None:
+    share = COUNT / SEQ_LEN
+    other = masks.roll((step_lag, sample_lag, position_lag), dims=(0, 1, 2))
+    correlation = (masks * other).mean().item() / (share * (1 - share))
+    within_row = step_lag == sample_lag == 0
+    expected = -1 / (SEQ_LEN - 1) if within_row else 0.0  # drawn without replacement
+    assert abs(correlation - expected) < 5 / math.sqrt(masks.numel())
+
+
+# ------------------------------------------------------------------------------------------------ schedules
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Constant(0.15), {-5: 0.15, 0: 0.15, 99: 0.15, 100: 0.15, 1_000: 0.15}),
+        (Constant(0), {0: 0, 100: 0}),
+        (Linear(0.05, 0.25), {-5: 0.05, 0: 0.05, 25: 0.10, 50: 0.15, 100: 0.25, 101: 0.25}),
+        (Linear(0.2, 0.0, steps=10), {0: 0.2, 5: 0.1, 10: 0.0, 50: 0.0}),
+        (Linear(0.1, 0.2, steps=0), {-1: 0.1, 0: 0.2, 1: 0.2}),
+        (Cosine(0.1, 0.2), {-5: 0.1, 0: 0.1, 25: 0.1 + 0.05 * (1 - math.sqrt(0.5)), 50: 0.15, 100: 0.2, 101: 0.2}),
+        (Cosine(0.1, 0.2, steps=0), {-1: 0.1, 0: 0.2}),
+        (Cosine(0.0, 0.2, steps=4), {0: 0.0, 2: 0.1, 4: 0.2, 100: 0.2}),
+        (WarmupHold(0.2, warmup_steps=10, hold_off=5), {0: 0, 5: 0, 6: 0.02, 10: 0.1, 15: 0.2, 99: 0.2}),
+        (WarmupHold(0.2, warmup_steps=0, hold_off=5), {4: 0, 5: 0.2}),
+        (WarmupHold(0.2, warmup_steps=0), {-1: 0, 0: 0.2}),
+        (Piecewise([0.0, 0.1, 0.15], [10, 20]), {-5: 0.0, 0: 0.0, 9: 0.0, 10: 0.1, 19: 0.1, 20: 0.15, 99: 0.15}),
+        (Piecewise([0.1], []), {0: 0.1, 99: 0.1}),
+    ],
+)
+def test_schedule_values(schedule: MaskSchedule, expected: dict[int, float]) -> None:
+    assert {step: schedule(step, max_steps=100) for step in expected} == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [Linear(0.1, 0.3), Cosine(0.1, 0.3)])
+def test_ramp_over_the_whole_run_needs_its_length(schedule: MaskSchedule) -> None:
+    """Lightning writes -1 for a run without a number of steps."""
+    with pytest.raises(UserError, match=r"needs trainer\.max_steps, got -1; or set 'steps'"):
+        schedule(0, max_steps=-1)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Constant(-0.1), r"^mask ratio must be in \[0, 1\), got -0\.1$"),
+        (lambda: Constant(1), r"^mask ratio must be in \[0, 1\), got 1; write 0\.01 for 1%$"),
+        (lambda: Linear(start=1.5), r"^mask ratio 'start' must be in \[0, 1\), got 1\.5; write 0\.015 for 1\.5%$"),
+        (lambda: Linear(end=20), r"^mask ratio 'end' .* write 0\.2 for 20%$"),
+        (lambda: Linear(steps=-1), r"^mask schedule 'steps' must be at least 0, got -1$"),
+        (lambda: Cosine(start=-1), r"^mask ratio 'start' must be in \[0, 1\), got -1$"),
+        (lambda: Cosine(end=200), r"^mask ratio 'end' must be in \[0, 1\), got 200$"),
+        (lambda: Cosine(steps=-1), r"^mask schedule 'steps' must be at least 0, got -1$"),
+        (lambda: WarmupHold(ratio=15), r"^mask ratio .* write 0\.15 for 15%$"),
+        (lambda: WarmupHold(warmup_steps=-2), r"^mask schedule 'warmup_steps' must be at least 0, got -2$"),
+        (lambda: WarmupHold(hold_off=-2), r"^mask schedule 'hold_off' must be at least 0, got -2$"),
+        (lambda: Piecewise([0.1, 10], [5]), r"^mask ratio in 'ratios' .* write 0\.1 for 10%$"),
+        (lambda: Piecewise([0.1], [5]), r"rising 'boundaries', one fewer than 'ratios'; got boundaries \[5\] for"),
+        (lambda: Piecewise([], []), r"rising 'boundaries', one fewer than 'ratios'"),
+        (lambda: Piecewise([0.1, 0.2, 0.3], [5, 5]), r"rising 'boundaries'"),
+        (lambda: Piecewise([0.1, 0.2, 0.3], [6, 5]), r"rising 'boundaries'"),
+    ],
+)
+def test_wrong_schedules_are_refused_in_one_line(build: Callable[[], MaskSchedule], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        build()
+    assert "\n" not in str(error.value)
