@@ -3,11 +3,13 @@
 Only the standard library is imported at the top, so that `--help` answers at once.
 """
 
+import dataclasses
 import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from meap_lit.errors import UserError
 
@@ -75,19 +77,37 @@ def _preparations() -> dict[tuple[str, str], type]:
 
 
 def _run_preparation(arguments: list[str]) -> None:
-    import jsonargparse
+    from jsonargparse import ArgumentError
 
     steps = _preparations()
     step = steps.get((arguments[0], arguments[1])) if len(arguments) > 1 else None
     if step is None:
         known = ", ".join((*TRAINER_COMMANDS, *map(" ".join, steps)))
         raise UserError(f"no command '{' '.join(arguments[:2])}'; there are {known}")
-    parser = jsonargparse.ArgumentParser(
-        prog=f"python -m meap_lit {arguments[0]} {arguments[1]}", description=step.__doc__, exit_on_error=False
-    )
-    parser.add_class_arguments(step)
-    namespace = _parse(lambda: parser.parse_args(arguments[2:]))
+    parser = _step_parser(step, prog=f"python -m meap_lit {arguments[0]} {arguments[1]}")
+    try:
+        namespace = parser.parse_args(arguments[2:])
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
     step(**namespace.as_dict()).run()
+
+
+def _step_parser(step: type, prog: str) -> Any:
+    """A parser of the fields of a preparation step; a field that is a list takes several words (`--input A B`)."""
+    import docstring_parser
+    import jsonargparse
+
+    doc = docstring_parser.parse(step.__doc__ or "")
+    help_of = {parameter.arg_name: parameter.description for parameter in doc.params}
+    lists = [f for f in dataclasses.fields(step) if "list" in str(f.type)]
+    parser = jsonargparse.ArgumentParser(prog=prog, description=doc.short_description, exit_on_error=False)
+    for f in lists:
+        required = f.default is dataclasses.MISSING
+        parser.add_argument(
+            f"--{f.name}", type=str, nargs="+", required=required, default=None, help=help_of.get(f.name)
+        )
+    parser.add_class_arguments(step, skip={f.name for f in lists})
+    return parser
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -104,17 +124,11 @@ def silence_noise() -> None:
     """Filter, by their text, what libraries say that no user of this package can act on."""
     # Lightning's own use of a pytree API that torch deprecates
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    # the validation stream's length is exact for any number of workers
+    warnings.filterwarnings("ignore", message=r".*`IterableDataset` has `__len__` defined.*")
+    # litdata copies the tensor that torch warns about in the very next call
+    warnings.filterwarnings("ignore", message=r"The given buffer is not writable")
     # advertisement for other products
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(name in record.getMessage() for name in ("litlogger", "litmodels"))
     )
-
-
-def _parse(parse: Callable):  # noqa: ANN202
-    """Call a parser; its complaint becomes a `UserError`."""
-    import jsonargparse
-
-    try:
-        return parse()
-    except jsonargparse.ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error

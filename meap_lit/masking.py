@@ -75,9 +75,9 @@ def mask_inputs(
 def sample_positions(eligible: Tensor, counts: Tensor, sample_ids: Tensor, *, seed: int, step: int) -> Tensor:
     """Draw `counts[b]` of the eligible positions of each row, uniformly and without replacement.
 
-    Every position gets a pseudo-random key; the smallest keys of the row are taken. Keys hold the position in
-    their low bits, so no two are equal and the choice does not depend on how a device breaks ties. Nothing here
-    waits for the device.
+    Every position gets a pseudo-random key; the smallest keys of the row are taken. The hash is one-to-one, so no
+    two keys of a row are equal and the choice does not depend on how a device breaks ties. Nothing here waits for
+    the device.
 
     Args:
         eligible: Positions that may be drawn, [B, T], bool.
@@ -92,8 +92,8 @@ def sample_positions(eligible: Tensor, counts: Tensor, sample_ids: Tensor, *, se
     seq_len = eligible.size(1)
     position = torch.arange(seq_len, device=eligible.device)  # [T]
     row = _fold(_fold(_fold(_START, seed), step), sample_ids)  # [B]
-    keys = (_hash(row[:, None] ^ _hash(position)) << 31) | position  # [B, T], below 2**63
-    keys = keys.masked_fill(~eligible, torch.iinfo(torch.int64).max)
+    keys = _hash(row[:, None] ^ _hash(position))  # [B, T], below 2**32
+    keys = keys.masked_fill(~eligible, 2**32)
     counts = torch.minimum(counts, eligible.sum(dim=1))  # [B]
     ordered = keys.sort(dim=1).values
     threshold = ordered.gather(1, (counts - 1).clamp(min=0)[:, None])  # [B, 1], largest key that is taken

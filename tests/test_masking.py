@@ -226,8 +226,20 @@ def test_cuda_draws_the_same_mask(seed: int, step: int) -> None:
     assert torch.equal(mask("cuda"), mask("cpu"))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_masking_never_waits_for_the_device() -> None:
+    input_ids = torch.zeros(4, 4096, dtype=torch.int64, device="cuda")
+    sample_ids = torch.arange(4, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mask_inputs(input_ids, sample_ids, mask_token_id=1, mask_ratio=0.15, seed=0, step=0, protected_ids=(2, 3))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_long_row_draws_the_exact_number_of_positions() -> None:
-    """32-bit keys alone would nearly surely collide somewhere in 65,536 positions times 8 rows."""
+    """No two of the 65,536 keys of a row are equal; among as many random 32-bit keys, some would be."""
     chosen = draw(8, 65_536, 9_830, seed=1)
     assert chosen.sum(dim=1).tolist() == [9_830] * 8
 

@@ -1,5 +1,7 @@
 """What a run may spend, stated in tokens or optimizer steps and turned into the Trainer's own terms."""
 
+from typing import Any
+
 import lightning as L
 
 from meap_lit.errors import UserError
@@ -54,9 +56,11 @@ class Budget(L.Callback):
         trainer.fit_loop.epoch_loop.max_steps = self.steps(data.tokens_per_step)
         trainer.val_check_interval = self.val_every_n_steps * trainer.accumulate_grad_batches
 
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True  # makes Lightning validate once more before it leaves
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After a resume, count the finished micro-batches as this number of devices would have made them."""
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        if progress.completed:
-            finished = trainer.global_step * trainer.accumulate_grad_batches
-            progress.ready = progress.started = progress.processed = progress.completed = finished
+        progress.increment_by(trainer.global_step * trainer.accumulate_grad_batches - progress.ready)

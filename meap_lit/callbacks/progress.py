@@ -1,28 +1,47 @@
 """The progress bar: optimizer steps, loss and tokens per second."""
 
+import sys
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 class StepProgressBar(TQDMProgressBar):
     """Lightning's bar, counting optimizer steps of the whole run instead of micro-batches of an epoch."""
 
+    def __init__(self) -> None:
+        # a log file gets a line now and then, not one for every step
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 100)
+
     @property
     def total_train_batches(self) -> int:
         return self.trainer.max_steps
 
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_start(trainer, *args)
+        self._begin(trainer)  # a resumed run begins no epoch
+
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
-        self.train_progress_bar.set_description("step")
+        self._begin(trainer)
+
+    def _begin(self, trainer: L.Trainer) -> None:
+        bar = self.train_progress_bar
+        bar.reset(trainer.max_steps)
+        bar.initial = bar.n = trainer.global_step
+        bar.set_description("step")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        if self.trainer.state.fn == "validate":
+            return super().init_validation_tqdm()
+        return Tqdm(disable=True)  # a validation within a run is a matter of seconds
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float]:
         metrics = super().get_metrics(trainer, pl_module)

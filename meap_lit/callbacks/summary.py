@@ -9,7 +9,6 @@ import lightning as L
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.callbacks.throughput import Throughput
 
-
 C = TypeVar("C", bound=L.Callback)
 
 

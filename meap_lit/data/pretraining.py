@@ -100,8 +100,6 @@ class PretrainingData(L.LightningDataModule):
             manifest.check_tokenizer(self.tokenizer, dataset=path, tokenizer_folder=self.tokenizer_folder)
 
     def train_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
-        steps_left = self.trainer.max_steps - self.trainer.global_step
         stream = TrainStream(
             [self._open(path, "train") for path in self.datasets],
             list(self.datasets.values()),
@@ -109,7 +107,6 @@ class PretrainingData(L.LightningDataModule):
             shard=self.shard,
             micro_batch_size=self.micro_batch_size,
             start=self.samples_seen,
-            stop=self.samples_seen + steps_left * self.global_batch_size,
             vocab_size=self.tokenizer.vocab_size,
         )
         return self._loader(stream, self.num_workers)

@@ -33,7 +33,9 @@ class DocumentReader:
             file without the column are never skipped.
     """
 
-    def __init__(self, files: Sequence[Path], text_field: str = "text", on_error: Literal["stop", "skip"] = "stop"):
+    def __init__(
+        self, files: Sequence[Path], text_field: str = "text", on_error: Literal["stop", "skip"] = "stop"
+    ) -> None:
         self.files = files
         self.text_field = text_field
         self.on_error = on_error

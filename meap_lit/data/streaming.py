@@ -3,7 +3,7 @@
 import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class Shard:
 
 
 class TrainStream(IterableDataset):
-    """One rank's micro-batches of a run, epoch after epoch without a seam.
+    """One rank's micro-batches of a run, epoch after epoch without a seam or an end.
 
     Args:
         sources: Datasets that are mixed.
@@ -77,7 +77,6 @@ class TrainStream(IterableDataset):
         shard: This rank's part.
         micro_batch_size: Rows of a micro-batch.
         start: Samples that the run, all ranks together, has seen already.
-        stop: Samples that it will have seen at its end.
         vocab_size: Token ids must be below it.
     """
 
@@ -90,7 +89,6 @@ class TrainStream(IterableDataset):
         shard: Shard,
         micro_batch_size: int,
         start: int,
-        stop: int,
         vocab_size: int,
     ) -> None:
         self.sources = sources
@@ -99,14 +97,13 @@ class TrainStream(IterableDataset):
         self.shard = shard
         self.micro_batch_size = micro_batch_size
         self.start = start
-        self.stop = stop
         self.vocab_size = vocab_size
 
     def __iter__(self) -> Iterator[Batch]:
         worker, num_workers = _worker()
         samples = self.order.iterate(self.start)
         rows_of_all_ranks = self.micro_batch_size * self.shard.num_replicas
-        for number in range((self.stop - self.start) // rows_of_all_ranks):
+        for number in count():
             rows = list(islice(samples, rows_of_all_ranks))
             if number % num_workers == worker:  # the loader takes from its workers in turn: the order is kept
                 first = self.shard.rank * self.micro_batch_size

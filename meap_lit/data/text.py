@@ -8,7 +8,7 @@ end of the document before says as much.
 import hashlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -40,8 +40,8 @@ class PrepareText(Preparation):
         text_field: Name of the text in .jsonl and .parquet files.
         suffixes: File name endings to take from folders; all of the above if not given. Endings other than the above
             are read as plain text, such as .py.
-        val_share: Share of documents held out for validation, chosen by a hash of their text, in [0, 1). With 0 there
-            is no validation split.
+        val_share: Share of documents held out for validation, at least one, chosen by a hash of their text; in
+            [0, 1). With 0 there is no validation split.
         on_error: What to do at a line that cannot be read: stop, or skip it and report how many were skipped.
         chunk_bytes: Size of a chunk file.
         num_workers: Processes that tokenise; one per core, fewer for a small input, if not given.
@@ -61,15 +61,23 @@ class PrepareText(Preparation):
         chunk_bytes = self._check_options()
         tokenizer = Tokenizer.load(self.tokenizer)
         reader = DocumentReader(find_files(self.input, self.suffixes), self.text_field, self.on_error)
-        dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-        splits = ("train", "val") if self.val_share > 0 else ("train",)
-        writers = {split: TokenWriter(folder / split, dtype, chunk_bytes) for split in splits}
         total_bytes = sum(reader.sizes)
+        dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+        splits = _SplitWriter(folder, dtype, chunk_bytes, self.val_share)
         encoded = map_in_order(
             _Encoder(tokenizer, dtype), _batches(reader), self.num_workers or default_num_workers(total_bytes)
         )
-        counts = self._write(encoded, writers, total_bytes)
-        self._check_splits(writers, counts)
+        counts = _Counts()
+        with _progress_bar(self.output, total_bytes) as bar:
+            for batch in encoded:
+                splits.add(batch)
+                counts.add(batch)
+                bar.set_postfix_str(f"{counts.documents} documents, {counts.tokens / 1e6:.2f}M tokens", refresh=False)
+                bar.update(batch.bytes_read - bar.n)
+        if counts.documents == 0:
+            raise UserError(f"no text to tokenise in {', '.join(self.input)} ({counts.empty} empty documents)")
+        sizes = splits.close()
+        assert sum(split.tokens for split in sizes.values()) == counts.tokens, "documents were lost on the way"
         Manifest(
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
@@ -78,12 +86,12 @@ class PrepareText(Preparation):
             mask_token_id=tokenizer.mask_token_id,
             dtype=dtype.name,
             val_share=self.val_share,
-            splits={name: Split(w.num_documents, w.num_tokens, w.close()) for name, w in writers.items()},
+            splits=sizes,
             sources=[Source(str(file), size) for file, size in zip(reader.files, reader.sizes, strict=True)],
             num_empty=counts.empty,
             num_skipped=reader.num_skipped,
         ).save(folder)
-        return self._summary(writers, counts, reader.num_skipped, time.perf_counter() - started)
+        return self._summary(sizes, counts, reader.num_skipped, time.perf_counter() - started)
 
     def _check_options(self) -> int:
         """Size of a chunk in bytes."""
@@ -93,45 +101,16 @@ class PrepareText(Preparation):
             raise UserError(f"num_workers must be at least 1, got {self.num_workers}")
         return parse_bytes(self.chunk_bytes, "chunk_bytes")
 
-    def _write(
-        self, batches: Iterable["_EncodedBatch"], writers: dict[str, TokenWriter], total_bytes: int
-    ) -> "_Counts":
-        counts = _Counts()
-        with _progress_bar(self.output, total_bytes) as bar:
-            for batch in batches:
-                ends = np.cumsum(batch.lengths)
-                for start, end, draw in zip(ends - batch.lengths, ends, batch.draws, strict=True):
-                    split = "val" if draw < self.val_share else "train"
-                    writers[split].add(batch.tokens[start:end])
-                counts.add(batch)
-                bar.set_postfix_str(f"{counts.documents} documents, {counts.tokens / 1e6:.2f}M tokens", refresh=False)
-                bar.update(batch.bytes_read - bar.n)
-        return counts
-
-    def _check_splits(self, writers: dict[str, TokenWriter], counts: "_Counts") -> None:
-        """Every split has a document, or LitData could not open it."""
-        if counts.documents == 0:
-            raise UserError(
-                f"no text in {', '.join(self.input)}: {counts.empty} documents are empty, none is left to write"
-            )
-        if writers["train"].num_documents == 0:
-            raise UserError(
-                f"all {counts.documents} documents fell into the validation split; lower val_share ({self.val_share:g})"
-            )
-        if "val" in writers and writers["val"].num_documents == 0:
-            enough = (int(counts.smallest_draw * 1000) + 1) / 1000  # holds out at least the document drawn first
-            remedy = f"{enough:g} or more, or to 0" if counts.documents > 1 and enough < 1 else "0"
-            raise UserError(
-                f"none of {counts.documents} documents fell into the validation split with val_share "
-                f"{self.val_share:g}; set it to {remedy} for no validation split"
-            )
-
-    def _summary(self, writers: dict[str, TokenWriter], counts: "_Counts", num_skipped: int, seconds: float) -> str:
-        splits = ", ".join(f"{name} {w.num_documents} documents {w.num_tokens} tokens" for name, w in writers.items())
-        return (
-            f"dataset {self.output}: {counts.documents} documents, {counts.tokens} tokens ({splits}); "
-            f"{counts.empty} empty documents and {num_skipped} unreadable lines left out; "
-            f"{counts.text_bytes / 1e6:.1f} MB of text in {seconds:.1f} s, {counts.text_bytes / 1e6 / seconds:.2f} MB/s"
+    def _summary(self, sizes: dict[str, Split], counts: "_Counts", num_skipped: int, seconds: float) -> str:
+        megabytes = counts.text_bytes / 1e6
+        return "\n".join(
+            [
+                f"dataset {self.output}",
+                *(f"  {name:<9}{size.documents} documents, {size.tokens} tokens" for name, size in sizes.items()),
+                f"  in all   {counts.documents} documents, {counts.tokens} tokens, end-of-text tokens included",
+                f"  left out {counts.empty} empty documents, {num_skipped} unreadable lines",
+                f"  took     {seconds:.1f} s for {megabytes:.1f} MB of text, {megabytes / seconds:.2f} MB/s",
+            ]
         )
 
 
@@ -161,14 +140,62 @@ class _Counts:
     tokens: int = 0
     empty: int = 0
     text_bytes: int = 0
-    smallest_draw: float = 1.0
 
     def add(self, batch: _EncodedBatch) -> None:
         self.documents += len(batch.lengths)
         self.tokens += len(batch.tokens)
         self.empty += batch.num_empty
         self.text_bytes += batch.text_bytes
-        self.smallest_draw = min([self.smallest_draw, *batch.draws])
+
+
+class _SplitWriter:
+    """Writes documents whose draw is below `val_share` into `val`, the others into `train`.
+
+    A small corpus may have no such document. The one with the smallest draw is therefore kept back to the end, and
+    becomes the validation split if nothing else did.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype, chunk_bytes: int, val_share: float) -> None:
+        names = ("train", "val") if val_share > 0 else ("train",)
+        self._writers = {name: TokenWriter(folder / name, dtype, chunk_bytes) for name in names}
+        self._val_share = val_share
+        self._reserve: np.ndarray | None = None
+        self._reserve_draw = 1.0 if val_share > 0 else 0.0
+
+    def add(self, batch: _EncodedBatch) -> None:
+        ends = np.cumsum(batch.lengths)
+        for start, end, draw in zip(ends - batch.lengths, ends, batch.draws, strict=True):
+            self._add_document(batch.tokens[start:end], draw)
+
+    def _add_document(self, tokens: np.ndarray, draw: float) -> None:
+        if draw < self._val_share:
+            self._writers["val"].add(tokens)
+        elif draw >= self._reserve_draw:
+            self._writers["train"].add(tokens)
+        else:
+            self._release("train")
+            self._reserve, self._reserve_draw = tokens, draw
+
+    def _release(self, name: str) -> None:
+        if self._reserve is not None:
+            self._writers[name].add(self._reserve)
+            self._reserve = None
+
+    def close(self) -> dict[str, Split]:
+        """Finish both splits.
+
+        Raises:
+            UserError: If one of them is empty; LitData could not open it.
+        """
+        without_val = "val" in self._writers and self._writers["val"].num_documents == 0
+        self._release("val" if without_val else "train")
+        if self._writers["train"].num_documents == 0:
+            count = self._writers["val"].num_documents
+            raise UserError(
+                f"no document is left to train on: the validation split took {count} of {count}; "
+                f"lower val_share, got {self._val_share:g}, or set it to 0 for no validation split"
+            )
+        return {name: Split(w.num_documents, w.num_tokens, w.close()) for name, w in self._writers.items()}
 
 
 class _Encoder:

@@ -1,3 +1,5 @@
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -38,13 +40,14 @@ def train_stream(sources, *, rank=0, num_replicas=1, micro_batch_size=4, start=0
         shard=Shard(rank, num_replicas),
         micro_batch_size=micro_batch_size,
         start=start,
-        stop=start + 96,
         vocab_size=1000,
     )
 
 
 def rows(stream, num_workers=0):
-    batches = list(DataLoader(stream, batch_size=None, num_workers=num_workers))
+    """The rows of a rank's part of the first 96 samples."""
+    num_batches = 96 // (stream.micro_batch_size * stream.shard.num_replicas)
+    batches = islice(DataLoader(stream, batch_size=None, num_workers=num_workers), num_batches)
     return [tuple(row.tolist()) for batch in batches for row in batch["input_ids"]]
 
 
@@ -58,10 +61,6 @@ def test_labels_are_the_next_tokens(blocks):
     assert batch["input_ids"].shape == batch["labels"].shape == (4, SEQ_LEN)
     assert torch.equal(batch["labels"], batch["input_ids"] + 1)
     assert torch.equal(batch["sample_ids"], batch["input_ids"][:, 0] // 8)
-
-
-def test_a_run_stops_where_it_is_told(blocks):
-    assert len(rows(train_stream([blocks]))) == 96
 
 
 def test_an_epoch_shows_every_block_once(blocks):
@@ -94,7 +93,7 @@ def test_a_later_start_goes_on_where_the_earlier_run_was(blocks):
 
 def test_sources_are_mixed_and_told_apart(blocks, tmp_path):
     other = TokenBlocks(write_chunks(tmp_path, 20, first=480), SEQ_LEN)
-    batches = list(train_stream([blocks, other], weights=[1, 1]))
+    batches = list(islice(train_stream([blocks, other], weights=[1, 1]), 24))
     tokens = torch.cat([batch["input_ids"] for batch in batches])
     ids = torch.cat([batch["sample_ids"] for batch in batches])
     from_other = tokens[:, 0] >= 480

@@ -113,7 +113,8 @@ def test_logits_and_gradients_are_those_of_transformers(config: DecoderConfig) -
     compared = dict(ours.named_parameters())
     assert gradients.keys() == compared.keys()
     for name, parameter in compared.items():
-        assert parameter.grad is not None and parameter.grad.any(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3)
 
 

@@ -89,8 +89,10 @@ def test_all_rows_ignored_gives_zero_and_zero_gradients(pieces: list[int]) -> No
     total.backward()
     assert len(pieces) > 1
     assert total.item() == 0
-    assert hidden.grad is not None and not hidden.grad.any()
-    assert weight.grad is not None and not weight.grad.any()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 def test_no_rows_at_all() -> None:
@@ -98,7 +100,8 @@ def test_no_rows_at_all() -> None:
     total = linear_cross_entropy(hidden, weight, labels)
     total.backward()
     assert total.item() == 0
-    assert weight.grad is not None and not weight.grad.any()
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 def test_tied_weight_collects_both_gradients(pieces: list[int]) -> None:

@@ -40,8 +40,9 @@ def test_the_update_is_adamw():
     ours, theirs = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
     theirs.load_state_dict(ours.state_dict())
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    steps = AdamW(lr=1e-2, final_lr=1e-3, weight_decay=0.1).build(ours), torch.optim.AdamW(
-        theirs.parameters(), **options, fused=False
+    steps = (
+        AdamW(lr=1e-2, final_lr=1e-3, weight_decay=0.1).build(ours),
+        torch.optim.AdamW(theirs.parameters(), **options, fused=False),
     )
     for model, optimizer in zip((ours, theirs), steps):
         model(torch.ones(2, 4)).square().sum().backward()

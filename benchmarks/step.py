@@ -1,0 +1,258 @@
+"""What masking costs: a full training step of one model with it (MEAP) and without it (NTP).
+
+A step is all that training does once a batch is on the device: mask, forward, loss, backward, clip, AdamW. Both kinds
+run in one process on one model, in turns and with the order of a turn changing, so that a machine that warms up or
+slows down does so for both. Data loading and logging are left out; they are the same for both.
+
+    python -m benchmarks.step                                                        # a small model on this CPU
+    python -m benchmarks.step --model 1.1b --device cuda --precision bf16 --micro_batch_size 8
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import platform
+import resource
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from jsonargparse import auto_cli
+from lightning.fabric.utilities.throughput import get_available_flops
+
+from meap_lit.errors import UserError
+from meap_lit.masking import mask_inputs
+from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
+from meap_lit.model.config import pad_vocab_size
+from meap_lit.modules import AdamW
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "pretrain"
+QUICKSTART = DecoderConfig(
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    hidden_size=128,
+    intermediate_size=384,
+    vocab_size=2048,
+    max_seq_len=256,
+)
+
+
+def benchmark(
+    model: Literal["quickstart", "0.1b", "0.3b", "0.5b", "1.1b"] = "quickstart",
+    decoder: DecoderConfig | None = None,
+    seq_len: int | None = None,
+    micro_batch_size: int = 8,
+    mask_ratio: float = 0.15,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    device: Literal["cpu", "cuda"] = "cpu",
+    repetitions: int = 40,
+    steps: int = 1,
+    output: Path | None = None,
+) -> None:
+    """Print how long a training step takes with and without masking, and what else it needs.
+
+    Args:
+        model: A small model, or one of the paper's ladder as recipes/pretrain has it.
+        decoder: Any other model; `model` is then ignored.
+        seq_len: Tokens in a row; the model's max_seq_len if not given.
+        micro_batch_size: Rows in a step.
+        mask_ratio: P of the MEAP steps.
+        precision: `bf16` is autocast with float32 weights and optimizer states, as Lightning's bf16-mixed.
+        device: Where to run.
+        repetitions: Number of turns; each times NTP once and MEAP once.
+        steps: Steps in one timing. More than 1 lets a GPU's queue hide launches, as in a real run.
+        output: Markdown file to write the result to as well.
+    """
+    if repetitions < 2 or steps < 1 or micro_batch_size < 1:
+        raise UserError("--repetitions must be at least 2, --steps and --micro_batch_size at least 1")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    config = decoder or known_decoder(model)
+    if config.vocab_size is None:
+        raise UserError("--decoder.vocab_size must be given")
+    seq_len = seq_len or config.max_seq_len
+    config = dataclasses.replace(config, max_seq_len=seq_len)
+    trainer = TrainingStep(config, seq_len, micro_batch_size, precision, torch.device(device))
+
+    name = "custom" if decoder else model
+    report = "\n".join(
+        [
+            f"# Training step with and without masking: {name}, {device}, {precision}",
+            "",
+            f"    python -m benchmarks.step {shlex.join(sys.argv[1:])}".rstrip(),
+            "",
+            *_environment(device),
+            f"- model: {config.num_parameters():,} parameters ({config.num_layers} layers, {config.num_heads} heads, "
+            f"{config.num_kv_heads} key-value heads, {config.hidden_size} wide, {config.intermediate_size} MLP, "
+            f"vocabulary {config.vocab_size:,})",
+            f"- {micro_batch_size} rows of {seq_len:,} tokens a step, P = {mask_ratio:g}; "
+            f"{repetitions} turns, {steps} step(s) of each kind in a turn",
+            "",
+            *_measure(trainer, mask_ratio, repetitions, steps),
+            "",
+        ]
+    )
+    print(report)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(report)
+
+
+def known_decoder(model: str) -> DecoderConfig:
+    """Sizes as the recipe of that name has them; its vocabulary is the paper's, 32,000 tokens and the mask."""
+    if model == "quickstart":
+        return QUICKSTART
+    base, recipe = (yaml.safe_load((RECIPES / name).read_text()) for name in ("base.yaml", f"meap_{model}.yaml"))
+    sizes = base["model"]["init_args"]["decoder"] | recipe["model"]["init_args"]["decoder"]
+    sizes["max_seq_len"] = base["data"]["init_args"]["seq_len"]  # the recipe refers to it
+    return DecoderConfig(**{"vocab_size": pad_vocab_size(32_001), **sizes})
+
+
+class TrainingStep:
+    """One model, one optimizer and one batch of random tokens; a call is one training step."""
+
+    def __init__(
+        self, config: DecoderConfig, seq_len: int, micro_batch_size: int, precision: str, device: torch.device
+    ) -> None:
+        assert config.vocab_size is not None
+        torch.manual_seed(0)
+        self.config, self.seq_len, self.device, self.precision = config, seq_len, device, precision
+        with device:
+            self.model = Decoder(config)
+        self.optimizer = AdamW(lr=1e-4).build(self.model)
+        tokens = torch.randint(0, config.vocab_size - 1, (micro_batch_size, seq_len + 1)).to(device)
+        self.input_ids, self.labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        self.sample_ids = torch.arange(micro_batch_size, device=device)
+        self.num_steps = 0
+
+    def __call__(self, mask_ratio: float) -> None:
+        input_ids = self.mask(mask_ratio)
+        with self._autocast():
+            hidden = self.model(input_ids)
+            loss = linear_cross_entropy(hidden, self.model.lm_head.weight, self.labels) / self.labels.numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.num_steps += 1
+
+    def mask(self, mask_ratio: float) -> torch.Tensor:
+        mask_token_id = self.model.embed_tokens.num_embeddings - 1
+        return mask_inputs(
+            self.input_ids,
+            self.sample_ids,
+            mask_token_id=mask_token_id,
+            mask_ratio=mask_ratio,
+            seed=0,
+            step=self.num_steps,
+        )[0]
+
+    def seconds(self, action: Callable[[float], object], mask_ratio: float, times: int = 1) -> float:
+        """Wall time of an action done so many times, from an idle device to an idle device."""
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(times):
+            action(mask_ratio)
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+@dataclass
+class Timings:
+    """Seconds of a step in every turn, and the peak memory on a GPU."""
+
+    seconds: list[float]
+    peak_bytes: int = 0
+
+    def row(self, name: str, step: TrainingStep) -> str:
+        median = statistics.median(self.seconds)
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        rate = step.labels.numel() / median
+        mfu = ""
+        if peak := _peak_flops(step):
+            mfu = f"{rate * step.config.flops_per_token(step.seq_len) / peak:.1%}"
+        memory = self.peak_bytes or _peak_resident_bytes()
+        return (
+            f"| {name} | {median * 1e3:.2f} | {low * 1e3:.2f} to {high * 1e3:.2f} | {rate:,.0f} "
+            f"| {memory / 1e9:.2f} | {mfu or 'n/a'} |"
+        )
+
+
+def _measure(step: TrainingStep, mask_ratio: float, repetitions: int, steps: int) -> list[str]:
+    kinds = {"NTP": 0.0, "MEAP": mask_ratio}
+    timings = {name: Timings([]) for name in kinds}
+    for name in (*kinds, *kinds):  # warm up both twice: caches, autotuning, optimizer states
+        step(kinds[name])
+    for turn in range(repetitions):
+        for name in sorted(kinds, reverse=turn % 2 == 0):
+            timing, ratio = timings[name], kinds[name]
+            if step.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            timing.seconds.append(step.seconds(step, ratio, times=steps) / steps)
+            if step.device.type == "cuda":
+                timing.peak_bytes = max(timing.peak_bytes, torch.cuda.max_memory_allocated())
+    masking = statistics.median(step.seconds(step.mask, mask_ratio) for _ in range(max(20, repetitions)))
+    ntp, meap = (statistics.median(timing.seconds) for timing in timings.values())
+    low, middle, high = statistics.quantiles(
+        [after / before for before, after in zip(timings["NTP"].seconds, timings["MEAP"].seconds, strict=True)], n=4
+    )
+    return [
+        "| step | median, ms | middle half, ms | tokens/s | peak memory, GB | MFU |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(timing.row(name, step) for name, timing in timings.items()),
+        "",
+        f"- MEAP / NTP: {meap / ntp:.4f} by the two medians; turn by turn {middle:.4f} in the median, "
+        f"{low:.4f} to {high:.4f} in the middle half",
+        f"- masking alone: {masking * 1e3:.2f} ms, {masking / ntp:.2%} of an NTP step",
+    ]
+
+
+def _peak_flops(step: TrainingStep) -> float | None:
+    if step.device.type != "cuda":
+        return None
+    return get_available_flops(step.device, torch.bfloat16 if step.precision == "bf16" else torch.float32)
+
+
+def _peak_resident_bytes() -> int:
+    """Of the whole process: NTP and MEAP share the number."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _environment(device: str) -> list[str]:
+    lines = [f"- date: {datetime.date.today()}", f"- CPU: {_cpu_name()}, {torch.get_num_threads()} thread(s)"]
+    if device == "cuda":
+        lines.append(f"- GPU: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    return [*lines, f"- torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"]
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    try:
+        auto_cli(benchmark, as_positional=False)
+    except UserError as error:
+        sys.exit(f"error: {error}")
