@@ -48,7 +48,6 @@ class RecipeCLI(LightningCLI):
                     "use_distributed_sampler": False,
                     "log_every_n_steps": 10,
                     "enable_model_summary": False,
-                    "callbacks": [Throughput(), StopOnNonFiniteLoss(), StepProgressBar(), RunSummary()],
                 },
                 parser_kwargs={
                     "parser_mode": "omegaconf+",
@@ -61,8 +60,8 @@ class RecipeCLI(LightningCLI):
                 model_class=L.LightningModule,
                 datamodule_class=L.LightningDataModule,
             )
-        except (ArgumentError, MisconfigurationException) as error:
-            raise UserError(" ".join(str(error).split())) from error
+        except (ArgumentError, MisconfigurationException, ValueError) as error:
+            raise _as_user_error(error) from error
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = self.parser_class(dump_header=[], **kwargs)
@@ -84,9 +83,29 @@ class RecipeCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """The recipe says what is run; Lightning would let a checkpoint's hyper-parameters override it."""
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        callbacks = [*callbacks, Throughput(), StopOnNonFiniteLoss(), RunSummary()]
+        if config["enable_progress_bar"] is not False:
+            callbacks.append(StepProgressBar())
+        if config["enable_checkpointing"] is False:  # Lightning refuses the callback then
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        return super()._instantiate_trainer(config, callbacks)
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.base = None  # it is part of the resolved recipe now
+
+
+def _as_user_error(error: Exception) -> Exception:
+    """What the user should read of an error that jsonargparse or Lightning wrapped; bugs of ours stay as they are."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, ArgumentError | MisconfigurationException):
+        return UserError(" ".join(str(error).split()))
+    return error
 
 
 class RecipeFile(ActionConfigFile):

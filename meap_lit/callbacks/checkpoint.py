@@ -60,7 +60,8 @@ class StopOnNonFiniteLoss(L.Callback):
     ) -> None:
         loss: Tensor = outputs["loss"]
         is_new = ~torch.isfinite(loss) & (self._first_bad_step < 0)
-        self._first_bad_step = torch.where(is_new, trainer.global_step, self._first_bad_step)
+        step = batch_idx // trainer.accumulate_grad_batches + 1
+        self._first_bad_step = torch.where(is_new, step, self._first_bad_step)
         if trainer.global_step % trainer.log_every_n_steps == 0 or pl_module.device.type == "cpu":
             self._check(trainer)
 
@@ -77,6 +78,6 @@ class StopOnNonFiniteLoss(L.Callback):
             saver = trainer.checkpoint_callback
             last = getattr(saver, "best_model_path", "") or "none was saved yet"
             raise UserError(
-                f"the training loss is not finite at step {step}; last good checkpoint: {last}; "
+                f"the training loss is not finite at optimizer step {step}; last good checkpoint: {last}; "
                 f"resume from it (--ckpt_path) with a lower model.init_args.optimizer.lr or check the data"
             )

@@ -167,9 +167,13 @@ def _remote_reader(location: str, storage_options: dict[str, Any]) -> Callable[[
     if urlsplit(location).scheme not in REMOTE_SCHEMES:
         raise UserError(f"dataset address {location} must begin with one of {', '.join(REMOTE_SCHEMES)} and ://")
     # imported here because it takes seconds
+    from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
     from litdata.streaming.downloader import get_downloader
 
+    if location.startswith("s3://"):
+        # LitData tries 1000 times, which is right in mid-run but makes a wrong endpoint look like a hang
+        storage_options = {"config": Config(connect_timeout=20, retries={"total_max_attempts": 3}), **storage_options}
     downloader = get_downloader(location, "", [], storage_options)
 
     def read(name: str) -> bytes:

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -25,7 +25,9 @@ def default_num_workers(num_bytes: int, bytes_per_worker: int = 4_000_000) -> in
     return max(1, min(cores, num_bytes // bytes_per_worker))
 
 
-def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], num_workers: int
+) -> Generator[Result, None, None]:
     """Yield `function(item)` for every item, in order; with one worker in this process, with more in that many others.
 
     Every worker tokenises in a single thread. Items are read ahead by a few per worker only. The workers end when this

@@ -210,9 +210,11 @@ def _parse_lines(path: Path, file: IO[bytes], lines: Iterable[bytes], text_field
 def _json_text(path: Path, number: int, text_field: str, line: bytes) -> str | UserError:
     where = f"{path}, line {number}"
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.strip().decode("utf-8"))
     except UnicodeDecodeError:
         return UserError(f"{where}: not valid UTF-8")
+    except json.JSONDecodeError as error:
+        return UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:
         return UserError(f"{where}: not valid JSON ({_first_line(error)})")
     if not isinstance(record, dict):

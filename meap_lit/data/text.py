@@ -9,6 +9,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -38,8 +39,8 @@ class PrepareText(Preparation):
             .parquet, one document a line or row).
         tokenizer: Folder with a tokenizer.json.
         text_field: Name of the text in .jsonl and .parquet files.
-        suffixes: File name endings to take from folders; all of the above if not given. Endings other than the above
-            are read as plain text, such as .py.
+        suffixes: File name endings to take from folders, such as .py, which is read as plain text; the endings listed
+            under `input` if not given.
         val_share: Share of documents held out for validation, at least one, chosen by a hash of their text; in
             [0, 1). With 0 there is no validation split.
         on_error: What to do at a line that cannot be read: stop, or skip it and report how many were skipped.
@@ -68,7 +69,7 @@ class PrepareText(Preparation):
             _Encoder(tokenizer, dtype), _batches(reader), self.num_workers or default_num_workers(total_bytes)
         )
         counts = _Counts()
-        with _progress_bar(self.output, total_bytes) as bar:
+        with closing(encoded), _progress_bar(self.output, total_bytes) as bar:
             for batch in encoded:
                 splits.add(batch)
                 counts.add(batch)

@@ -210,8 +210,8 @@ class TrainTokenizer(Preparation):
             .parquet).
         vocab_size: Number of tokens, the 256 bytes and the 2 special tokens included.
         text_field: Name of the text in .jsonl and .parquet files.
-        suffixes: File name endings to take from folders; all of the above if not given. Endings other than the above
-            are read as plain text, such as .py.
+        suffixes: File name endings to take from folders, such as .py, which is read as plain text; the endings listed
+            under `input` if not given.
         max_megabytes: Read no more text than this (in the order of the file names); all of it if not given.
         on_error: What to do at a line that cannot be read: stop, or skip it.
     """
@@ -265,9 +265,14 @@ class _Counted:
 
     def __iter__(self) -> Iterator[str]:
         for text in self.texts:
-            size = len(text.encode())
-            if self.num_bytes + size > self.max_bytes:
+            raw = text.encode()
+            room = self.max_bytes - self.num_bytes
+            if len(raw) > room:
+                raw = raw[: int(room)]
+                text = raw.decode(errors="ignore")  # the cut may go through a character
+            if raw:
+                self.num_documents += 1
+                self.num_bytes += len(raw)
+                yield text
+            if len(raw) == room:
                 return
-            self.num_documents += 1
-            self.num_bytes += size
-            yield text

@@ -1,0 +1,193 @@
+import dataclasses
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from meap_lit.data.manifest import VERSION, Manifest
+from meap_lit.data.text import PrepareText
+from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, tokenizer_folder):
+    folder = tmp_path_factory.mktemp("original")
+    lines = [json.dumps({"text": f"document {i}"}) + "\n" for i in range(20)]
+    (folder / "in.jsonl").write_text("".join(lines))
+    PrepareText(
+        input=[str(folder / "in.jsonl")],
+        tokenizer=tokenizer_folder,
+        output=str(folder / "out"),
+        val_share=0.2,
+        chunk_bytes="1KB",
+        num_workers=1,
+    ).run()
+    return folder / "out"
+
+
+@pytest.fixture
+def dataset(original, tmp_path):
+    """A copy that a test may damage."""
+    shutil.copytree(original, tmp_path / "set")
+    return tmp_path / "set"
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_round_trip(dataset, tmp_path):
+    manifest = Manifest.load(str(dataset))
+    (tmp_path / "again").mkdir()
+    manifest.save(tmp_path / "again")
+    assert (tmp_path / "again" / "manifest.json").read_bytes() == (dataset / "manifest.json").read_bytes()
+    assert list(manifest.splits) == ["train", "val"]
+
+
+def test_fingerprint_is_of_the_content(dataset):
+    manifest = Manifest.load(str(dataset))
+    moved = dataclasses.replace(manifest, sources=[], num_skipped=5)
+    assert moved.fingerprint == manifest.fingerprint
+    other_tokens = dataclasses.replace(manifest.splits["train"], fingerprint="0" * 64)
+    for change in ({"splits": {**manifest.splits, "train": other_tokens}}, {"tokenizer_fingerprint": "0" * 64}):
+        assert dataclasses.replace(manifest, **change).fingerprint != manifest.fingerprint
+
+
+def test_missing_empty_and_foreign_folders(dataset, tmp_path):
+    with pytest.raises(
+        UserError, match=r"^dataset folder \S+/none does not exist; make it with: python -m meap_lit pr"
+    ):
+        Manifest.load(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^dataset folder \S+/empty is empty: it was not made, or not finished, by"):
+        Manifest.load(str(tmp_path / "empty"))
+    (dataset / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"^dataset folder \S+/set holds no manifest.json: it was not made, or not fin"):
+        Manifest.load(str(dataset))
+
+
+def test_split_instead_of_dataset(dataset):
+    with pytest.raises(UserError, match=r"set/train is one split of a dataset; name the folder above it, \S+/set$"):
+        Manifest.load(str(dataset / "train"))
+
+
+def test_missing_and_cut_chunks(dataset):
+    chunk = dataset / "train" / "chunk-0-0.bin"
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:-1])
+    with pytest.raises(
+        UserError, match=rf"train/chunk-0-0.bin has {len(content) - 1} bytes instead of {len(content)};"
+    ):
+        Manifest.load(str(dataset))
+    chunk.unlink()
+    with pytest.raises(
+        UserError, match=r"^chunk \S+/train/chunk-0-0.bin is missing; the dataset is incomplete: copy it"
+    ):
+        Manifest.load(str(dataset))
+
+
+def test_index_missing_damaged_or_of_other_data(dataset):
+    index = dataset / "val" / "index.json"
+    content = json.loads(index.read_text())
+    edit(index, chunks=content["chunks"][:-1])
+    with pytest.raises(UserError, match=r"val/index.json lists \d+ tokens, the manifest \d+; prepare the dataset anew"):
+        Manifest.load(str(dataset))
+    index.write_text("{")
+    with pytest.raises(UserError, match=r"val/index.json is damaged"):
+        Manifest.load(str(dataset))
+    index.unlink()
+    with pytest.raises(UserError, match=r"set is incomplete: cannot read val/index.json \(No such file or directory\)"):
+        Manifest.load(str(dataset))
+
+
+def test_damaged_foreign_and_newer_manifests(dataset):
+    file = dataset / "manifest.json"
+    edit(file, version=VERSION + 1, something_new=1)
+    with pytest.raises(
+        UserError, match=rf"has a manifest of version {VERSION + 1}, this meap_lit reads up to {VERSION}"
+    ):
+        Manifest.load(str(dataset))
+    file.write_text('{"name": "a web app"}')
+    with pytest.raises(UserError, match=r"set/manifest.json is not a manifest of meap_lit"):
+        Manifest.load(str(dataset))
+    file.write_text('{"name": ')
+    with pytest.raises(UserError, match=r"set/manifest.json is damaged"):
+        Manifest.load(str(dataset))
+
+
+def test_other_tokenizer(dataset, tokenizer, tmp_path):
+    manifest = Manifest.load(str(dataset))
+    manifest.check_tokenizer(tokenizer, dataset="data/set", tokenizer_folder="tok")
+    tokenizer.save(tmp_path / "other")
+    edit(tmp_path / "other" / "tokenizer.json", normalizer={"type": "Lowercase"})
+    other = Tokenizer.load(str(tmp_path / "other"))
+    expected = (
+        rf"^dataset data/set was prepared with another tokenizer than tok/other "
+        rf"\(fingerprint {tokenizer.fingerprint[:8]} against {other.fingerprint[:8]}\); name that one as data.tokenizer"
+    )
+    with pytest.raises(UserError, match=expected):
+        manifest.check_tokenizer(other, dataset="data/set", tokenizer_folder="tok/other")
+
+
+# -------------------------------------------------------------------------------------------------- remote
+
+
+@pytest.fixture
+def object_store(dataset):
+    """A local server that answers like S3, holding the dataset as s3://bucket/set."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            file = dataset.parent / self.path.split("?")[0].removeprefix("/bucket/")
+            found = file.is_file()
+            body = file.read_bytes() if found else b"<Error><Code>NoSuchKey</Code></Error>"
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", '"1"')
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {
+        "endpoint_url": f"http://127.0.0.1:{server.server_port}",
+        "aws_access_key_id": "key",
+        "aws_secret_access_key": "secret",
+        "region_name": "us-east-1",
+    }
+    server.shutdown()
+    server.server_close()
+
+
+def test_remote_dataset(dataset, object_store):
+    assert Manifest.load("s3://bucket/set", object_store) == Manifest.load(str(dataset))
+    assert Manifest.load("s3://bucket/set/", object_store) == Manifest.load(str(dataset))
+    (dataset / "val" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"cannot read s3://bucket/set/val/index.json: .*404.*"):
+        Manifest.load("s3://bucket/set", object_store)
+    with pytest.raises(
+        UserError, match=r"cannot read s3://bucket/none/manifest.json: .*404.*; is s3://bucket/none a data"
+    ):
+        Manifest.load("s3://bucket/none", object_store)
+
+
+def test_remote_endpoint_that_does_not_answer(object_store):
+    options = object_store | {"endpoint_url": "http://127.0.0.1:9"}
+    with pytest.raises(
+        UserError, match=r"cannot read s3://bucket/set/manifest.json: Could not connect to the endpoint"
+    ):
+        Manifest.load("s3://bucket/set", options)
+
+
+def test_unknown_kind_of_address():
+    with pytest.raises(UserError, match="dataset address ftp://host/set must begin with one of s3, gs, r2, azure, hf"):
+        Manifest.load("ftp://host/set")

@@ -1,0 +1,283 @@
+import copy
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+
+from meap_lit.data.pretraining import PretrainingData
+from meap_lit.errors import UserError
+from meap_lit.masking import Constant, WarmupHold, num_masked
+from meap_lit.model import Decoder, DecoderConfig
+from meap_lit.modules import AdamW, MEAPPretraining
+from meap_lit.recipe import RecipeCLI
+
+TOY = DecoderConfig(num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=32, intermediate_size=64, max_seq_len=64)
+
+
+def run(recipe, *overrides):
+    return RecipeCLI.run(["fit", "--config", str(recipe), *overrides])
+
+
+def weights(cli):
+    return cli.model.decoder.state_dict()
+
+
+def assert_same_weights(one, other):
+    assert weights(one).keys() == weights(other).keys()
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(other)[name]), name
+
+
+class Recorder(L.Callback):
+    """Keeps what the training steps saw and gave."""
+
+    def __init__(self):
+        self.inputs, self.masks, self.losses = [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+
+def fit(prepared, *, mask, max_steps=6, micro_batch_size=4, global_batch_size=8, tmp_path, ckpt_path=None, **kwargs):
+    """Train a toy model by the Python interface; returns the module and the per-micro-batch losses."""
+    from meap_lit.callbacks import Budget
+
+    L.seed_everything(3)
+    data = PretrainingData(
+        prepared.dataset,
+        prepared.tokenizer,
+        seq_len=32,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        num_workers=0,
+    )
+    module = MEAPPretraining(TOY, mask, AdamW(lr=1e-3, final_lr=1e-4), **kwargs)
+    recorder = Recorder()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        default_root_dir=tmp_path,
+        callbacks=[Budget(max_steps=max_steps, val_every_n_steps=100), recorder],
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module, recorder.losses
+
+
+def test_ratio_zero_is_plain_next_token_prediction_bit_for_bit(prepared, tmp_path):
+    module, losses = fit(prepared, mask=Constant(0.0), micro_batch_size=8, tmp_path=tmp_path)
+
+    # the same training written down plainly, on the same batches
+    L.seed_everything(3)
+    data = PretrainingData(prepared.dataset, prepared.tokenizer, seq_len=32, num_workers=0)
+    plain = Decoder(module.config)
+    optimizer = AdamW(lr=1e-3, final_lr=1e-4)
+    adamw = optimizer.build(plain)
+    for step, batch in enumerate(batches(data, prepared, 6)):
+        for group in adamw.param_groups:
+            group["lr"] = optimizer.lr * optimizer.lr_factor(step, 6)
+        loss = summed_loss(plain, batch) / batch["labels"].numel()
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        adamw.step()
+        assert loss.item() == losses[step]
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, module.decoder.state_dict()[name]), name
+
+
+def batches(data, prepared, count):
+    from itertools import islice
+
+    from meap_lit.data.streaming import Shard, TokenBlocks, TrainStream
+
+    stream = TrainStream(
+        [TokenBlocks(f"{prepared.dataset}/train", 32)],
+        [1.0],
+        seed=data.seed,
+        shard=Shard(),
+        micro_batch_size=8,
+        start=0,
+        vocab_size=320,
+    )
+    return islice(stream, count)
+
+
+def summed_loss(decoder, batch):
+    from meap_lit.model import linear_cross_entropy
+
+    return linear_cross_entropy(decoder(batch["input_ids"]), decoder.lm_head.weight, batch["labels"])
+
+
+def test_the_loss_is_the_cross_entropy_of_every_next_token(prepared, tmp_path):
+    module, _ = fit(prepared, mask=Constant(0.15), max_steps=1, tmp_path=tmp_path)
+    tokens = torch.randint(0, 300, (3, 33), generator=torch.Generator().manual_seed(0))
+    loss = module._mean_loss(tokens[:, :-1], tokens[:, 1:])
+    logits = module.decoder.logits(module.decoder(tokens[:, :-1]))
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+def test_inputs_are_masked_and_labels_stay_clean(prepared, tmp_path):
+    module, _ = fit(prepared, mask=Constant(0.15), max_steps=1, tmp_path=tmp_path)
+    batch = {
+        "input_ids": torch.full((4, 32), 7),
+        "labels": torch.full((4, 32), 7),
+        "sample_ids": torch.arange(4),
+    }
+    before = copy.deepcopy(batch)
+    input_ids, input_mask = module.mask_batch(batch)
+    assert (input_mask.sum(dim=1) == num_masked(0.15, 32)).all()
+    assert (input_ids[input_mask] == module.mask_token_id).all()
+    assert (input_ids[~input_mask] == 7).all()
+    assert all(torch.equal(batch[name], before[name]) for name in batch)
+
+
+def test_one_set_of_positions_for_the_batch_and_a_cycle_of_steps(prepared, tmp_path):
+    module, _ = fit(prepared, mask=Constant(0.15), max_steps=1, mask_scope="batch", mask_cycle=1, tmp_path=tmp_path)
+    batch = {"input_ids": torch.full((4, 32), 7), "sample_ids": torch.arange(4)}
+    _, first = module.mask_batch(batch)
+    assert first.any()
+    assert (first == first[0]).all()
+    module.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed += 1
+    assert module.global_step == 2
+    _, second = module.mask_batch(batch)
+    assert torch.equal(first, second)
+
+
+def test_the_schedule_is_followed_by_optimizer_step(prepared, tmp_path):
+    module, losses = fit(prepared, mask=WarmupHold(0.5, warmup_steps=4, hold_off=1), max_steps=3, tmp_path=tmp_path)
+    plain, plain_losses = fit(prepared, mask=Constant(0.0), max_steps=3, tmp_path=tmp_path)
+    assert losses[:4] == plain_losses[:4], "steps 0 and 1, two micro-batches each, are not masked"
+    assert losses[4] != plain_losses[4]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
+def test_the_split_into_micro_batches_changes_nothing(prepared, tmp_path, micro_batch_size):
+    whole, _ = fit(prepared, mask=Constant(0.15), micro_batch_size=8, tmp_path=tmp_path)
+    split, _ = fit(prepared, mask=Constant(0.15), micro_batch_size=micro_batch_size, tmp_path=tmp_path)
+    for name, tensor in whole.decoder.state_dict().items():
+        torch.testing.assert_close(tensor, split.decoder.state_dict()[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_toy_model_overfits_a_few_sequences():
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=64, intermediate_size=128, vocab_size=128, max_seq_len=32
+    )
+    module = MEAPPretraining(config, Constant(0.15), AdamW(), mask_token_id=127)
+    module.configure_model()
+    tokens = torch.randint(0, 127, (4, 33))
+    optimizer = AdamW(lr=1e-2).build(module.decoder)
+    for _ in range(150):
+        loss = module._mean_loss(tokens[:, :-1], tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.02
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(toy_recipe, tmp_path):
+    whole = run(toy_recipe)
+    stopped = run(toy_recipe, "--budget.max_steps", "12")
+    checkpoints = tmp_path / "runs" / "toy" / "version_1" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "last.ckpt",
+        "step=10.ckpt",
+        "step=12.ckpt",
+        "step=5.ckpt",
+    ]
+    assert_same_weights(whole, stopped)
+    for name in ("step=5.ckpt", "step=10.ckpt"):
+        resumed = run(toy_recipe, "--ckpt_path", str(checkpoints / name))
+        assert resumed.trainer.global_step == 12
+        assert_same_weights(whole, resumed)
+
+
+def test_a_resume_may_split_the_batch_otherwise(toy_recipe, tmp_path):
+    whole = run(toy_recipe)
+    checkpoint = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "step=5.ckpt"
+    resumed = run(toy_recipe, "--ckpt_path", str(checkpoint), "--data.init_args.micro_batch_size", "1")
+    assert resumed.trainer.global_step == 12
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(tensor, weights(resumed)[name], atol=1e-5, rtol=1e-4)
+
+
+def test_workers_change_nothing(toy_recipe):
+    assert_same_weights(run(toy_recipe), run(toy_recipe, "--data.init_args.num_workers", "2"))
+
+
+def test_what_a_run_logs(toy_recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cli = run(toy_recipe, "--probe.lengths", "[32]")
+    folder = tmp_path / "runs" / "toy" / "version_0"
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    events.Reload()
+    scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert len(scalars["train/loss"]) == 12
+    assert [event.step for event in events.Scalars("val/loss")] == [4, 9, 11]  # Lightning counts from 0
+    assert scalars["val/perplexity"][-1] == pytest.approx(torch.tensor(scalars["val/loss"][-1]).exp().item(), rel=1e-4)
+    assert scalars["mask/ratio"] == pytest.approx([0.15] * 12)
+    assert scalars["mask/realised_ratio"] == pytest.approx([4 / 32] * 12)
+    assert scalars["throughput/tokens_seen"] == [8 * 32 * step for step in range(1, 13)]
+    assert all(value > 0 for value in scalars["throughput/tokens_per_second"])
+    for tag in ("train/lr", "train/grad_norm", "memory/gigabytes", "throughput/model_teraflops_per_second"):
+        assert len(scalars[tag]) == 12, tag
+    assert "retrieval" in events.Tags()["images"]
+    assert any("recipe" in tag for tag in events.Tags()["tensors"])
+    assert (folder / "retrieval.png").is_file()
+    saved = (folder / "config.yaml").read_text()
+    assert "ratio: 0.15" in saved
+    assert "seed: 1" in saved
+    assert cli.model.config.vocab_size == 320
+
+
+def test_the_saved_recipe_runs_again(toy_recipe, tmp_path):
+    first = run(toy_recipe)
+    again = run(tmp_path / "runs" / "toy" / "version_0" / "config.yaml")
+    assert_same_weights(first, again)
+
+
+def test_a_checkpoint_says_which_model_it_holds(toy_recipe, tmp_path):
+    run(toy_recipe)
+    path = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    decoder = Decoder(DecoderConfig(**checkpoint["decoder"]["config"]))
+    prefix = "decoder."
+    decoder.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if prefix in k})
+    assert checkpoint["decoder"]["mask_token_id"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ wrong input
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--model.init_args.decoder.vocab_size", "256"], r"vocab_size 256 is smaller than the tokenizer's 320 tokens"),
+        (["--data.init_args.seq_len", "65"], r"seq_len 65 is longer than the model's context, decoder.max_seq_len 64"),
+        (["--model.init_args.mask_token_id", "999"], r"mask_token_id 999 is outside the vocabulary of 320"),
+        (["--model.init_args.mask_cycle", "0"], r"mask_cycle must be at least 1, got 0"),
+        (["--data.init_args.micro_batch_size", "3"], r"global_batch_size 8 cannot be divided by .* 3 x 1 devices = 3"),
+    ],
+)
+def test_wrong_values_are_named(toy_recipe, overrides, message):
+    with pytest.raises(UserError, match=message):
+        run(toy_recipe, *overrides)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(toy_recipe, tmp_path):
+    message = r"loss is not finite at optimizer step 8; last good checkpoint: .*step=5.ckpt; resume from it"
+    with pytest.raises(UserError, match=message):
+        run(toy_recipe, "--trainer.callbacks+=tests.modules.breakdown.BreakAtStep7")
+    checkpoints = tmp_path / "runs" / "toy" / "version_0" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", "step=5.ckpt"]

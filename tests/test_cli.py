@@ -1,0 +1,187 @@
+import subprocess
+import sys
+
+import pytest
+
+from meap_lit.cli import main
+
+
+def complain(capsys, *arguments):
+    """Run a command that must fail; its one line on stderr."""
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_help_names_every_command_without_loading_torch():
+    code = "import sys; from meap_lit.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for command in ("fit", "validate", "tokenizer train", "prepare text", "prepare facts"):
+        assert command in result.stdout
+
+
+def test_help_of_a_preparation_describes_its_options(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["prepare", "text", "--help"])
+    assert exit_info.value.code == 0
+    assert "Share of documents held out" in " ".join(capsys.readouterr().out.split())
+
+
+def test_from_text_to_a_trained_and_validated_model(prepared, tmp_path, capsys):
+    tokenizer, dataset, runs = tmp_path / "tokenizer", tmp_path / "dataset", tmp_path / "runs"
+    inputs = [prepared.texts / "1*.txt", prepared.texts / "2.txt"]
+    arguments = ["--input", *map(str, inputs), "--output"]
+    assert main(["tokenizer", "train", *arguments, str(tokenizer), "--vocab_size", "300"]) == 0
+    text = ["prepare", "text", *arguments, str(dataset), "--tokenizer", str(tokenizer)]
+    assert main([*text, "--val_share", "0.2", "--num_workers", "1"]) == 0
+    toy = [
+        *("--model.init_args.decoder.num_layers", "1"),
+        *("--model.init_args.decoder.hidden_size", "32"),
+        *("--model.init_args.decoder.num_heads", "2"),
+        *("--model.init_args.decoder.num_kv_heads", "1"),
+        *("--model.init_args.decoder.intermediate_size", "64"),
+        *("--data.init_args.datasets", str(dataset)),
+        *("--data.init_args.tokenizer", str(tokenizer)),
+        *("--data.init_args.seq_len", "32"),
+        *("--data.init_args.global_batch_size", "4"),
+        *("--data.init_args.micro_batch_size", "4"),
+        *("--data.init_args.num_workers", "0"),
+        *("--budget.max_tokens", "600"),
+        *("--trainer.precision", "32-true"),
+        *("--trainer.accelerator", "cpu"),
+        *("--trainer.logger.init_args.save_dir", str(runs)),
+    ]
+    assert main(["fit", "--config", "recipes/pretrain/own_text.yaml", *toy]) == 0
+    out = capsys.readouterr().out
+    for expected in ("optimizer steps", "clean validation loss", "tokens per second", "tensorboard --logdir"):
+        assert expected in out
+    run = runs / "own_text" / "version_0"
+    validate = ["validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    assert main(validate) == 0
+    assert "val/loss" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- wrong input
+
+
+def test_an_unknown_command_is_named(capsys):
+    line = complain(capsys, "fitt", "--config", "x")
+    assert "no command 'fitt" in line
+    assert "prepare text" in line
+
+
+def test_an_unknown_recipe_key_is_named(capsys, toy_recipe):
+    line = complain(capsys, "fit", "--config", toy_recipe, "--model.init_args.mask_raito", "0.2")
+    assert "mask_raito" in line
+
+
+def test_an_unknown_key_in_the_file_is_named(capsys, toy_recipe):
+    toy_recipe.write_text(toy_recipe.read_text().replace("global_batch_size", "global_batch"))
+    line = complain(capsys, "fit", "--config", toy_recipe)
+    assert "global_batch" in line
+
+
+def test_an_unknown_top_level_key_is_named(capsys, toy_recipe):
+    toy_recipe.write_text(toy_recipe.read_text() + "buget: {max_steps: 3}\n")
+    assert "buget" in complain(capsys, "fit", "--config", toy_recipe)
+
+
+def test_a_misspelt_class_path_is_named(capsys, toy_recipe):
+    toy_recipe.write_text(toy_recipe.read_text().replace("meap_lit.masking.Constant", "meap_lit.masking.Constnat"))
+    assert "meap_lit.masking.Constnat" in complain(capsys, "fit", "--config", toy_recipe)
+
+
+def test_a_missing_recipe_is_named(capsys):
+    assert "recipe nowhere.yaml does not exist" in complain(capsys, "fit", "--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize(("ratio", "hint"), [("15", "write 0.15 for 15%"), ("1.0", "got 1"), ("-0.1", "got -0.1")])
+def test_a_mask_ratio_out_of_range_is_named(capsys, toy_recipe, ratio, hint):
+    line = complain(capsys, "fit", "--config", toy_recipe, f"--model.init_args.mask.init_args.ratio={ratio}")
+    assert "mask ratio must be in [0, 1)" in line
+    assert hint in line
+
+
+def test_a_missing_dataset_is_named(capsys, toy_recipe):
+    line = complain(capsys, "fit", "--config", toy_recipe, "--data.init_args.datasets", "nowhere")
+    assert "dataset folder nowhere does not exist" in line
+    assert "prepare text" in line
+
+
+def test_an_empty_dataset_folder_is_named(capsys, toy_recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    line = complain(capsys, "fit", "--config", toy_recipe, "--data.init_args.datasets", tmp_path / "empty")
+    assert "empty" in line
+
+
+def test_a_half_prepared_dataset_is_named(capsys, toy_recipe, prepared, tmp_path):
+    import shutil
+
+    shutil.copytree(prepared.dataset, tmp_path / "half")
+    (tmp_path / "half" / "manifest.json").unlink()
+    line = complain(capsys, "fit", "--config", toy_recipe, "--data.init_args.datasets", tmp_path / "half")
+    assert "manifest.json" in line
+
+
+def test_another_tokenizer_is_refused(capsys, toy_recipe, prepared, tmp_path):
+    other = tmp_path / "other"
+    assert main(["tokenizer", "train", "--input", str(prepared.texts), "--vocab_size", "310", "--output", str(other)]) == 0
+    line = complain(capsys, "fit", "--config", toy_recipe, "--data.init_args.tokenizer", other)
+    assert "was prepared with another tokenizer" in line
+    assert str(other) in line
+
+
+def test_an_existing_output_is_left_alone(capsys, prepared):
+    line = complain(
+        capsys, "prepare", "text", "--input", prepared.texts, "--tokenizer", prepared.tokenizer,
+        "--output", prepared.dataset,
+    )  # fmt: skip
+    assert "exists already" in line
+
+
+def test_a_malformed_line_is_named_by_file_and_number(capsys, prepared, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "good"}\n{"text": \n')
+    command = ["prepare", "text", "--input", bad, "--tokenizer", prepared.tokenizer, "--output", tmp_path / "out"]
+    line = complain(capsys, *command)
+    assert "bad.jsonl" in line
+    assert "2" in line
+    assert "--on_error skip" in line
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == [bad], "nothing half-made is left"
+
+
+def test_a_token_outside_the_vocabulary_is_named_even_by_a_worker_process(capsys, toy_recipe, prepared, tmp_path):
+    import json
+    import shutil
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(prepared.dataset, damaged)
+    index = json.loads((damaged / "train" / "index.json").read_text())
+    for chunk in index["chunks"]:
+        path = damaged / "train" / chunk["filename"]
+        content = bytearray(path.read_bytes())
+        content[-2000:] = b"\xff" * 2000  # token id 65,535
+        path.write_bytes(content)
+    line = complain(
+        capsys, "fit", "--config", toy_recipe, "--data.init_args.datasets", damaged, "--data.init_args.num_workers", 1,
+        "--budget.max_steps", 300,
+    )  # fmt: skip
+    assert "holds token id 65535, outside the model's vocabulary of 320" in line
+
+
+def test_batch_sizes_that_do_not_divide_are_named(capsys, toy_recipe):
+    line = complain(capsys, "fit", "--config", toy_recipe, "--data.init_args.micro_batch_size", "3")
+    assert "global_batch_size 8 cannot be divided by data.micro_batch_size 3 x 1 devices = 3" in line
+
+
+def test_a_missing_checkpoint_is_named(capsys, toy_recipe):
+    line = complain(capsys, "fit", "--config", toy_recipe, "--ckpt_path", "nowhere.ckpt")
+    assert "nowhere.ckpt" in line
+
+
+def test_a_run_needs_a_budget(capsys, toy_recipe):
+    toy_recipe.write_text(toy_recipe.read_text().replace("max_steps: 12, ", ""))
+    assert "budget.max_tokens" in complain(capsys, "fit", "--config", toy_recipe)

@@ -1,0 +1,136 @@
+"""Every recipe of the project is parsed, and runs at toy size."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from meap_lit.errors import UserError
+from meap_lit.recipe import RecipeCLI, lineage
+
+RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml"))
+RUNNABLE = [path for path in RECIPES if path.name != "base.yaml"]
+
+TOY = [
+    *("--model.init_args.decoder.num_layers", "1"),
+    *("--model.init_args.decoder.hidden_size", "32"),
+    *("--model.init_args.decoder.num_heads", "2"),
+    *("--model.init_args.decoder.num_kv_heads", "1"),
+    *("--model.init_args.decoder.intermediate_size", "64"),
+    *("--data.init_args.seq_len", "32"),
+    *("--data.init_args.global_batch_size", "4"),
+    *("--data.init_args.micro_batch_size", "2"),
+    *("--data.init_args.num_workers", "0"),
+    *("--data.init_args.preparation", "null"),
+    *("--budget.max_tokens", "null"),
+    *("--budget.max_steps", "2"),
+    *("--probe.lengths", "[32]"),
+    *("--trainer.precision", "32-true"),
+    *("--trainer.accelerator", "cpu"),
+]
+
+
+def test_there_are_recipes():
+    assert len(RUNNABLE) >= 12
+    assert Path("recipes/quickstart.yaml") in RUNNABLE
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_a_recipe_opens_with_what_it_is_for(recipe):
+    head = recipe.read_text().split("\n\n")[0]
+    comment = [line for line in head.splitlines() if line.startswith("#")]
+    assert len(comment) >= 2
+    if recipe in RUNNABLE:
+        assert f"python -m meap_lit fit --config {recipe}" in "\n".join(comment)
+        assert "Hardware" in "\n".join(comment)
+
+
+@pytest.mark.parametrize("recipe", RUNNABLE, ids=str)
+def test_a_recipe_runs_at_toy_size(recipe, prepared, tmp_path):
+    data = [
+        *("--data.init_args.datasets", prepared.dataset),
+        *("--data.init_args.tokenizer", prepared.tokenizer),
+        *("--trainer.logger.init_args.save_dir", str(tmp_path)),
+    ]
+    cli = RecipeCLI.run(["fit", "--config", str(recipe), *TOY, *data])
+    assert cli.trainer.global_step == 2
+    assert "val/loss" in cli.trainer.callback_metrics
+    assert cli.model.decoder.config.num_layers == 1
+
+
+def resolve(*arguments):
+    """The values of a recipe after its bases, interpolation and overrides, without running it."""
+    parsed = {}
+
+    class Parsed(RecipeCLI):
+        def before_instantiate_classes(self):
+            parsed.update(yaml.safe_load(self._parser("fit").dump(self.config["fit"])))
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        Parsed.run(["fit", *arguments])
+    return parsed
+
+
+PAPER_LADDER = {
+    "0.1b": (12, 12, 768, 2048),
+    "0.3b": (24, 16, 1024, 2736),
+    "0.5b": (24, 16, 1024, 4864),
+    "1.1b": (24, 32, 2048, 5632),
+}
+
+
+@pytest.mark.parametrize("size", PAPER_LADDER)
+@pytest.mark.parametrize(("objective", "ratio"), [("meap", 0.15), ("ntp", 0.0)])
+def test_the_ladder_is_the_papers(size, objective, ratio):
+    recipe = resolve("--config", f"recipes/pretrain/{objective}_{size}.yaml")
+    model = recipe["model"]["init_args"]
+    decoder = model["decoder"]
+    names = ("num_layers", "num_heads", "hidden_size", "intermediate_size")
+    assert tuple(decoder[name] for name in names) == PAPER_LADDER[size]
+    assert (decoder["num_kv_heads"], decoder["max_seq_len"], decoder["norm_eps"]) == (2, 4096, 1e-5)
+    assert decoder["rope_theta"] == 10_000
+    assert not decoder["tie_embeddings"]
+    assert model["mask"]["init_args"]["ratio"] == ratio
+    optimizer = {"lr": 4e-4, "final_lr": 4e-5, "warmup_share": 0.1, "betas": [0.9, 0.95], "weight_decay": 0.05}
+    assert optimizer.items() <= model["optimizer"].items()
+    assert recipe["data"]["init_args"]["global_batch_size"] * 4096 == 2**20
+    assert recipe["budget"]["max_tokens"] == 200_000_000_000
+    assert recipe["trainer"]["gradient_clip_val"] == 1.0
+
+
+def test_interpolation_follows_an_override():
+    recipe = ("--config", "recipes/pretrain/mask_ratio.yaml")
+    assert resolve(*recipe)["trainer"]["logger"]["init_args"]["name"] == "mask_ratio_0.15"
+    changed = resolve(*recipe, "--model.init_args.mask.init_args.ratio", "0.05", "--seed_everything", "7")
+    assert changed["trainer"]["logger"]["init_args"]["name"] == "mask_ratio_0.05"
+    assert changed["model"]["init_args"]["seed"] == changed["data"]["init_args"]["seed"] == 7
+
+
+def test_a_second_recipe_overrides_the_first(tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("trainer: {devices: 4}\nmodel: {init_args: {mask: {init_args: {ratio: 0.1}}}}\n")
+    recipe = resolve("--config", "recipes/pretrain/meap_0.1b.yaml", "--config", str(overlay))
+    assert recipe["trainer"]["devices"] == 4
+    assert recipe["model"]["init_args"]["mask"]["init_args"]["ratio"] == 0.1
+    assert recipe["model"]["init_args"]["decoder"]["hidden_size"] == 768
+
+
+def test_bases_come_before_what_builds_on_them():
+    names = [path.name for path in lineage(Path("recipes/pretrain/ntp_0.3b.yaml"))]
+    assert names == ["base.yaml", "meap_0.3b.yaml", "ntp_0.3b.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("base: b.yaml", r"b.yaml does not exist \(named as base by .*a.yaml\)"),
+        ("base: a.yaml", r"a.yaml is based on itself"),
+        ("", r"a.yaml is empty or not a mapping"),
+        ("model: [", r"a.yaml is not YAML"),
+    ],
+)
+def test_a_broken_recipe_is_named(tmp_path, content, message):
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        lineage(tmp_path / "a.yaml")
