@@ -1,15 +1,14 @@
 """A small English-like world of facts, to pretrain on without downloading anything.
 
-A document is about a few people. Each has a favourite place, drawn anew for every document, so that only the
-document itself can tell whose place is whose:
+A document is about a few people. Each lives in some place, drawn anew for every document, so that only the document
+itself can tell who lives where:
 
-    This is what people say. Anna loves Oslo. Hugo loves Lima. The old river shone near the mill. Hugo loves Lima.
-    Which place does Anna love? Anna loves Oslo. ...
+    This is what people say. Anna lives in Oslo. Hugo lives in Lima. The old river shone near the mill. Hugo lives in
+    Lima. Where does Anna live? Anna lives in Oslo. ...
 
-What is stated once is restated and asked for again and again, between filler that tells nothing. Guessing among the
-places of the document is learned early; naming the right one takes attention to what was said of the person. The
-sentences are short and one word stands between person and place, because two layers of attention find such a link
-within minutes on a CPU; with "Anna lives in Oslo" they did not.
+What is stated once is restated and asked for again and again, between filler that tells nothing. To guess among the
+places of the document is learned early; to name the right one takes attention to what was said of that person. The
+world is kept small, in words and in sentences, because a small decoder finds that step sooner in a small world.
 """
 
 import json
@@ -20,21 +19,21 @@ from pathlib import Path
 from meap_lit.data.preparation import Preparation
 from meap_lit.errors import UserError
 
-NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Maria", "Peter")
-PLACES = ("Athens", "Berlin", "Cairo", "Delhi", "Dublin", "Lima", "London", "Madrid", "Oslo", "Paris", "Rome", "Tokyo")
+NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Hugo", "Maria", "Peter")
+PLACES = ("Athens", "Berlin", "Cairo", "Lima", "London", "Oslo", "Paris", "Tokyo")
 
 OPENING = "This is what people say."
-"""First sentence of every document; it gives all that follow the space in front that makes a word one token."""
+"""First sentence of every document; what follows has a space in front, so each word is always the same token."""
 
-_ADJECTIVES = ("old", "small", "quiet", "green", "narrow", "cold")
-_NOUNS = ("river", "garden", "market", "bridge", "tower", "mill", "train", "harbour")
-_VERBS = ("stood", "waited", "slept", "shone")
+_ADJECTIVES = ("old", "small", "quiet", "green", "heavy", "bright", "narrow", "cold")
+_NOUNS = ("river", "garden", "market", "bridge", "tower", "bakery", "train", "harbour", "library", "meadow")
+_VERBS = ("stood", "waited", "opened", "closed", "slept", "shone")
 _PREPOSITIONS = ("near", "behind", "beside", "above")
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A person and the place that the person loves."""
+    """Who lives where."""
 
     name: str
     place: str
@@ -42,7 +41,7 @@ class Fact:
     @property
     def prompt(self) -> str:
         """The statement up to the place, which it lacks with the space before it."""
-        return f"{self.name} loves"
+        return f"{self.name} lives in"
 
     @property
     def statement(self) -> str:
@@ -50,7 +49,7 @@ class Fact:
 
     @property
     def question(self) -> str:
-        return f"Which place does {self.name} love?"
+        return f"Where does {self.name} live?"
 
 
 def draw_facts(rng: random.Random, count: int) -> list[Fact]:
@@ -69,26 +68,26 @@ def document(
 ) -> str:
     """Text of one document.
 
-    Every fact is stated once, then all of them again in a new order, and so on: `num_mentions` rounds. From the
-    second round on, a share of the statements answers a question.
+    Every fact is stated once. Then come restatements, some of them after a question, each of a fact drawn at random
+    from all. (Were they taken in turn, the place not heard of for longest would be the likely answer: a shortcut
+    that a decoder finds before it looks at the name.)
 
     Args:
         rng: Source of all choices; advanced.
         num_facts: People that the document is about.
-        num_mentions: Times that each fact is stated.
+        num_mentions: Statements for each fact, on average.
         question_share: Chance that a restatement follows a question.
         filler_share: Chance that a sentence of filler stands before a statement.
     """
     facts = draw_facts(rng, num_facts)
+    num_restatements = num_facts * (num_mentions - 1)
     sentences = [OPENING]
-    for mention in range(num_mentions):
-        rng.shuffle(facts)
-        for fact in facts:
-            if rng.random() < filler_share:
-                sentences.append(filler_sentence(rng))
-            if mention > 0 and rng.random() < question_share:
-                sentences.append(fact.question)
-            sentences.append(fact.statement)
+    for number, fact in enumerate([*facts, *rng.choices(facts, k=num_restatements)]):
+        if rng.random() < filler_share:
+            sentences.append(filler_sentence(rng))
+        if number >= num_facts and rng.random() < question_share:
+            sentences.append(fact.question)
+        sentences.append(fact.statement)
     return " ".join(sentences)
 
 
@@ -102,7 +101,7 @@ class FactCorpus(Preparation):
         seed: The same seed and numbers give the same files, byte for byte.
         min_facts: Fewest people in a document.
         max_facts: Most people in a document.
-        num_mentions: Times that each fact is stated in its document.
+        num_mentions: Statements for each fact of a document, on average.
         question_share: Share of the restatements that follow a question.
         filler_share: Sentences of filler for each statement, in [0, 1].
         num_files: Files that the documents are spread over.

@@ -6,18 +6,18 @@ log-likelihood, so guessing among what was seen gives 1 / num_options and only t
 places are drawn anew for every item. Any tokenizer and any decoder will do; nothing is generated.
 """
 
-import os.path
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from meap_lit.data.synthetic import NAMES, OPENING, Fact, draw_facts, filler_sentence
+from meap_lit.data.synthetic import NAMES, OPENING, draw_facts, filler_sentence
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 
@@ -136,9 +136,8 @@ def _build_item(
 
 def _insert(needle: str, surroundings: list[str], depth: float) -> list[str]:
     """The sentences with `needle` where a share `depth` of their characters stands before it, as near as it gets."""
-    sizes = [len(sentence) for sentence in surroundings]
-    gaps = [abs(sum(sizes[:index]) - depth * sum(sizes)) for index in range(len(sizes) + 1)]
-    index = gaps.index(min(gaps))
+    starts = list(accumulate((len(sentence) for sentence in surroundings), initial=0))  # and the end of the last
+    index = min(range(len(starts)), key=lambda index: abs(starts[index] - depth * starts[-1]))
     return [*surroundings[:index], needle, *surroundings[index:]]
 
 
@@ -151,7 +150,8 @@ def _encode_options(text: str, options: list[str], tokenizer: Tokenizer) -> tupl
     # prepared documents have no BOS, and begin after the EOS of the document before
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     wholes = [[start, *tokenizer.encode(f"{text} {option}")] for option in options]
-    context_ids: list[int] = os.path.commonprefix([[start, *tokenizer.encode(text)], *wholes])
+    columns = zip([start, *tokenizer.encode(text)], *wholes, strict=False)
+    context_ids = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
     return context_ids, [whole[len(context_ids) :] for whole in wholes]
 
 
@@ -173,40 +173,38 @@ def score_items(
     Returns:
         Accuracy in [0, 1], [num_lengths, num_depths].
     """
-    scores = _option_scores(decoder, items, batch_size)
+    scores = option_scores(decoder, items, batch_size)
     correct = [row.index(max(row)) == item.answer for row, item in zip(scores, items, strict=True)]
     return np.array(correct, dtype=float).reshape(len(grid.lengths), len(grid.depths), grid.num_items).mean(axis=2)
 
 
-def _option_scores(decoder: nn.Module, items: Sequence[RetrievalItem], batch_size: int) -> list[list[float]]:
-    """Summed log-likelihood of each option of each item."""
-    scores = [[0.0] * len(item.options) for item in items]
+@torch.no_grad()
+def option_scores(decoder: nn.Module, items: Sequence[RetrievalItem], batch_size: int) -> list[list[float]]:
+    """Summed log-likelihood of each option of each item; arguments as in `score_items`."""
     # An option's last token is predicted but never read, so options of one token share a single row.
-    rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # input -> the (item, option) pairs read off it
     for item_index, item in enumerate(items):
         for option_index, option in enumerate(item.options):
             rows.setdefault((*item.context_ids, *option[:-1]), []).append((item_index, option_index))
 
+    scores = [[0.0] * len(item.options) for item in items]
     device = next(decoder.parameters()).device
     ordered = sorted(rows, key=len)  # rows of like length together, so that little of a batch is padding
     for first in range(0, len(ordered), batch_size):
         batch = ordered[first : first + batch_size]
-        read = [  # (row in the batch, position, token that the position should predict, item, option)
-            (row_index, len(items[item].context_ids) - 1 + offset, token, item, option)
-            for row_index, row in enumerate(batch)
-            for item, option in rows[row]
-            for offset, token in enumerate(items[item].options[option])
+        read = [  # of every option token: row of the batch, position that predicts it, its id, item, option
+            (row, len(items[i].context_ids) - 1 + offset, token, i, j)
+            for row, tokens in enumerate(batch)
+            for i, j in rows[tokens]
+            for offset, token in enumerate(items[i].options[j])
         ]
-        row_ids, positions, tokens = (
-            torch.tensor(column, device=device) for column in list(zip(*read, strict=True))[:3]
-        )  # [N] each
         # attention is causal, so padding on the right changes nothing before it
-        input_ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)  # [B, T]
-        hidden = decoder(input_ids)[row_ids, positions]  # [N, D]
-        log_probs = decoder.logits(hidden).float().log_softmax(dim=-1)  # [N, V]
-        picked = log_probs.gather(1, tokens[:, None])[:, 0].tolist()  # [N]
-        for (*_, item, option), log_prob in zip(read, picked, strict=True):
-            scores[item][option] += log_prob
+        input_ids = pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True)  # [B, T]
+        row_ids, positions, targets = torch.tensor([entry[:3] for entry in read], device=device).unbind(1)  # [N]
+        hidden = decoder(input_ids.to(device))[row_ids, positions]  # [N, D]
+        log_probs = decoder.logits(hidden).float().log_softmax(dim=-1)  # type: ignore[operator]  # [N, V]
+        for (*_, i, j), log_prob in zip(read, log_probs.gather(1, targets[:, None])[:, 0].tolist(), strict=True):
+            scores[i][j] += log_prob
     return scores
 
 

@@ -1,0 +1,133 @@
+import json
+import random
+import re
+
+import pytest
+
+from meap_lit.data.synthetic import NAMES, OPENING, PLACES, FactCorpus, document, draw_facts, filler_sentence
+from meap_lit.errors import UserError
+
+STATEMENT = re.compile(r"(\w+) lives in (\w+)\.")
+QUESTION = re.compile(r"Where does (\w+) live\?")
+
+
+def make_document(seed: int, **changes) -> str:
+    arguments = {"num_facts": 4, "num_mentions": 5, "question_share": 0.5, "filler_share": 0.5} | changes
+    return document(random.Random(seed), **arguments)
+
+
+def read_documents(folder) -> list[str]:
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return [json.loads(line)["text"] for line in lines]
+
+
+def test_facts_repeat_no_person_and_no_place():
+    facts = draw_facts(random.Random(0), len(NAMES))
+    assert {fact.name for fact in facts} == set(NAMES)
+    assert {fact.place for fact in facts} <= set(PLACES)
+    assert len({fact.place for fact in facts}) == len(NAMES)
+
+
+def test_statement_begins_with_the_prompt_and_ends_with_the_place():
+    (fact,) = draw_facts(random.Random(1), 1)
+    assert fact.statement == f"{fact.prompt} {fact.place}."
+    assert fact.name in fact.question
+    assert fact.place not in fact.question
+
+
+def test_every_question_asks_for_a_fact_stated_before_and_is_answered_with_it():
+    num_questions = 0
+    for seed in range(20):
+        text = make_document(seed)
+        assert text.startswith(OPENING)
+        for question in QUESTION.finditer(text):
+            stated = dict(STATEMENT.findall(text[: question.start()]))
+            name, place = STATEMENT.match(text, question.end() + 1).groups()
+            assert name == question[1]
+            assert stated[name] == place
+            num_questions += 1
+    assert num_questions > 100
+
+
+def test_every_fact_is_stated_first_and_never_contradicted():
+    statements = STATEMENT.findall(make_document(0, num_facts=3, num_mentions=7))
+    assert len(statements) == 21
+    assert len(set(statements)) == len(set(statements[:3])) == 3
+    assert len({name for name, _ in statements}) == len({place for _, place in statements}) == 3
+
+
+def test_the_order_of_restatements_tells_nothing():
+    """The fact longest unmentioned is no likelier than the others."""
+    hits = total = 0
+    for seed in range(300):
+        statements = STATEMENT.findall(make_document(seed, num_facts=4, num_mentions=6))
+        for index in range(4, len(statements)):
+            last_mention = {fact: number for number, fact in enumerate(statements[:index])}
+            hits += statements[index] == min(last_mention, key=last_mention.__getitem__)
+            total += 1
+    assert total == 6000
+    assert hits / total == pytest.approx(0.25, abs=0.02)
+
+
+def test_shares_of_zero_and_one():
+    bare = make_document(0, question_share=0.0, filler_share=0.0)
+    assert STATEMENT.sub("", bare).split() == OPENING.split()
+    full = make_document(0, question_share=1.0, filler_share=1.0)
+    assert len(QUESTION.findall(full)) == 4 * 4  # all but the first round
+    assert full.count("The ") == 4 * 5  # one to a statement
+
+
+def test_filler_names_no_person_and_no_place():
+    rng = random.Random(0)
+    words = {word for _ in range(300) for word in re.findall(r"\w+", filler_sentence(rng))}
+    assert len(words) > 15
+    assert not words & {*NAMES, *PLACES}
+
+
+def test_places_are_drawn_anew_for_every_document(tmp_path):
+    FactCorpus(output=str(tmp_path / "corpus"), num_documents=60).run()
+    statements = [pair for text in read_documents(tmp_path / "corpus") for pair in STATEMENT.findall(text)]
+    homes = {place for name, place in statements if name == "Anna"}
+    assert len(homes) > 5
+
+
+def test_corpus_is_the_same_byte_for_byte_and_differs_by_seed(tmp_path):
+    files = {}
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        FactCorpus(output=str(tmp_path / name), num_documents=10, num_files=3, seed=seed).run()
+        files[name] = [path.read_bytes() for path in sorted((tmp_path / name).glob("*.jsonl"))]
+    assert len(files["one"]) == 3
+    assert files["one"] == files["again"]
+    assert files["one"] != files["other"]
+
+
+def test_corpus_of_a_seed_never_changes():
+    """A reference that another Python version or machine must reproduce."""
+    corpus = FactCorpus(output="unused", min_facts=2, max_facts=2, num_mentions=2, question_share=1.0, filler_share=0.5)
+    assert corpus._document(0) == (
+        "This is what people say. Peter lives in Paris. Hugo lives in Tokyo. "
+        "Where does Hugo live? Hugo lives in Tokyo. Where does Peter live? Peter lives in Paris."
+    )
+
+
+def test_number_of_files_does_not_change_the_documents(tmp_path):
+    for num_files in (1, 4):
+        FactCorpus(output=str(tmp_path / str(num_files)), num_documents=10, num_files=num_files).run()
+    one, four = (read_documents(tmp_path / name) for name in ("1", "4"))
+    assert len(one) == 10
+    assert sorted(one) == sorted(four)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_documents": 0}, "num_documents must be at least 1, got 0"),
+        ({"filler_share": 15}, "filler_share must be in [0, 1], got 15"),
+        ({"min_facts": 5}, "got min_facts 5 and max_facts 4"),
+        ({"max_facts": 99}, f"max_facts <= {len(NAMES)}"),
+    ],
+)
+def test_wrong_arguments_are_named_and_nothing_is_made(tmp_path, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        FactCorpus(output=str(tmp_path / "corpus"), **changes).run()
+    assert not list(tmp_path.iterdir())
