@@ -11,7 +11,7 @@ from meap_lit.evaluation.retrieval import RetrievalGrid, build_items, plot_grid,
 class RetrievalProbe(L.Callback):
     """Asks for a fact stated somewhere in the context; logs accuracy and its picture over length and depth.
 
-    The facts are made up (`meap_lit/data/synthetic.py`) and the answer is chosen among the places that the context
+    The facts are made up (`meap_lit/data/synthetic.py`) and the answer is chosen among the people that the context
     names, so guessing gives `1 / num_options`. It needs no data of the user's and works with any tokenizer.
 
     Args:
@@ -19,7 +19,7 @@ class RetrievalProbe(L.Callback):
             left out. None asks nothing.
         depths: Where the fact stands, from 0 (first) to 1 (last).
         num_items: Questions for each length and depth.
-        num_options: Places to choose from.
+        num_options: People to choose from.
         batch_size: Sequences scored at once.
         seed: Seed of the questions; the same at every validation.
     """

@@ -1,14 +1,15 @@
 """A small English-like world of facts, to pretrain on without downloading anything.
 
-A document is about a few people. Each lives in some place, drawn anew for every document, so that only the document
-itself can tell who lives where:
+A document is about a few places. In each some person sings, drawn anew for every document, so that only the document
+itself can tell who sings where:
 
-    This is what people say. Anna lives in Oslo. Hugo lives in Lima. The old river shone near the mill. Hugo lives in
-    Lima. Where does Anna live? Anna lives in Oslo. ...
+    This is what people say. In Oslo Anna sings. In Lima Hugo sings. The old river shone near the mill. In Lima Hugo
+    sings. Who sings in Oslo? In Oslo Anna sings. ...
 
 What is stated once is restated and asked for again and again, between filler that tells nothing. To guess among the
-places of the document is learned early; to name the right one takes attention to what was said of that person. The
-world is kept small, in words and in sentences, because a small decoder finds that step sooner in a small world.
+people of the document is learned early; to name the right one takes attention to what was said of that place. The
+world is small in words and in sentences, and the answer follows its place at once, so that two layers of attention
+learn this within minutes on a CPU. (With words between, "Anna lives in Oslo", they had not after as many steps.)
 """
 
 import json
@@ -33,28 +34,28 @@ _PREPOSITIONS = ("near", "behind", "beside", "above")
 
 @dataclass(frozen=True)
 class Fact:
-    """Who lives where."""
+    """Who sings where."""
 
-    name: str
     place: str
+    name: str
 
     @property
     def prompt(self) -> str:
-        """The statement up to the place, which it lacks with the space before it."""
-        return f"{self.name} lives in"
+        """The statement up to the name, which it lacks with the space before it."""
+        return f"In {self.place}"
 
     @property
     def statement(self) -> str:
-        return f"{self.prompt} {self.place}."
+        return f"{self.prompt} {self.name} sings."
 
     @property
     def question(self) -> str:
-        return f"Where does {self.name} live?"
+        return f"Who sings in {self.place}?"
 
 
 def draw_facts(rng: random.Random, count: int) -> list[Fact]:
-    """`count` facts, no person and no place twice."""
-    return [Fact(*pair) for pair in zip(rng.sample(NAMES, count), rng.sample(PLACES, count), strict=True)]
+    """`count` facts, no place and no person twice."""
+    return [Fact(*pair) for pair in zip(rng.sample(PLACES, count), rng.sample(NAMES, count), strict=True)]
 
 
 def filler_sentence(rng: random.Random) -> str:
@@ -74,7 +75,7 @@ def document(
 
     Args:
         rng: Source of all choices; advanced.
-        num_facts: People that the document is about.
+        num_facts: Places that the document is about.
         num_mentions: Statements for each fact, on average.
         question_share: Chance that a restatement follows a question.
         filler_share: Chance that a sentence of filler stands before a statement.
@@ -99,8 +100,8 @@ class FactCorpus(Preparation):
         output: Folder to make.
         num_documents: Number of documents.
         seed: The same seed and numbers give the same files, byte for byte.
-        min_facts: Fewest people in a document.
-        max_facts: Most people in a document.
+        min_facts: Fewest facts in a document.
+        max_facts: Most facts in a document.
         num_mentions: Statements for each fact of a document, on average.
         question_share: Share of the restatements that follow a question.
         filler_share: Sentences of filler for each statement, in [0, 1].
@@ -110,8 +111,8 @@ class FactCorpus(Preparation):
     num_documents: int = 8000
     seed: int = 0
     min_facts: int = 2
-    max_facts: int = 4
-    num_mentions: int = 10
+    max_facts: int = 6
+    num_mentions: int = 5
     question_share: float = 0.15
     filler_share: float = 0.1
     num_files: int = 4

@@ -1,9 +1,9 @@
 """Retrieval of a fact from the context, over context length and depth.
 
-An item is a context of about L tokens: a needle ("Anna lives in Oslo.") at relative depth d among filler and facts
-about other people, then the question. The options are the places that the context names, scored by
-log-likelihood, so guessing among what was seen gives 1 / num_options and only the needle tells more. People and
-places are drawn anew for every item. Any tokenizer and any decoder will do; nothing is generated.
+An item is a context of about L tokens: a needle ("In Oslo Anna sings.") at relative depth d among filler and facts
+about other places, then the question. The options are the people that the context names, scored by
+log-likelihood, so guessing among what was seen gives 1 / num_options and only the needle tells more. Places and
+people are drawn anew for every item. Any tokenizer and any decoder will do; nothing is generated.
 """
 
 import random
@@ -33,7 +33,7 @@ class RetrievalGrid:
         lengths: Lengths L in tokens, from the first token to the last of the longest option.
         depths: Depths d of the needle, from 0 (first in the context) to 1 (last).
         num_items: Items for each length and depth.
-        num_options: Places in the context, the right one included.
+        num_options: People in the context, the right one included.
         seed: Seed of all items.
     """
 
@@ -56,7 +56,7 @@ class RetrievalGrid:
 
     @property
     def chance(self) -> float:
-        """Accuracy, in [0, 1], of guessing among the places that the context names."""
+        """Accuracy, in [0, 1], of guessing among the people that the context names."""
         return 1 / self.num_options
 
 
@@ -122,7 +122,7 @@ def _build_item(
 
     while True:  # the room above is an estimate and filled to the brim: take filler out until the item fits
         text = " ".join([OPENING, *_insert(needle.statement, surroundings, depth), question])
-        context_ids, options = _encode_options(text, [fact.place for fact in facts], tokenizer)
+        context_ids, options = _encode_options(text, [fact.name for fact in facts], tokenizer)
         size = len(context_ids) + max(map(len, options))
         if size <= length:
             return RetrievalItem(length, depth, text, needle.statement, context_ids, options, answer)

@@ -7,8 +7,8 @@ import pytest
 from meap_lit.data.synthetic import NAMES, OPENING, PLACES, FactCorpus, document, draw_facts, filler_sentence
 from meap_lit.errors import UserError
 
-STATEMENT = re.compile(r"(\w+) lives in (\w+)\.")
-QUESTION = re.compile(r"Where does (\w+) live\?")
+STATEMENT = re.compile(r"In (\w+) (\w+) sings\.")
+QUESTION = re.compile(r"Who sings in (\w+)\?")
 
 
 def make_document(seed: int, **changes) -> str:
@@ -28,11 +28,11 @@ def test_facts_repeat_no_person_and_no_place():
     assert len({fact.place for fact in facts}) == len(NAMES)
 
 
-def test_statement_begins_with_the_prompt_and_ends_with_the_place():
+def test_the_name_follows_the_prompt_and_the_question_does_not_give_it_away():
     (fact,) = draw_facts(random.Random(1), 1)
-    assert fact.statement == f"{fact.prompt} {fact.place}."
-    assert fact.name in fact.question
-    assert fact.place not in fact.question
+    assert fact.statement.startswith(f"{fact.prompt} {fact.name} ")
+    assert fact.place in fact.question
+    assert fact.name not in fact.question
 
 
 def test_every_question_asks_for_a_fact_stated_before_and_is_answered_with_it():
@@ -42,9 +42,9 @@ def test_every_question_asks_for_a_fact_stated_before_and_is_answered_with_it():
         assert text.startswith(OPENING)
         for question in QUESTION.finditer(text):
             stated = dict(STATEMENT.findall(text[: question.start()]))
-            name, place = STATEMENT.match(text, question.end() + 1).groups()
-            assert name == question[1]
-            assert stated[name] == place
+            place, name = STATEMENT.match(text, question.end() + 1).groups()
+            assert place == question[1]
+            assert stated[place] == name
             num_questions += 1
     assert num_questions > 100
 
@@ -53,7 +53,7 @@ def test_every_fact_is_stated_first_and_never_contradicted():
     statements = STATEMENT.findall(make_document(0, num_facts=3, num_mentions=7))
     assert len(statements) == 21
     assert len(set(statements)) == len(set(statements[:3])) == 3
-    assert len({name for name, _ in statements}) == len({place for _, place in statements}) == 3
+    assert len({place for place, _ in statements}) == len({name for _, name in statements}) == 3
 
 
 def test_the_order_of_restatements_tells_nothing():
@@ -84,11 +84,11 @@ def test_filler_names_no_person_and_no_place():
     assert not words & {*NAMES, *PLACES}
 
 
-def test_places_are_drawn_anew_for_every_document(tmp_path):
+def test_people_are_drawn_anew_for_every_document(tmp_path):
     FactCorpus(output=str(tmp_path / "corpus"), num_documents=60).run()
     statements = [pair for text in read_documents(tmp_path / "corpus") for pair in STATEMENT.findall(text)]
-    homes = {place for name, place in statements if name == "Anna"}
-    assert len(homes) > 5
+    singers = {name for place, name in statements if place == "Oslo"}
+    assert len(singers) > 5
 
 
 def test_corpus_is_the_same_byte_for_byte_and_differs_by_seed(tmp_path):
@@ -105,8 +105,8 @@ def test_corpus_of_a_seed_never_changes():
     """A reference that another Python version or machine must reproduce."""
     corpus = FactCorpus(output="unused", min_facts=2, max_facts=2, num_mentions=2, question_share=1.0, filler_share=0.5)
     assert corpus._document(0) == (
-        "This is what people say. Peter lives in Paris. Hugo lives in Tokyo. "
-        "Where does Hugo live? Hugo lives in Tokyo. Where does Peter live? Peter lives in Paris."
+        "This is what people say. In Tokyo Maria sings. In Oslo Peter sings. "
+        "Who sings in Oslo? In Oslo Peter sings. Who sings in Tokyo? In Tokyo Maria sings."
     )
 
 
@@ -123,7 +123,7 @@ def test_number_of_files_does_not_change_the_documents(tmp_path):
     [
         ({"num_documents": 0}, "num_documents must be at least 1, got 0"),
         ({"filler_share": 15}, "filler_share must be in [0, 1], got 15"),
-        ({"min_facts": 5}, "got min_facts 5 and max_facts 4"),
+        ({"min_facts": 7}, "got min_facts 7 and max_facts 6"),
         ({"max_facts": 99}, f"max_facts <= {len(NAMES)}"),
     ],
 )

@@ -40,7 +40,7 @@ def items(tokenizer):
 
 
 class Reader(nn.Module):
-    """Looks the answer up: finds who is asked for and what place was stated for that person, then spells it."""
+    """Looks the answer up: finds which place is asked for and who was said to sing there, then spells the name."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -52,11 +52,11 @@ class Reader(nn.Module):
         hidden = torch.zeros(*input_ids.shape, self.tokenizer.vocab_size)
         for row, ids in enumerate(input_ids.tolist()):
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            question = text.rindex("Where does")
-            asked = re.match(r"Where does (\w+) live\?", text[question:])[1]
-            place = re.search(rf"{asked} lives in (\w+)\.", text[:question])[1]
-            start = len(self.tokenizer.encode(text[: text.rindex(f"{asked} lives in") + len(f"{asked} lives in")]))
-            for offset, token in enumerate(self.tokenizer.encode(" " + place)):
+            question = text.rindex("Who sings")
+            asked = re.match(r"Who sings in (\w+)\?", text[question:])[1]
+            name = re.search(rf"In {asked} (\w+) sings\.", text[:question])[1]
+            start = len(self.tokenizer.encode(text[: text.rindex(f"In {asked}") + len(f"In {asked}")]))
+            for offset, token in enumerate(self.tokenizer.encode(" " + name)):
                 if start + offset < len(ids):  # position 0 holds the start token
                     hidden[row, start + offset, token] = 10.0
         return hidden
@@ -82,25 +82,25 @@ def test_start_is_that_of_a_fresh_document(tokenizer, items):
     assert all(item.context_ids[1:].count(tokenizer.eos_token_id) == 0 for item in items)
 
 
-def test_tokens_spell_the_text_and_the_places(tokenizer, items):
+def test_tokens_spell_the_text_and_the_people(tokenizer, items):
     for item in items:
         assert tokenizer.decode(item.context_ids[1:]) == item.text
         for option in item.options:
-            assert tokenizer.decode(option)[1:] in PLACES
+            assert tokenizer.decode(option)[1:] in NAMES
     num_tokens = {len(option) for item in items for option in item.options}
     assert num_tokens == {1} or max(num_tokens) > 3  # the two tokenizers: both cases occur
 
 
-def test_options_are_the_places_of_the_context_and_the_answer_is_the_needle(tokenizer, items):
+def test_options_are_the_people_of_the_context_and_the_answer_is_the_needle(tokenizer, items):
     for item in items:
-        context = item.text[: item.text.rindex("Where does")]
-        stated = dict(re.findall(r"(\w+) lives in (\w+)\.", context))
+        context = item.text[: item.text.rindex("Who sings")]
+        stated = dict(re.findall(r"In (\w+) (\w+) sings\.", context))
         options = [tokenizer.decode(option)[1:] for option in item.options]
         assert len(stated) == len(set(options)) == GRID.num_options
-        assert set(options) == {word for word in re.findall(r"\w+", context) if word in PLACES}
-        (asked,) = re.findall(r"Where does (\w+) live\?", item.text)
+        assert set(options) == {word for word in re.findall(r"\w+", context) if word in NAMES}
+        (asked,) = re.findall(r"Who sings in (\w+)\?", item.text)
         assert options[item.answer] == stated[asked]
-        assert item.needle == f"{asked} lives in {stated[asked]}."
+        assert item.needle == f"In {asked} {stated[asked]} sings."
 
 
 def test_right_option_stands_at_every_index(items):
@@ -110,7 +110,7 @@ def test_right_option_stands_at_every_index(items):
 def test_needle_stands_once_and_at_the_asked_depth(items):
     for item in items:
         assert item.text.count(item.needle) == 1
-        before, after = item.text[: item.text.rindex(" Where does")].split(item.needle)
+        before, after = item.text[: item.text.rindex(" Who sings")].split(item.needle)
         before = before.removeprefix(OPENING + " ")
         depth = len(before) / (len(before) + len(after))
         assert depth == pytest.approx(item.depth, abs=50 / (len(before) + len(after)))  # half a sentence or so
@@ -132,7 +132,7 @@ def test_an_item_does_not_depend_on_the_rest_of_the_grid(tokenizer, items):
 def test_people_and_places_are_drawn_anew(items):
     needles = [item.needle for item in items]
     assert len(set(needles)) > 25
-    assert {needle.split()[0] for needle in needles} == set(NAMES)
+    assert {needle.split()[1] for needle in needles} == set(PLACES)
 
 
 def test_bos_is_used_where_there_is_one(tokenizer):

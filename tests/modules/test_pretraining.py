@@ -218,7 +218,8 @@ def test_workers_change_nothing(toy_recipe):
 def test_what_a_run_logs(toy_recipe, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    cli = run(toy_recipe, "--probe.lengths", "[32]")
+    longer = ["--data.init_args.seq_len=192", "--model.init_args.decoder.max_seq_len=192"]
+    cli = run(toy_recipe, *longer, "--probe.lengths=[192]", "--probe.num_items=2")
     folder = tmp_path / "runs" / "toy" / "version_0"
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
     events.Reload()
@@ -227,8 +228,8 @@ def test_what_a_run_logs(toy_recipe, tmp_path):
     assert [event.step for event in events.Scalars("val/loss")] == [4, 9, 11]  # Lightning counts from 0
     assert scalars["val/perplexity"][-1] == pytest.approx(torch.tensor(scalars["val/loss"][-1]).exp().item(), rel=1e-4)
     assert scalars["mask/ratio"] == pytest.approx([0.15] * 12)
-    assert scalars["mask/realised_ratio"] == pytest.approx([4 / 32] * 12)
-    assert scalars["throughput/tokens_seen"] == [8 * 32 * step for step in range(1, 13)]
+    assert scalars["mask/realised_ratio"] == pytest.approx([28 / 192] * 12)
+    assert scalars["throughput/tokens_seen"] == [8 * 192 * step for step in range(1, 13)]
     assert all(value > 0 for value in scalars["throughput/tokens_per_second"])
     for tag in ("train/lr", "train/grad_norm", "memory/gigabytes", "throughput/model_teraflops_per_second"):
         assert len(scalars[tag]) == 12, tag
