@@ -95,9 +95,9 @@ class RecipeCLI(LightningCLI):
         config = self.config[self.subcommand]
         config.base = None  # it is part of the resolved recipe now
         checkpoint = config.ckpt_path
-        if checkpoint not in (None, "best", "last", "hpc") and "://" not in checkpoint:
-            if not Path(checkpoint).exists():
-                raise UserError(f"checkpoint {checkpoint} (--ckpt_path) does not exist")
+        is_path = checkpoint not in (None, "best", "last", "hpc") and "://" not in checkpoint
+        if is_path and not Path(checkpoint).exists():
+            raise UserError(f"checkpoint {checkpoint} (--ckpt_path) does not exist")
 
 
 def _as_user_error(error: Exception) -> Exception:

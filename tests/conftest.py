@@ -9,7 +9,25 @@ import torch
 from meap_lit.data.text import PrepareText
 from meap_lit.data.tokenizer import TrainTokenizer
 
-WORDS = "the a old new river market lantern garden keeps finds near under every quiet bright stone".split()
+WORDS = ("the", "a", "old", "new", "river", "market", "lantern", "garden", "keeps", "finds")
+WORDS += ("near", "under", "every", "quiet", "bright", "stone")
+    "the",
+    "a",
+    "old",
+    "new",
+    "river",
+    "market",
+    "lantern",
+    "garden",
+    "keeps",
+    "finds",
+    "near",
+    "under",
+    "every",
+    "quiet",
+    "bright",
+    "stone",
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,5 @@ trainer:
 def toy_recipe(prepared, tmp_path) -> Path:
     """A recipe that trains a toy model for twelve steps; its logs go to `runs` beside it."""
     recipe = tmp_path / "toy.yaml"
-    recipe.write_text(
-        TOY_RECIPE.format(dataset=prepared.dataset, tokenizer=prepared.tokenizer, runs=tmp_path / "runs")
-    )
+    recipe.write_text(TOY_RECIPE.format(dataset=prepared.dataset, tokenizer=prepared.tokenizer, runs=tmp_path / "runs"))
     return recipe

@@ -127,7 +127,8 @@ def test_a_half_prepared_dataset_is_named(capsys, toy_recipe, prepared, tmp_path
 
 def test_another_tokenizer_is_refused(capsys, toy_recipe, prepared, tmp_path):
     other = tmp_path / "other"
-    assert main(["tokenizer", "train", "--input", str(prepared.texts), "--vocab_size", "310", "--output", str(other)]) == 0
+    train = ["tokenizer", "train", "--input", str(prepared.texts), "--vocab_size", "310"]
+    assert main([*train, "--output", str(other)]) == 0
     line = complain(capsys, "fit", "--config", toy_recipe, "--data.init_args.tokenizer", other)
     assert "was prepared with another tokenizer" in line
     assert str(other) in line

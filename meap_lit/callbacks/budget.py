@@ -51,7 +51,7 @@ class Budget(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule
         trainer.accumulate_grad_batches = data.accumulation(data.shard.num_replicas)
         trainer.fit_loop.epoch_loop.max_steps = self.steps(data.tokens_per_step)
         trainer.val_check_interval = self.val_every_n_steps * trainer.accumulate_grad_batches

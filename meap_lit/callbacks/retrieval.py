@@ -43,7 +43,7 @@ class RetrievalProbe(L.Callback):
         self.figure_path: Path | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule
         lengths = tuple(length for length in self.lengths if length <= data.seq_len)
         self.grid = RetrievalGrid(lengths, tuple(self.depths), self.num_items, self.num_options, self.seed)
         self._items = build_items(self.grid, data.tokenizer) if lengths else []

@@ -22,7 +22,7 @@ class RunSummary(L.Callback):
 
 def summarise(trainer: L.Trainer) -> list[str]:
     """The closing lines of a run."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
+    data = trainer.datamodule
     metrics = trainer.callback_metrics
     rows = [("optimizer steps", f"{trainer.global_step:,} ({data.samples_seen * data.seq_len:,} tokens)")]
     if "val/loss" in metrics:

@@ -30,7 +30,7 @@ class Throughput(L.Callback):
         at_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not at_step_end or steps == 0:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule
         metrics = {"throughput/tokens_seen": float(data.samples_seen * data.seq_len)}
         if trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps:
             seconds = self._elapsed()

@@ -76,8 +76,8 @@ class MEAPPretraining(L.LightningModule):
     def _adopt_vocabulary(self) -> None:
         """Take vocabulary size, mask token and protected ids from the data's tokenizer."""
         data = getattr(self._trainer, "datamodule", None)
-        tokenizer = getattr(data, "tokenizer", None)
-        if tokenizer is not None:
+        if data is not None:
+            tokenizer = data.tokenizer
             self.mask_token_id = tokenizer.mask_token_id if self.mask_token_id is None else self.mask_token_id
             if self.config.vocab_size is None:
                 self.config = dataclasses.replace(self.config, vocab_size=pad_vocab_size(tokenizer.vocab_size))

@@ -151,8 +151,8 @@ def test_one_set_of_positions_for_the_batch_and_a_cycle_of_steps(prepared, tmp_p
 
 
 def test_the_schedule_is_followed_by_optimizer_step(prepared, tmp_path):
-    module, losses = fit(prepared, mask=WarmupHold(0.5, warmup_steps=4, hold_off=1), max_steps=3, tmp_path=tmp_path)
-    plain, plain_losses = fit(prepared, mask=Constant(0.0), max_steps=3, tmp_path=tmp_path)
+    _, losses = fit(prepared, mask=WarmupHold(0.5, warmup_steps=4, hold_off=1), max_steps=3, tmp_path=tmp_path)
+    _, plain_losses = fit(prepared, mask=Constant(0.0), max_steps=3, tmp_path=tmp_path)
     assert losses[:4] == plain_losses[:4], "steps 0 and 1, two micro-batches each, are not masked"
     assert losses[4] != plain_losses[4]
 
