@@ -115,8 +115,15 @@ def _step_parser(step: type, prog: str) -> Any:
 
 def _run_trainer(arguments: list[str]) -> None:
     silence_noise()
-    from meap_lit.recipe import RecipeCLI
-
+    try:
+        from meap_lit.recipe import RecipeCLI
+    except RuntimeError as error:
+        if "torchvision" not in str(error):
+            raise
+        # litdata asks for torchvision; its CUDA build does not load beside a CPU-only torch, and torchmetrics tries to
+        raise UserError(
+            "the installed torchvision does not fit torch; nothing here uses it: pip uninstall torchvision"
+        ) from error
     RecipeCLI.run(arguments)
 
 

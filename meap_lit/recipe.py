@@ -68,6 +68,14 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe; a later one overrides an earlier one.")
         return parser
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        usage = f"python -m meap_lit {subcommand} --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...]"
+        epilog = (
+            "Options of a class: --model.help meap_lit.modules.MEAPPretraining, "
+            "--data.help meap_lit.data.pretraining.PretrainingData"
+        )
+        return super()._prepare_subcommand_parser(klass, subcommand, usage=usage, epilog=epilog, **kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--base", type=str | None, default=None, help="Recipe that this one starts from, relative to its folder."

@@ -11,23 +11,6 @@ from meap_lit.data.tokenizer import TrainTokenizer
 
 WORDS = ("the", "a", "old", "new", "river", "market", "lantern", "garden", "keeps", "finds")
 WORDS += ("near", "under", "every", "quiet", "bright", "stone")
-    "the",
-    "a",
-    "old",
-    "new",
-    "river",
-    "market",
-    "lantern",
-    "garden",
-    "keeps",
-    "finds",
-    "near",
-    "under",
-    "every",
-    "quiet",
-    "bright",
-    "stone",
-]
 
 
 @dataclass(frozen=True)

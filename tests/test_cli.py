@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -64,6 +65,25 @@ def test_from_text_to_a_trained_and_validated_model(prepared, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------- wrong input
+
+
+def test_a_torchvision_that_does_not_fit_is_named(tmp_path, toy_recipe):
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    metadata = tmp_path / "torchvision-0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "meap_lit", "fit", "--config", str(toy_recipe)],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:."},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: the installed torchvision does not fit torch")
+    assert "pip uninstall torchvision" in result.stderr
 
 
 def test_an_unknown_command_is_named(capsys):
@@ -176,6 +196,12 @@ def test_a_token_outside_the_vocabulary_is_named_even_by_a_worker_process(capsys
 def test_batch_sizes_that_do_not_divide_are_named(capsys, toy_recipe):
     line = complain(capsys, "fit", "--config", toy_recipe, "--data.init_args.micro_batch_size", "3")
     assert "global_batch_size 8 cannot be divided by data.micro_batch_size 3 x 1 devices = 3" in line
+
+
+@pytest.mark.parametrize("key", ["max_steps", "accumulate_grad_batches"])
+def test_what_the_budget_decides_is_not_stated_twice(capsys, toy_recipe, key):
+    line = complain(capsys, "fit", "--config", toy_recipe, f"--trainer.{key}", "7")
+    assert f"trainer.{key} 7 contradicts the budget" in line
 
 
 def test_a_missing_checkpoint_is_named(capsys, toy_recipe):

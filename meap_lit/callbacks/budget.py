@@ -52,9 +52,20 @@ class Budget(L.Callback):
         if stage != "fit":
             return
         data = trainer.datamodule
-        trainer.accumulate_grad_batches = data.accumulation(data.shard.num_replicas)
-        trainer.fit_loop.epoch_loop.max_steps = self.steps(data.tokens_per_step)
-        trainer.val_check_interval = self.val_every_n_steps * trainer.accumulate_grad_batches
+        accumulation = data.accumulation(data.shard.num_replicas)
+        max_steps = self.steps(data.tokens_per_step)
+        for name, given, ours in (
+            ("max_steps", trainer.max_steps, (-1, max_steps)),
+            ("accumulate_grad_batches", trainer.accumulate_grad_batches, (1, accumulation)),
+        ):
+            if given not in ours:
+                raise UserError(
+                    f"trainer.{name} {given} contradicts the budget, which makes it {ours[1]} (from budget.max_tokens or "
+                    f"budget.max_steps, and data.global_batch_size); leave it out"
+                )
+        trainer.accumulate_grad_batches = accumulation
+        trainer.fit_loop.epoch_loop.max_steps = max_steps
+        trainer.val_check_interval = self.val_every_n_steps * accumulation
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step >= trainer.max_steps:

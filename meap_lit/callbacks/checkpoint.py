@@ -79,5 +79,5 @@ class StopOnNonFiniteLoss(L.Callback):
             last = getattr(saver, "best_model_path", "") or "none was saved yet"
             raise UserError(
                 f"the training loss is not finite at optimizer step {step}; last good checkpoint: {last}; "
-                f"resume from it (--ckpt_path) with a lower model.init_args.optimizer.lr or check the data"
+                f"resume from it (--ckpt_path) with a lower --model.optimizer.lr or check the data"
             )
