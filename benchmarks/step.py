@@ -25,8 +25,8 @@ from typing import Literal
 import torch
 import yaml
 from jsonargparse import auto_cli
-from lightning.fabric.utilities.throughput import get_available_flops
 
+from meap_lit.callbacks.throughput import peak_flops
 from meap_lit.errors import UserError
 from meap_lit.masking import mask_inputs
 from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
@@ -34,7 +34,7 @@ from meap_lit.model.config import pad_vocab_size
 from meap_lit.modules import AdamW
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "pretrain"
-QUICKSTART = DecoderConfig(
+SMALL = DecoderConfig(
     num_layers=4,
     num_heads=4,
     num_kv_heads=2,
@@ -46,7 +46,7 @@ QUICKSTART = DecoderConfig(
 
 
 def benchmark(
-    model: Literal["quickstart", "0.1b", "0.3b", "0.5b", "1.1b"] = "quickstart",
+    model: Literal["small", "0.1b", "0.3b", "0.5b", "1.1b"] = "small",
     decoder: DecoderConfig | None = None,
     seq_len: int | None = None,
     micro_batch_size: int = 8,
@@ -108,8 +108,8 @@ def benchmark(
 
 def known_decoder(model: str) -> DecoderConfig:
     """Sizes as the recipe of that name has them; its vocabulary is the paper's, 32,000 tokens and the mask."""
-    if model == "quickstart":
-        return QUICKSTART
+    if model == "small":
+        return SMALL
     base, recipe = (yaml.safe_load((RECIPES / name).read_text()) for name in ("base.yaml", f"meap_{model}.yaml"))
     sizes = base["model"]["init_args"]["decoder"] | recipe["model"]["init_args"]["decoder"]
     sizes["max_seq_len"] = base["data"]["init_args"]["seq_len"]  # the recipe refers to it
@@ -225,9 +225,7 @@ def _measure(step: TrainingStep, mask_ratio: float, repetitions: int, steps: int
 
 
 def _peak_flops(step: TrainingStep) -> float | None:
-    if step.device.type != "cuda":
-        return None
-    return get_available_flops(step.device, torch.bfloat16 if step.precision == "bf16" else torch.float32)
+    return peak_flops(step.device, torch.bfloat16 if step.precision == "bf16" else torch.float32)
 
 
 def _peak_resident_bytes() -> int:

@@ -60,7 +60,7 @@ class Budget(L.Callback):
         ):
             if given not in ours:
                 raise UserError(
-                    f"trainer.{name} {given} contradicts the budget, which makes it {ours[1]} (from budget.max_tokens or "
+                    f"trainer.{name} {given} contradicts the budget, which makes it {ours[1]} (by budget.max_tokens or "
                     f"budget.max_steps, and data.global_batch_size); leave it out"
                 )
         trainer.accumulate_grad_batches = accumulation

@@ -65,13 +65,20 @@ class Throughput(L.Callback):
 
 
 def _peak_flops(trainer: L.Trainer) -> float | None:
-    """Peak of all devices of the run at the precision of the matrix products; None where it is not known."""
-    device = trainer.strategy.root_device
+    """Peak of all devices of the run at the precision of its matrix products; None where it is not known."""
+    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+    peak = peak_flops(trainer.strategy.root_device, dtype)
+    return None if peak is None else peak * trainer.world_size
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak of one device in FLOP/s; None where it is not known, as on a CPU."""
     if device.type != "cuda":
         return None
-    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-    peak = get_available_flops(device, dtype)
-    return None if peak is None else peak * trainer.world_size
+    if dtype is torch.bfloat16 and "h200" in torch.cuda.get_device_name(device).lower():
+        # NVIDIA's datasheet, dense; Lightning's table misses the plain name and lists the peak with sparsity
+        return 989.4e12
+    return get_available_flops(device, dtype)
 
 
 def _memory(trainer: L.Trainer) -> float:
