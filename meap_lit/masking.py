@@ -168,8 +168,8 @@ class Constant(MaskSchedule):
 
 
 @dataclass(frozen=True)
-class Linear(MaskSchedule):
-    """P moves in a straight line from `start` to `end`, then stays there.
+class Ramp(MaskSchedule):
+    """P moves from `start` to `end`, then stays there.
 
     Args:
         start: P at step 0.
@@ -187,31 +187,25 @@ class Linear(MaskSchedule):
         _check_steps("steps", self.steps)
 
     def __call__(self, step: int, max_steps: int) -> float:
-        return self.start + (self.end - self.start) * _progress(step, self.steps, max_steps)
+        return self.start + (self.end - self.start) * self.shape(_progress(step, self.steps, max_steps))
+
+    @abstractmethod
+    def shape(self, progress: float) -> float:
+        """Share of the way from `start` to `end` after a share `progress` of the steps; both from 0 to 1."""
 
 
-@dataclass(frozen=True)
-class Cosine(MaskSchedule):
-    """P moves from `start` to `end` along half a cosine wave, then stays there.
+class Linear(Ramp):
+    """P moves from `start` to `end` in a straight line."""
 
-    Args:
-        start: P at step 0.
-        end: P from `steps` on.
-        steps: Length of the ramp in optimizer steps; the whole run if not given.
-    """
+    def shape(self, progress: float) -> float:
+        return progress
 
-    start: float = 0.0
-    end: float = 0.15
-    steps: int | None = None
 
-    def __post_init__(self) -> None:
-        check_ratio("mask ratio 'start'", self.start)
-        check_ratio("mask ratio 'end'", self.end)
-        _check_steps("steps", self.steps)
+class Cosine(Ramp):
+    """P moves from `start` to `end` along half a cosine wave."""
 
-    def __call__(self, step: int, max_steps: int) -> float:
-        wave = (1 - math.cos(math.pi * _progress(step, self.steps, max_steps))) / 2
-        return self.start + (self.end - self.start) * wave
+    def shape(self, progress: float) -> float:
+        return (1 - math.cos(math.pi * progress)) / 2
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
 import copy
+import signal
+import subprocess
+import sys
+import time
 
 import lightning as L
 import pytest
@@ -282,3 +286,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
         run(toy_recipe, "--trainer.callbacks+=tests.modules.breakdown.BreakAtStep7")
     checkpoints = tmp_path / "runs" / "toy" / "version_0" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", "step=5.ckpt"]
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(toy_recipe, tmp_path):
+    arguments = ["--budget.max_steps", "150", "--checkpoint.every_n_steps", "10"]
+    whole = run(toy_recipe, *arguments)
+    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(toy_recipe), *arguments]
+    checkpoints = tmp_path / "runs" / "toy" / "version_1" / "checkpoints"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (checkpoints / "step=20.ckpt").exists():
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run was to be stopped before its end"
+    resumed = run(toy_recipe, *arguments, "--ckpt_path", str(checkpoints / "last.ckpt"))
+    assert_same_weights(whole, resumed)
