@@ -53,12 +53,13 @@ class RetrievalProbe(L.Callback):
             return
         with trainer.precision_plugin.forward_context():
             self.accuracy = score_items(pl_module.decoder, self._items, self.grid, batch_size=self.batch_size)
-        pl_module.log("val/retrieval_accuracy", float(self.accuracy.mean()), prog_bar=True, rank_zero_only=True)
-        if trainer.is_global_zero and trainer.log_dir:
+        pl_module.log("val/retrieval_accuracy", float(self.accuracy.mean()), prog_bar=True, sync_dist=True)
+        log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
+        if trainer.is_global_zero and log_dir:
             figure = plot_grid(self.accuracy, self.grid, title=f"Retrieval at step {trainer.global_step}")
             for logger in trainer.loggers:
                 if hasattr(logger.experiment, "add_figure"):
                     logger.experiment.add_figure("retrieval", figure, trainer.global_step)
-            self.figure_path = Path(trainer.log_dir, "retrieval.png")
+            self.figure_path = Path(log_dir, "retrieval.png")
             self.figure_path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(self.figure_path, dpi=120)

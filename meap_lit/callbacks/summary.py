@@ -16,11 +16,12 @@ class RunSummary(L.Callback):
     """Prints what a finished run reached, where it lies, and what to do next."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
         if trainer.is_global_zero:
-            print("\n" + "\n".join(summarise(trainer)), file=sys.stdout)
+            print("\n" + "\n".join(summarise(trainer, log_dir)), file=sys.stdout)
 
 
-def summarise(trainer: L.Trainer) -> list[str]:
+def summarise(trainer: L.Trainer, log_dir: str | None) -> list[str]:
     """The closing lines of a run."""
     data = trainer.datamodule
     metrics = trainer.callback_metrics
@@ -34,7 +35,7 @@ def summarise(trainer: L.Trainer) -> list[str]:
     throughput = _callback(trainer, Throughput)
     if throughput is not None:
         rows.append(("tokens per second", f"{throughput.tokens_per_second(data.tokens_per_step):,.0f}"))
-    rows.append(("logs and resolved recipe", str(trainer.log_dir)))
+    rows.append(("logs and resolved recipe", str(log_dir)))
     checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if checkpoint:
         rows.append(("checkpoint", checkpoint))
@@ -42,7 +43,7 @@ def summarise(trainer: L.Trainer) -> list[str]:
         rows.append(("retrieval figure", str(probe.figure_path)))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    recipe = f"{trainer.log_dir}/config.yaml"
+    recipe = f"{log_dir}/config.yaml"
     lines += ["", "Next:", f"  tensorboard --logdir {trainer.logger.save_dir}" if trainer.logger else ""]
     lines += [f"  python -m meap_lit validate --config {recipe} --ckpt_path {checkpoint}"] if checkpoint else []
     return lines

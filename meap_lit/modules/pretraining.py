@@ -131,8 +131,8 @@ class MEAPPretraining(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         loss = self.val_loss.compute()
         self.val_loss.reset()
-        self.log("val/loss", loss, prog_bar=True, rank_zero_only=True)
-        self.log("val/perplexity", loss.exp(), rank_zero_only=True)
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("val/perplexity", loss.exp(), sync_dist=True)
 
     def _mean_loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         # every row supervises all its T labels, so a mean over equal micro-batches is the mean over the step

@@ -300,3 +300,17 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(toy_recipe, tmp_path):
     assert process.wait() == -signal.SIGKILL, "the run was to be stopped before its end"
     resumed = run(toy_recipe, *arguments, "--ckpt_path", str(checkpoints / "last.ckpt"))
     assert_same_weights(whole, resumed)
+
+
+def test_two_processes_train_as_one(toy_recipe, tmp_path):
+    whole = run(toy_recipe, "--data.micro_batch_size", "2")
+    overrides = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.micro_batch_size", "2"]
+    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(toy_recipe), *overrides]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "clean validation loss" in result.stdout
+    assert "sync_dist" not in result.stderr
+    path = tmp_path / "runs" / "toy" / "version_1" / "checkpoints" / "last.ckpt"
+    state = torch.load(path, weights_only=True)["state_dict"]
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(state[f"decoder.{name}"], tensor, atol=1e-5, rtol=1e-4)
