@@ -33,8 +33,9 @@ def summarise(trainer: L.Trainer, log_dir: str | None) -> list[str]:
     if probe is not None and probe.accuracy is not None:
         rows.append(("retrieval accuracy", f"{probe.accuracy.mean():.1%} (chance {probe.grid.chance:.1%})"))
     throughput = _callback(trainer, Throughput)
-    if throughput is not None:
-        rows.append(("tokens per second", f"{throughput.tokens_per_second(data.tokens_per_step):,.0f}"))
+    rate = throughput.tokens_per_second(data.tokens_per_step) if throughput is not None else None
+    if rate is not None:
+        rows.append(("tokens per second", f"{rate:,.0f}"))
     rows.append(("logs and resolved recipe", str(log_dir)))
     checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if checkpoint:

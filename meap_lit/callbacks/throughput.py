@@ -18,10 +18,12 @@ class Throughput(L.Callback):
     micro-batches instead of optimizer steps and says nothing during its first hundred, so it does not serve here.
     """
 
+    def __init__(self) -> None:
+        self._train_seconds, self._train_steps = 0.0, 0
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._peak_flops = _peak_flops(trainer)
         self._start_window(trainer)
-        self._train_seconds, self._train_steps = 0.0, 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,9 +55,9 @@ class Throughput(L.Callback):
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._excluded += time.perf_counter() - self._pause
 
-    def tokens_per_second(self, tokens_per_step: int) -> float:
-        """Mean rate of the run so far."""
-        return self._train_steps * tokens_per_step / self._train_seconds if self._train_seconds else float("nan")
+    def tokens_per_second(self, tokens_per_step: int) -> float | None:
+        """Mean rate of the run so far; None before the first step, as when a finished run is resumed."""
+        return self._train_steps * tokens_per_step / self._train_seconds if self._train_steps else None
 
     def _start_window(self, trainer: L.Trainer) -> None:
         self._start, self._step, self._excluded = time.perf_counter(), trainer.global_step, 0.0

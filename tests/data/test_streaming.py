@@ -127,7 +127,7 @@ def test_validation_reads_each_row_once_and_fills_up_with_ignored_ones(blocks, n
 
 
 def test_a_token_outside_the_vocabulary_is_named(blocks):
-    stream = TrainStream([blocks], [1.0], seed=0, shard=Shard(), micro_batch_size=60, start=0, stop=60, vocab_size=479)
+    stream = TrainStream([blocks], [1.0], seed=0, shard=Shard(), micro_batch_size=60, start=0, vocab_size=479)
     with pytest.raises(UserError, match=r"holds token id 479, outside the model's vocabulary of 479"):
         next(iter(stream))
 

@@ -1,0 +1,88 @@
+import shutil
+
+import pytest
+
+from meap_lit.data.pretraining import PretrainingData
+from meap_lit.data.text import PrepareText
+from meap_lit.errors import UserError
+from meap_lit.recipe import RecipeCLI
+
+
+def fit(recipe, *overrides):
+    return RecipeCLI.run(["fit", "--config", str(recipe), *overrides])
+
+
+@pytest.fixture(scope="module")
+def other(prepared, tmp_path_factory) -> str:
+    """A second dataset, without a validation split."""
+    folder = str(tmp_path_factory.mktemp("other") / "dataset")
+    inputs = [str(prepared.texts / "1*.txt")]
+    PrepareText(input=inputs, tokenizer=prepared.tokenizer, output=folder, val_share=0.0, num_workers=1).run()
+    return folder
+
+
+def test_datasets_are_mixed_by_weight(toy_recipe, prepared, other):
+    mix = f"{{{prepared.dataset}: 3, {other}: 1}}"
+    cli = fit(toy_recipe, "--data.datasets", mix, "--budget.max_steps", "2")
+    batches = iter(cli.datamodule.train_dataloader())
+    sources = [int(sample) >> 32 for _ in range(100) for sample in next(batches)["sample_ids"]]
+    assert len(sources) == 400
+    assert 0.65 < sources.count(0) / 400 < 0.85
+    assert "val/loss" in cli.trainer.callback_metrics, "validated on the one dataset with a validation split"
+
+
+def test_a_dataset_without_validation_split_trains_without_validation(toy_recipe, other):
+    cli = fit(toy_recipe, "--data.datasets", other, "--budget.max_steps", "2")
+    assert cli.trainer.global_step == 2
+    assert "val/loss" not in cli.trainer.callback_metrics
+
+
+def test_the_number_of_validation_rows_can_be_bounded(toy_recipe):
+    cli = fit(toy_recipe, "--data.val_samples", "3", "--budget.max_steps", "1")
+    assert cli.model.val_loss.weight == 0, "reset after use"
+    assert len(cli.datamodule.val_dataloader()) == 1  # 3 rows in batches of 4
+
+
+def test_preparation_makes_what_is_missing_and_only_that(toy_recipe, prepared, tmp_path, capsys):
+    dataset = tmp_path / "made"
+    recipe = toy_recipe.read_text().replace(f"datasets: {prepared.dataset}", f"datasets: {dataset}")
+    recipe = recipe.replace(
+        "    seq_len: 32\n",
+        f"""\
+    seq_len: 32
+    preparation:
+      - class_path: meap_lit.data.text.PrepareText
+        init_args: {{input: [{prepared.texts}], tokenizer: {prepared.tokenizer}, output: {dataset}, val_share: 0.1}}
+""",
+    )
+    toy_recipe.write_text(recipe)
+    fit(toy_recipe, "--budget.max_steps", "1")
+    made = (dataset / "manifest.json").stat().st_mtime_ns
+    fit(toy_recipe, "--budget.max_steps", "1")
+    assert (dataset / "manifest.json").stat().st_mtime_ns == made
+    toy_recipe.write_text(recipe.replace("val_share: 0.1", "val_share: 0.2"))
+    with pytest.raises(UserError, match=r"was made with val_share = 0.1, the recipe says 0.2; remove the folder"):
+        fit(toy_recipe, "--budget.max_steps", "1")
+
+
+def test_a_weight_must_be_positive():
+    with pytest.raises(UserError, match="the weight of a must be above 0, got 0"):
+        PretrainingData({"a": 0.0}, "unused")
+
+
+def test_rows_longer_than_the_text_are_named(toy_recipe):
+    longer = ["--data.seq_len", "100000", "--model.decoder.max_seq_len", "100000"]
+    with pytest.raises(
+        UserError, match=r"train split of dataset .* has no chunk with data.seq_len \+ 1 = 100001 tokens"
+    ):
+        fit(toy_recipe, *longer)
+
+
+def test_a_resume_on_other_data_is_refused(toy_recipe, prepared, other, tmp_path):
+    fit(toy_recipe)
+    checkpoint = str(tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match="the checkpoint was trained on other data"):
+        fit(toy_recipe, "--ckpt_path", checkpoint, "--data.datasets", other)
+    moved = tmp_path / "moved"
+    shutil.copytree(prepared.dataset, moved)
+    fit(toy_recipe, "--ckpt_path", checkpoint, "--data.datasets", str(moved))  # the same content elsewhere is no matter
