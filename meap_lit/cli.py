@@ -133,6 +133,8 @@ def silence_noise() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     # the validation stream's length is exact for any number of workers
     warnings.filterwarnings("ignore", message=r".*`IterableDataset` has `__len__` defined.*")
+    # a dataset without a validation split is no mistake
+    warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero.*")
     # litdata copies the tensor that torch warns about in the very next call
     warnings.filterwarnings("ignore", message=r"The given buffer is not writable")
     # advertisement for other products

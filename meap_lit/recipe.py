@@ -102,6 +102,7 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.base = None  # it is part of the resolved recipe now
+        config.weights_only = config.weights_only is not False  # no pickle is run from a checkpoint unless asked for
         checkpoint = config.ckpt_path
         is_path = checkpoint not in (None, "best", "last", "hpc") and "://" not in checkpoint
         if is_path and not Path(checkpoint).exists():

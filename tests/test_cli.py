@@ -38,17 +38,17 @@ def test_from_text_to_a_trained_and_validated_model(prepared, tmp_path, capsys):
     text = ["prepare", "text", *arguments, str(dataset), "--tokenizer", str(tokenizer)]
     assert main([*text, "--val_share", "0.2", "--num_workers", "1"]) == 0
     toy = [
-        *("--model.init_args.decoder.num_layers", "1"),
-        *("--model.init_args.decoder.hidden_size", "32"),
-        *("--model.init_args.decoder.num_heads", "2"),
-        *("--model.init_args.decoder.num_kv_heads", "1"),
-        *("--model.init_args.decoder.intermediate_size", "64"),
-        *("--data.init_args.datasets", str(dataset)),
-        *("--data.init_args.tokenizer", str(tokenizer)),
-        *("--data.init_args.seq_len", "32"),
-        *("--data.init_args.global_batch_size", "4"),
-        *("--data.init_args.micro_batch_size", "4"),
-        *("--data.init_args.num_workers", "0"),
+        *("--model.decoder.num_layers", "1"),
+        *("--model.decoder.hidden_size", "32"),
+        *("--model.decoder.num_heads", "2"),
+        *("--model.decoder.num_kv_heads", "1"),
+        *("--model.decoder.intermediate_size", "64"),
+        *("--data.datasets", str(dataset)),
+        *("--data.tokenizer", str(tokenizer)),
+        *("--data.seq_len", "32"),
+        *("--data.global_batch_size", "4"),
+        *("--data.micro_batch_size", "4"),
+        *("--data.num_workers", "0"),
         *("--budget.max_tokens", "600"),
         *("--trainer.precision", "32-true"),
         *("--trainer.accelerator", "cpu"),
@@ -93,7 +93,7 @@ def test_an_unknown_command_is_named(capsys):
 
 
 def test_an_unknown_recipe_key_is_named(capsys, toy_recipe):
-    line = complain(capsys, "fit", "--config", toy_recipe, "--model.init_args.mask_raito", "0.2")
+    line = complain(capsys, "fit", "--config", toy_recipe, "--model.mask_raito", "0.2")
     assert "mask_raito" in line
 
 
@@ -119,20 +119,20 @@ def test_a_missing_recipe_is_named(capsys):
 
 @pytest.mark.parametrize(("ratio", "hint"), [("15", "write 0.15 for 15%"), ("1.0", "got 1"), ("-0.1", "got -0.1")])
 def test_a_mask_ratio_out_of_range_is_named(capsys, toy_recipe, ratio, hint):
-    line = complain(capsys, "fit", "--config", toy_recipe, f"--model.init_args.mask.init_args.ratio={ratio}")
+    line = complain(capsys, "fit", "--config", toy_recipe, f"--model.mask.ratio={ratio}")
     assert "mask ratio must be in [0, 1)" in line
     assert hint in line
 
 
 def test_a_missing_dataset_is_named(capsys, toy_recipe):
-    line = complain(capsys, "fit", "--config", toy_recipe, "--data.init_args.datasets", "nowhere")
+    line = complain(capsys, "fit", "--config", toy_recipe, "--data.datasets", "nowhere")
     assert "dataset folder nowhere does not exist" in line
     assert "prepare text" in line
 
 
 def test_an_empty_dataset_folder_is_named(capsys, toy_recipe, tmp_path):
     (tmp_path / "empty").mkdir()
-    line = complain(capsys, "fit", "--config", toy_recipe, "--data.init_args.datasets", tmp_path / "empty")
+    line = complain(capsys, "fit", "--config", toy_recipe, "--data.datasets", tmp_path / "empty")
     assert "empty" in line
 
 
@@ -141,7 +141,7 @@ def test_a_half_prepared_dataset_is_named(capsys, toy_recipe, prepared, tmp_path
 
     shutil.copytree(prepared.dataset, tmp_path / "half")
     (tmp_path / "half" / "manifest.json").unlink()
-    line = complain(capsys, "fit", "--config", toy_recipe, "--data.init_args.datasets", tmp_path / "half")
+    line = complain(capsys, "fit", "--config", toy_recipe, "--data.datasets", tmp_path / "half")
     assert "manifest.json" in line
 
 
@@ -149,7 +149,7 @@ def test_another_tokenizer_is_refused(capsys, toy_recipe, prepared, tmp_path):
     other = tmp_path / "other"
     train = ["tokenizer", "train", "--input", str(prepared.texts), "--vocab_size", "310"]
     assert main([*train, "--output", str(other)]) == 0
-    line = complain(capsys, "fit", "--config", toy_recipe, "--data.init_args.tokenizer", other)
+    line = complain(capsys, "fit", "--config", toy_recipe, "--data.tokenizer", other)
     assert "was prepared with another tokenizer" in line
     assert str(other) in line
 
@@ -187,14 +187,14 @@ def test_a_token_outside_the_vocabulary_is_named_even_by_a_worker_process(capsys
         content[-2000:] = b"\xff" * 2000  # token id 65,535
         path.write_bytes(content)
     line = complain(
-        capsys, "fit", "--config", toy_recipe, "--data.init_args.datasets", damaged, "--data.init_args.num_workers", 1,
+        capsys, "fit", "--config", toy_recipe, "--data.datasets", damaged, "--data.init_args.num_workers", 1,
         "--budget.max_steps", 300,
     )  # fmt: skip
     assert "holds token id 65535, outside the model's vocabulary of 320" in line
 
 
 def test_batch_sizes_that_do_not_divide_are_named(capsys, toy_recipe):
-    line = complain(capsys, "fit", "--config", toy_recipe, "--data.init_args.micro_batch_size", "3")
+    line = complain(capsys, "fit", "--config", toy_recipe, "--data.micro_batch_size", "3")
     assert "global_batch_size 8 cannot be divided by data.micro_batch_size 3 x 1 devices = 3" in line
 
 

@@ -12,16 +12,16 @@ RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml"))
 RUNNABLE = [path for path in RECIPES if path.name != "base.yaml"]
 
 TOY = [
-    *("--model.init_args.decoder.num_layers", "1"),
-    *("--model.init_args.decoder.hidden_size", "32"),
-    *("--model.init_args.decoder.num_heads", "2"),
-    *("--model.init_args.decoder.num_kv_heads", "1"),
-    *("--model.init_args.decoder.intermediate_size", "64"),
-    *("--data.init_args.seq_len", "192"),
-    *("--data.init_args.global_batch_size", "4"),
-    *("--data.init_args.micro_batch_size", "2"),
-    *("--data.init_args.num_workers", "0"),
-    *("--data.init_args.preparation", "null"),
+    *("--model.decoder.num_layers", "1"),
+    *("--model.decoder.hidden_size", "32"),
+    *("--model.decoder.num_heads", "2"),
+    *("--model.decoder.num_kv_heads", "1"),
+    *("--model.decoder.intermediate_size", "64"),
+    *("--data.seq_len", "192"),
+    *("--data.global_batch_size", "4"),
+    *("--data.micro_batch_size", "2"),
+    *("--data.num_workers", "0"),
+    *("--data.preparation", "null"),
     *("--budget.max_tokens", "null"),
     *("--budget.max_steps", "2"),
     *("--probe.lengths", "[192]"),
@@ -49,8 +49,8 @@ def test_a_recipe_opens_with_what_it_is_for(recipe):
 @pytest.mark.parametrize("recipe", RUNNABLE, ids=str)
 def test_a_recipe_runs_at_toy_size(recipe, prepared, tmp_path):
     data = [
-        *("--data.init_args.datasets", prepared.dataset),
-        *("--data.init_args.tokenizer", prepared.tokenizer),
+        *("--data.datasets", prepared.dataset),
+        *("--data.tokenizer", prepared.tokenizer),
         *("--trainer.logger.init_args.save_dir", str(tmp_path)),
     ]
     cli = RecipeCLI.run(["fit", "--config", str(recipe), *TOY, *data])
@@ -103,7 +103,7 @@ def test_the_ladder_is_the_papers(size, objective, ratio):
 def test_interpolation_follows_an_override():
     recipe = ("--config", "recipes/pretrain/mask_ratio.yaml")
     assert resolve(*recipe)["trainer"]["logger"]["init_args"]["name"] == "mask_ratio_0.15"
-    changed = resolve(*recipe, "--model.init_args.mask.init_args.ratio", "0.05", "--seed_everything", "7")
+    changed = resolve(*recipe, "--model.mask.ratio", "0.05", "--seed_everything", "7")
     assert changed["trainer"]["logger"]["init_args"]["name"] == "mask_ratio_0.05"
     assert changed["model"]["init_args"]["seed"] == changed["data"]["init_args"]["seed"] == 7
 

@@ -45,8 +45,11 @@ def summarise(trainer: L.Trainer, log_dir: str | None) -> list[str]:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     recipe = f"{log_dir}/config.yaml"
-    lines += ["", "Next:", f"  tensorboard --logdir {trainer.logger.save_dir}" if trainer.logger else ""]
+    lines += ["", "Next:"]
+    lines += [f"  tensorboard --logdir {trainer.logger.save_dir}"] if trainer.logger else []
     lines += [f"  python -m meap_lit validate --config {recipe} --ckpt_path {checkpoint}"] if checkpoint else []
+    if getattr(trainer.lightning_module.mask, "ratio", 0) > 0:
+        lines += [f"  python -m meap_lit fit --config {recipe} --model.mask.ratio 0   # the same without masking"]
     return lines
 
 

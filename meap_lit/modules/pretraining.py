@@ -67,6 +67,10 @@ class MEAPPretraining(L.LightningModule):
 
     # ---------------------------------------------------------------------------------------------- model
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision == "16-mixed":
+            raise UserError("trainer.precision 16-mixed is not supported: small gradients underflow; use bf16-mixed")
+
     def configure_model(self) -> None:
         """Build the decoder, now that the vocabulary is known and the strategy has chosen a device."""
         if self.decoder is None:

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -209,20 +210,20 @@ def test_a_resumed_run_equals_one_that_never_stopped(toy_recipe, tmp_path):
 def test_a_resume_may_split_the_batch_otherwise(toy_recipe, tmp_path):
     whole = run(toy_recipe)
     checkpoint = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "step=5.ckpt"
-    resumed = run(toy_recipe, "--ckpt_path", str(checkpoint), "--data.init_args.micro_batch_size", "1")
+    resumed = run(toy_recipe, "--ckpt_path", str(checkpoint), "--data.micro_batch_size", "1")
     assert resumed.trainer.global_step == 12
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(tensor, weights(resumed)[name], atol=1e-5, rtol=1e-4)
 
 
 def test_workers_change_nothing(toy_recipe):
-    assert_same_weights(run(toy_recipe), run(toy_recipe, "--data.init_args.num_workers", "2"))
+    assert_same_weights(run(toy_recipe), run(toy_recipe, "--data.num_workers", "2"))
 
 
 def test_what_a_run_logs(toy_recipe, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    longer = ["--data.init_args.seq_len=192", "--model.init_args.decoder.max_seq_len=192"]
+    longer = ["--data.seq_len=192", "--model.decoder.max_seq_len=192"]
     cli = run(toy_recipe, *longer, "--probe.lengths=[192]", "--probe.num_items=2")
     folder = tmp_path / "runs" / "toy" / "version_0"
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
@@ -268,16 +269,36 @@ def test_a_checkpoint_says_which_model_it_holds(toy_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--model.init_args.decoder.vocab_size", "256"], r"vocab_size 256 is smaller than the tokenizer's 320 tokens"),
-        (["--data.init_args.seq_len", "65"], r"seq_len 65 is longer than the model's context, decoder.max_seq_len 64"),
-        (["--model.init_args.mask_token_id", "999"], r"mask_token_id 999 is outside the vocabulary of 320"),
-        (["--model.init_args.mask_cycle", "0"], r"mask_cycle must be at least 1, got 0"),
-        (["--data.init_args.micro_batch_size", "3"], r"global_batch_size 8 cannot be divided by .* 3 x 1 devices = 3"),
+        (["--model.decoder.vocab_size", "256"], r"vocab_size 256 is smaller than the tokenizer's 320 tokens"),
+        (["--data.seq_len", "65"], r"seq_len 65 is longer than the model's context, decoder.max_seq_len 64"),
+        (["--model.mask_token_id", "999"], r"mask_token_id 999 is outside the vocabulary of 320"),
+        (["--model.mask_cycle", "0"], r"mask_cycle must be at least 1, got 0"),
+        (["--data.micro_batch_size", "3"], r"global_batch_size 8 cannot be divided by .* 3 x 1 devices = 3"),
     ],
 )
 def test_wrong_values_are_named(toy_recipe, overrides, message):
     with pytest.raises(UserError, match=message):
         run(toy_recipe, *overrides)
+
+
+def test_without_a_tokenizer_the_mask_token_must_be_given():
+    with pytest.raises(UserError, match=r"decoder.vocab_size and model.mask_token_id must be given"):
+        MEAPPretraining(TOY, Constant(0.15), AdamW()).configure_model()
+
+
+def test_float16_is_refused():
+    module = MEAPPretraining(TOY, Constant(0.15), AdamW())
+    module._trainer = SimpleNamespace(precision="16-mixed")  # on a CPU the Trainer itself falls back to bfloat16
+    with pytest.raises(UserError, match=r"trainer.precision 16-mixed is not supported: .*; use bf16-mixed"):
+        module.setup("fit")
+
+
+def test_bf16_autocast_trains(toy_recipe):
+    full, mixed = run(toy_recipe), run(toy_recipe, "--trainer.precision", "bf16-mixed")
+    assert {tensor.dtype for tensor in weights(mixed).values()} == {torch.float32}
+    losses = [float(cli.trainer.callback_metrics["val/loss"]) for cli in (full, mixed)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert losses[0] != losses[1]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(toy_recipe, tmp_path):
