@@ -79,6 +79,8 @@ def _preparations() -> dict[tuple[str, str], type]:
 def _run_preparation(arguments: list[str]) -> None:
     from jsonargparse import ArgumentError
 
+    from meap_lit.explain import explain
+
     steps = _preparations()
     step = steps.get((arguments[0], arguments[1])) if len(arguments) > 1 else None
     if step is None:
@@ -88,7 +90,7 @@ def _run_preparation(arguments: list[str]) -> None:
     try:
         namespace = parser.parse_args(arguments[2:])
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(explain(str(error))) from error
     step(**namespace.as_dict()).run()
 
 
@@ -100,7 +102,9 @@ def _step_parser(step: type, prog: str) -> Any:
     doc = docstring_parser.parse(step.__doc__ or "")
     help_of = {parameter.arg_name: parameter.description for parameter in doc.params}
     lists = [f for f in dataclasses.fields(step) if "list" in str(f.type)]
-    parser = jsonargparse.ArgumentParser(prog=prog, description=doc.short_description, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=doc.short_description, exit_on_error=False, allow_abbrev=False
+    )
     for f in lists:
         required = f.default is dataclasses.MISSING
         parser.add_argument(

@@ -20,6 +20,10 @@ from meap_lit.callbacks import (
     Throughput,
 )
 from meap_lit.errors import UserError
+from meap_lit.explain import explain
+
+# `--budget.max_step` is a mistake, not short for `--budget.max_steps`
+PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
 
 
 class RecipeCLI(LightningCLI):
@@ -49,11 +53,7 @@ class RecipeCLI(LightningCLI):
                     "log_every_n_steps": 10,
                     "enable_model_summary": False,
                 },
-                parser_kwargs={
-                    "parser_mode": "omegaconf+",
-                    "exit_on_error": False,
-                    **{name: {"parser_mode": "omegaconf+", "exit_on_error": False} for name in cls.subcommands()},
-                },
+                parser_kwargs={**PARSER, **{name: PARSER.copy() for name in cls.subcommands()}},
                 auto_configure_optimizers=False,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
@@ -117,7 +117,7 @@ def _as_user_error(error: Exception) -> Exception:
             return cause
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, ArgumentError | MisconfigurationException):
-        return UserError(" ".join(str(error).split()))
+        return UserError(explain(str(error)))
     return error
 
 

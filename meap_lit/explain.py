@@ -1,0 +1,55 @@
+"""What jsonargparse complains of, as one line that names the key, the value and the likely fix."""
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+
+TOP_LEVEL_KEYS = ("model", "data", "trainer", "budget", "checkpoint", "probe", "seed_everything", "base", "ckpt_path")
+
+_KEY = re.compile(r'Parser key "([^"]+)": ')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)': ")
+# where a class is optional, jsonargparse tells at length that the value is not null either, and prints all of it
+_TAIL = re.compile(r"(\s*- Expected a <class 'NoneType'>| Given value type: ).*")
+
+
+def explain(message: str) -> str:
+    """Condense a complaint of jsonargparse, which nests one sentence a level, and add what may have been meant.
+
+    Example: `Parser key "data": Does not validate against ... Problem with given class_path 'm.Data': Option
+    'global_batch' is not accepted - Expected ...` becomes `data: m.Data has no option 'global_batch'; did you mean
+    'global_batch_size'?`.
+    """
+    text = _TAIL.sub("", " ".join(message.split()))
+    keys, classes = _KEY.findall(text), _CLASS.findall(text)
+    where = ".".join(keys)
+    core = text[max((match.end() for kind in (_KEY, _CLASS) for match in kind.finditer(text)), default=0) :]
+
+    if match := re.match(r"Option '([^']+)' is not accepted", core):
+        core = f"{classes[-1]} has no option '{match[1]}'{_hint(match[1], _parameters(classes[-1]))}"
+    elif match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", core):
+        group = _parameters(classes[-1]).get(match[1]) if classes else None
+        options = inspect.signature(group.annotation).parameters if group else ()
+        core = f"{match[1]} has no option '{match[2]}'{_hint(match[2], options)}"
+    elif match := re.search(r"module '([^']+)' has no attribute '([^']+)'", core):
+        names = [name for name, value in vars(importlib.import_module(match[1])).items() if inspect.isclass(value)]
+        core = f"class_path {match[1]}.{match[2]} does not exist{_hint(match[2], names)}"
+    elif match := re.search(r"does not accept option '([^']+)'", core):
+        first = match[1].split(".")[0]
+        core = f"there is no key '{match[1]}'" + ("" if first in TOP_LEVEL_KEYS else _hint(first, TOP_LEVEL_KEYS))
+    elif re.search(r"arguments are required: .*\.model", core):
+        core += "; name a recipe with --config"
+    return f"{where}: {core}" if where else core
+
+
+def _parameters(class_path: str) -> dict[str, inspect.Parameter]:
+    module, name = class_path.rsplit(".", 1)
+    return dict(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+
+
+def _hint(given: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(given, list(known), n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; there are {', '.join(known)}" if list(known) else ""
