@@ -144,10 +144,11 @@ class ValidationStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         worker, num_workers = _worker()
-        rows = [(source, index) for source, blocks in enumerate(self.sources) for index in range(len(blocks))]
+        blocks = ((source, index) for source, blocks in enumerate(self.sources) for index in range(len(blocks)))
+        rows = list(islice(blocks, self.num_samples))
         for number in range(worker, len(self), num_workers):
             first = (number * self.shard.num_replicas + self.shard.rank) * self.micro_batch_size
-            mine = rows[first : min(first + self.micro_batch_size, self.num_samples)]
+            mine = rows[first : first + self.micro_batch_size]
             yield self._read(mine, filler=rows[0])
 
     def _read(self, rows: Sequence[tuple[int, int]], filler: tuple[int, int]) -> Batch:

@@ -97,11 +97,6 @@ class Tokenizer:
         # written out because the backend forgets encode_special_tokens when it is pickled
         return Tokenizer, (self._backend, self._settings, self.path)
 
-    @property
-    def chat_template(self) -> str | None:
-        """The Jinja chat template that came with the tokenizer."""
-        return self._settings.get("chat_template")
-
     @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of all that decides which ids a text gets, the mask and end-of-text ids included.

@@ -70,6 +70,8 @@ class MEAPPretraining(L.LightningModule):
     def setup(self, stage: str) -> None:
         if self.trainer.precision == "16-mixed":
             raise UserError("trainer.precision 16-mixed is not supported: small gradients underflow; use bf16-mixed")
+        if self.trainer.gradient_clip_algorithm == "value":
+            raise UserError("trainer.gradient_clip_algorithm value is not supported; use norm, or leave it out")
 
     def configure_model(self) -> None:
         """Build the decoder, now that the vocabulary is known and the strategy has chosen a device."""

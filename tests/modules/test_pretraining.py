@@ -272,6 +272,7 @@ def test_a_checkpoint_says_which_model_it_holds(toy_recipe, tmp_path):
         (["--model.decoder.vocab_size", "256"], r"vocab_size 256 is smaller than the tokenizer's 320 tokens"),
         (["--data.seq_len", "65"], r"seq_len 65 is longer than the model's context, decoder.max_seq_len 64"),
         (["--model.mask_token_id", "999"], r"mask_token_id 999 is outside the vocabulary of 320"),
+        (["--trainer.gradient_clip_algorithm", "value"], r"gradient_clip_algorithm value is not supported; use norm"),
         (["--model.mask_cycle", "0"], r"mask_cycle must be at least 1, got 0"),
         (["--data.micro_batch_size", "3"], r"global_batch_size 8 cannot be divided by .* 3 x 1 devices = 3"),
     ],
