@@ -4,6 +4,7 @@ Only the standard library is imported at the top, so that `--help` answers at on
 """
 
 import dataclasses
+import importlib
 import logging
 import re
 import sys
@@ -26,7 +27,12 @@ from a recipe (--config FILE, may be given several times; any value can follow a
 data:
   tokenizer train   train a byte-level BPE tokenizer
   prepare text      tokenize text files into a dataset for streaming
+  prepare chat      tokenize conversations into a dataset for fine-tuning
   prepare facts     write the small made-up corpus of the quickstart
+
+models:
+  export            write a checkpoint as a Hugging Face folder
+  generate          continue prompts with a checkpoint
 
 COMMAND --help lists its options. The first thing to try:
   python -m meap_lit fit --config recipes/quickstart.yaml
@@ -45,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] in TRAINER_COMMANDS:
             _run_trainer(arguments)
         else:
-            _run_preparation(arguments)
+            _run_command(arguments)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -61,47 +67,46 @@ def _one_line(error: UserError) -> str:
     return re.sub(r"^(\w+\.)*UserError: ", "", last)
 
 
-# ---------------------------------------------------------------------------------------------- preparation
+# ---------------------------------------------------------------------------------------------- thin commands
+
+COMMANDS = {
+    "export": "meap_lit.export.Export",
+    "generate": "meap_lit.evaluation.generate.Generate",
+    "tokenizer train": "meap_lit.data.tokenizer.TrainTokenizer",
+    "prepare text": "meap_lit.data.text.PrepareText",
+    "prepare chat": "meap_lit.data.chat.PrepareChat",
+    "prepare facts": "meap_lit.data.synthetic.FactCorpus",
+}
+"""Each is a dataclass of its options with a method `run`; only the one that is asked for is imported."""
 
 
-def _preparations() -> dict[tuple[str, str], type]:
-    from meap_lit.data.synthetic import FactCorpus
-    from meap_lit.data.text import PrepareText
-    from meap_lit.data.tokenizer import TrainTokenizer
-
-    return {
-        ("tokenizer", "train"): TrainTokenizer,
-        ("prepare", "text"): PrepareText,
-        ("prepare", "facts"): FactCorpus,
-    }
-
-
-def _run_preparation(arguments: list[str]) -> None:
+def _run_command(arguments: list[str]) -> None:
     from jsonargparse import ArgumentError
 
     from meap_lit.explain import explain
 
-    steps = _preparations()
-    step = steps.get((arguments[0], arguments[1])) if len(arguments) > 1 else None
-    if step is None:
-        known = ", ".join((*TRAINER_COMMANDS, *map(" ".join, steps)))
+    words = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
+    if words not in COMMANDS:
+        known = ", ".join((*TRAINER_COMMANDS, *COMMANDS))
         raise UserError(f"no command '{' '.join(arguments[:2])}'; there are {known}")
-    parser = _step_parser(step, prog=f"python -m meap_lit {arguments[0]} {arguments[1]}")
+    module, name = COMMANDS[words].rsplit(".", 1)
+    command = getattr(importlib.import_module(module), name)
+    parser = _command_parser(command, prog=f"python -m meap_lit {words}")
     try:
-        namespace = parser.parse_args(arguments[2:])
+        namespace = parser.parse_args(arguments[len(words.split()) :])
     except ArgumentError as error:
         raise UserError(explain(str(error))) from error
-    step(**namespace.as_dict()).run()
+    command(**namespace.as_dict()).run()
 
 
-def _step_parser(step: type, prog: str) -> Any:
-    """A parser of the fields of a preparation step; a field that is a list takes several words (`--input A B`)."""
+def _command_parser(command: type, prog: str) -> Any:
+    """A parser of the fields of a command; a field that is a list takes several words (`--input A B`)."""
     import docstring_parser
     import jsonargparse
 
-    doc = docstring_parser.parse(step.__doc__ or "")
+    doc = docstring_parser.parse(command.__doc__ or "")
     help_of = {parameter.arg_name: parameter.description for parameter in doc.params}
-    lists = [f for f in dataclasses.fields(step) if "list" in str(f.type)]
+    lists = [f for f in dataclasses.fields(command) if "list" in str(f.type)]
     parser = jsonargparse.ArgumentParser(
         prog=prog, description=doc.short_description, exit_on_error=False, allow_abbrev=False
     )
@@ -110,7 +115,7 @@ def _step_parser(step: type, prog: str) -> Any:
         parser.add_argument(
             f"--{f.name}", type=str, nargs="+", required=required, default=None, help=help_of.get(f.name)
         )
-    parser.add_class_arguments(step, skip={f.name for f in lists})
+    parser.add_class_arguments(command, skip={f.name for f in lists})
     return parser
 
 
