@@ -5,23 +5,24 @@ checkpoint maps one to one. Nothing here knows of masking, of ranks or of a trai
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meap_lit.model.attention import Attend, Documents, KVCache, causal_attention, packed_attention
 from meap_lit.model.config import DecoderConfig
 from meap_lit.model.rope import apply_rope, rope_angles
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key-value heads and rotary positions."""
+    """Self-attention with grouped key-value heads and rotary positions; what attends to what is handed in."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         width = config.head_width
         self.head_dim = width
-        self.grouped = config.num_heads != config.num_kv_heads
         self.q_proj = nn.Linear(config.hidden_size, config.num_heads * width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * width, bias=config.qkv_bias)
@@ -29,13 +30,13 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         query = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [B, H, T, head_dim]
         key = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [B, H_kv, T, head_dim]
         value = self.v_proj(x).view(heads).transpose(1, 2)
         query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
+        y = attend(query, key, value)  # [B, H, T, head_dim]
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, T, D]
 
 
@@ -62,8 +63,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -101,25 +102,44 @@ class Decoder(nn.Module):
             else:
                 nn.init.ones_(parameter)  # norms
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """Final hidden states.
 
         Args:
             input_ids: Token ids, [B, T], int64, with T up to `config.max_seq_len`.
             position_ids: Positions of the tokens, [T] or [B, T], int64; 0 to T-1 if not given.
+            documents: For packed rows: tokens attend within their document only. Whole rows if not given.
+            cache: For generation: tokens attend to those stored at positions up to their own, and are stored.
 
         Returns:
             Hidden states after the final norm, [B, T, D].
         """
+        assert documents is None or cache is None, "a cache holds one document a row"
+        attention = self._attention(position_ids, documents, cache)
         if position_ids is None:
             position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
         cos, sin = rope_angles(self.config, position_ids)  # [..., T, head_dim]
         if cos.dim() == 3:
             cos, sin = cos[:, None], sin[:, None]  # [B, 1, T, head_dim], the same for all heads
         x = self.embed_tokens(input_ids)  # [B, T, D]
-        for layer in self.layers:
-            x = layer(x, cos, sin)
+        for layer, attend in zip(self.layers, attention, strict=True):
+            x = layer(x, cos, sin, attend)
         return self.norm(x)
+
+    def _attention(
+        self, position_ids: Tensor | None, documents: Documents | None, cache: KVCache | None
+    ) -> list[Attend]:
+        """The attention function of each layer."""
+        if cache is not None:
+            return cache.attention(position_ids)
+        attend = causal_attention if documents is None else partial(packed_attention, documents=documents)
+        return [attend] * len(self.layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every vocabulary entry, [..., V], for hidden states [..., D]."""

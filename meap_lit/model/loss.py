@@ -1,6 +1,6 @@
 """Next-token cross entropy from hidden states, without ever holding the full [B, T, V] logits."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,21 @@ MAX_LOGITS = 2**25
 """Logits of one piece: 128 MiB in float32, 1,046 rows of a 32,064-token vocabulary. A few copies live at once."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_rows: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_rows: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_rows: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Summed cross entropy of `hidden @ weight.T` against `labels`.
 
     Rows are taken in pieces of at most `MAX_LOGITS` logits. Their gradients are formed in the same pass while the
@@ -28,17 +42,24 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         hidden: Hidden states, [..., D].
         weight: Head, [V, D].
         labels: Target ids, [...], int64; rows with `IGNORE_INDEX` count nothing.
+        return_rows: Also return the loss of each row, so that a part of it can be logged apart.
 
     Returns:
         Sum over the supervised rows, scalar, float32 (float64 for such inputs). Divide by their number for the mean.
+        With `return_rows` also the rows' losses, [...], float32, without gradient, 0 where not supervised.
     """
-    # Inside the function grad mode is off and needs_input_grad ignores it, so it has to be asked for here.
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), torch.is_grad_enabled())
+    total, rows = _LinearCrossEntropy.apply(
+        hidden.flatten(0, -2),
+        weight,
+        labels.flatten(),
+        torch.is_grad_enabled(),  # inside the function grad mode is off, and needs_input_grad ignores it
+    )
+    return (total, rows.view(labels.shape)) if return_rows else total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, grad_enabled: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, grad_enabled: bool) -> tuple[Tensor, Tensor]:
         device = hidden.device
         matmul_dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -46,11 +67,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if grad_enabled and ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=sum_dtype, device=device)
+        row_losses = torch.empty(len(labels), dtype=torch.float32, device=device)
         rows = max(1, MAX_LOGITS // weight.size(0))
         for start in range(0, hidden.size(0), rows):
             piece, target = hidden[start : start + rows].to(matmul_dtype), labels[start : start + rows]
             log_probs = F.log_softmax(F.linear(piece, head), dim=-1, dtype=sum_dtype)  # [rows, V]
             total += F.nll_loss(log_probs, target, ignore_index=IGNORE_INDEX, reduction="sum")
+            row_losses[start : start + rows] = F.nll_loss(
+                log_probs, target, ignore_index=IGNORE_INDEX, reduction="none"
+            )
             if grad_hidden is None and grad_weight is None:
                 continue
             grad = log_probs.exp_()  # [rows, V], softmax less one-hot, and 0 where not supervised
@@ -62,11 +87,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += grad.T @ piece
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return total
+        ctx.mark_non_differentiable(row_losses)
+        return total, row_losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),

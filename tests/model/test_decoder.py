@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from meap_lit.model import Decoder, DecoderConfig, RopeScaling
+from meap_lit.model import Decoder, DecoderConfig, Documents, KVCache, RopeScaling
 
 VOCAB_SIZE = 96
 
@@ -165,6 +166,170 @@ def test_bf16_autocast_stays_close_to_float32(changes: dict[str, object]) -> Non
     expected = model(input_ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model(input_ids)
+    assert F.cosine_similarity(hidden.float(), expected, dim=-1).min() > 0.999
+
+
+# ---------------------------------------------------------------------------------------------- packed documents
+
+ROWS = [[7, 1, 11], [16, 5]]  # documents of two rows of 24 tokens: 5 and 3 are padding
+SEQ_LEN = 24
+
+
+def packed_batch() -> tuple[Tensor, Tensor, Documents]:
+    input_ids = torch.randint(0, VOCAB_SIZE, (2, SEQ_LEN), generator=torch.Generator().manual_seed(5))
+    documents = Documents.of_rows(ROWS, SEQ_LEN)
+    position_ids = torch.cat([torch.arange(length) for length in documents.lengths]).view(2, SEQ_LEN)
+    return input_ids, position_ids, documents
+
+
+def loss_of(model: Decoder, hidden: Tensor, weights: Tensor) -> Tensor:
+    """Some scalar in which every hidden state and every parameter counts."""
+    return (model.logits(hidden).flatten(0, -2).log_softmax(-1) * weights).sum()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", ["llama", "no grouping", "yarn", "qwen2 tied", "qwen3"])
+def test_packed_documents_are_the_documents_one_by_one(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    model = Decoder(CONFIGS[name]).to(dtype)
+    input_ids, position_ids, documents = packed_batch()
+    weights = torch.randn(2 * SEQ_LEN, VOCAB_SIZE, generator=torch.Generator().manual_seed(6), dtype=dtype)
+
+    packed = model(input_ids, position_ids, documents)
+    gradients = torch.autograd.grad(loss_of(model, packed, weights), list(model.parameters()))
+    singles = [model(document[None])[0] for document in input_ids.flatten().split(documents.lengths)]
+    single = torch.cat(singles)
+    expected = torch.autograd.grad(loss_of(model, single, weights), list(model.parameters()))
+
+    assert len(singles) == 7
+    torch.testing.assert_close(packed.flatten(0, 1), single, atol=tolerance, rtol=tolerance)
+    for (parameter, _), ours, theirs in zip(model.named_parameters(), gradients, expected, strict=True):
+        assert theirs.any(), parameter
+        torch.testing.assert_close(ours, theirs, atol=10 * tolerance * theirs.abs().max().item(), rtol=0)
+
+
+def test_packed_logits_are_those_of_transformers_with_a_dense_mask() -> None:
+    theirs = reference(toy())
+    ours = Decoder(toy())
+    ours.load_state_dict({our_name(name): tensor for name, tensor in theirs.state_dict().items()})
+    input_ids, position_ids, documents = packed_batch()
+    document_ids = torch.repeat_interleave(torch.arange(7), torch.tensor(documents.lengths)).view(2, SEQ_LEN)
+    seen = (document_ids[:, :, None] == document_ids[:, None, :]).tril()
+    mask = torch.zeros(2, 1, SEQ_LEN, SEQ_LEN).masked_fill(~seen[:, None], -torch.inf)
+    with torch.no_grad():
+        expected = theirs(input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False).logits
+        logits = ours.logits(ours(input_ids, position_ids, documents))
+        crossing = ours.logits(ours(input_ids, position_ids))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(crossing, expected, atol=1e-2), "the documents made no difference"
+
+
+def test_no_document_feels_another() -> None:
+    torch.manual_seed(0)
+    model = Decoder(toy())
+    input_ids, position_ids, documents = packed_batch()
+    ends = torch.tensor(documents.lengths).cumsum(0).tolist()
+    with torch.no_grad():
+        before = model(input_ids, position_ids, documents).flatten(0, 1)
+        for start, end in zip([0, *ends], ends):
+            changed = input_ids.clone()
+            changed.view(-1)[start] = (changed.view(-1)[start] + 1) % VOCAB_SIZE
+            difference = (model(changed, position_ids, documents).flatten(0, 1) - before).abs().amax(-1)
+            assert difference[start:end].all()
+            assert not difference[:start].any()
+            assert not difference[end:].any()
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_packed_under_bf16_autocast_stays_close_to_float32() -> None:
+    torch.manual_seed(0)
+    model = Decoder(toy(qk_norm=True, head_dim=16))
+    batch = packed_batch()
+    expected = model(*batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model(*batch)
+    assert F.cosine_similarity(hidden.float(), expected, dim=-1).min() > 0.999
+
+
+def test_packed_shapes_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = Decoder(toy())
+    input_ids, position_ids, documents = packed_batch()
+    hidden = model(input_ids.to("meta"), position_ids.to("meta"), documents)
+    assert hidden.is_meta
+    assert hidden.shape == (2, SEQ_LEN, 32)
+    hidden.sum().backward()
+
+
+def test_compiled_layers_are_not_compiled_again_for_other_documents() -> None:
+    torch.manual_seed(0)
+    model, compiled = Decoder(toy()), Decoder(toy())
+    compiled.load_state_dict(model.state_dict())
+    graphs = CompileCounterWithBackend("eager")
+    for layer in compiled.layers:
+        layer.compile(backend=graphs)
+    input_ids, position_ids, _ = packed_batch()
+    after_first = 0
+    for rows in (ROWS, [[24], [24]], [[2, 3, 4], [5]], [[1], [1]]):
+        documents = Documents.of_rows(rows, SEQ_LEN)
+        expected = model(input_ids, position_ids, documents)
+        torch.testing.assert_close(compiled(input_ids, position_ids, documents), expected)
+        after_first = after_first or graphs.frame_count
+    assert 0 < after_first == graphs.frame_count
+
+
+# ------------------------------------------------------------------------------------------------------ cache
+
+
+def cache_for(model: Decoder, batch_size: int, max_len: int) -> KVCache:
+    weight = model.embed_tokens.weight
+    return KVCache(model.config, batch_size, max_len, weight.device, weight.dtype)
+
+
+@pytest.mark.parametrize("name", ["llama", "one key-value head", "no grouping", "yarn", "qwen2 tied", "qwen3"])
+def test_reading_in_pieces_with_a_cache_is_reading_at_once(name: str) -> None:
+    torch.manual_seed(0)
+    model = Decoder(CONFIGS[name])
+    input_ids = torch.randint(0, VOCAB_SIZE, (3, 20))
+    cache = cache_for(model, 3, 40)
+    with torch.no_grad():
+        expected = model(input_ids)
+        pieces = [model(input_ids[:, :9], cache=cache)]  # positions count from 0 if not given
+        for start, stop in ((9, 10), (10, 14), (14, 20)):
+            pieces.append(model(input_ids[:, start:stop], torch.arange(start, stop), cache=cache))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_right_padded_rows_with_a_cache_are_the_rows_alone() -> None:
+    torch.manual_seed(0)
+    model = Decoder(toy())
+    lengths = torch.tensor([3, 8, 5])
+    input_ids = torch.randint(0, VOCAB_SIZE, (3, 14))
+    cache = cache_for(model, 3, 14)
+    with torch.no_grad():
+        prefill = model(input_ids[:, :8], cache=cache)  # the first row's tokens 3 to 7 stand for padding
+        position_ids = lengths[:, None].clone()
+        steps = []
+        for _ in range(6):
+            steps.append(model(input_ids.gather(1, position_ids), position_ids, cache=cache))
+            position_ids += 1
+        for row, length in enumerate(lengths.tolist()):
+            expected = model(input_ids[row : row + 1, : length + 6])[0]
+            ours = torch.cat((prefill[row, :length], torch.cat(steps, dim=1)[row]))
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_cache_under_bf16_autocast_stays_close_to_float32() -> None:
+    torch.manual_seed(0)
+    model = Decoder(toy())
+    input_ids = torch.randint(0, VOCAB_SIZE, (2, 12))
+    expected = model(input_ids)
+    cache = cache_for(model, 2, 12)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = torch.cat(
+            (model(input_ids[:, :8], cache=cache), model(input_ids[:, 8:], torch.arange(8, 12), cache=cache)), dim=1
+        )
     assert F.cosine_similarity(hidden.float(), expected, dim=-1).min() > 0.999
 
 

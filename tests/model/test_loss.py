@@ -28,13 +28,13 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Limits a piece to 100 logits; the sizes of the pieces that were taken are appended to the list."""
     monkeypatch.setattr(loss, "MAX_LOGITS", 100)
     sizes: list[int] = []
-    nll_loss = F.nll_loss
+    log_softmax = F.log_softmax
 
-    def recorded(log_probs: Tensor, *args: object, **kwargs: object) -> Tensor:
-        sizes.append(log_probs.size(0))
-        return nll_loss(log_probs, *args, **kwargs)  # type: ignore[arg-type]
+    def recorded(logits: Tensor, **kwargs: object) -> Tensor:
+        sizes.append(logits.size(0))
+        return log_softmax(logits, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loss.F, "nll_loss", recorded)
+    monkeypatch.setattr(loss.F, "log_softmax", recorded)
     return sizes
 
 
@@ -81,6 +81,35 @@ def test_value_and_gradients_are_those_of_plain_cross_entropy(
     gradients = torch.autograd.grad(total * 0.37, (hidden, weight))
     for ours, theirs in zip(gradients, torch.autograd.grad(expected * 0.37, (hidden, weight)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_are_those_of_plain_cross_entropy(dtype: torch.dtype, pieces: list[int]) -> None:
+    hidden, weight, labels = inputs((3, 7), 8, 20, dtype)
+    labels[:, ::3] = IGNORE_INDEX
+    total, rows = linear_cross_entropy(hidden, weight, labels, return_rows=True)
+    assert len(pieces) > 1
+    assert (rows.dtype, rows.shape, rows.requires_grad) == (torch.float32, labels.shape, False)
+    logits = (hidden @ weight.T).flatten(0, -2)
+    expected = F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    torch.testing.assert_close(rows.flatten(), expected.detach(), atol=1e-5, rtol=1e-5)
+    assert not rows[labels == IGNORE_INDEX].any()
+    assert rows[labels != IGNORE_INDEX].all()
+    torch.testing.assert_close(rows.sum().to(total.dtype), total.detach(), atol=1e-4, rtol=1e-5)
+
+    alone = linear_cross_entropy(hidden, weight, labels)
+    assert torch.equal(total, alone)
+    gradients = torch.autograd.grad(total, (hidden, weight))
+    for ours, theirs in zip(gradients, torch.autograd.grad(alone, (hidden, weight)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_rows_without_grad_mode() -> None:
+    hidden, weight, labels = inputs((5,), 4, 20, torch.float32)
+    with torch.no_grad():
+        total, rows = linear_cross_entropy(hidden, weight, labels, return_rows=True)
+    torch.testing.assert_close(total, rows.sum())
+    assert not total.requires_grad
 
 
 def test_all_rows_ignored_gives_zero_and_zero_gradients(pieces: list[int]) -> None:

@@ -1,0 +1,151 @@
+"""Which tokens attend to which: every earlier one, those of the same document, or those in a cache.
+
+The decoder hands one of these to its layers as `attend(query, key, value) -> y`, with query [B, H, T, head_dim], key
+and value [B, H_kv, T, head_dim] and y [B, H, T, head_dim]. All are `scaled_dot_product_attention` underneath.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meap_lit.model.config import DecoderConfig
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Every token attends to itself and to all before it in its row."""
+    grouped = query.size(1) != key.size(1)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+
+
+# --------------------------------------------------------------------------------------------- packed documents
+
+
+@dataclass  # not frozen: Lightning's precision plugins walk through a batch and refuse a frozen one
+class Documents:
+    """Runs of tokens that attend among themselves only, in a batch of packed rows.
+
+    They are numbers on the host, because the shapes of the attention calls follow from them: held on a device, each
+    forward would wait for it.
+
+    Args:
+        lengths: Tokens of each document, row by row as the batch [B, T] lies flattened; they sum to B * T and none
+            crosses the end of a row.
+    """
+
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Sequence[int]], seq_len: int) -> "Documents":
+        """From the lengths of each row's documents; what is left of `seq_len` is padding, a document of its own.
+
+        Raises:
+            ValueError: If a document has no token, or a row more than `seq_len`.
+        """
+        lengths: list[int] = []
+        for row in rows:
+            padding = seq_len - sum(row)
+            if padding < 0 or min(row, default=1) < 1:
+                raise ValueError(f"documents of {list(row)} tokens do not make up a row of {seq_len}")
+            lengths += [*row, padding] if padding else row
+        return cls(tuple(lengths))
+
+
+@torch.compiler.disable  # lengths differ from batch to batch, and each new set would be compiled anew
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+    """Every token attends to itself and to those before it in its document.
+
+    One causal call for each document, or for a run of equally long ones: exact on every device and in every dtype,
+    scores only where they count (the sum of n_i^2), nothing but ordinary PyTorch. The price is many small launches
+    where documents are short; a kernel for variable lengths (FlashAttention, FlexAttention) needs one. That
+    difference has not been measured on a GPU yet.
+    """
+    batch_shape = query.size(0), query.size(2)
+    runs = [(length, len(list(run))) for length, run in groupby(documents.lengths)]
+    # `split` and not slices: in the backward each slice would fill a tensor as large as the whole
+    pieces = [_as_rows(x).split([length * count for length, count in runs]) for x in (query, key, value)]
+    outputs = [
+        _as_rows(causal_attention(*(_as_heads(piece, count, length) for piece in run)))
+        for (length, count), run in zip(runs, zip(*pieces, strict=True), strict=True)
+    ]
+    return _as_heads(torch.cat(outputs), *batch_shape)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[B, H, T, head_dim] as [B * T, H, head_dim]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _as_heads(x: Tensor, batch_size: int, seq_len: int) -> Tensor:
+    """[B * T, H, head_dim] as [B, H, T, head_dim]."""
+    return x.unflatten(0, (batch_size, seq_len)).transpose(1, 2)
+
+
+# -------------------------------------------------------------------------------------------------------- cache
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for generation; to be used without grad mode.
+
+    Slot j of a row holds position j, and a query at position p sees the slots up to p. So prompts of unequal length
+    are padded on the right and need no care: what padding wrote at position p is overwritten by the token that comes
+    to stand there, before any query sees it.
+
+    Args:
+        config: The decoder's configuration.
+        batch_size: Rows B.
+        max_len: Positions of a row, all allocated now.
+        device: Where the decoder is.
+        dtype: Of keys and values; the decoder's own.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.num_layers, batch_size, config.num_kv_heads, max_len, config.head_width)
+        # zeros, not empty: an unseen value has weight 0, and 0 times a stray NaN is NaN
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    def attention(self, position_ids: Tensor | None) -> list[Attend]:
+        """For each layer the function that stores the keys and values of tokens and attends to what they may see.
+
+        Args:
+            position_ids: Positions of the tokens, [T] or [B, T], int64, below `max_len`. None for 0 to T-1, as a
+                prompt is read: all that its tokens see is in the call, which is then plain causal attention.
+        """
+        if position_ids is None:
+            return [partial(_fill, cache=cache) for cache in zip(self.keys, self.values, strict=True)]
+        batch_size, max_len = self.keys.size(1), self.keys.size(3)
+        rows = torch.arange(batch_size, device=position_ids.device)[:, None]  # [B, 1]
+        position_ids = position_ids.expand(batch_size, -1)  # [B, T]
+        seen = position_ids[:, None, :, None] >= torch.arange(max_len, device=position_ids.device)  # [B, 1, T, S]
+        return [
+            partial(_extend, cache=cache, slots=(rows, position_ids), seen=seen)
+            for cache in zip(self.keys, self.values, strict=True)
+        ]
+
+
+def _fill(query: Tensor, key: Tensor, value: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+    for stored, new in zip(cache, (key, value), strict=True):
+        stored[:, :, : new.size(2)] = new
+    return causal_attention(query, key, value)
+
+
+def _extend(
+    query: Tensor, key: Tensor, value: Tensor, cache: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor], seen: Tensor
+) -> Tensor:
+    for stored, new in zip(cache, (key, value), strict=True):  # [B, H_kv, S, head_dim] and [B, H_kv, T, head_dim]
+        stored.transpose(1, 2)[slots] = new.transpose(1, 2).to(stored.dtype)
+    # Query heads that share a key head are stacked as further queries of it: with a mask, SDPA's fused kernels do not
+    # group heads on every device, and its fallback copies the whole cache for each query head.
+    groups = query.size(1) // key.size(1), query.size(2)
+    query = query.unflatten(1, (-1, groups[0])).flatten(2, 3)  # [B, H_kv, H / H_kv * T, head_dim]
+    y = F.scaled_dot_product_attention(query, *cache, attn_mask=seen.repeat(1, 1, groups[0], 1))
+    return y.unflatten(2, groups).flatten(1, 2)  # [B, H, T, head_dim]
