@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +48,10 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any], path: str = "tokenizer") -> None:
         self.path = path
         self._settings = settings
-        mask = _find_special(backend, settings, "mask") or MASK_TOKEN
+        known_mask = _find_special(backend, settings, "mask")
+        mask = known_mask or MASK_TOKEN
+        self.mask_is_new = known_mask is None
+        """Whether the mask token was added in memory, so that no model has seen its id."""
         self._backend = _with_mask_token(backend, mask)
         self._backend.encode_special_tokens = True  # do not look for special tokens in the text
         eos = _find_special(backend, settings, "eos")
@@ -94,8 +98,8 @@ class Tokenizer:
         return cls(backend, settings, path)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # written out because the backend forgets encode_special_tokens when it is pickled
-        return Tokenizer, (self._backend, self._settings, self.path)
+        # written out because the backend forgets encode_special_tokens when it is pickled; by now it has the mask token
+        return Tokenizer, (self._backend, self._settings, self.path), {"mask_is_new": self.mask_is_new}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -123,6 +127,30 @@ class Tokenizer:
         """Text of `ids`."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    @property
+    def chat_template(self) -> Any:
+        """Jinja source of the tokenizer's chat template, a list of named ones, or None."""
+        return self._settings.get("chat_template")
+
+    @chat_template.setter
+    def chat_template(self, source: str) -> None:
+        self._settings = {**self._settings, "chat_template": source}
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The tokens that play a role, by the names that chat templates know: `bos_token`, `eos_token` and so on."""
+        others = {name: self._settings.get(name) for name in ("unk_token", "pad_token")}
+        named = others | {f"{role}_token": token for role, token in self._special.items()}
+        return {name: token for name, token in named.items() if token and self._backend.token_to_id(token) is not None}
+
+    def copy_backend(self) -> tokenizers.Tokenizer:
+        """A copy of the tokenizer that a caller may change; it finds special tokens in the text."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
+
+    def ids_without_token(self, num_rows: int) -> list[int]:
+        """Ids below `num_rows` that stand for nothing: holes in the vocabulary, and padding above it."""
+        return sorted(set(range(num_rows)) - set(self._backend.get_vocab(with_added_tokens=True).values()))
+
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer, mask token included, as a folder that transformers and `load` read."""
         target = Path(folder)
@@ -132,6 +160,13 @@ class Tokenizer:
         settings |= {f"{role}_token": token for role, token in self._special.items() if token is not None}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+    @staticmethod
+    def copy_files(source: Path, folder: Path) -> None:
+        """Copy a tokenizer's files as they are, from one folder to another."""
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE_FILE):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
 
 
 _TEMPLATE_FILE = "chat_template.jinja"

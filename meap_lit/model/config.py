@@ -27,6 +27,7 @@ class RopeScaling:
         high_freq_factor: `llama3`: wavelengths shorter than original_max_seq_len / high_freq_factor are kept.
         beta_fast: `yarn`: dimensions that turn more often than this within the old context are kept.
         beta_slow: `yarn`: dimensions that turn less often than this are divided.
+        attention_factor: `yarn`: factor on cosine and sine; 0.1 * ln(factor) + 1 if not given.
     """
 
     type: Literal["linear", "llama3", "yarn"]
@@ -36,6 +37,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    attention_factor: float | None = None
 
     def __post_init__(self) -> None:
         if not self.factor >= 1:
@@ -50,6 +52,8 @@ class RopeScaling:
                     f"decoder.rope_scaling.{low} must be above 0 and below {high}, "
                     f"got {getattr(self, low):g} and {getattr(self, high):g}"
                 )
+        if self.attention_factor is not None and not self.attention_factor > 0:
+            raise UserError(f"decoder.rope_scaling.attention_factor must be above 0, got {self.attention_factor:g}")
 
 
 @dataclass(frozen=True)
@@ -123,15 +127,21 @@ class DecoderConfig:
         head_norms = self.qk_norm * self.num_layers * 2 * self.head_width
         return self._num_block_weights() + norms + biases + head_norms + vocab * (1 if self.tie_embeddings else 2)
 
-    def flops_per_token(self, seq_len: int) -> int:
-        """FLOPs of forward and backward for one token in a row of `seq_len`.
+    def flops_per_token(self, span: float, *, frozen: bool = False) -> int:
+        """FLOPs of forward and backward for one token.
 
         6 per weight of a matrix product (blocks and head; the embedding is a look-up) and 12 * layers * heads *
-        head_dim * seq_len for the attention scores, the causal half not discounted (PaLM, arXiv 2204.02311,
+        head_dim * span for the attention scores, the causal half not discounted (PaLM, arXiv 2204.02311,
         appendix B). Masking adds nothing.
+
+        Args:
+            span: Length of the run of tokens that attend among themselves: the row, or a document of a packed row.
+            frozen: The weights have no gradient, only what flows through them; then it is 4 per weight. What adapters
+                add is left out.
         """
         matrices = self._num_block_weights() + self._vocab_size() * self.hidden_size
-        return 6 * matrices + 12 * self.num_layers * self.num_heads * self.head_width * seq_len
+        attention = 12 * self.num_layers * self.num_heads * self.head_width * span
+        return round((4 if frozen else 6) * matrices + attention)
 
     def _num_block_weights(self) -> int:
         attention = self.hidden_size * self.head_width * 2 * (self.num_heads + self.num_kv_heads)

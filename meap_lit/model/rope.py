@@ -23,7 +23,8 @@ def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) 
         return inv_freq / scaling.factor, 1.0
     if scaling.type == "llama3":
         return _llama3(inv_freq, scaling), 1.0
-    return _yarn(inv_freq, scaling, config), 0.1 * math.log(scaling.factor) + 1.0
+    factor = scaling.attention_factor
+    return _yarn(inv_freq, scaling, config), 0.1 * math.log(scaling.factor) + 1.0 if factor is None else factor
 
 
 def _llama3(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:

@@ -75,6 +75,34 @@ def test_mask_id_is_free_where_ids_have_holes(tmp_path):
     assert (again.mask_token_id, again.vocab_size, again.fingerprint) == (7, 8, tokenizer.fingerprint)
 
 
+def test_a_mask_token_is_new_where_the_folder_has_none(tmp_path):
+    without = Tokenizer.load(word_level(tmp_path / "a", {"<unk>": 0, "</s>": 1}))
+    named = Tokenizer.load(word_level(tmp_path / "b", {"</s>": 0, "<hide>": 1}, settings={"mask_token": "<hide>"}))
+    well_known = Tokenizer.load(word_level(tmp_path / "c", {"</s>": 0, "<mask>": 1}))
+    assert (without.mask_is_new, named.mask_is_new, well_known.mask_is_new) == (True, False, False)
+    assert pickle.loads(pickle.dumps(without)).mask_is_new  # although its backend has one by now
+    without.save(tmp_path / "saved")
+    assert not Tokenizer.load(str(tmp_path / "saved")).mask_is_new
+
+
+def test_ids_without_token(tmp_path):
+    tokenizer = Tokenizer.load(word_level(tmp_path / "t", {"<unk>": 0, "</s>": 1, "a": 4, "b": 6}))
+    assert tokenizer.mask_token_id == 7
+    assert tokenizer.ids_without_token(10) == [2, 3, 5, 8, 9]
+    assert tokenizer.ids_without_token(5) == [2, 3]
+
+
+def test_copied_files_are_those_of_the_folder(tmp_path):
+    folder = Path(word_level(tmp_path / "t", {"</s>": 0}, settings={"eos_token": "</s>"}))
+    (folder / "chat_template.jinja").write_text("{{ 1 }}")
+    (folder / "model.safetensors").write_text("x")
+    (tmp_path / "copy").mkdir()
+    Tokenizer.copy_files(folder, tmp_path / "copy")
+    names = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
+    assert sorted(file.name for file in (tmp_path / "copy").iterdir()) == list(names)
+    assert all((tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes() for name in names)
+
+
 def test_loading_does_not_change_the_folder(tmp_path):
     folder = word_level(tmp_path / "t", {"<unk>": 0, "</s>": 1})
     before = {file.name: file.read_bytes() for file in (tmp_path / "t").iterdir()}

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from meap_lit.errors import UserError
 from meap_lit.model import DecoderConfig, RopeScaling
 from meap_lit.model.rope import apply_rope, rope_angles, rope_frequencies
 
@@ -67,6 +68,7 @@ def test_half_precision_is_kept_and_angles_are_not_rounded() -> None:
         RopeScaling("yarn", 4.0),
         RopeScaling("yarn", 1.0),
         RopeScaling("yarn", 40.0, original_max_seq_len=256, beta_fast=16.0, beta_slow=2.0),
+        RopeScaling("yarn", 4.0, attention_factor=0.7),
     ],
     ids=str,
 )
@@ -74,7 +76,11 @@ def test_scaled_frequencies_are_those_of_transformers(scaling: RopeScaling, head
     parameters = {
         "linear": {},
         "llama3": {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor},
-        "yarn": {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow},
+        "yarn": {
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "attention_factor": scaling.attention_factor,
+        },
     }[scaling.type]
     if scaling.type != "linear":
         parameters["original_max_position_embeddings"] = scaling.original_max_seq_len
@@ -95,3 +101,8 @@ def test_scaled_frequencies_are_those_of_transformers(scaling: RopeScaling, head
     assert factor == pytest.approx(expected_factor)
     unscaled, _ = rope_frequencies(config_with(None, head_dim, rope_theta))
     assert scaling.factor == 1 or not torch.equal(inv_freq, unscaled)
+
+
+def test_an_attention_factor_of_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^decoder.rope_scaling.attention_factor must be above 0, got 0$"):
+        RopeScaling("yarn", 4.0, attention_factor=0.0)

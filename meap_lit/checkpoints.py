@@ -1,0 +1,259 @@
+"""Whatever holds weights, opened as one thing: a folder of Hugging Face, a checkpoint of ours, a run.
+
+Only safetensors and checkpoints without code are read, and on opening no more than their headers.
+"""
+
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.errors import UserError
+from meap_lit.model.config import DecoderConfig, RopeScaling, pad_vocab_size
+from meap_lit.model.hf import family
+from meap_lit.model.hf_folder import CONFIG_FILE, PICKLED, WEIGHTS_FILE, HFFolder, foreign_format, pickle_refusal
+from meap_lit.model.lora import LoRA
+from meap_lit.model.weights import EMBEDDING, HEAD, WeightSource, build_decoder, copy_rows, load_weights
+
+__all__ = ["Checkpoint", "WeightSource", "build_decoder", "load_weights", "open_source", "vocab_size_for"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAST = Path("checkpoints", "last.ckpt")
+_PREFIX = "decoder."
+_MAX_MAPPED = 128 << 20
+"""Bytes read from a mapped checkpoint before it is mapped anew, which gives their memory back."""
+
+
+def open_source(path: str | Path) -> WeightSource:
+    """The weights under `path`.
+
+    Args:
+        path: A folder of Hugging Face (config.json and safetensors), a checkpoint file (.ckpt), the folder of a run
+            (`runs/NAME/version_0`), or the folder above (`runs/NAME`), which stands for its newest run with a
+            checkpoint.
+
+    Raises:
+        UserError: If there is nothing of the kind, it is damaged, or it is of a model that the decoder is not.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return Checkpoint.open(path)
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} does not exist")
+    if (path / CONFIG_FILE).is_file():
+        return HFFolder.open(path)
+    run = _newest_run(path)
+    if run is None:
+        raise UserError(_what_it_is(path))
+    return Checkpoint.open(run / LAST)
+
+
+def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
+    """Vocabulary rows of a decoder that starts from `source` and reads what `tokenizer` writes.
+
+    The source's own; where the mask token is new and finds no room, the next multiple of 64.
+
+    Raises:
+        UserError: If the tokenizer has more ids, a new mask token aside, than the source has rows.
+    """
+    rows, ids = source.config.vocab_size, tokenizer.vocab_size - tokenizer.mask_is_new
+    assert rows is not None
+    if rows < ids:
+        raise UserError(
+            f"checkpoint {source.path} has {rows} vocabulary rows, too few for the {ids} ids of tokenizer "
+            f"{tokenizer.path}; name the tokenizer that belongs to the checkpoint"
+        )
+    return rows if tokenizer.vocab_size <= rows else pad_vocab_size(tokenizer.vocab_size)
+
+
+def _newest_run(path: Path) -> Path | None:
+    """`path`, or the highest `version_N` in it, if it has a checkpoint."""
+    if (path / LAST).is_file():
+        return path
+    versions = {int(match[1]): run for run in path.iterdir() if (match := re.fullmatch(r"version_(\d+)", run.name))}
+    newest_first = (versions[number] for number in sorted(versions, reverse=True))
+    return next((run for run in newest_first if (run / LAST).is_file()), None)
+
+
+def _what_it_is(path: Path) -> str:
+    """Why a folder cannot be opened."""
+    if path.suffix == ".ckpt":
+        command = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
+        return f"checkpoint {path} is a folder of shards; make one file of it: {command} {path}"
+    if foreign := foreign_format(path):
+        return foreign
+    if any(path.glob("*.safetensors")):
+        return f"{path} has no {CONFIG_FILE}, which says what model its safetensors are of"
+    return (
+        f"{path} holds no checkpoint; name a Hugging Face folder ({CONFIG_FILE}, {WEIGHTS_FILE}), "
+        f"a run ({LAST}) or a .ckpt file"
+    )
+
+
+# ------------------------------------------------------------------------------------------ our checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(WeightSource):
+    """A checkpoint that one of our modules wrote: `decoder.*` in the state, the configuration under "decoder".
+
+    With adapters, `read` gives the merged weight. Whole weights that are not in the file come from the model that
+    training started from, its vocabulary grown again as it was then.
+
+    Args:
+        mask_token_id: Id of the mask token in training.
+        init_from: Path of the model that training started from.
+        base: That model, if its weights are needed.
+        lora: What the adapters are like.
+        first_new_token: As `load_weights` got it when training started.
+    """
+
+    mask_token_id: int | None
+    init_from: str | None
+    base: WeightSource | None
+    lora: LoRA | None
+    first_new_token: int | None
+    state: "_MappedState" = field(repr=False)
+
+    @classmethod
+    def open(cls, file: Path) -> "Checkpoint":
+        """Read all but the weights.
+
+        Raises:
+            UserError: If it is damaged, not ours, or needs a model that is not there.
+        """
+        state = _MappedState(file)
+        try:
+            about = state.about
+            config = _decoder_config(about["config"])
+            lora = LoRA(**about["lora"]) if about.get("lora") or any(map(_is_adapter, state.tensors)) else None
+            stored = about.get("dtype")
+            dtype = DTYPES[stored] if stored else next(iter(state.tensors.values())).dtype
+        except (AttributeError, KeyError, StopIteration, TypeError) as error:
+            raise UserError(f"checkpoint {file} does not describe its decoder as meap_lit does ({error!r})") from error
+        # a model that was adapted from random weights has all of them in its own checkpoint
+        init_from = about.get("init_from")
+        tokenizer = file.absolute().parent.parent / "tokenizer"
+        return cls(
+            path=file,
+            config=config,
+            model_type=family(config, about.get("model_type")),
+            dtype=dtype,
+            tokenizer_folder=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
+            generation=about.get("generation") or {},
+            mask_token_id=about.get("mask_token_id"),
+            init_from=init_from,
+            base=_open_base(file, init_from) if lora and init_from else None,
+            lora=lora,
+            first_new_token=about.get("first_new_token"),
+            state=state,
+        )
+
+    def names(self) -> list[str]:
+        whole = [name for name in self.state.tensors if not _is_adapter(name)]
+        return list(dict.fromkeys([*(self.base.names() if self.base else []), *whole]))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name in self.state.tensors or self.base is None:
+            return tuple(self.state.tensors[name].shape)
+        shape = self.base.shape(name)
+        return (self.config.vocab_size or 0, *shape[1:]) if name in (EMBEDDING, HEAD) else shape
+
+    def read(self, name: str) -> Tensor:
+        """One parameter; a merged one is float32, so that the caller's cast is the only rounding."""
+        weight = self.state.read(name) if name in self.state.tensors else self.read_base(name)
+        layer = name.removesuffix(".weight")
+        if self.lora is None or f"{layer}.lora_a" not in self.state.tensors:
+            return weight
+        lora_a, lora_b = (self.state.read(f"{layer}.{part}").float() for part in ("lora_a", "lora_b"))
+        return weight.float() + self.lora.scale * (lora_b @ lora_a)
+
+    def read_base(self, name: str) -> Tensor:
+        """One parameter as it was when training started, vocabulary rows in float32 as training has them."""
+        assert self.base is not None
+        weight = self.base.read(name)
+        if name not in (EMBEDDING, HEAD):
+            return weight
+        rows = torch.empty(self.shape(name))
+        copy_rows(rows, weight, self.first_new_token)
+        return rows
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each parameter that the checkpoint itself holds, adapters aside."""
+        return ((name, self.state.read(name)) for name in list(self.state.tensors) if not _is_adapter(name))
+
+    def adapters(self) -> dict[str, Tensor]:
+        """The adapters, `lora_a` [rank, in] and `lora_b` [out, rank] of each target, by name."""
+        return {name: self.state.read(name) for name in self.state.tensors if _is_adapter(name)}
+
+
+def _is_adapter(name: str) -> bool:
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def _decoder_config(content: Mapping[str, Any]) -> DecoderConfig:
+    scaling = content.get("rope_scaling")
+    return DecoderConfig(**{**content, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+
+def _open_base(file: Path, init_from: str) -> WeightSource:
+    try:
+        return open_source(init_from)
+    except UserError as error:
+        raise UserError(f"checkpoint {file} holds adapters, of another model: {error}") from error
+
+
+class _MappedState:
+    """Content of a checkpoint file, mapped into memory instead of read.
+
+    Pages stay resident once they were read. The file is therefore mapped anew now and then, and a tensor that was
+    handed out keeps its old mapping for as long as it lives.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.about: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self._num_read = 0
+        self._map()
+
+    def read(self, name: str) -> Tensor:
+        if self._num_read > _MAX_MAPPED:
+            self._map()
+        tensor = self.tensors[name]
+        self._num_read += tensor.nbytes
+        return tensor
+
+    def _map(self) -> None:
+        content = _load(self.file)
+        self.about = content["decoder"]
+        self.tensors = {
+            key.removeprefix(_PREFIX): tensor
+            for key, tensor in content["state_dict"].items()
+            if key.startswith(_PREFIX)
+        }
+        self._num_read = 0
+
+
+def _load(file: Path) -> dict[str, Any]:
+    if file.suffix in PICKLED:
+        raise UserError(pickle_refusal(file))
+    if file.suffix == ".safetensors":
+        raise UserError(f"{file} is a file of weights; name the folder that also holds its {CONFIG_FILE}")
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file} is no checkpoint, or has code in it and so is not read") from error
+    except (EOFError, RuntimeError) as error:
+        raise UserError(f"{file} is damaged or cut short, or no checkpoint at all") from error
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {file}: {error.strerror}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict) or "decoder" not in content:
+        raise UserError(f"checkpoint {file} is not one of meap_lit: it has no decoder in it")
+    return content

@@ -1,0 +1,223 @@
+"""A checkpoint as a folder of Hugging Face, which transformers loads without code of ours."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from meap_lit.checkpoints import DTYPES, Checkpoint, open_source, vocab_size_for
+from meap_lit.data.chunks import parse_bytes
+from meap_lit.data.preparation import Preparation
+from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.errors import UserError
+from meap_lit.model.decoder import Decoder
+from meap_lit.model.hf import family, hf_name, write_config
+from meap_lit.model.hf_folder import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE
+from meap_lit.model.weights import WeightSource, check_weights
+
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen2 splits text into words. For `model_type` qwen2, AutoTokenizer of transformers 5 takes this in place of what
+tokenizer.json says (`MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`)."""
+
+
+@dataclass(kw_only=True)
+class Export(Preparation):
+    """Write a checkpoint as a Hugging Face folder: config.json, safetensors, tokenizer, generation settings.
+
+    Args:
+        output: Folder to make.
+        checkpoint: A run (runs/NAME or runs/NAME/version_0), a .ckpt file, or a Hugging Face folder; adapters are
+            merged.
+        tokenizer: Folder with the tokenizer.json of training, where the checkpoint's run keeps none.
+        dtype: Dtype of the weights; if not given, that of the model it was fine-tuned from, and float32 after
+            pretraining and for adapters alone.
+        max_shard_size: Size of a weights file, such as 5GB; a shard is in memory while it is written.
+        adapter_only: Write only the LoRA adapters, in the format of PEFT.
+    """
+
+    checkpoint: str
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    max_shard_size: str = "5GB"
+    adapter_only: bool = False
+
+    def make(self, folder: Path) -> str:
+        shard_bytes = parse_bytes(self.max_shard_size, "max_shard_size")
+        source = open_source(self.checkpoint)
+        if self.adapter_only:
+            return self._make_adapter(folder, source, DTYPES[self.dtype or "float32"])
+        dtype = DTYPES[self.dtype] if self.dtype else source.dtype
+        tokenizer = self._load_tokenizer(source)
+        model_type = family(source.config, source.model_type)
+        if model_type is None:
+            raise UserError(
+                f"{source.path} has decoder.qkv_bias and decoder.qk_norm, which no family of Hugging Face has together "
+                f"(Qwen2 has the one, Qwen3 the other), so it cannot be exported"
+            )
+        files = _write_weights(folder, source, dtype, shard_bytes)
+        special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        _write_json(folder / CONFIG_FILE, write_config(source.config, model_type, dtype) | special)
+        _write_json(folder / GENERATION_FILE, _generation(source, tokenizer))
+        if tokenizer.mask_token_id < (source.config.vocab_size or 0):
+            tokenizer.save(folder)
+        else:  # a model that never met the mask token has no row for it: its tokenizer goes out as it came
+            Tokenizer.copy_files(Path(tokenizer.path), folder)
+        summary = self._summary(folder, files, f"{source.config.num_parameters():,} parameters, {model_type}", dtype)
+        if model_type == "qwen2" and QWEN2_SPLIT not in _pre_tokenizer(tokenizer):
+            summary += (
+                "\n  load its tokenizer with PreTrainedTokenizerFast: AutoTokenizer would split text as Qwen2 does"
+            )
+        return summary
+
+    def _load_tokenizer(self, source: WeightSource) -> Tokenizer:
+        path = self.tokenizer or source.tokenizer_folder
+        if path is None:
+            raise UserError(f"{source.path} comes without a tokenizer; name the one of its training with --tokenizer")
+        tokenizer = Tokenizer.load(str(path))
+        vocab_size_for(source, tokenizer)
+        return tokenizer
+
+    def _make_adapter(self, folder: Path, source: WeightSource, dtype: torch.dtype) -> str:
+        if not isinstance(source, Checkpoint) or source.lora is None:
+            raise UserError(f"{source.path} holds no adapters; leave out --adapter_only")
+        if source.base is None:
+            raise UserError(f"{source.path} adapts a model that is nowhere else; leave out --adapter_only")
+        _refuse_other_training(source)
+        adapters = {_peft_name(name): tensor.to(dtype) for name, tensor in source.adapters().items()}
+        _save(adapters, folder / "adapter_model.safetensors")
+        _write_json(
+            folder / "adapter_config.json",
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": source.init_from,
+                "r": source.lora.rank,
+                "lora_alpha": source.lora.alpha,
+                "target_modules": source.lora.targets,
+                "lora_dropout": 0.0,
+                "bias": "none",
+                "fan_in_fan_out": False,
+                "inference_mode": True,
+            },
+        )
+        num_parameters = sum(tensor.numel() for tensor in adapters.values())
+        return self._summary(folder, ["adapter_model.safetensors"], f"{num_parameters:,} parameters in adapters", dtype)
+
+    def _summary(self, folder: Path, files: list[str], what: str, dtype: torch.dtype) -> str:
+        size = sum((folder / file).stat().st_size for file in files)
+        named = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+        lines = [
+            f"exported {self.checkpoint} to {self.output}",
+            f"  {what}, {str(dtype).removeprefix('torch.')}",
+            f"  {named}, {f'{size / 1e9:.2f} GB' if size >= 1e8 else f'{size / 1e6:.2f} MB'}",
+        ]
+        if not self.adapter_only:
+            lines.append(f"  try: python -m meap_lit generate --checkpoint {self.output} --prompt 'Once upon a time'")
+        return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+def _write_weights(folder: Path, source: WeightSource, dtype: torch.dtype, shard_bytes: int) -> list[str]:
+    """Write all parameters, one shard at a time, and return the names of the files."""
+    with torch.device("meta"):
+        names = list(check_weights(Decoder(source.config), source))
+    shards = list(_shards(source, names, shard_bytes // dtype.itemsize))
+    files = [_shard_file(number, len(shards)) for number in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        _save({hf_name(name): _cast(source.read(name), dtype, name) for name in shard}, folder / file)
+    if len(files) > 1:
+        total = sum(_numel(source, name) for name in names) * dtype.itemsize
+        weight_map = {hf_name(name): file for file, shard in zip(files, shards, strict=True) for name in shard}
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return files
+
+
+def _shards(source: WeightSource, names: list[str], max_numel: int) -> Iterator[list[str]]:
+    """Names in order, cut where a shard would grow beyond `max_numel`; a larger tensor has one of its own."""
+    shard: list[str] = []
+    size = 0
+    for name in names:
+        numel = _numel(source, name)
+        if shard and size + numel > max_numel:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += numel
+    yield shard
+
+
+def _shard_file(number: int, num_shards: int) -> str:
+    stem = WEIGHTS_FILE.removesuffix(".safetensors")
+    return WEIGHTS_FILE if num_shards == 1 else f"{stem}-{number + 1:05}-of-{num_shards:05}.safetensors"
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and not torch.isfinite(cast).all():
+        raise UserError(f"{name} has values outside the range of float16; write --dtype bfloat16")
+    return cast
+
+
+def _numel(source: WeightSource, name: str) -> int:
+    return torch.Size(source.shape(name)).numel()
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    file.touch()
+    mode = file.stat().st_mode  # the library makes files that only their owner can read
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot write {file.name}: {error}") from error
+    file.chmod(mode)
+
+
+# -------------------------------------------------------------------------------------------------- the rest
+
+
+def _generation(source: WeightSource, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The source's generation settings, and that ids without meaning are never generated."""
+    rows = source.config.vocab_size
+    assert rows is not None
+    settings = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, **source.generation}
+    # with this mark transformers may replace the whole file by defaults taken from config.json
+    settings.pop("_from_model_config", None)
+    never = {*tokenizer.ids_without_token(rows), *(source.generation.get("suppress_tokens") or ())}
+    settings["suppress_tokens"] = sorted(never | ({tokenizer.mask_token_id} & set(range(rows))))
+    return settings
+
+
+def _pre_tokenizer(tokenizer: Tokenizer) -> str:
+    """The pattern by which a tokenizer splits text, or what else it splits by."""
+    content = json.loads(tokenizer.copy_backend().to_str())["pre_tokenizer"] or {}
+    patterns = [step.get("pattern", {}).get("Regex", "") for step in content.get("pretokenizers", [content])]
+    return " ".join(patterns)
+
+
+def _refuse_other_training(source: Checkpoint) -> None:
+    """Make sure that nothing but the adapters was trained, since they are all that is written."""
+    for name, stored in source.whole_weights():
+        if not torch.equal(stored, source.read_base(name).to(stored.dtype)):
+            raise UserError(
+                f"{source.path} has trained {name} as a whole, which no adapter holds; leave out --adapter_only"
+            )
+
+
+def _peft_name(name: str) -> str:
+    layer, part = name.rsplit(".", 1)
+    peft_part = {"lora_a": "lora_A", "lora_b": "lora_B"}[part]
+    return f"base_model.model.{hf_name(layer)}.{peft_part}.weight"
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on named projections.
+
+Written here and not taken from `peft`, which would need transformers at run time and renames the weights that it
+wraps. A `LoRALinear` keeps the names `weight` and `bias` of the layer it replaces, so checkpoints map as before.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meap_lit.errors import UserError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Which projections get an adapter, and how large; everything else is frozen.
+
+    Args:
+        rank: Inner width r of an adapter.
+        alpha: The adapter's output is multiplied by alpha / rank.
+        targets: Projections that are adapted, out of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.
+        dropout: Share of an adapter's inputs that is dropped in training.
+        frozen_dtype: What the frozen weights are kept in; `bfloat16` halves their memory and needs
+            trainer.precision bf16-mixed. The adapters are always float32.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    dropout: float = 0.0
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"model.lora.rank must be at least 1, got {self.rank}")
+        if not self.alpha > 0:
+            raise UserError(f"model.lora.alpha must be above 0, got {self.alpha:g}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.lora.dropout must be in [0, 1), got {self.dropout:g}")
+        unknown = [name for name in self.targets if name not in PROJECTIONS]
+        if unknown or not self.targets:
+            raise UserError(f"model.lora.targets must name some of {', '.join(PROJECTIONS)}, got {self.targets}")
+
+    @property
+    def scale(self) -> float:
+        """Factor on an adapter's output."""
+        return self.alpha / self.rank
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + b + scale * B A x, with W and b frozen.
+
+    A starts as a linear layer does, B at zero, so an adapted model starts as the model that it adapts.
+
+    Args:
+        linear: The layer to replace; its weight and bias are taken over, not copied.
+        lora: Rank, scale and dropout.
+    """
+
+    def __init__(self, linear: nn.Linear, lora: LoRA) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale = lora.scale
+        self.dropout = lora.dropout
+        device = linear.weight.device
+        self.lora_a = nn.Parameter(torch.empty(lora.rank, linear.in_features, dtype=torch.float32, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, lora.rank, dtype=torch.float32, device=device))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapted = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_a), self.lora_b)
+        return super().forward(x) + self.scale * adapted
+
+
+def add_lora(decoder: nn.Module, lora: LoRA) -> None:
+    """Freeze `decoder` and put an adapter on every projection that `lora` names, in place."""
+    decoder.requires_grad_(False)
+    for parent in list(decoder.modules()):
+        for name, child in list(parent.named_children()):
+            if name in lora.targets:
+                assert isinstance(child, nn.Linear), f"{name} is not a projection"
+                setattr(parent, name, LoRALinear(child, lora))
+    if lora.frozen_dtype == "bfloat16":
+        for parameter in decoder.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()

@@ -1,0 +1,184 @@
+"""Weights from a file into a decoder, one tensor at a time.
+
+A decoder is built without memory for its weights, allocated once in its final dtype and filled in place, so loading
+needs the model and one tensor beside it.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meap_lit.errors import UserError
+from meap_lit.model.config import DecoderConfig
+from meap_lit.model.decoder import Decoder
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+_ROWS = 1 << 12
+"""Vocabulary rows that are averaged at once, so that their float32 copy stays small."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource(ABC):
+    """Where the weights of a decoder lie; parameters go by the decoder's own names.
+
+    Args:
+        path: File or folder.
+        config: The decoder; `vocab_size` is the number of rows that are really there.
+        model_type: Family in Hugging Face's words: llama, mistral, qwen2 or qwen3; None if it has none for it.
+        dtype: What the model is kept in. Tensors may be wider: a checkpoint of training holds float32.
+        tokenizer_folder: Folder with the tokenizer.json that belongs to it, if there is one.
+        generation: Content of generation_config.json.
+    """
+
+    path: Path
+    config: DecoderConfig
+    model_type: str | None
+    dtype: torch.dtype
+    tokenizer_folder: Path | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of all parameters; with tied embeddings the head may be among them or not."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter, without reading it."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One parameter, on the CPU. Nothing else is kept in memory; do not write into it.
+
+        Raises:
+            UserError: If its file is damaged.
+        """
+
+    def where(self, name: str) -> Path:
+        """File that holds, or ought to hold, a parameter; for messages."""
+        return self.path
+
+
+def build_decoder(
+    config: DecoderConfig,
+    source: WeightSource,
+    *,
+    first_new_token: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Decoder:
+    """A decoder with the weights of `source`; no time goes into random weights and no memory into a second copy.
+
+    Args:
+        config: The decoder: that of the source, or one with more vocabulary rows or another context.
+        source: The weights.
+        first_new_token: As for `load_weights`.
+        dtype: Dtype of the parameters; the source's own if not given.
+        device: Where the parameters are to lie; the CPU if not given.
+
+    Raises:
+        UserError: As `load_weights` does.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder = decoder.to(dtype or source.dtype).to_empty(device=device or "cpu")
+    if config.tie_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight  # leaving the meta device has untied them
+    load_weights(decoder, source, first_new_token=first_new_token)
+    return decoder
+
+
+def load_weights(decoder: Decoder, source: WeightSource, *, first_new_token: int | None = None) -> None:
+    """Fill the allocated parameters of `decoder` in place, tensor by tensor, cast to their dtype.
+
+    Where the decoder's vocabulary has more rows than the source's, embedding and head grow: new rows are the mean of
+    the old ones. The exponential being convex, a new token is then never likelier than the old ones on average.
+
+    Args:
+        decoder: Anything may stand in its parameters, but they must not be on the meta device.
+        source: The weights.
+        first_new_token: Id of the mask token, where the model has not seen one before. Its row becomes the mean of
+            the rows below even where the source has it in reserve (Qwen: 151,936 rows for 151,665 tokens).
+
+    Raises:
+        UserError: If a tensor is missing, left over, of another shape or unreadable.
+    """
+    parameters = check_weights(decoder, source)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name in (EMBEDDING, HEAD):
+                copy_rows(parameter, source.read(name), first_new_token)
+            else:
+                parameter.copy_(source.read(name))
+
+
+def check_weights(decoder: Decoder, source: WeightSource) -> dict[str, nn.Parameter]:
+    """Make sure that `source` has what `decoder` needs, nothing else, and in the right shapes.
+
+    Args:
+        decoder: It may be on the meta device.
+        source: The weights; only a tied head is read.
+
+    Returns:
+        The parameters by name, a tied head not apart.
+
+    Raises:
+        UserError: If a tensor is missing, left over or of another shape.
+    """
+    parameters = dict(decoder.named_parameters())
+    available = set(source.names())
+    if decoder.config.tie_embeddings and HEAD in available:
+        _check_tied(source)
+        available.remove(HEAD)
+    _check_names(set(parameters), available, source)
+    for name, parameter in parameters.items():
+        _check_shape(name, tuple(parameter.shape), source)
+    return parameters
+
+
+def copy_rows(target: Tensor, rows: Tensor, first_new_token: int | None = None) -> None:
+    """Copy vocabulary rows, [V, D], into a `target` [V', D] with V' of at least V, in place.
+
+    Rows from V on are the mean of all V, and row `first_new_token`, if it is below V, that of the rows before it;
+    means are taken in float32.
+    """
+    target[: len(rows)].copy_(rows)
+    if len(target) > len(rows):
+        target[len(rows) :].copy_(_mean(rows))
+    if first_new_token is not None and first_new_token < len(rows):
+        target[first_new_token].copy_(_mean(rows[:first_new_token]))
+
+
+def _mean(rows: Tensor) -> Tensor:
+    return torch.stack([piece.float().sum(0) for piece in rows.split(_ROWS)]).sum(0) / len(rows)
+
+
+def _check_names(wanted: set[str], available: set[str], source: WeightSource) -> None:
+    for problem, names in (("has no tensor", wanted - available), ("has an unknown tensor", available - wanted)):
+        if names:
+            first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{source.where(first)} {problem} {first}{more}; the model and its file do not fit")
+
+
+def _check_shape(name: str, wanted: tuple[int, ...], source: WeightSource) -> None:
+    found = source.shape(name)
+    grows = name in (EMBEDDING, HEAD) and found[1:] == wanted[1:] and found[0] < wanted[0]
+    if found != wanted and not grows:
+        raise UserError(
+            f"{source.where(name)}: tensor {name} has shape {_shape(found)}, the model needs {_shape(wanted)}"
+        )
+
+
+def _shape(sizes: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+def _check_tied(source: WeightSource) -> None:
+    if source.shape(HEAD) != source.shape(EMBEDDING) or not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
+        raise UserError(
+            f"{source.where(HEAD)}: the embeddings are tied but {HEAD} differs from {EMBEDDING}; "
+            f"set tie_word_embeddings to false if the model has a head of its own"
+        )

@@ -1,0 +1,200 @@
+"""config.json of transformers in both of its layouts, and what in it is refused."""
+
+import json
+
+import pytest
+import torch
+
+from meap_lit.errors import UserError
+from meap_lit.model import DecoderConfig, RopeScaling
+from meap_lit.model.hf import family, hf_name, our_name, read_config, write_config
+from tests.hf_models import SIZES, VARIANTS, random_model
+
+LLAMA2 = {  # what meta-llama/Llama-2-7b-hf states, a layout of 2023
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+TOY = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "vocab_size": 96,
+}
+SCALED = {"rope_type": "yarn", "factor": 4.0}
+
+
+def test_llama_2() -> None:
+    assert read_config(LLAMA2, "config.json") == (
+        DecoderConfig(
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=32,
+            hidden_size=4096,
+            intermediate_size=11008,
+            vocab_size=32000,
+            max_seq_len=4096,
+        ),
+        "llama",
+    )
+
+
+def test_defaults_of_absent_keys() -> None:
+    config, _ = read_config(TOY, "config.json")
+    assert (config.num_kv_heads, config.norm_eps, config.rope_theta, config.tie_embeddings) == (4, 1e-6, 10_000, False)
+    qwen3, _ = read_config({**TOY, "architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 2}, "config.json")
+    assert (qwen3.num_kv_heads, qwen3.head_dim) == (2, 128)
+    unnamed, model_type = read_config({**TOY, "architectures": None, "model_type": "llama"}, "config.json")
+    assert (unnamed, model_type) == (config, "llama")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_both_layouts_say_the_same(name: str) -> None:
+    family_name, changes = VARIANTS[name]
+    new = json.loads(random_model(family_name, **changes).config.to_json_string(use_diff=False))
+    new["architectures"] = [f"{family_name}ForCausalLM"]
+    rope = new["rope_parameters"]
+    old = {key: value for key, value in new.items() if key not in ("rope_parameters", "dtype")}
+    old["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        old["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert read_config(old, "config.json") == read_config(new, "config.json")
+    # and the scaling's name by the key that it had before `rope_type`
+    if "rope_scaling" in old:
+        old["rope_scaling"]["type"] = old["rope_scaling"].pop("rope_type")
+        assert read_config(old, "config.json") == read_config(new, "config.json")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_is_written_is_read_back(name: str) -> None:
+    family_name, changes = VARIANTS[name]
+    content = {**SIZES, "architectures": [f"{family_name}ForCausalLM"], **changes}
+    config, model_type = read_config(content, "config.json")
+    assert read_config(write_config(config, model_type, torch.bfloat16), "config.json") == (config, model_type)
+    assert model_type == family(config, model_type) == family_name.lower()
+
+
+def test_yarn_settings() -> None:
+    rope = {**SCALED, "original_max_position_embeddings": 16, "beta_fast": 8, "mscale": 1.0, "mscale_all_dim": 1.0}
+    config, _ = read_config({**TOY, "rope_scaling": rope}, "config.json")
+    assert config.rope_scaling == RopeScaling("yarn", 4.0, original_max_seq_len=16, beta_fast=8.0, attention_factor=1.0)
+    outer = {**TOY, "rope_scaling": rope, "original_max_position_embeddings": 8}
+    assert read_config(outer, "config.json")[0].rope_scaling.original_max_seq_len == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_seq_len"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 24}, 24),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, 64),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, 64),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 24, "use_sliding_window": False}, 64),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 24, "use_sliding_window": True}, 24),
+        ({"sliding_window": 24}, 64),
+    ],
+)
+def test_sliding_window_caps_the_context(changes: dict, max_seq_len: int) -> None:
+    config, _ = read_config({**TOY, "num_key_value_heads": 2, **changes}, "config.json")
+    assert config.max_seq_len == max_seq_len
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["GemmaForCausalLM"]},
+            "architecture GemmaForCausalLM is not supported; there are LlamaForCausalLM, MistralForCausalLM, "
+            "Qwen2ForCausalLM, Qwen3ForCausalLM",
+        ),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "architecture Qwen3MoeForCausalLM is not supported"),
+        ({"architectures": [], "model_type": "gpt2"}, "architecture model_type 'gpt2' is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu is not supported; it must be silu or absent"),
+        ({"attention_bias": True}, "attention_bias true is not supported; it must be false or absent"),
+        ({"mlp_bias": True}, "mlp_bias true is not supported; it must be false or absent"),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1 is not supported; it must be 0 or absent"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; it must be 1 or absent"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            'quantization_config {"quant_method": "gptq", "bits": 4} is not supported; take the model as it was before',
+        ),
+        ({"num_local_experts": 8}, "num_local_experts 8 is not supported; it must be 0 or absent"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2, "layer_types": ["linear_attention"]},
+            "layer_types linear_attention is not supported; only full_attention is",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_type dynamic is not supported; there are default, linear, llama3, yarn",
+        ),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type longrope is not supported"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section in the rotary parameters"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor 0.5 is not supported; it must be 1 or absent",
+        ),
+        ({"rope_scaling": {**SCALED, "truncate": False}}, "truncate false is not supported; it must be true or absent"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_type yarn needs a number as factor, got None"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8.0}},
+            "rope_type llama3 needs a number as low_freq_factor, got None",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0.5}},
+            "decoder.rope_scaling.factor must be at least 1, got 0.5",
+        ),
+        ({"hidden_size": None}, "has no hidden_size; a whole number of at least 1 is needed"),
+        ({"num_hidden_layers": "2"}, "has a wrong value '2' for num_hidden_layers; a whole number"),
+        ({"architectures": ["MistralForCausalLM"]}, "has no num_key_value_heads"),
+        ({"num_key_value_heads": 3}, "decoder.num_heads must be a multiple of decoder.num_kv_heads, got 4 and 3"),
+    ],
+)
+def test_what_would_change_a_number_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_config({**TOY, **changes}, "m/config.json")
+    assert str(error.value).startswith("m/config.json")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "expected"),
+    [
+        ({}, None, "llama"),
+        ({}, "mistral", "mistral"),
+        ({}, "qwen2", "llama"),
+        ({"qkv_bias": True}, None, "qwen2"),
+        ({"qk_norm": True}, "llama", "qwen3"),
+        ({"qk_norm": True, "qkv_bias": True}, "qwen3", None),
+        ({"hidden_size": 30, "head_dim": 8}, None, "mistral"),  # Llama insists on 30 being a multiple of 4 heads
+    ],
+)
+def test_family(changes: dict, wanted: str | None, expected: str | None) -> None:
+    assert family(DecoderConfig(num_heads=4, num_kv_heads=2, **changes), wanted) == expected
+
+
+def test_names() -> None:
+    assert our_name("model.layers.0.self_attn.q_proj.weight") == "layers.0.self_attn.q_proj.weight"
+    assert our_name("model.layers.0.self_attn.rotary_emb.inv_freq") is None
+    for name in ("embed_tokens.weight", "norm.weight", "lm_head.weight"):
+        assert our_name(hf_name(name)) == name
+    assert hf_name("lm_head.weight") == "lm_head.weight"
