@@ -1,11 +1,20 @@
 """LitData chunk folders of token ids: writing one, and checking that one is whole.
 
+Documents of text are stored as one line of tokens, which a reader cuts into blocks of any length. Conversations are
+stored as samples: `input_ids`, 1-D, and `answers`, [num_answers, 3], the positions start <= stop <= end of each answer
+(see `templates.Answer`). Their sizes stand in a table beside the chunks, so that packing reads no token.
+
 LitData's own `optimize` is not used: it deletes files that are not its own, and a killed run of it can be taken for
 a whole one. Its writer alone does neither, and one writer makes the layout independent of who tokenised.
 """
 
+import dataclasses
 import hashlib
+import io
 import json
+import zipfile
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +23,7 @@ import numpy as np
 from meap_lit.errors import UserError
 
 INDEX_FILE = "index.json"
+SAMPLES_FILE = "samples.npz"
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -38,46 +48,67 @@ def parse_bytes(value: str, name: str) -> int:
     return num_bytes
 
 
-class TokenWriter:
-    """Writes documents into the chunks of one folder, in the order they come.
+@dataclass(frozen=True)
+class Split:
+    """Size of one split, the folder `train` or `val`."""
 
-    The files depend on the documents and the arguments only, byte for byte.
+    documents: int
+    """Documents of text, or conversations."""
+    tokens: int
+    fingerprint: str
+    """Hex SHA-256 of what is stored, tokens and answers, and of its layout in chunks."""
+
+
+@dataclass(frozen=True)
+class ChatSplit(Split):
+    """Size of one split of conversations."""
+
+    answers: int
+    answer_tokens: int
+    """Supervised tokens: those of the answers and those that close them."""
+    longest: int
+    """Tokens of the longest conversation."""
+
+
+class ChunkWriter(ABC):
+    """Writes samples into the chunks of one folder, in the order they come.
+
+    The files depend on the samples and the arguments only, byte for byte.
 
     Args:
         folder: Folder to write into; made if missing.
-        dtype: uint16 or int32.
-        chunk_bytes: Size at which a chunk is closed. A chunk holds whole documents, so one with a document larger than
+        dtype: Type of the tokens, uint16 or int32.
+        chunk_bytes: Size at which a chunk is closed. A chunk holds whole samples, so one with a sample larger than
             this is larger.
+        item_loader: LitData's loader that is to read the samples; its default if not given.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, chunk_bytes: int) -> None:
+    def __init__(self, folder: Path, dtype: np.dtype, chunk_bytes: int, item_loader: Any = None) -> None:
         # imported here because it takes seconds, and the processes that tokenise import this module too
-        from litdata.streaming.item_loader import TokensLoader
         from litdata.streaming.writer import BinaryWriter
 
         self.folder = folder
         self.dtype = dtype
         self.num_documents = self.num_tokens = 0
-        self._writer = BinaryWriter(str(folder), chunk_bytes=chunk_bytes, item_loader=TokensLoader())
+        self._writer = BinaryWriter(str(folder), chunk_bytes=chunk_bytes, item_loader=item_loader)
         self._hash = hashlib.sha256()
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Append one document, [N], N > 0, of the writer's dtype."""
-        import torch
+    @abstractmethod
+    def add(self, document: Any) -> None:
+        """Append one document."""
 
+    def _append(self, sample: Any, tokens: np.ndarray, *others: np.ndarray) -> None:
+        """Write one sample; `others` are the arrays that it holds beside its tokens, [N]."""
         assert tokens.dtype == self.dtype, f"{tokens.dtype} among {self.dtype} would read back as garbage"
         assert len(tokens) > 0, "LitData cannot open a folder with an empty document"
-        self._writer.add_item(self.num_documents, torch.from_numpy(tokens))
+        self._writer.add_item(self.num_documents, sample)
         self.num_documents += 1
         self.num_tokens += len(tokens)
-        self._hash.update(tokens.tobytes())
+        for array in (tokens, *others):
+            self._hash.update(array.tobytes())
 
-    def close(self) -> str:
-        """Write what is left and the index, and check the result.
-
-        Returns:
-            Hex SHA-256 of the tokens and of how they are laid out in chunks.
-        """
+    def close(self) -> Split:
+        """Write what is left and the index, and check the result."""
         self._writer.done()
         # LitData would wait here for the indexes of every process that takes part in a distributed run
         (piece,) = self.folder.glob(f"*.{INDEX_FILE}")
@@ -88,21 +119,115 @@ class TokenWriter:
         index["updated_at"] = fingerprint
         (self.folder / INDEX_FILE).write_text(json.dumps(index, sort_keys=True))
         piece.unlink()
-        check_index(index, self.num_tokens, str(self.folder))
+        split = Split(self.num_documents, self.num_tokens, fingerprint)
+        check_index(index, split, str(self.folder))
         check_chunk_files(self.folder, index)
-        return fingerprint
+        return split
 
 
-def check_index(index: dict[str, Any], num_tokens: int, folder: str) -> None:
-    """Compare the index of a chunk folder with the number of tokens that were written.
+class TokenWriter(ChunkWriter):
+    """Writes documents of text."""
+
+    def __init__(self, folder: Path, dtype: np.dtype, chunk_bytes: int) -> None:
+        from litdata.streaming.item_loader import TokensLoader
+
+        super().__init__(folder, dtype, chunk_bytes, TokensLoader())
+
+    def add(self, document: np.ndarray) -> None:
+        """Append the tokens of one document, [N], N > 0, of the writer's dtype."""
+        import torch
+
+        self._append(torch.from_numpy(document), document)
+
+
+class ChatWriter(ChunkWriter):
+    """Writes conversations, and the table of their sizes."""
+
+    def __init__(self, folder: Path, dtype: np.dtype, chunk_bytes: int) -> None:
+        super().__init__(folder, dtype, chunk_bytes)
+        self._num_tokens: list[int] = []
+        self._answers: list[np.ndarray] = []
+
+    def add(self, document: tuple[np.ndarray, np.ndarray]) -> None:
+        """Append one conversation: tokens, [N], of the writer's dtype, and answers, [A, 3], int32; N and A > 0."""
+        import torch
+
+        tokens, answers = document
+        assert answers.dtype == np.int32
+        assert len(answers) > 0, "a conversation without answer has nothing to learn"
+        arrays = {"input_ids": torch.from_numpy(tokens), "answers": torch.from_numpy(answers)}
+        self._append(arrays, tokens, answers)
+        self._num_tokens.append(len(tokens))
+        self._answers.append(answers)
+
+    def close(self) -> ChatSplit:
+        """Write what is left, the index and the table, and check the result."""
+        split = super().close()
+        start, stop, end = np.concatenate(self._answers).T
+        np.savez(
+            self.folder / SAMPLES_FILE,
+            num_tokens=np.array(self._num_tokens, dtype=np.int32),
+            num_answers=np.array([len(answers) for answers in self._answers], dtype=np.int32),
+            answer_tokens=np.stack([stop - start, end - stop], axis=1),
+        )
+        return ChatSplit(
+            **dataclasses.asdict(split),
+            answers=len(start),
+            answer_tokens=int((end - start).sum()),
+            longest=max(self._num_tokens),
+        )
+
+
+@dataclass(frozen=True)
+class ChatIndex:
+    """Sizes of the samples of one split of conversations, known without reading a token.
+
+    Args:
+        num_tokens: Tokens of each sample, [N] int32.
+        num_answers: Answers of each sample, [N] int32.
+        answer_tokens: Of each answer, sample after sample, the tokens of its own and those that close it, [A, 2] int32.
+        chunk_sizes: Samples in each chunk.
+    """
+
+    num_tokens: np.ndarray
+    num_answers: np.ndarray
+    answer_tokens: np.ndarray
+    chunk_sizes: list[int]
+
+    @classmethod
+    def parse(cls, table: bytes, index: dict[str, Any], folder: str) -> "ChatIndex":
+        """Read the content of samples.npz and compare it with the index of the chunk folder.
+
+        Raises:
+            UserError: If it is damaged or belongs to other data.
+        """
+        chunk_sizes = [documents for documents, _ in _layout(index)]
+        try:
+            with np.load(io.BytesIO(table), allow_pickle=False) as arrays:
+                result = cls(arrays["num_tokens"], arrays["num_answers"], arrays["answer_tokens"], chunk_sizes)
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{folder}/{SAMPLES_FILE} is damaged: {error}; prepare the dataset anew") from error
+        found, expected = len(result.num_tokens), sum(chunk_sizes)
+        if found != expected or result.num_answers.sum() != len(result.answer_tokens):
+            raise UserError(
+                f"{folder}/{SAMPLES_FILE} lists {found} samples with {len(result.answer_tokens)} answers, "
+                f"{INDEX_FILE} {expected} samples; prepare the dataset anew"
+            )
+        return result
+
+
+def check_index(index: dict[str, Any], split: Split, folder: str) -> None:
+    """Compare the index of a chunk folder with what was written.
 
     Raises:
         UserError: If they differ.
     """
-    found = sum(tokens for _, tokens in _layout(index))
-    if found != num_tokens:
+    unit = "tokens" if index["config"]["item_loader"] == "TokensLoader" else "documents"
+    found = sum(tokens if unit == "tokens" else documents for documents, tokens in _layout(index))
+    expected = getattr(split, unit)
+    if found != expected:
         raise UserError(
-            f"{folder}/{INDEX_FILE} lists {found} tokens, the manifest {num_tokens}; prepare the dataset anew"
+            f"{folder}/{INDEX_FILE} lists {found} {unit}, the manifest {expected}; prepare the dataset anew"
         )
 
 
@@ -125,5 +250,5 @@ def check_chunk_files(folder: Path, index: dict[str, Any]) -> None:
 
 
 def _layout(index: dict[str, Any]) -> list[tuple[int, int]]:
-    """Number of documents and of tokens in each chunk."""
-    return [(chunk["chunk_size"], chunk["dim"]) for chunk in index["chunks"]]
+    """Number of documents and of tokens in each chunk; of samples LitData does not count the tokens."""
+    return [(chunk["chunk_size"], chunk["dim"] or 0) for chunk in index["chunks"]]

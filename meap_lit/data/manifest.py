@@ -7,26 +7,25 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from meap_lit.data.chunks import INDEX_FILE, check_chunk_files, check_index
+from meap_lit.data.chunks import (
+    INDEX_FILE,
+    SAMPLES_FILE,
+    ChatIndex,
+    ChatSplit,
+    Split,
+    check_chunk_files,
+    check_index,
+)
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
 VERSION = 1
+Kind = Literal["text", "chat"]
 REMOTE_SCHEMES = ("s3", "gs", "r2", "azure", "hf")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Size of one split, the folder `train` or `val`."""
-
-    documents: int
-    tokens: int
-    fingerprint: str
-    """Hex SHA-256 of the tokens and of their layout in chunks."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,22 @@ class Source:
     bytes: int
 
 
+@dataclass(frozen=True)
+class ChatDetails:
+    """What only a dataset of conversations says of itself."""
+
+    template: str
+    """Name of the chat template."""
+    template_source: str
+    """Its Jinja source."""
+    max_tokens: int | None
+    """Length to which samples were limited."""
+    num_dropped: int
+    """Conversations left out because they are longer."""
+    num_truncated: int
+    """Conversations cut because they are longer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Content of the manifest.json that stands beside the splits and is written last.
@@ -44,8 +59,8 @@ class Manifest:
     Args:
         tokenizer_fingerprint: `Tokenizer.fingerprint` of the tokenizer that made the ids.
         vocab_size: Its vocabulary: every id is below.
-        eos_token_id: Id that closes every document.
-        bos_token_id: The tokenizer's id for a beginning; documents do not start with it.
+        eos_token_id: Id that closes every document of text.
+        bos_token_id: The tokenizer's id for a beginning; documents of text do not start with it.
         mask_token_id: Id of the mask token; it stands nowhere in the data.
         dtype: uint16 or int32.
         val_share: Share of documents that was to be held out.
@@ -54,6 +69,8 @@ class Manifest:
         num_empty: Documents left out because they hold nothing but white space.
         num_skipped: Lines left out because they could not be read.
         version: Version of this format.
+        kind: `text` or `chat`.
+        chat: More of what a chat dataset is; None for text.
     """
 
     tokenizer_fingerprint: str
@@ -63,11 +80,13 @@ class Manifest:
     mask_token_id: int
     dtype: str
     val_share: float
-    splits: Mapping[str, Split]
+    splits: Mapping[str, Split]  # ChatSplit in a chat dataset
     sources: list[Source]
     num_empty: int
     num_skipped: int
     version: int = VERSION
+    kind: Kind = "text"
+    chat: ChatDetails | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -76,7 +95,7 @@ class Manifest:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @classmethod
-    def load(cls, location: str, storage_options: dict[str, Any] | None = None) -> "Manifest":
+    def load(cls, location: str, storage_options: dict[str, Any] | None = None, kind: Kind = "text") -> "Manifest":
         """Read the manifest of a dataset and check that the dataset is whole.
 
         In a local folder every chunk must be there and have its size. Of a remote one only the indexes are read.
@@ -84,17 +103,23 @@ class Manifest:
         Args:
             location: Folder or address such as s3://bucket/path; the one above `train` and `val`.
             storage_options: Endpoint and credentials of a remote dataset, as LitData takes them.
+            kind: Kind of dataset that is wanted.
 
         Raises:
-            UserError: If there is no whole dataset; says what is wrong.
+            UserError: If there is no whole dataset, or one of another kind; says what is wrong.
         """
-        remote = "://" in location
-        read = _remote_reader(location, storage_options or {}) if remote else _local_reader(location)
+        read = _reader(location, storage_options, kind)
         manifest = cls._parse(read(MANIFEST_FILE), location)
+        if manifest.kind != kind:
+            found = _CONTENT.get(manifest.kind, manifest.kind)
+            raise UserError(
+                f"dataset {location} holds {found}, made by prepare {manifest.kind}; wanted are {_CONTENT[kind]}, "
+                f"which are made with: {_command('DIR', kind)}"
+            )
         for name, split in manifest.splits.items():
             index = _parse_json(read(f"{name}/{INDEX_FILE}"), f"{location}/{name}/{INDEX_FILE}")
-            check_index(index, split.tokens, f"{location}/{name}")
-            if not remote:
+            check_index(index, split, f"{location}/{name}")
+            if not _is_remote(location):
                 check_chunk_files(Path(location, name), index)
         return manifest
 
@@ -108,15 +133,20 @@ class Manifest:
                 f"upgrade meap_lit or prepare the dataset anew"
             )
         try:
-            splits = {name: Split(**split) for name, split in content.pop("splits").items()}
+            chat = content.pop("chat", None)
+            split_type = ChatSplit if chat else Split
+            splits = {name: split_type(**split) for name, split in content.pop("splits").items()}
             sources = [Source(**source) for source in content.pop("sources")]
-            return cls(**content, splits=splits, sources=sources)
+            return cls(**content, splits=splits, sources=sources, chat=ChatDetails(**chat) if chat else None)
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{location}/{MANIFEST_FILE} is not a manifest of meap_lit ({error})") from error
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`."""
-        (folder / MANIFEST_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        content = dataclasses.asdict(self)
+        if self.chat is None:
+            del content["chat"]
+        (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
     def check_tokenizer(self, tokenizer: Tokenizer, dataset: str, tokenizer_folder: str) -> None:
         """Make sure that the data's ids mean what `tokenizer` takes them for.
@@ -137,20 +167,49 @@ class Manifest:
             )
 
 
-def _local_reader(location: str) -> Callable[[str], bytes]:
+def load_samples(location: str, split: str, storage_options: dict[str, Any] | None = None) -> ChatIndex:
+    """Sizes of the samples of one split of a chat dataset.
+
+    Args:
+        location: Folder or address of the dataset, as for `Manifest.load`, which is to check it first.
+        split: `train` or `val`.
+        storage_options: Endpoint and credentials of a remote dataset, as LitData takes them.
+
+    Raises:
+        UserError: If the table is missing, damaged or belongs to other data.
+    """
+    read = _reader(location, storage_options, "chat")
+    index = _parse_json(read(f"{split}/{INDEX_FILE}"), f"{location}/{split}/{INDEX_FILE}")
+    return ChatIndex.parse(read(f"{split}/{SAMPLES_FILE}"), index, f"{location}/{split}")
+
+
+_CONTENT = {"text": "documents of text", "chat": "conversations"}
+
+
+def _command(location: str, kind: Kind) -> str:
+    return f"python -m meap_lit prepare {kind} --input FILES --tokenizer DIR --output {location}"
+
+
+def _is_remote(location: str) -> bool:
+    return "://" in location
+
+
+def _reader(location: str, storage_options: dict[str, Any] | None, kind: Kind) -> Callable[[str], bytes]:
+    """A function that reads a file of the dataset at `location`."""
+    return _remote_reader(location, storage_options or {}) if _is_remote(location) else _local_reader(location, kind)
+
+
+def _local_reader(location: str, kind: Kind) -> Callable[[str], bytes]:
     """A function that reads a file of the dataset in the folder `location`."""
     folder = Path(location)
     if not folder.is_dir():
-        raise UserError(
-            f"dataset folder {location} does not exist; make it with: "
-            f"python -m meap_lit prepare text --input FILES --tokenizer DIR --output {location}"
-        )
+        raise UserError(f"dataset folder {location} does not exist; make it with: {_command(location, kind)}")
     if not (folder / MANIFEST_FILE).is_file():
         if (folder.parent / MANIFEST_FILE).is_file():
             raise UserError(f"{location} is one split of a dataset; name the folder above it, {folder.parent}")
         state = f"holds no {MANIFEST_FILE}" if any(folder.iterdir()) else "is empty"
         raise UserError(
-            f"dataset folder {location} {state}: it was not made, or not finished, by meap_lit prepare text"
+            f"dataset folder {location} {state}: it was not made, or not finished, by meap_lit prepare {kind}"
         )
 
     def read(name: str) -> bytes:

@@ -1,32 +1,32 @@
-"""Documents out of text files: .txt, .md, .jsonl (plain, gzip, zstandard) and .parquet.
-
-Everything but plain text is read as a stream, so a file may be larger than memory. A plain text file is one document.
-"""
+"""Documents and records out of many files, what cannot be read refused or counted."""
 
 import glob
-import gzip
-import importlib
-import json
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
+from tqdm import tqdm
+
+from meap_lit.data.formats import FORMATS, RECORD_FORMATS, Entry, Format, has_suffix, read_file
 from meap_lit.errors import UserError
 
-Record = tuple[int, str | UserError]
-"""How many bytes of the file have been read, and a document or, in its place, why it cannot be read."""
+Item = TypeVar("Item")
+
+SKIP_HINT = "use --on_error skip to leave such lines out"
 
 
-class DocumentReader:
-    """Iterates over the documents of many files, one file after the other.
+class Reader(ABC, Generic[Item]):
+    """Iterates over the items of many files, one file after the other.
 
     Args:
         files: Files to read, as `find_files` returns them.
-        text_field: Name of the text in a JSON object or of the column in a Parquet file.
-        on_error: `stop` raises at the first document that cannot be read, `skip` counts it.
+        formats: `FORMATS` or `RECORD_FORMATS`; a file of another ending is plain text.
+        on_error: `stop` raises at the first item that cannot be read, `skip` counts it.
+        column: The only column to read of a Parquet file, all if not given.
 
     Raises:
         UserError: While iterating; names file and line. A file that cannot be opened, a missing package and a Parquet
@@ -34,52 +34,146 @@ class DocumentReader:
     """
 
     def __init__(
-        self, files: Sequence[Path], text_field: str = "text", on_error: Literal["stop", "skip"] = "stop"
+        self,
+        files: Sequence[Path],
+        formats: Mapping[str, Format],
+        on_error: Literal["stop", "skip"],
+        column: str | None = None,
     ) -> None:
         self.files = files
-        self.text_field = text_field
+        self.formats = formats
         self.on_error = on_error
+        self.column = column
         self.num_skipped = 0
         self.bytes_read = 0
         """Bytes of the files on disk that have been read so far."""
         self.sizes = [_size(file) for file in files]
 
-    def __iter__(self) -> Iterator[str]:
+    @abstractmethod
+    def convert(self, entry: Entry) -> Item:
+        """The item of an entry whose content was read.
+
+        Raises:
+            UserError: If it holds none.
+        """
+
+    def __iter__(self) -> Iterator[Item]:
         finished = 0
         for path, size in zip(self.files, self.sizes, strict=True):
-            for position, document in read_file(path, self.text_field):
-                self.bytes_read = finished + position
-                if isinstance(document, str):
-                    yield document
-                elif self.on_error == "skip":
+            for entry in read_file(path, self.formats, self.column):
+                self.bytes_read = finished + entry.position
+                try:
+                    if isinstance(entry.content, UserError):
+                        raise entry.content
+                    item = self.convert(entry)
+                except UserError as error:
+                    if self.on_error == "stop":
+                        raise UserError(f"{error}; {SKIP_HINT}") from error
                     self.num_skipped += 1
                 else:
-                    raise UserError(f"{document}; use --on_error skip to leave such lines out")
+                    yield item
             finished += size
             self.bytes_read = finished
 
+    def progress_bar(self, description: str) -> tqdm:
+        """A bar over the bytes of the files, for the caller to move."""
+        # a log file gets a line every half minute instead of ten a second
+        seconds = 0.1 if sys.stderr.isatty() else 30
+        return tqdm(total=sum(self.sizes), desc=description, unit="B", unit_scale=True, mininterval=seconds)
 
-def find_files(inputs: Sequence[str], suffixes: Sequence[str] | None = None) -> list[Path]:
+
+class DocumentReader(Reader[str]):
+    """Iterates over the documents of many files: plain texts, and one text field of records.
+
+    Args:
+        files: Files to read, as `find_files` returns them.
+        text_field: Name of the text in a JSON object or of the column in a Parquet file.
+        on_error: `stop` raises at the first document that cannot be read, `skip` counts it.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], text_field: str = "text", on_error: Literal["stop", "skip"] = "stop"
+    ) -> None:
+        super().__init__(files, FORMATS, on_error, column=text_field)
+        self.text_field = text_field
+
+    def convert(self, entry: Entry) -> str:
+        if isinstance(entry.content, str):
+            return entry.content
+        assert isinstance(entry.content, dict)
+        if self.text_field not in entry.content:
+            only = ", ".join(map(repr, entry.content)) or "an empty object"
+            raise UserError(f"{entry.where}: no field {self.text_field!r}, only {only}")
+        try:
+            return check_text(self.text_field, entry.content[self.text_field])
+        except UserError as error:
+            raise UserError(f"{entry.where}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Record:
+    """A JSON object or a row of a table, and the file and line it stands in."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+class RecordReader(Reader[Record]):
+    """Iterates over the records of many files.
+
+    Args:
+        files: Files to read, as `find_files` finds them by `RECORD_FORMATS`.
+        on_error: `stop` raises at the first record that cannot be read, `skip` counts it.
+    """
+
+    def __init__(self, files: Sequence[Path], on_error: Literal["stop", "skip"] = "stop") -> None:
+        super().__init__(files, RECORD_FORMATS, on_error)
+
+    def convert(self, entry: Entry) -> Record:
+        assert isinstance(entry.content, dict), "a plain text is no record"
+        return Record(entry.where, entry.content)
+
+
+def check_text(name: str, text: Any) -> str:
+    """`text`, if it is a text that can be encoded.
+
+    Raises:
+        UserError: If it is not; names the field `name`.
+    """
+    if not isinstance(text, str):
+        raise UserError(f"field {name!r} is not a string but {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair
+        raise UserError(f"field {name!r} holds a broken character (half of a surrogate pair)") from error
+    return text
+
+
+def find_files(
+    inputs: Sequence[str], suffixes: Sequence[str] | None = None, formats: Mapping[str, Format] | None = None
+) -> list[Path]:
     """Files named by paths, folders (all levels, hidden ones left out) and glob patterns, sorted, each once.
 
     Args:
         inputs: Paths, folders and patterns.
-        suffixes: File name endings to take from folders, all of `FORMATS` if not given.
+        suffixes: File name endings to take from folders, all of `formats` if not given.
+        formats: Formats that may be named: `FORMATS`, those of documents, if not given, or `RECORD_FORMATS`.
 
     Raises:
         UserError: If an input names nothing, or a file of an ending that is neither known nor in `suffixes`.
     """
-    wanted = [suffix if suffix.startswith(".") else f".{suffix}" for suffix in suffixes or FORMATS]
+    formats = FORMATS if formats is None else formats
+    wanted = [suffix if suffix.startswith(".") else f".{suffix}" for suffix in suffixes or formats]
     found: dict[str, Path] = {}
     for name in inputs:
-        for path in _expand(name, wanted):
+        for path in _expand(name, wanted, formats):
             found.setdefault(os.path.realpath(path), path)
     if not found:
         raise UserError("no input named; give files, folders or patterns with --input")
     return sorted(found.values(), key=Path.as_posix)
 
 
-def _expand(name: str, wanted: Sequence[str]) -> list[Path]:
+def _expand(name: str, wanted: Sequence[str], formats: Mapping[str, Format]) -> list[Path]:
     path = Path(name).expanduser()
     if path.exists():
         named = [path]
@@ -91,13 +185,11 @@ def _expand(name: str, wanted: Sequence[str]) -> list[Path]:
     for entry in named:
         if entry.is_dir():
             files += _files_in(entry, wanted)
-        elif _has_suffix(entry, [*FORMATS, *wanted]):
+        elif has_suffix(entry, [*formats, *wanted]):
             files.append(entry)
         else:
-            raise UserError(
-                f"input file {entry} ends in none of {', '.join(FORMATS)}; "
-                f"name its ending in --suffixes to read it as plain text"
-            )
+            hint = "; name its ending in --suffixes to read it as plain text" if formats is FORMATS else ""
+            raise UserError(f"input file {entry} ends in none of {', '.join(formats)}{hint}")
     if not files:
         raise UserError(f"input {name} holds no file that ends in {', '.join(wanted)}")
     return files
@@ -107,12 +199,8 @@ def _files_in(folder: Path, wanted: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".") and _has_suffix(Path(name), wanted)]
+        files += [Path(parent, name) for name in names if not name.startswith(".") and has_suffix(Path(name), wanted)]
     return files
-
-
-def _has_suffix(path: Path, suffixes: Sequence[str]) -> bool:
-    return path.name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))
 
 
 def _size(path: Path) -> int:
@@ -120,173 +208,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def read_file(path: Path, text_field: str) -> Iterator[Record]:
-    """Records of one file, read by the ending of its name; an unknown ending is plain text.
-
-    Raises:
-        UserError: If the file cannot be read at all; a document that cannot be read is a record.
-    """
-    read = next((read for suffix, read in FORMATS.items() if _has_suffix(path, [suffix])), _read_text)
-    try:
-        with path.open("rb") as file:
-            yield from read(path, file, text_field)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-# ------------------------------------------------------------------------------------------------- formats
-
-
-def _read_text(path: Path, file: IO[bytes], text_field: str) -> Iterator[Record]:
-    content = file.read()
-    try:
-        yield len(content), content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        yield len(content), UserError(f"{path}, line {line}: not valid UTF-8")
-
-
-def _read_jsonl(path: Path, file: IO[bytes], text_field: str) -> Iterator[Record]:
-    return _parse_lines(path, file, file, text_field)
-
-
-def _read_jsonl_gz(path: Path, file: IO[bytes], text_field: str) -> Iterator[Record]:
-    return _parse_lines(path, file, gzip.GzipFile(fileobj=file), text_field)
-
-
-def _read_jsonl_zst(path: Path, file: IO[bytes], text_field: str) -> Iterator[Record]:
-    zstandard = _import("zstandard", path)
-    return _parse_lines(path, file, _split_lines(_decompress_zstd(file, zstandard)), text_field)
-
-
-def _read_parquet(path: Path, file: IO[bytes], text_field: str) -> Iterator[Record]:
-    pyarrow, parquet = _import("pyarrow", path), _import("pyarrow.parquet", path)
-    size = path.stat().st_size
-    row = 0
-    try:
-        table = parquet.ParquetFile(file)
-        columns = table.schema_arrow.names
-        if text_field not in columns:
-            raise UserError(
-                f"{path} has no column {text_field!r}; it has {', '.join(columns)}: name one by --text_field"
-            )
-        for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-            for value in batch.column(0):
-                row += 1
-                yield size * row // table.metadata.num_rows, _parquet_text(path, row, text_field, value)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield size, UserError(f"{path}, row {row + 1}: cannot be read as Parquet ({_first_line(error)})")
-
-
-FORMATS: dict[str, Callable[[Path, IO[bytes], str], Iterator[Record]]] = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl_gz,
-    ".jsonl.zst": _read_jsonl_zst,
-    ".parquet": _read_parquet,
-}
-"""Known file name endings and how they are read."""
-
-
-def _parse_lines(path: Path, file: IO[bytes], lines: Iterable[bytes], text_field: str) -> Iterator[Record]:
-    """One JSON object a line; blank lines are passed over. Damaged compression ends the file with an error."""
-    number = 0
-    try:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some Windows programs
-            if line.strip():
-                yield file.tell(), _json_text(path, number, text_field, line)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield (
-            file.tell(),
-            UserError(f"{path}, line {number + 1}: damaged or cut compressed file ({_first_line(error)})"),
-        )
-
-
-def _json_text(path: Path, number: int, text_field: str, line: bytes) -> str | UserError:
-    where = f"{path}, line {number}"
-    try:
-        record = json.loads(line.strip().decode("utf-8"))
-    except UnicodeDecodeError:
-        return UserError(f"{where}: not valid UTF-8")
-    except json.JSONDecodeError as error:
-        return UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})")
-    except (ValueError, RecursionError) as error:
-        return UserError(f"{where}: not valid JSON ({_first_line(error)})")
-    if not isinstance(record, dict):
-        return UserError(f"{where}: not a JSON object but {type(record).__name__}")
-    if text_field not in record:
-        return UserError(f"{where}: no field {text_field!r}, only {', '.join(map(repr, record)) or 'an empty object'}")
-    return _checked_text(where, text_field, record[text_field])
-
-
-def _parquet_text(path: Path, row: int, text_field: str, value: Any) -> str | UserError:
-    where = f"{path}, row {row}"
-    try:
-        return _checked_text(where, text_field, value.as_py())
-    except UnicodeDecodeError:
-        return UserError(f"{where}: not valid UTF-8")
-
-
-def _checked_text(where: str, text_field: str, text: Any) -> str | UserError:
-    if not isinstance(text, str):
-        return UserError(f"{where}: field {text_field!r} is not a string but {type(text).__name__}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON may spell half of a surrogate pair
-        return UserError(f"{where}: field {text_field!r} holds a broken character (half of a surrogate pair)")
-    return text
-
-
-# --------------------------------------------------------------------------------------------- zstandard
-
-
-def _decompress_zstd(file: IO[bytes], zstandard: ModuleType) -> Iterator[bytes]:
-    """Blocks of decompressed bytes; several frames may follow each other.
-
-    The library's own stream reader takes a file that ends within a frame for a whole one.
-
-    Raises:
-        EOFError: If the stream is damaged or ends early.
-    """
-    frame = None
-    try:
-        while block := file.read(1 << 16):
-            while block:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(block)
-                block = b""
-                if frame.eof:
-                    block, frame = frame.unused_data, None
-    except zstandard.ZstdError as error:
-        raise EOFError(str(error)) from error
-    if frame is not None:
-        raise EOFError("the file ends too early")
-
-
-def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    begun: list[bytes] = []  # pieces of a line whose end has not come yet
-    for block in blocks:
-        *ended, rest = block.split(b"\n")
-        for piece in ended:
-            yield b"".join([*begun, piece])
-            begun = []
-        begun.append(rest)
-    if line := b"".join(begun):
-        yield line
-
-
-def _import(name: str, path: Path) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        raise UserError(f"reading {path} needs the package {package}: pip install {package}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,8 +5,6 @@ their number. A document is its tokens and one end-of-text token; there is no be
 end of the document before says as much.
 """
 
-import hashlib
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,13 +14,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from meap_lit.data.chunks import TokenWriter, parse_bytes
-from meap_lit.data.manifest import Manifest, Source, Split
+from meap_lit.data.chunks import Split, TokenWriter, parse_bytes
+from meap_lit.data.manifest import Manifest, Source
 from meap_lit.data.parallel import default_num_workers, map_in_order
 from meap_lit.data.preparation import Preparation
 from meap_lit.data.readers import DocumentReader, find_files
+from meap_lit.data.splits import SplitWriter, draw
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 
@@ -64,14 +62,15 @@ class PrepareText(Preparation):
         reader = DocumentReader(find_files(self.input, self.suffixes), self.text_field, self.on_error)
         total_bytes = sum(reader.sizes)
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-        splits = _SplitWriter(folder, dtype, chunk_bytes, self.val_share)
+        splits = SplitWriter(TokenWriter, folder, dtype, chunk_bytes, self.val_share)
         encoded = map_in_order(
             _Encoder(tokenizer, dtype), _batches(reader), self.num_workers or default_num_workers(total_bytes)
         )
         counts = _Counts()
-        with closing(encoded), _progress_bar(self.output, total_bytes) as bar:
+        with closing(encoded), reader.progress_bar(f"preparing {self.output}") as bar:
             for batch in encoded:
-                splits.add(batch)
+                for document in batch.documents():
+                    splits.add(*document)
                 counts.add(batch)
                 bar.set_postfix_str(f"{counts.documents} documents, {counts.tokens / 1e6:.2f}M tokens", refresh=False)
                 bar.update(batch.bytes_read - bar.n)
@@ -96,8 +95,6 @@ class PrepareText(Preparation):
 
     def _check_options(self) -> int:
         """Size of a chunk in bytes."""
-        if not 0 <= self.val_share < 1:
-            raise UserError(f"val_share must be in [0, 1), got {self.val_share:g}; write 0.01 for 1%")
         if self.num_workers is not None and self.num_workers < 1:
             raise UserError(f"num_workers must be at least 1, got {self.num_workers}")
         return parse_bytes(self.chunk_bytes, "chunk_bytes")
@@ -134,6 +131,12 @@ class _EncodedBatch:
     text_bytes: int
     bytes_read: int
 
+    def documents(self) -> Iterator[tuple[np.ndarray, float]]:
+        """Tokens and draw of each document."""
+        ends = np.cumsum(self.lengths)
+        for start, end, number in zip(ends - self.lengths, ends, self.draws, strict=True):
+            yield self.tokens[start:end], number
+
 
 @dataclass
 class _Counts:
@@ -147,56 +150,6 @@ class _Counts:
         self.tokens += len(batch.tokens)
         self.empty += batch.num_empty
         self.text_bytes += batch.text_bytes
-
-
-class _SplitWriter:
-    """Writes documents whose draw is below `val_share` into `val`, the others into `train`.
-
-    A small corpus may have no such document. The one with the smallest draw is therefore kept back to the end, and
-    becomes the validation split if nothing else did.
-    """
-
-    def __init__(self, folder: Path, dtype: np.dtype, chunk_bytes: int, val_share: float) -> None:
-        names = ("train", "val") if val_share > 0 else ("train",)
-        self._writers = {name: TokenWriter(folder / name, dtype, chunk_bytes) for name in names}
-        self._val_share = val_share
-        self._reserve: np.ndarray | None = None
-        self._reserve_draw = 1.0 if val_share > 0 else 0.0
-
-    def add(self, batch: _EncodedBatch) -> None:
-        ends = np.cumsum(batch.lengths)
-        for start, end, draw in zip(ends - batch.lengths, ends, batch.draws, strict=True):
-            self._add_document(batch.tokens[start:end], draw)
-
-    def _add_document(self, tokens: np.ndarray, draw: float) -> None:
-        if draw < self._val_share:
-            self._writers["val"].add(tokens)
-        elif draw >= self._reserve_draw:
-            self._writers["train"].add(tokens)
-        else:
-            self._release("train")
-            self._reserve, self._reserve_draw = tokens, draw
-
-    def _release(self, name: str) -> None:
-        if self._reserve is not None:
-            self._writers[name].add(self._reserve)
-            self._reserve = None
-
-    def close(self) -> dict[str, Split]:
-        """Finish both splits.
-
-        Raises:
-            UserError: If one of them is empty; LitData could not open it.
-        """
-        without_val = "val" in self._writers and self._writers["val"].num_documents == 0
-        self._release("val" if without_val else "train")
-        if self._writers["train"].num_documents == 0:
-            count = self._writers["val"].num_documents
-            raise UserError(
-                f"no document is left to train on: the validation split took {count} of {count}; "
-                f"lower val_share, got {self._val_share:g}, or set it to 0 for no validation split"
-            )
-        return {name: Split(w.num_documents, w.num_tokens, w.close()) for name, w in self._writers.items()}
 
 
 class _Encoder:
@@ -215,7 +168,7 @@ class _Encoder:
                 rows.append(ids)
                 raw = text.encode()
                 text_bytes += len(raw)
-                draws.append(_draw(raw))
+                draws.append(draw(raw))
         tokens = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
         assert tokens.max(initial=0) < self.tokenizer.vocab_size, "the tokenizer gave an id outside its vocabulary"
         return _EncodedBatch(
@@ -238,14 +191,3 @@ def _batches(reader: DocumentReader) -> Iterator[_Batch]:
             yield _Batch(texts, reader.bytes_read)
             texts, size = [], 0
     yield _Batch(texts, reader.bytes_read)
-
-
-def _draw(text: bytes) -> float:
-    """Equal texts get equal numbers, so that a text and its copies are never on both sides of a split."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest()) / 2**48  # 48 bits: exact in a float
-
-
-def _progress_bar(output: str, total_bytes: int) -> tqdm:
-    # a log file gets a line every half minute instead of ten a second
-    seconds = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=total_bytes, desc=f"preparing {output}", unit="B", unit_scale=True, mininterval=seconds)

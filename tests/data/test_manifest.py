@@ -4,9 +4,11 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 
-from meap_lit.data.manifest import VERSION, Manifest
+from meap_lit.data.chat import PrepareChat
+from meap_lit.data.manifest import VERSION, Manifest, load_samples
 from meap_lit.data.text import PrepareText
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
@@ -132,6 +134,100 @@ def test_other_tokenizer(dataset, tokenizer, tmp_path):
         manifest.check_tokenizer(other, dataset="data/set", tokenizer_folder="tok/other")
 
 
+def test_manifest_that_does_not_say_its_kind_is_of_text(dataset):
+    file = dataset / "manifest.json"
+    expected = Manifest.load(str(dataset))
+    content = json.loads(file.read_text())
+    assert content.pop("kind") == "text"
+    file.write_text(json.dumps(content))
+    assert Manifest.load(str(dataset)) == expected
+
+
+# ---------------------------------------------------------------------------------------------------- chat
+
+
+@pytest.fixture(scope="module")
+def chat_original(tmp_path_factory, tokenizer_folder):
+    folder = tmp_path_factory.mktemp("chat")
+    records = [{"prompt": f"Number {i}?", "completion": "Quick. " * (i % 3 + 1)} for i in range(20)]
+    (folder / "in.json").write_text(json.dumps(records))
+    PrepareChat(
+        input=[str(folder / "in.json")],
+        tokenizer=tokenizer_folder,
+        output=str(folder / "out"),
+        template="mistral",
+        val_share=0.2,
+        chunk_bytes="1KB",
+        num_workers=1,
+    ).run()
+    return folder / "out"
+
+
+@pytest.fixture
+def chat_dataset(chat_original, tmp_path):
+    """A copy that a test may damage, beside the other."""
+    shutil.copytree(chat_original, tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+def test_round_trip_of_chat(chat_dataset, tmp_path):
+    manifest = Manifest.load(str(chat_dataset), kind="chat")
+    (tmp_path / "again").mkdir()
+    manifest.save(tmp_path / "again")
+    assert (tmp_path / "again" / "manifest.json").read_bytes() == (chat_dataset / "manifest.json").read_bytes()
+    assert manifest.kind == "chat"
+
+
+def test_one_kind_is_not_taken_for_the_other(dataset, chat_dataset):
+    expected = (
+        r"^dataset \S+/set holds documents of text, made by prepare text; wanted are conversations, which are made "
+        r"with: python -m meap_lit prepare chat --input FILES --tokenizer DIR --output DIR$"
+    )
+    with pytest.raises(UserError, match=expected):
+        Manifest.load(str(dataset), kind="chat")
+    expected = (
+        r"^dataset \S+/chat holds conversations, made by prepare chat; wanted are documents of text, which are made "
+        r"with: python -m meap_lit prepare text --input FILES --tokenizer DIR --output DIR$"
+    )
+    with pytest.raises(UserError, match=expected):
+        Manifest.load(str(chat_dataset))
+    with pytest.raises(UserError, match=r"/none does not exist; make it with: python -m meap_lit prepare chat --input"):
+        Manifest.load(str(dataset / "none"), kind="chat")
+
+
+def test_chat_chunks_of_other_data(chat_dataset):
+    index = chat_dataset / "train" / "index.json"
+    edit(index, chunks=json.loads(index.read_text())["chunks"][:-1])
+    with pytest.raises(
+        UserError, match=r"train/index.json lists \d+ documents, the manifest \d+; prepare the dataset an"
+    ):
+        Manifest.load(str(chat_dataset), kind="chat")
+
+
+def test_missing_damaged_and_foreign_table(chat_dataset):
+    file, location = chat_dataset / "train" / "samples.npz", str(chat_dataset)
+    content = file.read_bytes()
+    shutil.copy(chat_dataset / "val" / "samples.npz", file)
+    with pytest.raises(
+        UserError, match=r"train/samples.npz lists \d+ samples with \d+ answers, index.json \d+ samples;"
+    ):
+        load_samples(location, "train")
+    for damaged in (content[:-30], b"no archive", b""):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"^\S+/chat/train/samples.npz is damaged: .*; prepare the dataset anew$"):
+            load_samples(location, "train")
+    np.savez(file, num_tokens=np.array([{}], dtype=object))  # pickled
+    with pytest.raises(
+        UserError, match=r"samples.npz is damaged: Object arrays cannot be loaded when allow_pickle=Fal"
+    ):
+        load_samples(location, "train")
+    file.unlink()
+    with pytest.raises(
+        UserError, match=r"chat is incomplete: cannot read train/samples.npz \(No such file or directory"
+    ):
+        load_samples(location, "train")
+
+
 # -------------------------------------------------------------------------------------------------- remote
 
 
@@ -178,6 +274,14 @@ def test_remote_dataset(dataset, object_store):
         UserError, match=r"cannot read s3://bucket/none/manifest.json: .*404.*; is s3://bucket/none a data"
     ):
         Manifest.load("s3://bucket/none", object_store)
+
+
+def test_remote_chat_dataset(chat_dataset, object_store):
+    assert Manifest.load("s3://bucket/chat", object_store, kind="chat") == Manifest.load(str(chat_dataset), kind="chat")
+    here, there = load_samples(str(chat_dataset), "val"), load_samples("s3://bucket/chat", "val", object_store)
+    assert here.chunk_sizes == there.chunk_sizes
+    for name in ("num_tokens", "num_answers", "answer_tokens"):
+        assert getattr(here, name).tolist() == getattr(there, name).tolist()
 
 
 def test_remote_endpoint_that_does_not_answer(object_store):

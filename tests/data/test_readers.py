@@ -7,7 +7,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from meap_lit.data.readers import DocumentReader, find_files
+from meap_lit.data.formats import RECORD_FORMATS
+from meap_lit.data.readers import DocumentReader, RecordReader, find_files
 from meap_lit.errors import UserError
 
 SKIP_HINT = "use --on_error skip to leave such lines out"
@@ -215,3 +216,72 @@ def test_missing_package(tmp_path, monkeypatch, name, package):
     expected = rf"^reading \S+/{name} needs the package {package}: pip install {package}$"
     with pytest.raises(UserError, match=expected):
         read(write(tmp_path / name, b""), on_error="skip")
+
+
+# ------------------------------------------------------------------------------------------------- records
+
+RECORDS = [{"messages": [{"role": "user", "content": "ä"}], "id": 1}, {"messages": [], "id": None}]
+
+
+def read_records(*files, **options):
+    return [record.fields for record in RecordReader(list(files), **options)]
+
+
+def test_every_format_gives_the_same_records(tmp_path):
+    lines = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "r.parquet", row_group_size=1)
+    files = [
+        write(tmp_path / "r.json", json.dumps(RECORDS, indent=1).encode()),
+        write(tmp_path / "bom.JSON", b"\xef\xbb\xbf" + json.dumps(RECORDS).encode()),
+        write(tmp_path / "r.jsonl", lines),
+        write(tmp_path / "r.jsonl.gz", gzip.compress(lines)),
+        write(tmp_path / "r.jsonl.zst", zstandard.ZstdCompressor().compress(lines)),
+        tmp_path / "r.parquet",
+    ]
+    for file in files:
+        assert read_records(file, on_error="stop") == RECORDS, file.name
+    assert read_records(write(tmp_path / "one.json", json.dumps(RECORDS[0]).encode()), on_error="stop") == RECORDS[:1]
+    assert find_files([str(tmp_path)], formats=RECORD_FORMATS) == sorted([*files, tmp_path / "one.json"])
+
+
+def test_records_know_where_they_stand(tmp_path):
+    files = [write(tmp_path / "r.json", b"[{}, {}]"), write(tmp_path / "r.jsonl", b"\n{}\n")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": 1}]), tmp_path / "r.parquet")
+    reader = RecordReader([*files, tmp_path / "r.parquet"], "stop")
+    places, positions = [], []
+    for record in reader:
+        places.append(record.where.removeprefix(f"{tmp_path}/"))
+        positions.append(reader.bytes_read)
+    assert places == ["r.json, element 1", "r.json, element 2", "r.jsonl, line 2", "r.parquet, row 1"]
+    assert positions == sorted(positions)
+    assert reader.bytes_read == sum(reader.sizes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "left"),
+    [
+        (b"", r"r.json: not valid JSON \(Expecting value at column 1\)", 0),
+        (b'[{},\n{"a": ]', r"r.json: not valid JSON \(Expecting value at line 2, column 7\)", 0),
+        (b'"text"', "r.json: not a JSON object but str", 0),
+        (b'[{}, ["text"], {}]', "r.json, element 2: not a JSON object but list", 2),
+        (b'[{},\n"\xff"]', "r.json, line 2: not valid UTF-8", 0),
+    ],
+)
+def test_bad_json_file(tmp_path, content, message, left):
+    file = write(tmp_path / "r.json", content)
+    with pytest.raises(UserError, match=rf"^\S+/{message}; {SKIP_HINT}$"):
+        read_records(file, on_error="stop")
+    reader = RecordReader([file], "skip")
+    assert len(list(reader)) == left
+    assert reader.num_skipped == 1
+
+
+def test_text_is_no_record_and_json_is_plain_text(tmp_path):
+    text, records = write(tmp_path / "a.txt", b"text"), write(tmp_path / "b.json", b'{"text": "t"}')
+    with pytest.raises(UserError, match=r"a.txt ends in none of .json, .jsonl, .jsonl.gz, .jsonl.zst, .parquet$"):
+        find_files([str(text)], formats=RECORD_FORMATS)
+    with pytest.raises(
+        UserError, match=r"b.json ends in none of .txt, .*; name its ending in --suffixes to read it as"
+    ):
+        find_files([str(records)])
+    assert read(*find_files([str(records)], [".json"])) == ['{"text": "t"}']

@@ -1,0 +1,235 @@
+"""What files hold: .txt, .md, .json, .jsonl (plain, gzip, zstandard) and .parquet.
+
+Lines and rows are read as a stream, so such a file may be larger than memory. A plain text file is one document and
+a .json file, which only holds records, is read whole.
+"""
+
+import gzip
+import importlib
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, NamedTuple
+
+from meap_lit.errors import UserError
+
+
+class Entry(NamedTuple):
+    """One text, line, element or row of a file."""
+
+    position: int
+    """How many bytes of the file have been read."""
+    where: str
+    """File and line, for messages."""
+    content: str | dict[str, Any] | UserError
+    """A plain text, the fields of a record, or why there is neither."""
+
+
+Format = Callable[[Path, IO[bytes], str | None], Iterator[Entry]]
+"""Reads a file; the last argument is the only column to read of a Parquet file."""
+
+
+def read_file(path: Path, formats: Mapping[str, Format], column: str | None = None) -> Iterator[Entry]:
+    """Entries of one file, read by the ending of its name; an unknown ending is plain text.
+
+    Args:
+        path: The file.
+        formats: `FORMATS` or `RECORD_FORMATS`.
+        column: The only column to read of a Parquet file, all if not given.
+
+    Raises:
+        UserError: If the file cannot be read at all; a line that cannot be read is an entry.
+    """
+    read = next((read for suffix, read in formats.items() if has_suffix(path, [suffix])), _read_text)
+    try:
+        with path.open("rb") as file:
+            yield from read(path, file, column)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def has_suffix(path: Path, suffixes: Sequence[str]) -> bool:
+    """Whether a file name ends in one of `suffixes`, in whatever case."""
+    return path.name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))
+
+
+def _read_text(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entry]:
+    raw = file.read()
+    content = _decode(raw, str(path))
+    yield Entry(len(raw), str(path), content)
+
+
+def _read_json(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entry]:
+    """The objects of an array, or one object."""
+    raw = file.read()
+    text = _decode(raw, str(path))
+    content = text if isinstance(text, UserError) else _parse_json(text, str(path))
+    if not isinstance(content, list):
+        yield Entry(len(raw), str(path), _checked_object(content, str(path)))
+        return
+    for number, element in enumerate(content, start=1):
+        where = f"{path}, element {number}"
+        yield Entry(len(raw) * number // len(content), where, _checked_object(element, where))
+
+
+def _read_jsonl(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entry]:
+    return _parse_lines(path, file, file)
+
+
+def _read_jsonl_gz(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entry]:
+    return _parse_lines(path, file, gzip.GzipFile(fileobj=file))
+
+
+def _read_jsonl_zst(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entry]:
+    zstandard = _import("zstandard", path)
+    return _parse_lines(path, file, _split_lines(_decompress_zstd(file, zstandard)))
+
+
+def _read_parquet(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entry]:
+    pyarrow, parquet = _import("pyarrow", path), _import("pyarrow.parquet", path)
+    size = path.stat().st_size
+    row = 0
+    try:
+        table = parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if column is not None and column not in names:
+            raise UserError(f"{path} has no column {column!r}; it has {', '.join(names)}: name one by --text_field")
+        for batch in table.iter_batches(batch_size=256, columns=None if column is None else [column]):
+            for number in range(batch.num_rows):
+                row += 1
+                where = f"{path}, row {row}"
+                yield Entry(size * row // table.metadata.num_rows, where, _row(batch, number, where))
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = UserError(f"{path}, row {row + 1}: cannot be read as Parquet ({_first_line(error)})")
+        yield Entry(size, str(path), reason)
+
+
+FORMATS: dict[str, Format] = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl_gz,
+    ".jsonl.zst": _read_jsonl_zst,
+    ".parquet": _read_parquet,
+}
+"""File name endings of documents and how they are read."""
+
+RECORD_FORMATS: dict[str, Format] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl_gz,
+    ".jsonl.zst": _read_jsonl_zst,
+    ".parquet": _read_parquet,
+}
+"""File name endings of records and how they are read."""
+
+
+def _parse_lines(path: Path, file: IO[bytes], lines: Iterable[bytes]) -> Iterator[Entry]:
+    """One JSON object a line; blank lines are passed over. Damaged compression ends the file with an error."""
+    number = 0
+    try:
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield Entry(file.tell(), where, _parse_line(line, where))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        where = f"{path}, line {number + 1}"
+        reason = UserError(f"{where}: damaged or cut compressed file ({_first_line(error)})")
+        yield Entry(file.tell(), where, reason)
+
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some Windows programs begin a file with it
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any] | UserError:
+    try:
+        text = line.strip().decode("utf-8")
+    except UnicodeDecodeError:
+        return UserError(f"{where}: not valid UTF-8")
+    return _checked_object(_parse_json(text, where), where)
+
+
+def _decode(raw: bytes, path: str) -> str | UserError:
+    raw = raw.removeprefix(_BYTE_ORDER_MARK)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        return UserError(f"{path}, line {line}: not valid UTF-8")
+
+
+def _parse_json(text: str, where: str) -> Any | UserError:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return UserError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return UserError(f"{where}: not valid JSON ({_first_line(error)})")
+
+
+def _checked_object(content: Any, where: str) -> dict[str, Any] | UserError:
+    if isinstance(content, (dict, UserError)):
+        return content
+    return UserError(f"{where}: not a JSON object but {type(content).__name__}")
+
+
+def _row(batch: Any, number: int, where: str) -> dict[str, Any] | UserError:
+    try:
+        return {name: column[number].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    except UnicodeDecodeError:
+        return UserError(f"{where}: not valid UTF-8")
+
+
+# --------------------------------------------------------------------------------------------- zstandard
+
+
+def _decompress_zstd(file: IO[bytes], zstandard: ModuleType) -> Iterator[bytes]:
+    """Blocks of decompressed bytes; several frames may follow each other.
+
+    The library's own stream reader takes a file that ends within a frame for a whole one.
+
+    Raises:
+        EOFError: If the stream is damaged or ends early.
+    """
+    frame = None
+    try:
+        while block := file.read(1 << 16):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(block)
+                block = b""
+                if frame.eof:
+                    block, frame = frame.unused_data, None
+    except zstandard.ZstdError as error:
+        raise EOFError(str(error)) from error
+    if frame is not None:
+        raise EOFError("the file ends too early")
+
+
+def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    begun: list[bytes] = []  # pieces of a line whose end has not come yet
+    for block in blocks:
+        *ended, rest = block.split(b"\n")
+        for piece in ended:
+            yield b"".join([*begun, piece])
+            begun = []
+        begun.append(rest)
+    if line := b"".join(begun):
+        yield line
+
+
+def _import(name: str, path: Path) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise UserError(f"reading {path} needs the package {package}: pip install {package}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

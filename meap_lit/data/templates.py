@@ -1,0 +1,394 @@
+"""Conversations to token ids by a Jinja chat template, and which of the ids the assistant says.
+
+A template is the tokenizer's own, a file, or one of `named_templates.py`. What is to be learnt follows from the
+template's structure: from `{% generation %}` blocks where it has them, else from what each answer adds to the text
+before it. Nobody looks for markers in the text, and a special token spelled out in a message stays the characters it
+is made of.
+
+The environment is the one that transformers gives a template (`apply_chat_template` in transformers 5), so that both
+write the same text.
+"""
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import tokenizers
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from meap_lit.data.conversations import Message
+from meap_lit.data.named_templates import NAMED
+from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.errors import UserError
+
+Answer = tuple[int, int, int]
+"""Token positions start <= stop <= end: [start, stop) is what the assistant says, [stop, end) the special tokens that
+close it."""
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation as ids, and its answers in order: one for every turn of the assistant, unless the template marks
+    several parts of a turn or none."""
+
+    input_ids: list[int]
+    answers: list[Answer]
+
+
+class ChatTemplate:
+    """A chat template and the tokenizer it writes for.
+
+    Args:
+        name: Name for messages.
+        source: Jinja source.
+        tokenizer: Tokenizer whose ids are wanted.
+        today: What `strftime_now` in a template says; the time of construction if not given.
+
+    Raises:
+        UserError: If the source is not valid Jinja.
+    """
+
+    def __init__(self, name: str, source: str, tokenizer: Tokenizer, today: datetime | None = None) -> None:
+        self.name = name
+        self.source = source
+        self._tokenizer = tokenizer
+        self._today = today or datetime.now()
+        self._text_encoder = _TextEncoder(tokenizer)
+        environment = _environment(self._today)
+        try:
+            self._template = environment.from_string(source)
+            calls = environment.parse(source).find_all(nodes.ExtensionAttribute)
+            self._marks_answers = any(call.name == _GENERATION for call in calls)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"chat template {name}, line {error.lineno}: {error.message}") from error
+
+    @classmethod
+    def load(cls, name: str, tokenizer: Tokenizer) -> "ChatTemplate":
+        """The tokenizer's own template (`tokenizer`), one of `NAMED`, or the content of a file (`my_format.jinja`).
+
+        Raises:
+            UserError: If there is no such template, or the tokenizer has not the special tokens that it writes.
+        """
+        if name.endswith(".jinja"):
+            try:
+                return cls(name, Path(name).read_text(encoding="utf-8"), tokenizer)
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"cannot read chat template {name}: {error}") from error
+        if name == "tokenizer":
+            source = _default_template(tokenizer)
+            if source is None:
+                raise UserError(f"tokenizer {tokenizer.path} has no chat_template; name a template: {', '.join(NAMED)}")
+            return cls(name, source, tokenizer)
+        if name not in NAMED:
+            known = f"tokenizer (its own chat_template), {', '.join(NAMED)}, or a file that ends in .jinja"
+            raise UserError(f"unknown template {name!r}; there are {known}")
+        template = cls(name, NAMED[name], tokenizer)
+        written = dict.fromkeys(re.findall(r"<\|\w+\|>", template.source))
+        missing = [token for token in written if token not in template._text_encoder.special_tokens]
+        if missing:
+            raise UserError(
+                f"template {name} writes {', '.join(missing)}, which tokenizer {tokenizer.path} does not have as "
+                f"special tokens; name alpaca or mistral, which need none"
+            )
+        return template
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # compiled templates cannot be pickled; the date goes along so that all workers write the same
+        return ChatTemplate, (self.name, self.source, self._tokenizer, self._today)
+
+    @cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids at which a generated answer ends: the first of those that close an answer. Empty if none does.
+
+        Raises:
+            UserError: If the template does not render a question and its answer.
+        """
+        question: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        chat = self.encode(question)
+        return tuple(sorted({chat.input_ids[stop] for _, stop, end in chat.answers if stop < end}))
+
+    def encode(self, messages: Sequence[Message]) -> EncodedChat:
+        """Ids of a whole conversation, and where the answers stand in them.
+
+        Args:
+            messages: As `conversations.to_messages` returns them; ends with the assistant.
+
+        Raises:
+            UserError: If the template raises, marks nothing that the assistant says, does not render turn by turn or
+                begins with an answer.
+        """
+        private = _PrivateCharacters(messages, self._text_encoder.special_token)
+        if self._marks_answers:
+            text, spans = self._render(messages, private)
+        else:
+            text, spans = self._render_turn_by_turn(messages, private)
+        tokens = self._text_encoder.encode(text, private.spellings)
+        answers = [answer for span in spans if (answer := _to_tokens(span, tokens, text))]
+        if not any(start < stop for start, stop, _ in answers):
+            raise UserError(f"chat template {self.name} marks nothing that the assistant says in this conversation")
+        if answers[0][0] == 0:
+            raise UserError(
+                f"chat template {self.name} begins with the answer, whose first token nothing predicts; it must write "
+                f"something before it, such as the bos_token"
+            )
+        return EncodedChat(tokens.ids, answers)
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids up to where the assistant is to speak next.
+
+        Raises:
+            UserError: If the template raises.
+        """
+        private = _PrivateCharacters(messages, self._text_encoder.special_token)
+        text, _ = self._render(messages, private, add_generation_prompt=True)
+        return self._text_encoder.encode(text, private.spellings).ids
+
+    def _render(
+        self, messages: Sequence[Message], private: "_PrivateCharacters", add_generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the spans of it that stand in `{% generation %}` blocks."""
+        try:
+            marked = self._template.render(
+                **self._tokenizer.special_tokens,
+                messages=[private.hide(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **{_MARKS: private.marks},
+            )
+            return private.cut_marks(marked)
+        except Exception as error:  # a template is a program of the user's: whatever it raises is for the user to mend
+            reason = " ".join(str(error).split())
+            raise UserError(f"chat template {self.name} does not take this conversation: {reason}") from error
+
+    def _render_turn_by_turn(
+        self, messages: Sequence[Message], private: "_PrivateCharacters"
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and where in it each answer stands: what it adds to the prompt before it."""
+        text, _ = self._render(messages, private)
+        spans = []
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt, _ = self._render(messages[:turn], private, add_generation_prompt=True)
+                answered, _ = self._render(messages[: turn + 1], private)
+                if not (answered.startswith(prompt) and text.startswith(answered)):
+                    raise UserError(
+                        f"chat template {self.name} does not render turn by turn, so its answers cannot be told from "
+                        f"the rest; wrap what the assistant says in {{% generation %}} ... {{% endgeneration %}}, or "
+                        f"name another template: {', '.join(NAMED)}"
+                    )
+                spans.append((len(prompt), len(answered)))
+        return text, spans
+
+
+def _default_template(tokenizer: Tokenizer) -> str | None:
+    """The tokenizer's template; tokenizer_config.json may hold a list of named ones."""
+    template = tokenizer.chat_template
+    if isinstance(template, list):
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template
+
+
+# ------------------------------------------------------------------------------------------- text to tokens
+
+
+@dataclass
+class _Tokens:
+    """Tokens of a text, one entry each."""
+
+    ids: list[int] = field(default_factory=list)
+    offsets: list[tuple[int, int]] = field(default_factory=list)
+    """Numbers of the characters it begins at and ends before."""
+    special: list[bool] = field(default_factory=list)
+
+    def extend(self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], special: Sequence[bool]) -> None:
+        self.ids.extend(ids)
+        self.offsets.extend(offsets)
+        self.special.extend(special)
+
+
+class _TextEncoder:
+    """Encodes a template's text, in which special tokens are special, around messages, in which they are not."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        backend = tokenizer.copy_backend()
+        known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        # the tokens that play a role are special even where tokenizer.json does not say so, as in transformers
+        backend.add_special_tokens([token for token in tokenizer.special_tokens.values() if token not in known])
+        backend.post_processor = None  # it may trim white space off the offsets, which hides where a token begins
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self._spelling = {id: token.content for id, token in added.items() if token.special}
+        self.special_tokens = set(self._spelling.values())
+        # the longest first, should one be the beginning of another
+        self.special_token = re.compile("|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))))
+
+    @cached_property
+    def _plain(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+        """Encoders that find no special tokens, for the beginning of a text and for parts within it."""
+        content = json.loads(self._backend.to_str())
+        first = tokenizers.Tokenizer.from_str(json.dumps(content))
+        # a Metaspace of this scheme puts a space in front of a text, but not of a part within it
+        content["pre_tokenizer"] = _replace(content["pre_tokenizer"], "prepend_scheme", "first", "never")
+        within = tokenizers.Tokenizer.from_str(json.dumps(content))
+        first.encode_special_tokens = within.encode_special_tokens = True
+        return first, within
+
+    def encode(self, text: str, spellings: dict[str, str]) -> _Tokens:
+        """Tokens of `text`, in which each character of `spellings` stands for a text that is not special."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
+        special = [id in self._spelling for id in ids]
+        for number in [number for number, is_special in enumerate(special) if is_special]:
+            # a character that the tokenizer does not know may have become the unknown token, which is special too
+            start, stop = offsets[number]
+            special[number] = text[start:stop].strip() == self._spelling[ids[number]]
+        if not any(character in text for character in spellings):
+            return _Tokens(ids, offsets, special)
+        # Special tokens cut a text into parts that the tokenizer encodes one by one. Here it does so with the parts as
+        # they are spelled, and never looks for special tokens in them.
+        tokens = _Tokens()
+        end = 0
+        for id, (start, stop), is_special in zip(ids, offsets, special, strict=True):
+            if is_special:
+                self._encode_part(text, end, start, spellings, tokens)
+                tokens.extend([id], [(start, stop)], [True])
+                end = stop
+        self._encode_part(text, end, len(text), spellings, tokens)
+        return tokens
+
+    def _encode_part(self, text: str, start: int, stop: int, spellings: dict[str, str], tokens: _Tokens) -> None:
+        """Append the tokens of text[start:stop]; their offsets are those of `text`, where a spelling is a character."""
+        spelled = [spellings.get(character, character) for character in text[start:stop]]
+        origin = [start + number for number, piece in enumerate(spelled) for _ in piece] + [stop]
+        encoding = self._plain[start > 0].encode("".join(spelled), add_special_tokens=False)
+        # a token may stand for no character, such as a space that the tokenizer puts in front
+        offsets = [(origin[first], origin[max(first, last - 1)] + 1) for first, last in encoding.offsets]
+        tokens.extend(encoding.ids, offsets, [False] * len(offsets))
+
+
+def _replace(value: Any, key: str, old: Any, new: Any) -> Any:
+    """A copy of nested JSON in which `key` is `new` wherever it was `old`."""
+    if isinstance(value, dict):
+        value = {name: _replace(entry, key, old, new) for name, entry in value.items()}
+        return value | {key: new} if value.get(key) == old else value
+    if isinstance(value, list):
+        return [_replace(entry, key, old, new) for entry in value]
+    return value
+
+
+def _to_tokens(span: tuple[int, int], tokens: _Tokens, text: str) -> Answer | None:
+    """The tokens that begin within a span of characters; blank ones after the closing tokens are left out."""
+    starts = [start for start, _ in tokens.offsets]
+    start, end = bisect_left(starts, span[0]), bisect_left(starts, span[1])
+    closing = end
+    while closing > start and not tokens.special[closing - 1] and not text[slice(*tokens.offsets[closing - 1])].strip():
+        closing -= 1
+    if closing > start and tokens.special[closing - 1]:
+        end = closing
+    stop = end
+    while stop > start and tokens.special[stop - 1]:
+        stop -= 1
+    return (start, stop, end) if start < end else None
+
+
+# ------------------------------------------------------------------------------------- what a template is given
+
+
+class _PrivateCharacters:
+    """Characters that stand nowhere in a conversation, from a private use area of Unicode.
+
+    Two of them mark where an answer begins and ends; one stands for each special token that a message spells out.
+    """
+
+    def __init__(self, messages: Sequence[Message], special_token: re.Pattern[str]) -> None:
+        text = "\0".join(value for message in messages for value in message.values())
+        free = (character for character in map(chr, range(0x100000, 0x10FFFE)) if character not in text)
+        self.marks = (next(free), next(free))
+        self._special_token = special_token
+        self._hidden = {token: next(free) for token in dict.fromkeys(special_token.findall(text))}
+        self.spellings = {character: token for token, character in self._hidden.items()}
+        """The special tokens that stand in the messages, by the characters that stand for them."""
+
+    def hide(self, message: Message) -> Message:
+        """The message with every special token in it replaced."""
+        if not self._hidden:
+            return message
+        return {
+            name: self._special_token.sub(lambda found: self._hidden[found[0]], value)
+            for name, value in message.items()
+        }
+
+    def cut_marks(self, marked: str) -> tuple[str, list[tuple[int, int]]]:
+        """The text without marks, and the spans of characters they enclosed.
+
+        Raises:
+            UserError: If the marks do not come in pairs.
+        """
+        text, *rest = re.split(f"([{''.join(self.marks)}])", marked)
+        if tuple(rest[::2]) != self.marks * (len(rest) // 4):
+            raise UserError("its {% generation %} blocks are nested or cut")
+        spans: list[tuple[int, int]] = []
+        for inside, after in zip(rest[1::4], rest[3::4], strict=True):
+            start, end = len(text), len(text) + len(inside)
+            if spans and spans[-1][1] == start:  # the text of an answer and what closes it may be blocks of their own
+                start, _ = spans.pop()
+            spans.append((start, end))
+            text += inside + after
+        return text, spans
+
+
+_GENERATION = "_mark_answer"
+_MARKS = "answer_marks"
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` ... `{% endgeneration %}`: what it encloses is put between the two `answer_marks`."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method(_GENERATION, [nodes.Name(_MARKS, "load")])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _mark_answer(self, marks: tuple[str, str], caller: Any) -> str:
+        begin, end = marks
+        return begin + caller() + end
+
+
+def _environment(today: datetime) -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own escapes what HTML must
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = today.strftime
+    return environment
