@@ -100,7 +100,7 @@ def _run_command(arguments: list[str]) -> None:
 
 
 def _command_parser(command: type, prog: str) -> Any:
-    """A parser of the fields of a command; a field that is a list takes several words (`--input A B`)."""
+    """A parser of the fields of a command: a list takes several words (`--input A B`), a switch none (`--chat`)."""
     import docstring_parser
     import jsonargparse
 
@@ -115,7 +115,10 @@ def _command_parser(command: type, prog: str) -> Any:
         parser.add_argument(
             f"--{f.name}", type=str, nargs="+", required=required, default=None, help=help_of.get(f.name)
         )
-    parser.add_class_arguments(command, skip={f.name for f in lists})
+    switches = [f for f in dataclasses.fields(command) if f.type is bool]
+    for f in switches:
+        parser.add_argument(f"--{f.name}", action="store_true", help=help_of.get(f.name))
+    parser.add_class_arguments(command, skip={f.name for f in (*lists, *switches)})
     return parser
 
 

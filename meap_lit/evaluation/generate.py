@@ -1,0 +1,198 @@
+"""`python -m meap_lit generate`: continue prompts with a checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from meap_lit.checkpoints import DTYPES, open_source, vocab_size_for
+from meap_lit.data.templates import ChatTemplate
+from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.errors import UserError
+from meap_lit.evaluation.generation import Sampling, check_prompts, generate
+from meap_lit.model.weights import WeightSource, build_decoder
+
+
+@dataclass(kw_only=True)
+class Generate:
+    """Continue prompts with a checkpoint. The text of a single prompt is printed as it grows.
+
+    Args:
+        checkpoint: A Hugging Face folder, a .ckpt file, or the folder of a run.
+        prompt: One prompt or several.
+        prompt_file: A text file that is one more prompt, up to a newline at its end.
+        chat: Put each prompt as a user's message, by the chat template.
+        system: What the system says before each message; with `chat`.
+        template: Chat template as for `prepare chat`; the tokenizer's own if not given; with `chat`.
+        tokenizer: Folder of the tokenizer; the checkpoint's own if not given.
+        max_new_tokens: Most tokens to add to a prompt; if not given, 128 or what the context leaves, if that is less.
+        temperature: Divides the logits before a token is drawn; 0 takes the most likely one.
+        top_k: Draw among this many most likely tokens only.
+        top_p: Draw among the fewest most likely tokens that together reach this probability.
+        seed: Seed of the draws.
+        batch_size: Prompts continued at once.
+        dtype: Dtype of the weights; the checkpoint's own if not given.
+        device: Where to compute; auto takes a GPU if there is one.
+    """
+
+    checkpoint: str
+    prompt: list[str] | None = None
+    prompt_file: str | None = None
+    chat: bool = False
+    system: str | None = None
+    template: str = "tokenizer"
+    tokenizer: str | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    batch_size: int = 8
+    dtype: Literal["float32", "bfloat16"] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def run(self) -> None:
+        """Print the continuations.
+
+        Raises:
+            UserError: If there is no prompt, one is too long, or the checkpoint or its tokenizer will not do.
+        """
+        texts = self._texts()
+        sampling = Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+        device = self._device()
+        source = open_source(self.checkpoint)
+        tokenizer = self._load_tokenizer(source)
+        stop_token_ids = {tokenizer.eos_token_id, *_ids(source, "eos_token_id")}
+        if self.chat:
+            template = ChatTemplate.load(self.template, tokenizer)
+            stop_token_ids |= set(template.stop_token_ids)
+            prompts = [template.encode_prompt(self._messages(text)) for text in texts]
+        else:
+            # prepared documents have no BOS, and begin after the EOS of the document before
+            start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            prompts = [[start, *tokenizer.encode(text)] for text in texts]
+        room = source.config.max_seq_len - max(map(len, prompts))
+        max_new_tokens = max(1, min(128, room)) if self.max_new_tokens is None else self.max_new_tokens
+        check_prompts(prompts, max_new_tokens, source.config)
+
+        printer = _Printer(tokenizer, prompts)
+        generate(
+            build_decoder(source.config, source, dtype=self.dtype and DTYPES[self.dtype], device=device),
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_token_ids=sorted(stop_token_ids),
+            forbidden_token_ids=_forbidden_token_ids(source, tokenizer),
+            batch_size=self.batch_size,
+            on_token=printer.on_token,
+        )
+        printer.close()
+
+    def _texts(self) -> list[str]:
+        texts = list(self.prompt or [])
+        if self.prompt_file is not None:
+            try:
+                texts.append(Path(self.prompt_file).read_text(encoding="utf-8").removesuffix("\n"))
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"cannot read prompt_file {self.prompt_file}: {error}") from error
+        if not texts:
+            raise UserError("no prompt; give one with --prompt or --prompt_file")
+        if not self.chat and (self.system is not None or self.template != "tokenizer"):
+            raise UserError("system and template do nothing without chat; add --chat or leave them out")
+        return texts
+
+    def _messages(self, text: str) -> list[dict[str, str]]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": text}]
+
+    def _device(self) -> torch.device:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device cuda is not available; use --device cpu")
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    def _load_tokenizer(self, source: WeightSource) -> Tokenizer:
+        folder = self.tokenizer or source.tokenizer_folder
+        if folder is None:
+            raise UserError(f"checkpoint {self.checkpoint} has no tokenizer; name its folder with --tokenizer")
+        tokenizer = Tokenizer.load(str(folder))
+        vocab_size_for(source, tokenizer)  # refuses the tokenizer of another model
+        return tokenizer
+
+
+def _ids(source: WeightSource, name: str) -> list[int]:
+    """Ids under `name` in generation_config.json, which may hold one, a list or null."""
+    ids = source.generation.get(name)
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _forbidden_token_ids(source: WeightSource, tokenizer: Tokenizer) -> list[int]:
+    """The mask token, ids that stand for nothing, and what the checkpoint itself suppresses."""
+    rows = source.config.vocab_size
+    assert rows is not None
+    ids = {tokenizer.mask_token_id, *tokenizer.ids_without_token(rows), *_ids(source, "suppress_tokens")}
+    return sorted(token_id for token_id in ids if token_id < rows)  # the mask token may be newer than the model
+
+
+class _Printer:
+    """Prints a single continuation as it grows, several when all are done."""
+
+    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> None:
+        self.streams = [TextStream(tokenizer, prompt) for prompt in prompts]
+        self.texts = ["" for _ in prompts]
+
+    def on_token(self, index: int, token_id: int) -> None:
+        self._add(index, self.streams[index].push(token_id))
+
+    def close(self) -> None:
+        for index, stream in enumerate(self.streams):
+            self._add(index, stream.flush())
+        if len(self.texts) == 1:
+            print()
+            return
+        for number, text in enumerate(self.texts, start=1):
+            print(f"--- {number} of {len(self.texts)}\n{text}")
+
+    def _add(self, index: int, text: str) -> None:
+        if len(self.texts) == 1:
+            print(text, end="", flush=True)
+        else:
+            self.texts[index] += text
+
+
+class TextStream:
+    """The text that follows a prompt, token by token.
+
+    A token alone is not text: it may be part of a character, and a decoder may drop a space where it takes the first
+    token for the beginning. So each is decoded after those before it, back to where text was last complete, and what
+    is new in the result is returned (as text-generation-inference does, `decode_token`).
+
+    Args:
+        tokenizer: The tokenizer.
+        prompt: Ids before the first token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt)
+        self._num_told = len(self._ids)  # ids whose text has been returned
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty if a character is still open."""
+        self._ids.append(token_id)
+        text = self._untold()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._ids, self._num_told = self._ids[self._num_told :], len(self._ids) - self._num_told
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end: replacement characters where a character was never completed."""
+        text = self._untold()
+        self._num_told = len(self._ids)
+        return text
+
+    def _untold(self) -> str:
+        told = self._tokenizer.decode(self._ids[: self._num_told], skip_special_tokens=True)
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True)[len(told) :]

@@ -1,0 +1,203 @@
+"""Continue prompts with a decoder: batched, with a key-value cache, greedy or sampled.
+
+A continuation depends on its own prompt only (up to rounding): not on what else is in its batch, nor on the size
+of the batch. For sampling, the random number of each token is a function of (seed, index of the prompt, position).
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from meap_lit.errors import UserError
+from meap_lit.model import Decoder, DecoderConfig, KVCache
+
+OnToken = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Draw among this many most likely tokens only.
+        top_p: Draw among the fewest most likely tokens that together reach this probability (nucleus sampling,
+            arXiv 1904.09751); taken after `top_k`.
+        seed: Seed of all draws.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature must be at least 0, got {self.temperature:g}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be in (0, 1], got {self.top_p:g}")
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0 and getattr(self, name) is not None:
+                raise UserError(f"{name} does nothing at temperature 0; set a temperature or leave {name} out")
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop_token_ids: Sequence[int] = (),
+    forbidden_token_ids: Sequence[int] = (),
+    batch_size: int = 8,
+    on_token: OnToken | None = None,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """Continue each prompt until a stop token or `max_new_tokens`.
+
+    Prompts of like length share a batch, the longest first, so that what does not fit in memory fails at once.
+
+    Args:
+        decoder: The model, on its device. It is in eval mode meanwhile.
+        prompts: Token ids of each prompt, at least one each.
+        max_new_tokens: Most tokens to add to a prompt.
+        sampling: How tokens are chosen.
+        stop_token_ids: Ids that end a continuation; they are not part of it.
+        forbidden_token_ids: Ids that are never chosen, such as the mask token and the padding of the vocabulary.
+        batch_size: Prompts continued at once.
+        on_token: Called with the index of the prompt and each new id (no stop token) as soon as it is chosen.
+        use_cache: Keep keys and values of earlier tokens; without, every step reads the whole row again, which is
+            slow and only good for comparison.
+
+    Returns:
+        The new ids of each prompt, in the order of `prompts`.
+
+    Raises:
+        UserError: If a prompt is empty, has an unknown id, or leaves no room for `max_new_tokens` in the model's
+            context. Nothing has been generated then.
+    """
+    check_prompts(prompts, max_new_tokens, decoder.config)
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    continuations: list[list[int]] = [[] for _ in prompts]
+    longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    was_training = decoder.training
+    decoder.eval()
+    try:
+        for first in range(0, len(prompts), batch_size):
+            indices = longest_first[first : first + batch_size]
+            steps = _steps(
+                decoder, prompts, indices, max_new_tokens, sampling, forbidden_token_ids, use_cache=use_cache
+            )
+            alive = set(indices)
+            for chosen in steps:
+                for index, token_id in zip(indices, chosen, strict=True):
+                    if token_id in stop_token_ids:
+                        alive.discard(index)
+                    if index in alive:
+                        continuations[index].append(token_id)
+                        if on_token is not None:
+                            on_token(index, token_id)
+                if not alive:
+                    break
+    finally:
+        decoder.train(was_training)
+    return continuations
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: DecoderConfig) -> None:
+    """What `generate` asks of its prompts, to be known before weights are loaded; raises as it does."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    assert config.vocab_size is not None
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise UserError(f"prompt {number} of {len(prompts)} has no token")
+        unknown = [token_id for token_id in prompt if not 0 <= token_id < config.vocab_size]
+        if unknown:
+            raise UserError(
+                f"prompt {number} of {len(prompts)} holds the token id {unknown[0]}, outside the model's vocabulary of "
+                f"{config.vocab_size}; encode it with the model's own tokenizer"
+            )
+    room = config.max_seq_len - max_new_tokens
+    too_long = [len(prompt) for prompt in prompts if len(prompt) > room]
+    if too_long:
+        raise UserError(
+            f"{len(too_long)} of {len(prompts)} prompts leave no room for max_new_tokens {max_new_tokens} in the "
+            f"model's context of {config.max_seq_len} tokens: the longest has {max(too_long)}; "
+            f"shorten them or lower max_new_tokens"
+        )
+
+
+@torch.no_grad()
+def _steps(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    indices: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    forbidden_token_ids: Sequence[int],
+    *,
+    use_cache: bool,
+) -> Iterator[list[int]]:
+    """The ids chosen for the prompts at `indices`, step after step; ids after a stop token mean nothing."""
+    weight = decoder.embed_tokens.weight
+    device = weight.device
+    forbidden = torch.tensor(forbidden_token_ids, dtype=torch.int64, device=device)
+    draws = [random.Random(f"{sampling.seed}/{index}") for index in indices]
+    rows = [torch.tensor(prompts[index]) for index in indices]
+    last = torch.tensor([[len(row) - 1] for row in rows], device=device)  # [B, 1], where each row's last token is
+    prompt_ids = pad_sequence(rows, batch_first=True).to(device)
+    input_ids = F.pad(prompt_ids, (0, max_new_tokens))  # [B, S]
+    cache = KVCache(decoder.config, len(rows), input_ids.size(1), device, weight.dtype) if use_cache else None
+    for step in range(max_new_tokens):
+        if cache is None or step == 0:
+            # padding stands on the right, where no token of the prompt sees it
+            hidden = decoder(input_ids[:, : prompt_ids.size(1) + step], cache=cache)
+            hidden = hidden.take_along_dim(last[..., None], dim=1)  # [B, 1, D]
+        else:
+            hidden = decoder(input_ids.gather(1, last), last, cache=cache)  # [B, 1, D]
+        logits = decoder.logits(hidden[:, 0]).float().index_fill(1, forbidden, -math.inf)  # [B, V]
+        chosen = choose_tokens(logits, sampling, [draw.random() for draw in draws])
+        yield chosen.tolist()
+        last = last + 1
+        input_ids.scatter_(1, last, chosen[:, None])
+
+
+def choose_tokens(logits: Tensor, sampling: Sampling, draws: Sequence[float]) -> Tensor:
+    """One token of each row.
+
+    Sampling inverts the cumulative distribution, so a row needs one uniform number and small differences in its
+    logits (another batch, another device) hardly ever change the token.
+
+    Args:
+        logits: Scores, [B, V]; -inf for tokens that must not be chosen.
+        sampling: How to choose.
+        draws: A number in [0, 1) for each row; not used at temperature 0.
+
+    Returns:
+        Token ids, [B], int64.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / sampling.temperature  # no overflow
+    probs = scaled.softmax(dim=-1)  # [B, V], float64: cumulated over a large vocabulary
+    if sampling.top_k is not None and sampling.top_k < probs.size(-1):
+        kth = probs.topk(sampling.top_k, dim=-1).values[:, -1:]
+        probs = probs.where(probs >= kth, 0)
+    if sampling.top_p is not None:
+        descending = probs.sort(dim=-1, descending=True).values
+        before = descending.cumsum(-1) - descending  # probability of all more likely tokens
+        num_kept = (before < sampling.top_p * probs.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+        probs = probs.where(probs >= descending.gather(1, num_kept - 1), 0)
+    cumulative = probs.cumsum(dim=-1)
+    targets = torch.tensor(draws, dtype=torch.float64, device=probs.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0]  # the first beyond: never one of probability 0
