@@ -10,8 +10,19 @@ chunk: chunks 0 1 2 3 -> 2 0 | 3 1 -> samples (5 0 4 1) (2 7 3 6).
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Visit(NamedTuple):
+    """A sample at its place in a run."""
+
+    source: int
+    sample: int
+    """Its number in the source."""
+    epoch: int
+    """How often the source's samples were gone through before."""
 
 
 class ShuffledOrder:
@@ -45,7 +56,7 @@ class ShuffledOrder:
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
-        self._chunks = _rng(_CHUNKS, *self.seed, epoch).permutation(len(self.chunk_sizes))
+        self._chunks = rng(_CHUNKS, *self.seed, epoch).permutation(len(self.chunk_sizes))
         ends = np.cumsum(self.chunk_sizes[self._chunks])
         # last chunk of each window; a final short window ends with the last chunk
         last = np.minimum(np.arange(self.window, len(ends) + self.window, self.window), len(ends)) - 1
@@ -54,7 +65,7 @@ class ShuffledOrder:
     def _load_window(self, epoch: int, number: int) -> None:
         chunks = self._chunks[number * self.window : (number + 1) * self.window]
         samples = np.concatenate([self.first[c] + np.arange(self.chunk_sizes[c]) for c in chunks])
-        self._samples = _rng(_SAMPLES, *self.seed, epoch, number).permutation(samples)
+        self._samples = rng(_SAMPLES, *self.seed, epoch, number).permutation(samples)
         self._window_start = self._window_ends[number] - len(samples)
         self._cached_window = (epoch, number)
 
@@ -76,8 +87,8 @@ class MixedOrder:
         self.thresholds = np.cumsum(np.asarray(weights, dtype=np.float64) / np.sum(weights))[:-1]
         self.seed = seed
 
-    def iterate(self, start: int) -> Iterator[tuple[int, int]]:
-        """Yield (source, sample index) for the positions from `start` on, without end."""
+    def iterate(self, start: int) -> Iterator[Visit]:
+        """Yield the samples at the positions from `start` on, without end."""
         counts = np.zeros(len(self.sources), dtype=np.int64)
         for block in range(start // _BLOCK):
             counts += np.bincount(self._draw(block), minlength=len(self.sources))
@@ -85,13 +96,15 @@ class MixedOrder:
         while True:
             for offset, source in enumerate(self._draw(block).tolist()):
                 if offset >= skip:
-                    yield source, self.sources[source][int(counts[source])]
+                    position = int(counts[source])
+                    order = self.sources[source]
+                    yield Visit(source, order[position], position // order.length)
                 counts[source] += 1
             block, skip = block + 1, 0
 
     def _draw(self, block: int) -> np.ndarray:
         """Source of each of the `_BLOCK` positions of a block."""
-        uniform = _rng(_SOURCES, self.seed, block).random(_BLOCK)
+        uniform = rng(_SOURCES, self.seed, block).random(_BLOCK)
         return np.searchsorted(self.thresholds, uniform, side="right")
 
 
@@ -99,6 +112,6 @@ _BLOCK = 65_536
 _CHUNKS, _SAMPLES, _SOURCES = 1, 2, 3  # what a generator draws, so that no two draws share a key
 
 
-def _rng(*key: int) -> np.random.Generator:
+def rng(*key: int) -> np.random.Generator:
     """A generator that `key` alone decides; no global state is read."""
     return np.random.default_rng([part % 2**64 for part in key])

@@ -1,103 +1,28 @@
 """The LitData streaming datamodule for pretraining."""
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
-
-import lightning as L
 from torch.utils.data import DataLoader
 
-from meap_lit.data.manifest import Manifest
-from meap_lit.data.preparation import Preparation
-from meap_lit.data.streaming import Shard, TokenBlocks, TrainStream, ValidationStream
-from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.data.datamodule import StreamingData
+from meap_lit.data.streaming import TokenBlocks, TrainStream, ValidationStream
 from meap_lit.errors import UserError
 
 
-class PretrainingData(L.LightningDataModule):
-    """Prepared token datasets, mixed by weight, as micro-batches of `seq_len` tokens.
+class PretrainingData(StreamingData):
+    """Prepared texts, joined and cut into rows of `seq_len` tokens; arguments as in `StreamingData`."""
 
-    Args:
-        datasets: Prepared folder or s3:// address (made by `python -m meap_lit prepare text`), or several with the
-            weight of each.
-        tokenizer: Folder of the tokenizer that the datasets were prepared with.
-        seq_len: Tokens in a row of input.
-        global_batch_size: Rows in one optimizer step, over all devices.
-        micro_batch_size: Rows in one forward pass of one device.
-        val_samples: Rows read at a validation; all of the held-out documents if not given.
-        num_workers: Processes that read ahead, per device.
-        seed: Seed of the order and the mix.
-        cache_dir: Where chunks of remote datasets are kept.
-        storage_options: Endpoint and credentials for remote datasets, passed to LitData.
-        preparation: Steps that make what is missing (corpus, tokenizer, datasets) before the run starts.
-    """
+    kind = "text"
 
-    def __init__(
-        self,
-        datasets: str | dict[str, float],
-        tokenizer: str,
-        seq_len: int = 4096,
-        global_batch_size: int = 256,
-        micro_batch_size: int = 8,
-        val_samples: int | None = None,
-        num_workers: int = 2,
-        seed: int = 0,
-        cache_dir: str | None = None,
-        storage_options: dict[str, Any] | None = None,
-        preparation: list[Preparation] | None = None,
-    ) -> None:
-        super().__init__()
-        self.datasets = {datasets: 1.0} if isinstance(datasets, str) else datasets
-        self.tokenizer_folder = tokenizer
-        self.seq_len = seq_len
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.val_samples = val_samples
-        self.num_workers = num_workers
-        self.seed = seed
-        self.cache_dir = cache_dir
-        self.storage_options = storage_options or {}
-        self.preparation = preparation or []
-        self._resumed = _Progress()
-        for path, weight in self.datasets.items():
-            if weight <= 0:
-                raise UserError(f"data.datasets: the weight of {path} must be above 0, got {weight:g}")
-        for name in ("seq_len", "global_batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name} must be at least 1, got {getattr(self, name)}")
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the recipe, read at first use (preparation may have to make it first)."""
-        return Tokenizer.load(self.tokenizer_folder)
+    def steps_in(self, epochs: int) -> int:
+        rows = sum(len(self._open(path, "train")) for path in self.datasets)
+        return epochs * rows // self.global_batch_size
 
     @property
-    def tokens_per_step(self) -> int:
-        """Input tokens of one optimizer step."""
-        return self.global_batch_size * self.seq_len
+    def longest_input(self) -> int:
+        return self.seq_len
 
-    def accumulation(self, num_replicas: int) -> int:
-        """Micro-batches of each device in one optimizer step.
-
-        Raises:
-            UserError: If the global batch cannot be divided among `num_replicas` devices.
-        """
-        per_pass = self.micro_batch_size * num_replicas
-        if self.global_batch_size % per_pass:
-            raise UserError(
-                f"data.global_batch_size {self.global_batch_size} cannot be divided by data.micro_batch_size "
-                f"{self.micro_batch_size} x {num_replicas} devices = {per_pass}; change one of the three"
-            )
-        return self.global_batch_size // per_pass
-
-    def prepare_data(self) -> None:
-        for step in self.preparation:
-            step.ensure()
-
-    def setup(self, stage: str) -> None:
-        self.manifests = {path: Manifest.load(path, self.storage_options) for path in self.datasets}
-        for path, manifest in self.manifests.items():
-            manifest.check_tokenizer(self.tokenizer, dataset=path, tokenizer_folder=self.tokenizer_folder)
+    @property
+    def mean_span(self) -> float:
+        return self.seq_len
 
     def train_dataloader(self) -> DataLoader:
         stream = TrainStream(
@@ -112,10 +37,9 @@ class PretrainingData(L.LightningDataModule):
         return self._loader(stream, self.num_workers)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        with_val = [path for path in self.datasets if "val" in self.manifests[path].splits]
-        if not with_val:
+        if not self.paths_with_val:
             return []
-        sources = [self._open(path, "val") for path in with_val]
+        sources = [self._open(path, "val") for path in self.paths_with_val]
         available = sum(map(len, sources))
         stream = ValidationStream(
             sources,
@@ -126,34 +50,6 @@ class PretrainingData(L.LightningDataModule):
         )
         return self._loader(stream, num_workers=0)  # workers would be started anew at every validation
 
-    @property
-    def samples_seen(self) -> int:
-        """Samples that the optimizer steps so far have trained on, over all devices."""
-        step = self.trainer.global_step if self.trainer is not None else self._resumed.step
-        return self._resumed.samples + (step - self._resumed.step) * self.global_batch_size
-
-    def state_dict(self) -> dict[str, Any]:
-        assert self.trainer is not None
-        fingerprints = {path: manifest.fingerprint for path, manifest in self.manifests.items()}
-        return {"step": self.trainer.global_step, "samples": self.samples_seen, "datasets": fingerprints}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        now = {path: manifest.fingerprint for path, manifest in self.manifests.items()}
-        if list(state_dict["datasets"].values()) != list(now.values()):
-            raise UserError(
-                f"the checkpoint was trained on other data: {', '.join(state_dict['datasets'])} then, "
-                f"{', '.join(now)} now (contents differ); resume with the same datasets, or start a new run"
-            )
-        self._resumed = _Progress(state_dict["step"], state_dict["samples"])
-
-    @property
-    def shard(self) -> Shard:
-        """The part of each global batch that this process reads."""
-        # Lightning keeps the data-parallel rank here: with tensor parallelism it is not the global rank
-        assert self.trainer is not None
-        kwargs = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        return Shard(rank=kwargs.get("rank", 0), num_replicas=kwargs.get("num_replicas", 1))
-
     def _open(self, path: str, split: str) -> TokenBlocks:
         blocks = TokenBlocks(f"{path.rstrip('/')}/{split}", self.seq_len, self.cache_dir, self.storage_options)
         if len(blocks) == 0:
@@ -162,16 +58,3 @@ class PretrainingData(L.LightningDataModule):
                 f"({self.manifests[path].splits[split].tokens} in all); shorten data.seq_len or prepare more text"
             )
         return blocks
-
-    def _loader(self, stream: TrainStream | ValidationStream, num_workers: int) -> DataLoader:
-        assert self.trainer is not None
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(stream, batch_size=None, num_workers=num_workers, pin_memory=on_gpu)
-
-
-@dataclass(frozen=True)
-class _Progress:
-    """Where a checkpoint left the data: after `step` optimizer steps `samples` samples were seen."""
-
-    step: int = 0
-    samples: int = 0

@@ -12,7 +12,7 @@ from litdata.streaming.sampler import ChunkedIndex
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from meap_lit.data.order import MixedOrder, ShuffledOrder
+from meap_lit.data.order import MixedOrder, ShuffledOrder, Visit
 from meap_lit.errors import UserError
 from meap_lit.model.loss import IGNORE_INDEX
 
@@ -100,7 +100,7 @@ class TrainStream(IterableDataset):
         self.vocab_size = vocab_size
 
     def __iter__(self) -> Iterator[Batch]:
-        worker, num_workers = _worker()
+        worker, num_workers = worker_number()
         samples = self.order.iterate(self.start)
         rows_of_all_ranks = self.micro_batch_size * self.shard.num_replicas
         for number in count():
@@ -109,10 +109,10 @@ class TrainStream(IterableDataset):
                 first = self.shard.rank * self.micro_batch_size
                 yield self._read(rows[first : first + self.micro_batch_size])
 
-    def _read(self, rows: Sequence[tuple[int, int]]) -> Batch:
-        tokens = torch.stack([self.sources[source][index] for source, index in rows])  # [B, T + 1]
-        _check_vocabulary(tokens, self.vocab_size, self.sources[rows[0][0]].path)
-        sample_ids = torch.tensor([(source << 32) + index for source, index in rows])
+    def _read(self, rows: Sequence[Visit]) -> Batch:
+        tokens = torch.stack([self.sources[source][index] for source, index, _ in rows])  # [B, T + 1]
+        check_vocabulary(tokens, self.vocab_size, self.sources[rows[0].source].path)
+        sample_ids = torch.tensor([(source << 32) + index for source, index, _ in rows])
         return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "sample_ids": sample_ids}
 
 
@@ -143,7 +143,7 @@ class ValidationStream(IterableDataset):
         return -(-self.num_samples // (self.micro_batch_size * self.shard.num_replicas))
 
     def __iter__(self) -> Iterator[Batch]:
-        worker, num_workers = _worker()
+        worker, num_workers = worker_number()
         blocks = ((source, index) for source, blocks in enumerate(self.sources) for index in range(len(blocks)))
         rows = list(islice(blocks, self.num_samples))
         for number in range(worker, len(self), num_workers):
@@ -154,14 +154,14 @@ class ValidationStream(IterableDataset):
     def _read(self, rows: Sequence[tuple[int, int]], filler: tuple[int, int]) -> Batch:
         padded = [*rows, *[filler] * (self.micro_batch_size - len(rows))]
         tokens = torch.stack([self.sources[source][index] for source, index in padded])
-        _check_vocabulary(tokens, self.vocab_size, self.sources[padded[0][0]].path)
+        check_vocabulary(tokens, self.vocab_size, self.sources[padded[0][0]].path)
         labels = tokens[:, 1:].clone()
         labels[len(rows) :] = IGNORE_INDEX
         sample_ids = torch.tensor([(source << 32) + index for source, index in padded])
         return {"input_ids": tokens[:, :-1], "labels": labels, "sample_ids": sample_ids}
 
 
-def _check_vocabulary(tokens: Tensor, vocab_size: int, path: str) -> None:
+def check_vocabulary(tokens: Tensor, vocab_size: int, path: str) -> None:
     """Here, on the CPU, because the same fault on a GPU is an opaque device assertion."""
     largest = int(tokens.max())
     if largest >= vocab_size:
@@ -171,6 +171,6 @@ def _check_vocabulary(tokens: Tensor, vocab_size: int, path: str) -> None:
         )
 
 
-def _worker() -> tuple[int, int]:
+def worker_number() -> tuple[int, int]:
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)

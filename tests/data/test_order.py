@@ -48,7 +48,7 @@ def mixed(weights, seed=5):
 
 
 def test_sources_are_mixed_by_weight():
-    drawn = np.array([source for source, _ in islice(mixed([3, 1]).iterate(0), 20_000)])
+    drawn = np.array([source for source, _, _ in islice(mixed([3, 1]).iterate(0), 20_000)])
     share = (drawn == 0).mean()
     assert 0.73 < share < 0.77  # 0.75 within five standard errors
 
@@ -57,9 +57,10 @@ def test_each_source_goes_through_its_own_order():
     samples = list(islice(mixed([3, 1]).iterate(0), 1000))
     for source in (0, 1):
         own = ShuffledOrder([100], (5, source))
-        taken = [index for s, index in samples if s == source]
+        taken = [index for s, index, _ in samples if s == source]
         assert len(taken) > 100, "the source is repeated"
         assert taken == [own[i] for i in range(len(taken))]
+        assert [epoch for s, _, epoch in samples if s == source] == [i // 100 for i in range(len(taken))]
 
 
 @pytest.mark.parametrize("start", [1, 999, 65_535, 65_536, 140_000])

@@ -1,0 +1,141 @@
+"""The LitData streaming datamodule for fine-tuning: conversations, duplicated, masked and packed."""
+
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from meap_lit.data.datamodule import StreamingData
+from meap_lit.data.manifest import load_samples
+from meap_lit.data.order import MixedOrder, ShuffledOrder, Visit
+from meap_lit.data.packed import ChatSamples, PackedTrainStream, PackedValidationStream, RowReader
+from meap_lit.data.packing import PackedOrder, Sizes, pack_rows
+from meap_lit.data.templates import ChatTemplate
+from meap_lit.duplication import Duplication
+from meap_lit.errors import UserError
+
+_PLAIN = Duplication(mask_ratio=0.0)
+
+
+class FineTuningData(StreamingData):
+    """Prepared conversations, each with or without its masked copy, packed into rows of `seq_len` tokens.
+
+    Args:
+        duplication: How samples are duplicated and masked.
+        **kwargs: As for `StreamingData`.
+    """
+
+    kind = "chat"
+
+    def __init__(self, duplication: Duplication, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.duplication = duplication
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.indexes = {
+            (path, split): load_samples(path, split, self.storage_options)
+            for path, manifest in self.manifests.items()
+            for split in manifest.splits
+        }
+        for (path, split), index in self.indexes.items():
+            longest = int(index.num_tokens.max())
+            if longest > self.seq_len:
+                raise UserError(
+                    f"dataset {path} ({split}) holds a sample of {longest} tokens, longer than data.seq_len "
+                    f"{self.seq_len}; raise it, or prepare the dataset with --max_tokens {self.seq_len}"
+                )
+        self.sizes = [Sizes.of(self.indexes[path, "train"], self.duplication, self.seq_len) for path in self.datasets]
+        if self.duplication.no_room == "stop":
+            self._check_room()
+        self._adopt_template()
+
+    def _adopt_template(self) -> None:
+        """Make the template of the data the tokenizer's own, so that it goes wherever the model goes."""
+        details = {path: manifest.chat for path, manifest in self.manifests.items() if manifest.chat is not None}
+        if len({chat.template_source for chat in details.values()}) > 1:
+            named = ", ".join(f"{path} ({chat.template})" for path, chat in details.items())
+            raise UserError(
+                f"data.datasets were prepared with different chat templates: {named}; prepare them with one"
+            )
+        chat = next(iter(details.values()))
+        self.tokenizer.chat_template = chat.template_source
+        template = ChatTemplate.load("tokenizer", self.tokenizer)
+        self.stop_token_ids = sorted({self.tokenizer.eos_token_id, *template.stop_token_ids})
+
+    def _check_room(self) -> None:
+        for path, sizes in zip(self.datasets, self.sizes, strict=True):
+            crowded = sizes.without_room
+            if crowded.any():
+                raise UserError(
+                    f"{crowded.sum()} of {len(crowded)} samples of dataset {path} do not fit twice into data.seq_len "
+                    f"{self.seq_len}, the longest has {sizes.num_tokens[crowded].max()} tokens; raise it, or set "
+                    f"data.duplication.no_room to skip_copy or data.duplication.layout to separate"
+                )
+
+    def steps_in(self, epochs: int) -> int:
+        return self._order().num_rows(epochs) // self.global_batch_size
+
+    @property
+    def longest_input(self) -> int:
+        """Largest position of any document, plus 1; a packed row may well be longer than the model's context."""
+        longest = max(int(index.num_tokens.max()) for index in self.indexes.values())
+        if self.duplication.layout == "concat" and self.duplication.copy_positions == "continued":
+            longest = max(longest, *(int(sizes.spans("concat").max()) for sizes in self.sizes))
+        return longest
+
+    @cached_property
+    def mean_span(self) -> float:
+        spans = np.concatenate([sizes.spans(self.duplication.layout) for sizes in self.sizes])
+        return float((spans**2).sum() / spans.sum())
+
+    def train_dataloader(self) -> DataLoader:
+        stream = PackedTrainStream(
+            self._order(),
+            self._reader("train", list(self.datasets), self.duplication),
+            shard=self.shard,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            start=self.samples_seen,
+        )
+        return self._loader(stream, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        if not self.paths_with_val:
+            return []
+        sizes = [Sizes.of(self.indexes[path, "val"], _PLAIN, self.seq_len) for path in self.paths_with_val]
+        visits = (Visit(source, number, 0) for source, size in enumerate(sizes) for number in range(len(size)))
+        stream = PackedValidationStream(
+            pack_rows(islice(visits, self.val_samples), sizes, self.seq_len, _PLAIN.layout),
+            self._reader("val", self.paths_with_val, _PLAIN),
+            shard=self.shard,
+            micro_batch_size=self.micro_batch_size,
+        )
+        return self._loader(stream, num_workers=0)  # workers would be started anew at every validation
+
+    def _order(self) -> PackedOrder:
+        chunk_sizes = [self.indexes[path, "train"].chunk_sizes for path in self.datasets]
+        orders = [ShuffledOrder(sizes, (self.seed, number)) for number, sizes in enumerate(chunk_sizes)]
+        samples = MixedOrder(orders, list(self.datasets.values()), self.seed)
+        return PackedOrder(samples, self.sizes, seq_len=self.seq_len, layout=self.duplication.layout, seed=self.seed)
+
+    def _reader(self, split: str, paths: list[str], duplication: Duplication) -> RowReader:
+        return RowReader(
+            [
+                ChatSamples(
+                    f"{path.rstrip('/')}/{split}",
+                    self.indexes[path, split].chunk_sizes,
+                    self.tokenizer.vocab_size,
+                    self.cache_dir,
+                    self.storage_options,
+                )
+                for path in paths
+            ],
+            duplication,
+            seq_len=self.seq_len,
+            mask_token_id=self.tokenizer.mask_token_id,
+            pad_token_id=self.tokenizer.eos_token_id,
+            seed=self.seed,
+        )

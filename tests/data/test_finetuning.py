@@ -1,0 +1,138 @@
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from meap_lit.data.chat import PrepareChat
+from meap_lit.data.packed import PackedTrainStream
+from meap_lit.data.streaming import Shard
+from meap_lit.errors import UserError
+from meap_lit.recipe import RecipeCLI
+
+
+def fit(recipe, *overrides):
+    return RecipeCLI.run(["fit", "--config", str(recipe), *overrides])
+
+
+ALL = Shard()
+
+
+def stream(data, *, shard=ALL, micro_batch_size=2, start=0):
+    reader = data._reader("train", list(data.datasets), data.duplication)
+    return PackedTrainStream(
+        data._order(), reader, shard=shard, global_batch_size=4, micro_batch_size=micro_batch_size, start=start
+    )
+
+
+def rows(batches):
+    """All rows of some batches, as [ids, labels, positions] each."""
+    return [
+        (batch["input_ids"][row].tolist(), batch["labels"][row].tolist(), batch["position_ids"][row].tolist())
+        for batch in batches
+        for row in range(len(batch["input_ids"]))
+    ]
+
+
+@pytest.fixture
+def data(toy_sft_recipe):
+    return fit(toy_sft_recipe, "--budget.max_steps", "1").datamodule
+
+
+def test_ranks_and_micro_batches_share_out_the_same_rows(data):
+    whole = list(islice(stream(data, micro_batch_size=4), 3))
+    expected = rows(whole)
+    assert expected == rows(islice(stream(data, micro_batch_size=1), 12))
+    ranks = [islice(stream(data, shard=Shard(rank, 2), micro_batch_size=1), 6) for rank in (0, 1)]
+    interleaved = [batch for pair in zip(*ranks, strict=True) for batch in pair]
+    assert expected == rows(interleaved)
+    counts = [tuple(batch[name] for name in ("num_labels", "num_masked", "num_copies")) for batch in interleaved]
+    assert counts[0] == counts[1] == counts[2] == counts[3], "counts are those of the whole step"
+    assert counts[0] == tuple(whole[0][name] for name in ("num_labels", "num_masked", "num_copies"))
+
+
+def test_a_later_start_goes_on_where_the_earlier_run_was(data):
+    assert rows(islice(stream(data, start=8), 4)) == rows(islice(stream(data), 4, 8))
+
+
+def test_every_visit_of_a_sample_is_masked_anew(data):
+    mask_token_id = data.tokenizer.mask_token_id
+    per_epoch = data.steps_in(1)
+    batches = list(islice(stream(data, micro_batch_size=4), 2 * per_epoch + 2))
+    masks = {}  # of a copy's own tokens, the masks it was seen with
+    for batch in batches:
+        ends = torch.tensor(batch["documents"].lengths).cumsum(0).tolist()
+        for start, end in zip([0, *ends], ends):
+            ids, in_copy = (batch[name].flatten()[start:end] for name in ("input_ids", "in_copy"))
+            if in_copy.any():
+                first, second = ids.chunk(2)
+                masks.setdefault(tuple(first.tolist()), []).append(tuple((second == mask_token_id).tolist()))
+    seen_twice = [drawn for drawn in masks.values() if len(drawn) >= 2]
+    assert len(seen_twice) > 20
+    assert all(sum(drawn[0]) == sum(drawn[1]) for drawn in seen_twice), "as many"
+    assert sum(drawn[0] != drawn[1] for drawn in seen_twice) > 0.8 * len(seen_twice), "but elsewhere"
+
+
+def test_epochs_are_a_budget(toy_sft_recipe):
+    cli = fit(toy_sft_recipe, "--budget.max_steps", "null", "--budget.max_epochs", "1")
+    data = cli.datamodule
+    assert cli.trainer.global_step == data._order().num_rows(1) // 4 >= 5
+
+
+def test_the_longest_input_follows_the_layout(toy_sft_recipe):
+    longest = {}
+    for layout, positions in (("concat", "continued"), ("concat", "restarted"), ("separate", "continued")):
+        options = ["--data.duplication.layout", layout, "--data.duplication.copy_positions", positions]
+        data = fit(toy_sft_recipe, "--budget.max_steps", "1", *options).datamodule
+        longest[layout, positions] = data.longest_input
+    assert longest["separate", "continued"] == longest["concat", "restarted"] <= 200
+    assert longest["concat", "continued"] == 2 * longest["separate", "continued"]
+
+
+def test_a_row_may_be_longer_than_the_models_context(toy_sft_recipe):
+    cli = fit(toy_sft_recipe, "--data.seq_len", "1000", "--budget.max_steps", "1")
+    assert cli.model.config.max_seq_len == 400
+
+
+def test_a_document_longer_than_the_models_context_is_named(toy_sft_recipe, source_folder, tmp_path):
+    short = tmp_path / "short"
+    short.mkdir()
+    for file in Path(source_folder).iterdir():
+        (short / file.name).write_bytes(file.read_bytes())
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 300}))
+    with pytest.raises(UserError, match=r"longest input of the data, 3\d\d tokens .* decoder.max_seq_len 300;"):
+        fit(toy_sft_recipe, "--model.init_from", str(short))
+
+
+def test_datasets_are_mixed_and_must_share_a_template(toy_sft_recipe, prepared, chat, tmp_path):
+    def prepare(template):
+        records = [{"prompt": f"ask {number}", "completion": "stone garden " * 9} for number in range(60)]
+        (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
+        output = str(tmp_path / template)
+        PrepareChat(
+            input=[str(tmp_path / "records.jsonl")],
+            tokenizer=prepared.tokenizer,
+            template=template,
+            output=output,
+            val_share=0.0,
+            num_workers=1,
+        ).run()
+        return output
+
+    other = prepare("mistral")
+    data = fit(toy_sft_recipe, "--data.datasets", f"{{{chat}: 1, {other}: 3}}", "--budget.max_steps", "1").datamodule
+    sources = [key.visit.source for row in islice(data._order().iterate(0), 40) for key in row.documents]
+    assert 0.6 < sources.count(1) / len(sources) < 0.9
+    with pytest.raises(UserError, match=r"different chat templates: .* \(mistral\), .*alpaca \(alpaca\); prep"):
+        fit(toy_sft_recipe, "--data.datasets", f"{{{chat}: 1, {prepare('alpaca')}: 1}}")
+
+
+def test_another_tokenizer_is_refused(toy_sft_recipe, tmp_path):
+    from meap_lit.data.tokenizer import TrainTokenizer
+
+    (tmp_path / "text.txt").write_text("quite another text " * 50)
+    TrainTokenizer(input=[str(tmp_path / "text.txt")], vocab_size=270, output=str(tmp_path / "tokenizer")).run()
+    with pytest.raises(UserError, match="was prepared with another tokenizer than"):
+        fit(toy_sft_recipe, "--data.tokenizer", str(tmp_path / "tokenizer"))
