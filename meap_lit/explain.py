@@ -44,8 +44,16 @@ def explain(message: str) -> str:
 
 
 def _parameters(class_path: str) -> dict[str, inspect.Parameter]:
+    """Parameters of a class, those that it hands on to its bases by `**kwargs` among them."""
     module, name = class_path.rsplit(".", 1)
-    return dict(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in getattr(importlib.import_module(module), name).__mro__:
+        if "__init__" in vars(base):
+            own = inspect.signature(base.__init__).parameters
+            parameters = {**own, **parameters}
+            if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in own.values()):
+                break
+    return {name: p for name, p in parameters.items() if name != "self" and p.kind is not p.VAR_KEYWORD}
 
 
 def _hint(given: str, known: Iterable[str]) -> str:

@@ -156,7 +156,7 @@ def lineage(path: Path) -> list[Path]:
 
 
 class SaveRecipe(SaveConfigCallback):
-    """Keeps the resolved recipe beside the checkpoints and shows it in TensorBoard."""
+    """Keeps the resolved recipe and the tokenizer beside the checkpoints, and shows the recipe in TensorBoard."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "overwrite": True})
@@ -164,6 +164,9 @@ class SaveRecipe(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
+            log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
+            if trainer.is_global_zero and log_dir is not None:
+                trainer.datamodule.tokenizer.save(Path(log_dir, "tokenizer"))
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         recipe = self.parser.dump(self.config, skip_none=False)

@@ -1,11 +1,14 @@
 """A small prepared dataset, made once per test session by the same steps that a user calls."""
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from meap_lit.data.chat import PrepareChat
 from meap_lit.data.text import PrepareText
 from meap_lit.data.tokenizer import TrainTokenizer
 
@@ -35,6 +38,55 @@ def prepared(tmp_path_factory) -> Prepared:
     TrainTokenizer(input=[str(texts)], vocab_size=320, output=tokenizer).run()
     PrepareText(input=[str(texts)], tokenizer=tokenizer, output=dataset, val_share=0.1, num_workers=1).run()
     return Prepared(texts, tokenizer, dataset)
+
+
+@pytest.fixture(scope="session")
+def chat(prepared, tmp_path_factory) -> str:
+    """Folder of 150 conversations of one to three turns, prepared with the tokenizer of `prepared`."""
+    folder = tmp_path_factory.mktemp("chat")
+    generator = torch.Generator().manual_seed(1)
+
+    def words(longest):
+        count = int(torch.randint(1, longest, (1,), generator=generator))
+        return " ".join(WORDS[draw] for draw in torch.randint(len(WORDS), (count,), generator=generator).tolist())
+
+    with open(folder / "chat.jsonl", "w") as file:
+        for number in range(150):
+            turns = [{"role": role, "content": words(longest)} for role, longest in (("user", 8), ("assistant", 40))]
+            turns *= 1 + number % 3
+            file.write(json.dumps({"messages": turns}) + "\n")
+    dataset = str(folder / "dataset")
+    PrepareChat(
+        input=[str(folder / "chat.jsonl")],
+        tokenizer=prepared.tokenizer,
+        template="mistral",
+        output=dataset,
+        val_share=0.1,
+        num_workers=1,
+    ).run()
+    return dataset
+
+
+@pytest.fixture(scope="session")
+def source_folder(prepared, tmp_path_factory) -> Path:
+    """A tiny random Llama, saved by transformers, with 320 vocabulary rows and the tokenizer of `prepared`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("source")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        hidden_size=32,
+        intermediate_size=64,
+        vocab_size=320,
+        max_position_embeddings=400,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in Path(prepared.tokenizer).glob("tokenizer*.json"):
+        shutil.copy(file, folder)
+    return folder
 
 
 TOY_RECIPE = """\
@@ -73,4 +125,43 @@ def toy_recipe(prepared, tmp_path) -> Path:
     """A recipe that trains a toy model for twelve steps; its logs go to `runs` beside it."""
     recipe = tmp_path / "toy.yaml"
     recipe.write_text(TOY_RECIPE.format(dataset=prepared.dataset, tokenizer=prepared.tokenizer, runs=tmp_path / "runs"))
+    return recipe
+
+
+TOY_SFT_RECIPE = """\
+seed_everything: 1
+model:
+  class_path: meap_lit.modules.MEAPFineTuning
+  init_args:
+    init_from: {source}
+    optimizer: {{lr: 3.0e-3, final_lr: 3.0e-4}}
+data:
+  class_path: meap_lit.data.finetuning.FineTuningData
+  init_args:
+    datasets: {dataset}
+    tokenizer: {tokenizer}
+    seed: ${{seed_everything}}
+    seq_len: 400
+    global_batch_size: 4
+    micro_batch_size: 2
+    num_workers: 0
+    duplication: {{mask_ratio: 0.2, min_copied: 10}}
+budget: {{max_steps: 12, val_every_n_steps: 5}}
+checkpoint: {{every_n_steps: 5, keep: -1}}
+trainer:
+  accelerator: cpu
+  enable_progress_bar: false
+  log_every_n_steps: 1
+  logger:
+    class_path: lightning.pytorch.loggers.TensorBoardLogger
+    init_args: {{save_dir: {runs}, name: toy}}
+"""
+
+
+@pytest.fixture
+def toy_sft_recipe(prepared, chat, source_folder, tmp_path) -> Path:
+    """A recipe that fine-tunes a toy checkpoint for twelve steps; its logs go to `runs` beside it."""
+    recipe = tmp_path / "toy_sft.yaml"
+    paths = {"source": source_folder, "dataset": chat, "tokenizer": prepared.tokenizer, "runs": tmp_path / "runs"}
+    recipe.write_text(TOY_SFT_RECIPE.format(**paths))
     return recipe

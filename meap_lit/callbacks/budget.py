@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 
+from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import UserError
 
 
@@ -11,28 +12,38 @@ class Budget(L.Callback):
     """Sets the Trainer's steps, gradient accumulation and validation interval from the data module's batch sizes.
 
     All three follow from the number of devices, so a recipe that states its global batch gives the same run on any
-    number of them. State either `max_tokens` or `max_steps`.
+    number of them. State one of `max_tokens`, `max_steps` and `max_epochs`.
 
     Args:
         max_tokens: Tokens to train on; the last step that would exceed them is left out.
         max_steps: Optimizer steps.
+        max_epochs: Times that the datasets are gone through, in whole optimizer steps; with several datasets an epoch
+            is as many samples as they have together.
         val_every_n_steps: Optimizer steps between validations; the last step is always followed by one.
     """
 
     def __init__(
-        self, max_tokens: int | None = None, max_steps: int | None = None, val_every_n_steps: int = 1000
+        self,
+        max_tokens: int | None = None,
+        max_steps: int | None = None,
+        max_epochs: int | None = None,
+        val_every_n_steps: int = 1000,
     ) -> None:
-        if (max_tokens is None) == (max_steps is None):
-            raise UserError(f"state one of budget.max_tokens ({max_tokens}) and budget.max_steps ({max_steps})")
-        if max_steps is not None and max_steps < 1:
-            raise UserError(f"budget.max_steps must be at least 1, got {max_steps}")
+        limits = {"max_tokens": max_tokens, "max_steps": max_steps, "max_epochs": max_epochs}
+        if sum(limit is not None for limit in limits.values()) != 1:
+            stated = ", ".join(f"budget.{name} ({limit})" for name, limit in limits.items())
+            raise UserError(f"state one of {stated}")
+        for name, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise UserError(f"budget.{name} must be at least 1, got {limit}")
         if val_every_n_steps < 1:
             raise UserError(f"budget.val_every_n_steps must be at least 1, got {val_every_n_steps}")
         self.max_tokens = max_tokens
         self.max_steps = max_steps
+        self.max_epochs = max_epochs
         self.val_every_n_steps = val_every_n_steps
 
-    def steps(self, tokens_per_step: int) -> int:
+    def steps(self, data: StreamingData) -> int:
         """Number of optimizer steps that the budget pays for.
 
         Raises:
@@ -40,28 +51,36 @@ class Budget(L.Callback):
         """
         if self.max_steps is not None:
             return self.max_steps
+        if self.max_epochs is not None:
+            steps = data.steps_in(self.max_epochs)
+            if steps < 1:
+                raise UserError(
+                    f"{self.max_epochs} epochs (budget.max_epochs) fill less than one optimizer step of "
+                    f"data.global_batch_size {data.global_batch_size} rows; lower it or raise the epochs"
+                )
+            return steps
         assert self.max_tokens is not None
-        if self.max_tokens < tokens_per_step:
+        if self.max_tokens < data.tokens_per_step:
             raise UserError(
                 f"budget.max_tokens {self.max_tokens} is less than one optimizer step, "
-                f"data.global_batch_size x data.seq_len = {tokens_per_step} tokens"
+                f"data.global_batch_size x data.seq_len = {data.tokens_per_step} tokens"
             )
-        return self.max_tokens // tokens_per_step
+        return self.max_tokens // data.tokens_per_step
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         data = trainer.datamodule
         accumulation = data.accumulation(data.shard.num_replicas)
-        max_steps = self.steps(data.tokens_per_step)
+        max_steps = self.steps(data)
         for name, given, ours in (
             ("max_steps", trainer.max_steps, (-1, max_steps)),
             ("accumulate_grad_batches", trainer.accumulate_grad_batches, (1, accumulation)),
         ):
             if given not in ours:
                 raise UserError(
-                    f"trainer.{name} {given} contradicts the budget, which makes it {ours[1]} (by budget.max_tokens or "
-                    f"budget.max_steps, and data.global_batch_size); leave it out"
+                    f"trainer.{name} {given} contradicts the budget, which makes it {ours[1]} (by its limit "
+                    f"and data.global_batch_size); leave it out"
                 )
         trainer.accumulate_grad_batches = accumulation
         trainer.fit_loop.epoch_loop.max_steps = max_steps

@@ -47,9 +47,11 @@ def summarise(trainer: L.Trainer, log_dir: str | None) -> list[str]:
     recipe = f"{log_dir}/config.yaml"
     lines += ["", "Next:"]
     lines += [f"  tensorboard --logdir {trainer.logger.save_dir}"] if trainer.logger else []
-    lines += [f"  python -m meap_lit validate --config {recipe} --ckpt_path {checkpoint}"] if checkpoint else []
-    if getattr(trainer.lightning_module.mask, "ratio", 0) > 0:
-        lines += [f"  python -m meap_lit fit --config {recipe} --model.mask.ratio 0   # the same without masking"]
+    if checkpoint:
+        lines += [f"  python -m meap_lit validate --config {recipe} --ckpt_path {checkpoint}"]
+        lines += [f"  python -m meap_lit export --checkpoint {checkpoint} --output DIR   # for transformers"]
+    plain = trainer.lightning_module.plain_override
+    lines += [f"  python -m meap_lit fit --config {recipe} {plain}   # the same without masking"] if plain else []
     return lines
 
 

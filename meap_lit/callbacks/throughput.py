@@ -41,7 +41,7 @@ class Throughput(L.Callback):
             rate = steps * data.tokens_per_step / seconds
             self._start_window(trainer)
             metrics |= {"throughput/tokens_per_second": rate, "memory/gigabytes": _memory(trainer)}
-            flops = rate * pl_module.config.flops_per_token(data.seq_len)
+            flops = rate * pl_module.config.flops_per_token(data.mean_span, frozen=pl_module.lora is not None)
             metrics["throughput/model_teraflops_per_second"] = flops / 1e12
             if self._peak_flops:
                 metrics["throughput/mfu"] = flops / self._peak_flops

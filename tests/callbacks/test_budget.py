@@ -5,9 +5,9 @@ from meap_lit.data.pretraining import PretrainingData
 from meap_lit.errors import UserError
 
 
-def data(global_batch_size, micro_batch_size):
+def data(global_batch_size, micro_batch_size=1, seq_len=128):
     return PretrainingData(
-        "unused", "unused", seq_len=128, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size
+        "unused", "unused", seq_len=seq_len, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size
     )
 
 
@@ -22,18 +22,18 @@ def test_what_cannot_be_divided_is_named():
 
 
 def test_tokens_become_whole_steps_and_are_never_exceeded():
-    assert Budget(max_tokens=200_000_000_000).steps(256 * 4096) == 190_734
-    assert Budget(max_tokens=1000).steps(1000) == 1
-    assert Budget(max_tokens=1999).steps(1000) == 1
-    assert Budget(max_steps=7).steps(1000) == 7
+    assert Budget(max_tokens=200_000_000_000).steps(data(256, seq_len=4096)) == 190_734
+    assert Budget(max_tokens=1000).steps(data(10, seq_len=100)) == 1
+    assert Budget(max_tokens=1999).steps(data(10, seq_len=100)) == 1
+    assert Budget(max_steps=7).steps(data(10, seq_len=100)) == 7
 
 
-@pytest.mark.parametrize("arguments", [{}, {"max_tokens": 5, "max_steps": 5}])
+@pytest.mark.parametrize("arguments", [{}, {"max_tokens": 5, "max_steps": 5}, {"max_epochs": 1, "max_steps": 5}])
 def test_exactly_one_budget_is_stated(arguments):
-    with pytest.raises(UserError, match=r"state one of budget.max_tokens \(.*\) and budget.max_steps \(.*\)"):
+    with pytest.raises(UserError, match=r"state one of budget.max_tokens \(.*\), .*max_steps \(.*\), .*max_epochs"):
         Budget(**arguments)
 
 
 def test_a_budget_below_one_step_is_named():
     with pytest.raises(UserError, match=r"max_tokens 999 is less than one optimizer step, .* = 1000 tokens"):
-        Budget(max_tokens=999).steps(1000)
+        Budget(max_tokens=999).steps(data(10, seq_len=100))

@@ -1,8 +1,4 @@
 import copy
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import lightning as L
@@ -22,16 +18,6 @@ TOY = DecoderConfig(num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=32, i
 
 def run(recipe, *overrides):
     return RecipeCLI.run(["fit", "--config", str(recipe), *overrides])
-
-
-def weights(cli):
-    return cli.model.decoder.state_dict()
-
-
-def assert_same_weights(one, other):
-    assert weights(one).keys() == weights(other).keys()
-    for name, tensor in weights(one).items():
-        assert torch.equal(tensor, weights(other)[name]), name
 
 
 class Recorder(L.Callback):
@@ -57,7 +43,7 @@ def fit(prepared, *, mask, max_steps=6, micro_batch_size=4, global_batch_size=8,
         micro_batch_size=micro_batch_size,
         num_workers=0,
     )
-    module = MEAPPretraining(TOY, mask, AdamW(lr=1e-3, final_lr=1e-4), **kwargs)
+    module = MEAPPretraining(decoder=TOY, mask=mask, optimizer=AdamW(lr=1e-3, final_lr=1e-4), **kwargs)
     recorder = Recorder()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -175,7 +161,7 @@ def test_a_toy_model_overfits_a_few_sequences():
     config = DecoderConfig(
         num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=64, intermediate_size=128, vocab_size=128, max_seq_len=32
     )
-    module = MEAPPretraining(config, Constant(0.15), AdamW(), mask_token_id=127)
+    module = MEAPPretraining(decoder=config, mask=Constant(0.15), optimizer=AdamW(), mask_token_id=127)
     module.configure_model()
     tokens = torch.randint(0, 127, (4, 33))
     optimizer = AdamW(lr=1e-2).build(module.decoder)
@@ -188,36 +174,6 @@ def test_a_toy_model_overfits_a_few_sequences():
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
-
-
-def test_a_resumed_run_equals_one_that_never_stopped(toy_recipe, tmp_path):
-    whole = run(toy_recipe)
-    stopped = run(toy_recipe, "--budget.max_steps", "12")
-    checkpoints = tmp_path / "runs" / "toy" / "version_1" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == [
-        "last.ckpt",
-        "step=10.ckpt",
-        "step=12.ckpt",
-        "step=5.ckpt",
-    ]
-    assert_same_weights(whole, stopped)
-    for name in ("step=5.ckpt", "step=10.ckpt"):
-        resumed = run(toy_recipe, "--ckpt_path", str(checkpoints / name))
-        assert resumed.trainer.global_step == 12
-        assert_same_weights(whole, resumed)
-
-
-def test_a_resume_may_split_the_batch_otherwise(toy_recipe, tmp_path):
-    whole = run(toy_recipe)
-    checkpoint = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "step=5.ckpt"
-    resumed = run(toy_recipe, "--ckpt_path", str(checkpoint), "--data.micro_batch_size", "1")
-    assert resumed.trainer.global_step == 12
-    for name, tensor in weights(whole).items():
-        torch.testing.assert_close(tensor, weights(resumed)[name], atol=1e-5, rtol=1e-4)
-
-
-def test_workers_change_nothing(toy_recipe):
-    assert_same_weights(run(toy_recipe), run(toy_recipe, "--data.num_workers", "2"))
 
 
 def test_what_a_run_logs(toy_recipe, tmp_path):
@@ -247,22 +203,6 @@ def test_what_a_run_logs(toy_recipe, tmp_path):
     assert cli.model.config.vocab_size == 320
 
 
-def test_the_saved_recipe_runs_again(toy_recipe, tmp_path):
-    first = run(toy_recipe)
-    again = run(tmp_path / "runs" / "toy" / "version_0" / "config.yaml")
-    assert_same_weights(first, again)
-
-
-def test_a_checkpoint_says_which_model_it_holds(toy_recipe, tmp_path):
-    run(toy_recipe)
-    path = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "last.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    decoder = Decoder(DecoderConfig(**checkpoint["decoder"]["config"]))
-    prefix = "decoder."
-    decoder.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if prefix in k})
-    assert checkpoint["decoder"]["mask_token_id"] == 1
-
-
 # ------------------------------------------------------------------------------------------------ wrong input
 
 
@@ -270,7 +210,7 @@ def test_a_checkpoint_says_which_model_it_holds(toy_recipe, tmp_path):
     ("overrides", "message"),
     [
         (["--model.decoder.vocab_size", "256"], r"vocab_size 256 is smaller than the tokenizer's 320 tokens"),
-        (["--data.seq_len", "65"], r"seq_len 65 is longer than the model's context, decoder.max_seq_len 64"),
+        (["--data.seq_len", "65"], r"65 tokens \(data.seq_len 65\), is longer than the model's context, .* 64;"),
         (["--model.mask_token_id", "999"], r"mask_token_id 999 is outside the vocabulary of 320"),
         (["--trainer.gradient_clip_algorithm", "value"], r"gradient_clip_algorithm value is not supported; use norm"),
         (["--model.mask_cycle", "0"], r"mask_cycle must be at least 1, got 0"),
@@ -284,55 +224,11 @@ def test_wrong_values_are_named(toy_recipe, overrides, message):
 
 def test_without_a_tokenizer_the_mask_token_must_be_given():
     with pytest.raises(UserError, match=r"decoder.vocab_size and model.mask_token_id must be given"):
-        MEAPPretraining(TOY, Constant(0.15), AdamW()).configure_model()
+        MEAPPretraining(decoder=TOY, mask=Constant(0.15), optimizer=AdamW()).configure_model()
 
 
 def test_float16_is_refused():
-    module = MEAPPretraining(TOY, Constant(0.15), AdamW())
+    module = MEAPPretraining(decoder=TOY, mask=Constant(0.15), optimizer=AdamW())
     module._trainer = SimpleNamespace(precision="16-mixed")  # on a CPU the Trainer itself falls back to bfloat16
     with pytest.raises(UserError, match=r"trainer.precision 16-mixed is not supported: .*; use bf16-mixed"):
         module.setup("fit")
-
-
-def test_bf16_autocast_trains(toy_recipe):
-    full, mixed = run(toy_recipe), run(toy_recipe, "--trainer.precision", "bf16-mixed")
-    assert {tensor.dtype for tensor in weights(mixed).values()} == {torch.float32}
-    losses = [float(cli.trainer.callback_metrics["val/loss"]) for cli in (full, mixed)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.01)
-    assert losses[0] != losses[1]
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(toy_recipe, tmp_path):
-    message = r"loss is not finite at optimizer step 8; last good checkpoint: .*step=5.ckpt; resume from it"
-    with pytest.raises(UserError, match=message):
-        run(toy_recipe, "--trainer.callbacks+=tests.modules.breakdown.BreakAtStep7")
-    checkpoints = tmp_path / "runs" / "toy" / "version_0" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", "step=5.ckpt"]
-
-
-def test_a_killed_run_resumes_as_if_nothing_had_happened(toy_recipe, tmp_path):
-    arguments = ["--budget.max_steps", "150", "--checkpoint.every_n_steps", "10"]
-    whole = run(toy_recipe, *arguments)
-    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(toy_recipe), *arguments]
-    checkpoints = tmp_path / "runs" / "toy" / "version_1" / "checkpoints"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (checkpoints / "step=20.ckpt").exists():
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run was to be stopped before its end"
-    resumed = run(toy_recipe, *arguments, "--ckpt_path", str(checkpoints / "last.ckpt"))
-    assert_same_weights(whole, resumed)
-
-
-def test_two_processes_train_as_one(toy_recipe, tmp_path):
-    whole = run(toy_recipe, "--data.micro_batch_size", "2")
-    overrides = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.micro_batch_size", "2"]
-    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(toy_recipe), *overrides]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "clean validation loss" in result.stdout
-    assert "sync_dist" not in result.stderr
-    path = tmp_path / "runs" / "toy" / "version_1" / "checkpoints" / "last.ckpt"
-    state = torch.load(path, weights_only=True)["state_dict"]
-    for name, tensor in weights(whole).items():
-        torch.testing.assert_close(state[f"decoder.{name}"], tensor, atol=1e-5, rtol=1e-4)

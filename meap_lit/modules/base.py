@@ -1,0 +1,209 @@
+"""What the LightningModules share: the decoder and where its weights come from, clean validation, the optimizer."""
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from meap_lit.checkpoints import WeightSource, build_decoder, open_source, vocab_size_for
+from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.errors import UserError
+from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig
+from meap_lit.model.config import pad_vocab_size
+from meap_lit.model.lora import LoRA, add_lora
+from meap_lit.model.parallelize import checkpoint_activations
+from meap_lit.modules.optimizer import AdamW
+
+
+class DecoderModule(L.LightningModule, ABC):
+    """A decoder in training; subclasses say on which loss.
+
+    Args:
+        optimizer: AdamW and its learning-rate schedule.
+        decoder: The model, with random weights.
+        init_from: Start from these weights instead: a Hugging Face folder, a checkpoint (.ckpt) or a run's folder. Its
+            vocabulary grows by the mask token if it has none.
+        lora: Train low-rank adapters on these projections and nothing else.
+        activation_checkpointing: `full` keeps one hidden state a block for the backward and computes the rest anew.
+        seed: Seed of the masks.
+        mask_token_id: Id of the mask token; taken from the data's tokenizer if not given.
+    """
+
+    def __init__(
+        self,
+        optimizer: AdamW,
+        decoder: DecoderConfig | None = None,
+        init_from: str | None = None,
+        lora: LoRA | None = None,
+        activation_checkpointing: Literal["none", "full"] = "none",
+        seed: int = 0,
+        mask_token_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        if (decoder is None) == (init_from is None):
+            raise UserError("state one of model.decoder (random weights) and model.init_from (a checkpoint)")
+        self.optimizer = optimizer
+        self.initial_config = decoder
+        self.init_from = init_from
+        self.lora = lora
+        self.activation_checkpointing = activation_checkpointing
+        self.seed = seed
+        self.mask_token_id = mask_token_id
+        self.decoder: Decoder | None = None
+        self.origin: dict[str, Any] = {}
+        """Where the weights came from and what was known of them there; a checkpoint keeps it for the export."""
+        self.strict_loading = lora is None  # a checkpoint of adapters holds nothing else
+        self.val_loss = MeanMetric()
+
+    @property
+    @abstractmethod
+    def plain_override(self) -> str | None:
+        """Command-line words that turn a masked run into its baseline; None for a run that is plain."""
+
+    # ---------------------------------------------------------------------------------------------- model
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision == "16-mixed":
+            raise UserError("trainer.precision 16-mixed is not supported: small gradients underflow; use bf16-mixed")
+        if self.trainer.gradient_clip_algorithm == "value":
+            raise UserError("trainer.gradient_clip_algorithm value is not supported; use norm, or leave it out")
+        if self.lora is not None and self.lora.frozen_dtype == "bfloat16" and self.trainer.precision != "bf16-mixed":
+            raise UserError(
+                f"model.lora.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {self.trainer.precision}"
+            )
+
+    def configure_model(self) -> None:
+        """Build the decoder, now that the vocabulary is known and the strategy has chosen a device."""
+        if self.decoder is not None:
+            return
+        data = getattr(self._trainer, "datamodule", None)
+        tokenizer = None if data is None else data.tokenizer
+        if self.init_from is None:
+            assert self.initial_config is not None
+            self.config = _with_vocabulary(self.initial_config, tokenizer)
+            self._adopt_mask_token(tokenizer)
+            self.decoder = Decoder(self.config)
+        else:
+            self.decoder = self._load(open_source(self.init_from), tokenizer)
+        if data is not None and data.longest_input > self.config.max_seq_len:
+            raise UserError(
+                f"the longest input of the data, {data.longest_input} tokens (data.seq_len {data.seq_len}), is longer "
+                f"than the model's context, decoder.max_seq_len {self.config.max_seq_len}; shorten the one or raise "
+                f"the other"
+            )
+        if self.lora is not None:
+            add_lora(self.decoder, self.lora)
+        if self.activation_checkpointing == "full":
+            checkpoint_activations(self.decoder)
+
+    def _load(self, source: WeightSource, tokenizer: Tokenizer | None) -> Decoder:
+        rows = source.config.vocab_size if tokenizer is None else vocab_size_for(source, tokenizer)
+        self.config = dataclasses.replace(source.config, vocab_size=rows)
+        self._adopt_mask_token(tokenizer)
+        new_token = tokenizer.mask_token_id if tokenizer is not None and tokenizer.mask_is_new else None
+        self.origin = {
+            "init_from": str(source.path),
+            "first_new_token": new_token,
+            "model_type": source.model_type,
+            "dtype": str(source.dtype).removeprefix("torch."),
+            "generation": source.generation,
+        }
+        # trained weights are float32; autocast computes with them in the precision that the recipe asks for
+        return build_decoder(
+            self.config, source, first_new_token=new_token, dtype=torch.float32, device=torch.get_default_device()
+        )
+
+    def _adopt_mask_token(self, tokenizer: Tokenizer | None) -> None:
+        if self.mask_token_id is None and tokenizer is not None:
+            self.mask_token_id = tokenizer.mask_token_id
+        if self.mask_token_id is None:
+            raise UserError("without a datamodule, decoder.vocab_size and model.mask_token_id must be given")
+        assert self.config.vocab_size is not None
+        if not 0 <= self.mask_token_id < self.config.vocab_size:
+            raise UserError(
+                f"model.mask_token_id {self.mask_token_id} is outside the vocabulary of {self.config.vocab_size}"
+            )
+
+    # ---------------------------------------------------------------------------------------------- validation
+
+    def _validate(self, summed_loss: Tensor, labels: Tensor) -> None:
+        """Count a batch's clean loss, summed over its supervised labels, into the validation loss."""
+        num_labels = (labels != IGNORE_INDEX).sum()
+        self.val_loss.update(summed_loss / num_labels.clamp(min=1), weight=num_labels)
+
+    def on_validation_epoch_end(self) -> None:
+        loss = self.val_loss.compute()
+        self.val_loss.reset()
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("val/perplexity", loss.exp(), sync_dist=True)
+
+    # ---------------------------------------------------------------------------------------------- optimizer
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        assert self.decoder is not None
+        optimizer = self.optimizer.build(self.decoder)
+        factor = partial(self.optimizer.lr_factor, max_steps=self.trainer.max_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the global norm and log it, computing it once."""
+        limit = math.inf if gradient_clip_val is None else gradient_clip_val
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self.log("train/grad_norm", norm)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All weights, or with adapters those alone: the frozen ones are in `init_from`."""
+        state = super().state_dict(*args, **kwargs)
+        if self.lora is None or self.init_from is None:
+            return state
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in state.items() if name in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        missing = trained - state_dict.keys()
+        if missing and self.lora is not None:
+            raise UserError(f"the checkpoint has no adapter {min(missing)}: its run had other model.lora.targets")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["decoder"] = {
+            "config": dataclasses.asdict(self.config),
+            "mask_token_id": self.mask_token_id,
+            "lora": None if self.lora is None else dataclasses.asdict(self.lora),
+            **self.origin,
+        }
+
+
+def _with_vocabulary(config: DecoderConfig, tokenizer: Tokenizer | None) -> DecoderConfig:
+    """`config` with room for the tokenizer's ids, the mask token among them."""
+    if tokenizer is None:
+        if config.vocab_size is None:
+            raise UserError("without a datamodule, decoder.vocab_size and model.mask_token_id must be given")
+        return config
+    padded = pad_vocab_size(tokenizer.vocab_size)
+    if config.vocab_size is None:
+        return dataclasses.replace(config, vocab_size=padded)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"decoder.vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} tokens "
+            f"(mask token included); write {padded} or leave it out"
+        )
+    return config

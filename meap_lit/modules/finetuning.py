@@ -1,0 +1,79 @@
+"""Fine-tuning with MEAP: every sample twice, some of the copy's answer masked."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meap_lit.data.packed import PackedBatch
+from meap_lit.model import linear_cross_entropy
+from meap_lit.modules.base import DecoderModule
+
+
+class MEAPFineTuning(DecoderModule):
+    """Supervised fine-tuning on duplicated sequences (arXiv 2502.07490, section 3.2).
+
+    The loss is taken on the answers of the originals (U_q) and on the masked tokens of the copies (U_m), and divided
+    by |U_q| + |U_m| of the whole optimizer step, over its micro-batches and all devices, so that it does not depend on
+    how a batch is split. What is duplicated and masked is a matter of the data (`meap_lit/duplication.py`). Validation
+    has neither copies nor masks.
+
+    Args:
+        **kwargs: As for `DecoderModule`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register_buffer("_step_sums", torch.zeros(2), persistent=False)
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        data = getattr(self._trainer, "datamodule", None)
+        if data is not None:  # the model learns to end its answers as the chat template does
+            generation = self.origin.get("generation", {})
+            self.origin["generation"] = {**generation, "eos_token_id": data.stop_token_ids}
+
+    @property
+    def plain_override(self) -> str | None:
+        masked = self.trainer.datamodule.duplication.mask_ratio > 0
+        return "--data.duplication.mask_ratio 0" if masked else None
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        total, losses = self._losses(batch)  # scalar, [B, T]
+        masked = (losses * batch["in_copy"]).sum()
+        self._step_sums += torch.stack([losses.sum() - masked, masked])
+        # Lightning takes the mean over micro-batches, and data parallelism over devices; the step's sum is wanted
+        num_parts = self.trainer.accumulate_grad_batches * self.num_replicas
+        self._log_step(batch, batch_idx)
+        return total * num_parts / batch["num_labels"]
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        self._validate(self._losses(batch)[0], batch["labels"])
+
+    @property
+    def num_replicas(self) -> int:
+        """Devices that share a global batch."""
+        data = self.trainer.datamodule
+        return 1 if data is None else data.shard.num_replicas
+
+    def _losses(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Summed loss, scalar, and the loss of every position for the log, [B, T]."""
+        assert self.decoder is not None
+        hidden = self.decoder(batch["input_ids"], batch["position_ids"], batch["documents"])  # [B, T, D]
+        return linear_cross_entropy(hidden, self.decoder.lm_head.weight, batch["labels"], return_rows=True)
+
+    def _log_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Log the losses of the whole optimizer step, at its last micro-batch. Nothing here waits for the GPU."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        answer, masked = self._step_sums * self.num_replicas  # `sync_dist` takes the mean over devices
+        num_masked = batch["num_masked"]
+        self.log("train/loss", (answer + masked) / batch["num_labels"], prog_bar=True, sync_dist=True)
+        self.log("train/answer_loss", answer / (batch["num_labels"] - num_masked), sync_dist=True)
+        if num_masked:
+            self.log("train/masked_loss", masked / num_masked, sync_dist=True)
+        data = self.trainer.datamodule
+        self.log("data/copies", float(batch["num_copies"]))
+        self.log("data/masked_tokens", float(num_masked))
+        self.log("data/share_of_real_tokens", batch["num_tokens"] / data.tokens_per_step)
+        self._step_sums.zero_()

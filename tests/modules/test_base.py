@@ -1,0 +1,123 @@
+"""What holds for a run of either module: it resumes, however it was stopped, and devices and workers change nothing."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from meap_lit.errors import UserError
+from meap_lit.model import Decoder, DecoderConfig
+from meap_lit.recipe import RecipeCLI
+
+
+@pytest.fixture(params=["toy_recipe", "toy_sft_recipe"])
+def any_recipe(request):
+    """A recipe of twelve steps that pretrains, and one that fine-tunes a checkpoint of transformers."""
+    return request.getfixturevalue(request.param)
+
+
+def run(recipe, *overrides):
+    return RecipeCLI.run(["fit", "--config", str(recipe), *overrides])
+
+
+def weights(cli):
+    return cli.model.decoder.state_dict()
+
+
+def assert_same_weights(one, other):
+    assert weights(one).keys() == weights(other).keys()
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(other)[name]), name
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(any_recipe, tmp_path):
+    whole = run(any_recipe)
+    stopped = run(any_recipe, "--budget.max_steps", "12")
+    checkpoints = tmp_path / "runs" / "toy" / "version_1" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "last.ckpt",
+        "step=10.ckpt",
+        "step=12.ckpt",
+        "step=5.ckpt",
+    ]
+    assert_same_weights(whole, stopped)
+    for name in ("step=5.ckpt", "step=10.ckpt"):
+        resumed = run(any_recipe, "--ckpt_path", str(checkpoints / name))
+        assert resumed.trainer.global_step == 12
+        assert_same_weights(whole, resumed)
+
+
+def test_a_resume_may_split_the_batch_otherwise(any_recipe, tmp_path):
+    whole = run(any_recipe)
+    checkpoint = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "step=5.ckpt"
+    resumed = run(any_recipe, "--ckpt_path", str(checkpoint), "--data.micro_batch_size", "1")
+    assert resumed.trainer.global_step == 12
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(tensor, weights(resumed)[name], atol=1e-5, rtol=1e-4)
+
+
+def test_workers_change_nothing(any_recipe):
+    assert_same_weights(run(any_recipe), run(any_recipe, "--data.num_workers", "2"))
+
+
+def test_the_saved_recipe_runs_again(any_recipe, tmp_path):
+    first = run(any_recipe)
+    again = run(tmp_path / "runs" / "toy" / "version_0" / "config.yaml")
+    assert_same_weights(first, again)
+
+
+def test_a_checkpoint_says_which_model_it_holds(any_recipe, tmp_path):
+    run(any_recipe)
+    path = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    decoder = Decoder(DecoderConfig(**checkpoint["decoder"]["config"]))
+    prefix = "decoder."
+    decoder.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if prefix in k})
+    assert checkpoint["decoder"]["mask_token_id"] == 1
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(any_recipe, tmp_path):
+    arguments = ["--budget.max_steps", "150", "--checkpoint.every_n_steps", "10"]
+    whole = run(any_recipe, *arguments)
+    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(any_recipe), *arguments]
+    checkpoints = tmp_path / "runs" / "toy" / "version_1" / "checkpoints"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (checkpoints / "step=20.ckpt").exists():
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run was to be stopped before its end"
+    resumed = run(any_recipe, *arguments, "--ckpt_path", str(checkpoints / "last.ckpt"))
+    assert_same_weights(whole, resumed)
+
+
+def test_two_processes_train_as_one(any_recipe, tmp_path):
+    whole = run(any_recipe, "--data.micro_batch_size", "2")
+    overrides = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.micro_batch_size", "2"]
+    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(any_recipe), *overrides]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "clean validation loss" in result.stdout
+    assert "sync_dist" not in result.stderr
+    path = tmp_path / "runs" / "toy" / "version_1" / "checkpoints" / "last.ckpt"
+    state = torch.load(path, weights_only=True)["state_dict"]
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(state[f"decoder.{name}"], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_autocast_trains(any_recipe):
+    full, mixed = run(any_recipe), run(any_recipe, "--trainer.precision", "bf16-mixed")
+    assert {tensor.dtype for tensor in weights(mixed).values()} == {torch.float32}
+    losses = [float(cli.trainer.callback_metrics["val/loss"]) for cli in (full, mixed)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert losses[0] != losses[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(any_recipe, tmp_path):
+    message = r"loss is not finite at optimizer step 8; last good checkpoint: .*step=5.ckpt; resume from it"
+    with pytest.raises(UserError, match=message):
+        run(any_recipe, "--trainer.callbacks+=tests.modules.breakdown.BreakAtStep7")
+    checkpoints = tmp_path / "runs" / "toy" / "version_0" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", "step=5.ckpt"]

@@ -1,0 +1,301 @@
+"""Fine-tuning on duplicated sequences, against the same training written down plainly."""
+
+from functools import partial
+from itertools import islice
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+
+from meap_lit.callbacks import Budget
+from meap_lit.data.finetuning import FineTuningData
+from meap_lit.data.manifest import load_samples
+from meap_lit.data.packed import ChatSamples
+from meap_lit.duplication import Duplication, concatenate, masked_copy, original
+from meap_lit.errors import UserError
+from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig, linear_cross_entropy
+from meap_lit.model.attention import Documents
+from meap_lit.model.lora import LoRA
+from meap_lit.modules import AdamW, MEAPFineTuning
+
+TOY = DecoderConfig(num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=32, intermediate_size=64, max_seq_len=400)
+OPTIMIZER = AdamW(lr=1e-3, final_lr=1e-4)
+SHORT = Duplication(min_copied=10, mask_ratio=0.2)
+SEPARATE = Duplication(min_copied=10, mask_ratio=0.2, layout="separate")
+
+
+class Recorder(L.Callback):
+    """Keeps the batches and losses of the training steps, and what was logged last."""
+
+    def __init__(self):
+        self.batches, self.losses, self.logged = [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches.append(batch)
+        self.losses.append(float(outputs["loss"]))
+        self.logged.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+
+
+def make_data(prepared, chat, duplication=SHORT, **kwargs):
+    kwargs = {"seq_len": 400, "global_batch_size": 4, "micro_batch_size": 2, "num_workers": 0, **kwargs}
+    return FineTuningData(duplication=duplication, datasets=chat, tokenizer=prepared.tokenizer, **kwargs)
+
+
+def fit(prepared, chat, duplication=SHORT, *, max_steps=4, tmp_path, module=None, ckpt_path=None, trainer=(), **data):
+    L.seed_everything(3)
+    module = module or MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER)
+    recorder = Recorder()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        default_root_dir=tmp_path,
+        callbacks=[Budget(max_steps=max_steps, val_every_n_steps=100), recorder],
+        **dict(trainer),
+    )
+    trainer.fit(module, datamodule=make_data(prepared, chat, duplication, **data), ckpt_path=ckpt_path)
+    return module, recorder
+
+
+def assert_same_weights(one, other, **tolerance):
+    for (name, a), (_, b) in zip(one.decoder.state_dict().items(), other.decoder.state_dict().items(), strict=True):
+        if tolerance:
+            torch.testing.assert_close(a, b, **tolerance)
+        else:
+            assert torch.equal(a, b), name
+
+
+# --------------------------------------------------------------------------------------------------- the loss
+
+
+def document_loss(decoder, document):
+    """Summed loss of one document on its own, by plain PyTorch."""
+    hidden = decoder(document.input_ids[None], document.position_ids[None])
+    return F.cross_entropy(
+        decoder.logits(hidden)[0].double(), document.labels, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+
+
+@pytest.mark.parametrize("duplication", [SHORT, Duplication(0.2, "concat", "restarted", 10), SEPARATE], ids=str)
+def test_a_packed_step_is_its_samples_one_by_one(prepared, chat, tmp_path, duplication):
+    """Rows are rebuilt from the order's keys by hand; loss and gradients equal those of the packed batch."""
+    module, recorder = fit(prepared, chat, duplication, max_steps=1, micro_batch_size=4, tmp_path=tmp_path)
+    (batch,) = recorder.batches
+    data = module.trainer.datamodule
+    rows = list(islice(data._order().iterate(0), 4))
+    samples = ChatSamples(f"{chat}/train", load_samples(chat, "train").chunk_sizes, 320)
+    torch.manual_seed(0)
+    decoder = Decoder(module.config)
+
+    documents = []
+    for row in rows:
+        for (_, index, epoch), has_original, has_copy in row.documents:
+            input_ids, answers = samples[index]
+            copy = partial(masked_copy, mask_token_id=module.mask_token_id, seed=0, sample_id=index, visit=epoch)
+            parts = [original(input_ids, answers)] * has_original
+            parts += [copy(input_ids, answers, duplication)] * has_copy
+            documents.append(parts[0] if len(parts) == 1 else concatenate(*parts, duplication.copy_positions))
+    assert batch["num_copies"] >= 3, "there is something to compare"
+    assert batch["num_labels"] == sum(int((document.labels != IGNORE_INDEX).sum()) for document in documents)
+    expected = sum(document_loss(decoder, document) for document in documents) / batch["num_labels"]
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
+    decoder.zero_grad()
+
+    module.decoder = decoder
+    loss = module._losses(batch)[0] / batch["num_labels"]
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for name, parameter in decoder.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["concat", "separate"])
+def test_ratio_zero_is_plain_fine_tuning_bit_for_bit(prepared, chat, tmp_path, layout):
+    duplication = Duplication(mask_ratio=0.0, layout=layout, min_copied=10)
+    module, recorder = fit(prepared, chat, duplication, max_steps=6, micro_batch_size=4, tmp_path=tmp_path)
+
+    # the same training written down plainly: rows of samples, labels where the answers are
+    L.seed_everything(3)
+    plain = Decoder(module.config)
+    adamw = OPTIMIZER.build(plain)
+    samples = ChatSamples(f"{chat}/train", load_samples(chat, "train").chunk_sizes, 320)
+    rows = module.trainer.datamodule._order().iterate(0)
+    for step, batch in enumerate(recorder.batches):
+        input_ids, position_ids = torch.full((2, 4, 400), module.trainer.datamodule.tokenizer.eos_token_id)
+        labels = torch.full((4, 400), IGNORE_INDEX)
+        lengths = []
+        for place, row in enumerate(islice(rows, 4)):
+            start = 0
+            for document in row.documents:
+                tokens, answers = samples[document.visit.sample]
+                input_ids[place, start : start + len(tokens)] = tokens
+                position_ids[place, start : start + len(tokens)] = torch.arange(len(tokens))
+                for answer in answers:
+                    target = slice(start + answer.start - 1, start + answer.end - 1)
+                    labels[place, target] = tokens[answer.start : answer.end]
+                start += len(tokens)
+            position_ids[place, start:] = 0
+            lengths.append([len(samples[document.visit.sample][0]) for document in row.documents])
+        for group in adamw.param_groups:
+            group["lr"] = OPTIMIZER.lr * OPTIMIZER.lr_factor(step, 6)
+        hidden = plain(input_ids, position_ids, Documents.of_rows(lengths, 400))
+        loss = linear_cross_entropy(hidden, plain.lm_head.weight, labels) / (labels != IGNORE_INDEX).sum()
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        adamw.step()
+        assert batch["num_copies"] == 0
+        assert loss.item() == recorder.losses[step]
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, module.decoder.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_the_split_into_micro_batches_changes_nothing(prepared, chat, tmp_path, micro_batch_size):
+    whole, _ = fit(prepared, chat, micro_batch_size=4, tmp_path=tmp_path)
+    split, _ = fit(prepared, chat, micro_batch_size=micro_batch_size, tmp_path=tmp_path)
+    assert_same_weights(whole, split, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_logged_of_a_step(prepared, chat, tmp_path):
+    """Over both micro-batches of the last step."""
+    module, recorder = fit(prepared, chat, max_steps=2, tmp_path=tmp_path)
+    logged, batch = recorder.logged[-1], recorder.batches[-1]
+    step = recorder.batches[-2:]
+    num_masked = sum(int((part["input_ids"] == module.mask_token_id).sum()) for part in step)
+    num_answer = sum(int(((part["labels"] != IGNORE_INDEX) & ~part["in_copy"]).sum()) for part in step)
+    assert batch["num_masked"] == num_masked > 0
+    assert batch["num_labels"] == num_masked + num_answer
+    assert logged["data/copies"] == batch["num_copies"] > 0
+    assert logged["data/masked_tokens"] == num_masked
+    assert logged["data/share_of_real_tokens"] == pytest.approx(batch["num_tokens"] / (4 * 400), rel=1e-6)
+    # Lightning hands on a micro-batch's share of the step's loss
+    assert logged["train/loss"] == pytest.approx(sum(recorder.losses[-2:]), rel=1e-5)
+    parts = logged["train/answer_loss"] * num_answer + logged["train/masked_loss"] * num_masked
+    assert logged["train/loss"] == pytest.approx(parts / batch["num_labels"], rel=1e-5)
+
+
+def test_validation_is_clean_and_does_not_depend_on_rows(prepared, chat, tmp_path):
+    module, _ = fit(prepared, chat, max_steps=1, tmp_path=tmp_path)
+    samples = ChatSamples(f"{chat}/val", load_samples(chat, "val").chunk_sizes, 320)
+    documents = [original(*samples[index]) for index in range(len(load_samples(chat, "val").num_tokens))]
+    with torch.no_grad():
+        total = sum(document_loss(module.decoder, document) for document in documents)
+    expected = float(total) / sum(int((document.labels != IGNORE_INDEX).sum()) for document in documents)
+    for micro_batch_size in (1, 2, 4):
+        data = make_data(prepared, chat, micro_batch_size=micro_batch_size)
+        (metrics,) = module.trainer.validate(module, datamodule=data, verbose=False)
+        assert metrics["val/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------- adapters, checkpointing
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4, targets=["q_proj", "down_proj"], dropout=0.1)])
+def test_activation_checkpointing_changes_no_bit(prepared, chat, tmp_path, lora):
+    kept, _ = fit(prepared, chat, tmp_path=tmp_path, module=MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=lora))
+    L.seed_everything(3)
+    again = MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=lora, activation_checkpointing="full")
+    again, _ = fit(prepared, chat, tmp_path=tmp_path, module=again)
+    assert_same_weights(kept, again)
+
+
+def test_adapters_alone_are_trained_and_saved(prepared, chat, tmp_path, source_folder):
+    lora = LoRA(rank=4, alpha=8, targets=["q_proj", "v_proj"])
+
+    def adapted():
+        return MEAPFineTuning(init_from=str(source_folder), optimizer=OPTIMIZER, lora=lora)
+
+    module, _ = fit(prepared, chat, tmp_path=tmp_path, module=adapted())
+    module.trainer.save_checkpoint(tmp_path / "adapters.ckpt")
+    checkpoint = torch.load(tmp_path / "adapters.ckpt", weights_only=True)
+    names = set(checkpoint["state_dict"])
+    assert names == {f"decoder.layers.{n}.self_attn.{p}_proj.lora_{x}" for n in (0, 1) for p in "qv" for x in "ab"}
+    start = adapted()
+    start, _ = fit(prepared, chat, tmp_path=tmp_path, module=start, max_steps=1)
+    for name, tensor in module.decoder.state_dict().items():
+        trained = "lora" in name
+        assert torch.equal(tensor, start.decoder.state_dict()[name]) != trained, name
+
+    resumed, _ = fit(prepared, chat, tmp_path=tmp_path, module=adapted(), ckpt_path=tmp_path / "adapters.ckpt")
+    assert_same_weights(module, resumed)
+
+
+def test_adapters_of_another_run_are_refused(prepared, chat, tmp_path, source_folder):
+    def adapted(*targets):
+        return MEAPFineTuning(init_from=str(source_folder), optimizer=OPTIMIZER, lora=LoRA(targets=list(targets)))
+
+    module, _ = fit(prepared, chat, tmp_path=tmp_path, module=adapted("q_proj"))
+    module.trainer.save_checkpoint(tmp_path / "adapters.ckpt")
+    with pytest.raises(UserError, match=r"has no adapter decoder.layers.0.self_attn.k_proj.lora_a"):
+        fit(prepared, chat, tmp_path=tmp_path, module=adapted("k_proj"), ckpt_path=tmp_path / "adapters.ckpt")
+
+
+# ------------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("duplication", "data", "message"),
+    [
+        (SHORT, {"seq_len": 100}, r"a sample of \d+ tokens, longer than data.seq_len 100; raise it, or prep.*100"),
+        (SHORT, {"seq_len": 200}, r"samples of dataset .* do not fit twice into data.seq_len 200, the longest has"),
+    ],
+)
+def test_rows_without_room_are_named(prepared, chat, tmp_path, duplication, data, message):
+    with pytest.raises(UserError, match=message):
+        fit(prepared, chat, duplication, tmp_path=tmp_path, **data)
+
+
+def test_samples_without_room_can_go_without_copy(prepared, chat, tmp_path):
+    duplication = Duplication(mask_ratio=0.2, min_copied=10, no_room="skip_copy")
+    module, recorder = fit(prepared, chat, duplication, max_steps=2, tmp_path=tmp_path, seq_len=200)
+    assert recorder.batches[0]["num_copies"] > 0
+    assert any(sizes.without_room.any() for sizes in module.trainer.datamodule.sizes)
+
+
+def test_text_is_no_chat(prepared, chat, tmp_path):
+    with pytest.raises(UserError, match=r"holds documents of text, .* conversations.* prepare chat"):
+        fit(prepared, prepared.dataset, tmp_path=tmp_path)
+
+
+def test_one_of_decoder_and_init_from_is_stated():
+    for arguments in ({}, {"decoder": TOY, "init_from": "x"}):
+        with pytest.raises(UserError, match=r"state one of model.decoder .* and model.init_from"):
+            MEAPFineTuning(optimizer=OPTIMIZER, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "model.lora.rank must be at least 1, got 0"),
+        ({"alpha": 0.0}, "model.lora.alpha must be above 0, got 0"),
+        ({"dropout": 1.0}, r"model.lora.dropout must be in \[0, 1\), got 1"),
+        ({"targets": ["query"]}, r"model.lora.targets must name some of q_proj, .*, got \['query'\]"),
+        ({"targets": []}, "model.lora.targets must name some of"),
+    ],
+)
+def test_wrong_adapters_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        LoRA(**arguments)
+
+
+def test_frozen_bfloat16_needs_autocast(prepared, chat, tmp_path):
+    module = MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=LoRA(frozen_dtype="bfloat16"))
+    with pytest.raises(UserError, match=r"lora.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got 32-true"):
+        fit(prepared, chat, tmp_path=tmp_path, module=module)
+
+
+def test_frozen_bfloat16_trains_the_adapters(prepared, chat, tmp_path):
+    module = MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=LoRA(frozen_dtype="bfloat16"))
+    module, _ = fit(prepared, chat, tmp_path=tmp_path, module=module, trainer={"precision": "bf16-mixed"})
+    attention = module.decoder.layers[0].self_attn
+    assert attention.q_proj.weight.dtype == module.decoder.embed_tokens.weight.dtype == torch.bfloat16
+    assert attention.q_proj.lora_b.dtype == torch.float32
+    assert attention.q_proj.lora_b.abs().max() > 0
