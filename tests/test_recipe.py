@@ -12,27 +12,33 @@ RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml"))
 RUNNABLE = [path for path in RECIPES if path.name != "base.yaml"]
 
 TOY = [
+    *("--data.global_batch_size", "4"),
+    *("--data.micro_batch_size", "2"),
+    *("--data.num_workers", "0"),
+    *("--data.preparation", "null"),
+    *("--budget.max_steps", "2"),
+    *("--trainer.precision", "32-true"),
+    *("--trainer.accelerator", "cpu"),
+]
+TOY_PRETRAINING = [
     *("--model.decoder.num_layers", "1"),
     *("--model.decoder.hidden_size", "32"),
     *("--model.decoder.num_heads", "2"),
     *("--model.decoder.num_kv_heads", "1"),
     *("--model.decoder.intermediate_size", "64"),
     *("--data.seq_len", "192"),
-    *("--data.global_batch_size", "4"),
-    *("--data.micro_batch_size", "2"),
-    *("--data.num_workers", "0"),
-    *("--data.preparation", "null"),
     *("--budget.max_tokens", "null"),
-    *("--budget.max_steps", "2"),
     *("--probe.lengths", "[192]"),
     *("--probe.num_items", "1"),
-    *("--trainer.precision", "32-true"),
-    *("--trainer.accelerator", "cpu"),
+]
+TOY_FINE_TUNING = [
+    *("--data.seq_len", "400"),
+    *("--budget.max_epochs", "null"),
 ]
 
 
 def test_there_are_recipes():
-    assert len(RUNNABLE) >= 12
+    assert len(RUNNABLE) >= 19
     assert Path("recipes/quickstart.yaml") in RUNNABLE
 
 
@@ -46,17 +52,50 @@ def test_a_recipe_opens_with_what_it_is_for(recipe):
         assert "Hardware" in "\n".join(comment)
 
 
-@pytest.mark.parametrize("recipe", RUNNABLE, ids=str)
-def test_a_recipe_runs_at_toy_size(recipe, prepared, tmp_path):
+@pytest.mark.parametrize("recipe", [path for path in RUNNABLE if path.parent.name != "sft"], ids=str)
+def test_a_pretraining_recipe_runs_at_toy_size(recipe, prepared, tmp_path):
     data = [
         *("--data.datasets", prepared.dataset),
         *("--data.tokenizer", prepared.tokenizer),
         *("--trainer.logger.init_args.save_dir", str(tmp_path)),
     ]
-    cli = RecipeCLI.run(["fit", "--config", str(recipe), *TOY, *data])
+    cli = RecipeCLI.run(["fit", "--config", str(recipe), *TOY, *TOY_PRETRAINING, *data])
     assert cli.trainer.global_step == 2
     assert {"val/loss", "val/retrieval_accuracy"} <= cli.trainer.callback_metrics.keys()
     assert cli.model.decoder.config.num_layers == 1
+
+
+@pytest.mark.parametrize("recipe", [path for path in RUNNABLE if path.parent.name == "sft"], ids=str)
+def test_a_fine_tuning_recipe_runs_at_toy_size(recipe, prepared, chat, source_folder, tmp_path):
+    data = [
+        *("--model.init_from", str(source_folder)),
+        *("--data.datasets", chat),
+        *("--data.tokenizer", prepared.tokenizer),
+        *("--trainer.logger.init_args.save_dir", str(tmp_path)),
+    ]
+    if "lora" in recipe.name:
+        data += ["--trainer.precision", "bf16-mixed"]
+    cli = RecipeCLI.run(["fit", "--config", str(recipe), *TOY, *TOY_FINE_TUNING, *data])
+    assert cli.trainer.global_step == 2
+    assert "val/loss" in cli.trainer.callback_metrics
+    assert (cli.model.lora is not None) == ("lora" in recipe.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "mask_ratio", "layout"),
+    [
+        ("meap_llama3_8b", 0.10, "concat"),
+        ("ntp_llama3_8b", 0.0, "concat"),
+        ("released_code", 0.10, "separate"),
+        ("meap_llama3.2_3b", 0.10, "concat"),
+        ("meap_mistral_7b", 0.10, "concat"),
+        ("meap_qwen2.5_14b", 0.10, "concat"),
+    ],
+)
+def test_fine_tuning_recipes_are_the_papers(name, mask_ratio, layout):
+    data = resolve("--config", f"recipes/sft/{name}.yaml")["data"]["init_args"]
+    duplication = data["duplication"]
+    assert (duplication["mask_ratio"], duplication["layout"], duplication["min_copied"]) == (mask_ratio, layout, 50)
 
 
 def resolve(*arguments):

@@ -92,6 +92,29 @@ def document(
     return " ".join(sentences)
 
 
+def instructions(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Records of an instruction set in the same world, in Alpaca's fields; `data/instructions.jsonl` holds 400.
+
+    Half ask for one fact of the input, half for all of them in turn, which makes the longer answers.
+    """
+    records = []
+    for number in range(count):
+        rng = random.Random(f"instructions/{seed}/{number}")
+        facts = draw_facts(rng, rng.randint(3, 4))
+        asked = facts if number % 2 else [rng.choice(facts)]
+        sentences = [fact.statement for fact in facts]
+        if len(asked) == 1:
+            sentences.insert(rng.randint(0, len(sentences)), filler_sentence(rng))
+        records.append(
+            {
+                "instruction": "Who sings where?" if number % 2 else asked[0].question,
+                "input": " ".join([OPENING, *sentences]),
+                "output": " ".join(fact.statement for fact in asked),
+            }
+        )
+    return records
+
+
 @dataclass(kw_only=True)
 class FactCorpus(Preparation):
     """Write documents of facts stated, restated and asked for, as .jsonl files with a `text` on each line.
