@@ -89,7 +89,7 @@ def benchmark(
             "",
             f"    python -m benchmarks.step {shlex.join(sys.argv[1:])}".rstrip(),
             "",
-            *_environment(device),
+            *environment(device),
             f"- model: {config.num_parameters():,} parameters ({config.num_layers} layers, {config.num_heads} heads, "
             f"{config.num_kv_heads} key-value heads, {config.hidden_size} wide, {config.intermediate_size} MLP, "
             f"vocabulary {config.vocab_size:,})",
@@ -233,7 +233,7 @@ def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _environment(device: str) -> list[str]:
+def environment(device: str) -> list[str]:
     lines = [f"- date: {datetime.date.today()}", f"- CPU: {_cpu_name()}, {torch.get_num_threads()} thread(s)"]
     if device == "cuda":
         lines.append(f"- GPU: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")

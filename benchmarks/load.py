@@ -1,0 +1,144 @@
+"""What loading costs: peak resident memory and time of filling a decoder from a file.
+
+A random model is written as one safetensors file, as shards and as a checkpoint of ours. Each is loaded by a process of
+its own, and one more process loads nothing: what that one holds, with everything imported, is taken off the others.
+Pages of a mapped file count as resident, so a loader that keeps the file mapped shows a ratio near 2.
+
+    python -m benchmarks.load                  # a model of about 1 GB, under a minute; Linux
+    python -m benchmarks.load --model small    # a look at the form
+"""
+
+import multiprocessing
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from benchmarks.step import environment, known_decoder
+from meap_lit.checkpoints import DTYPES, build_decoder, open_source
+from meap_lit.data.tokenizer import TrainTokenizer
+from meap_lit.errors import UserError
+from meap_lit.export import Export
+from meap_lit.model import Decoder, DecoderConfig
+
+STATUS = Path("/proc/self/status")
+
+
+def benchmark(
+    model: Literal["small", "0.1b", "0.3b", "0.5b", "1.1b"] = "0.5b",
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    max_shard_size: str = "200MB",
+    repetitions: int = 3,
+    output: Path | None = None,
+) -> None:
+    """Print how much memory and time the loading of a model takes.
+
+    Args:
+        model: A small model, or one of the paper's ladder as recipes/pretrain has it.
+        dtype: Dtype of the weights, in the file and in memory.
+        max_shard_size: Size of a shard.
+        repetitions: Processes that load each file; the table has the one with the highest peak.
+        output: Markdown file to write the result to as well.
+    """
+    if not STATUS.is_file():
+        raise UserError(f"peak memory is read from {STATUS}, which this system does not have; run it on Linux")
+    if repetitions < 1:
+        raise UserError("--repetitions must be at least 1")
+    config = known_decoder(model)
+    with tempfile.TemporaryDirectory() as folder:
+        places = _write_model(Path(folder), config, DTYPES[dtype], max_shard_size)
+        baseline, _ = _measure(None, repetitions)
+        rows = [_row(name, place, baseline, repetitions) for name, place in places.items()]
+    report = "\n".join(
+        [
+            f"# Loading weights: {model}, {dtype}",
+            "",
+            f"    python -m benchmarks.load {shlex.join(sys.argv[1:])}".rstrip(),
+            "",
+            *environment("cpu"),
+            f"- model: {config.num_parameters():,} parameters; shards of at most {max_shard_size}",
+            f"- a process that has imported everything and loads nothing: {baseline / 1e9:.3f} GB; "
+            f"peaks are above it, the highest of {repetitions} processes",
+            "",
+            "| file | weights, GB | largest tensor, GB | peak memory, GB | peak / weights | seconds |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+    print(report)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(report)
+
+
+def _write_model(folder: Path, config: DecoderConfig, dtype: torch.dtype, max_shard_size: str) -> dict[str, Path]:
+    """Write random weights in three forms and return where each lies."""
+    checkpoint, text = folder / "random.ckpt", folder / "text.txt"
+    one, shards, tokenizer = (folder / name for name in ("one", "shards", "tokenizer"))
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder = decoder.to(dtype).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.normal_(std=0.02)
+    state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    torch.save({"state_dict": state, "decoder": {"config": vars(config)}}, checkpoint)
+    text.write_text("some text")
+    for place in (one, shards, tokenizer):
+        place.mkdir()
+    TrainTokenizer(input=[str(text)], vocab_size=258, output=str(tokenizer)).make(tokenizer)
+    for place, size in ((one, "1000GB"), (shards, max_shard_size)):
+        export = Export(checkpoint=str(checkpoint), output=str(place), tokenizer=str(tokenizer), max_shard_size=size)
+        export.make(place)
+    return {"one safetensors file": one, "safetensors shards": shards, "checkpoint (.ckpt)": checkpoint}
+
+
+def _row(name: str, place: Path, baseline: int, repetitions: int) -> str:
+    source = open_source(place)
+    sizes = [torch.Size(source.shape(tensor)).numel() * source.dtype.itemsize for tensor in source.names()]
+    peak, seconds = _measure(place, repetitions)
+    above = peak - baseline
+    return (
+        f"| {name} | {sum(sizes) / 1e9:.3f} | {max(sizes) / 1e9:.3f} | {above / 1e9:.3f} "
+        f"| {above / sum(sizes):.3f} | {seconds:.2f} |"
+    )
+
+
+def _measure(place: Path | None, repetitions: int) -> tuple[int, float]:
+    """Highest peak in bytes and its seconds, over fresh processes that load what is at `place`."""
+    context = multiprocessing.get_context("spawn")
+    results = []
+    for _ in range(repetitions):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_load, args=(place, sender))
+        process.start()
+        results.append(receiver.recv())
+        process.join()
+    return max(results)
+
+
+def _load(place: Path | None, sender: Any) -> None:
+    start = time.perf_counter()
+    weights: list[Tensor] = []
+    if place is not None:
+        source = open_source(place)
+        weights = list(build_decoder(source.config, source).parameters())
+    seconds = time.perf_counter() - start
+    # the high-water mark of this program alone; getrusage would count its parent's from before the exec
+    peak = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    sender.send((int(peak.split()[1]) * 1024, seconds))
+    del weights
+
+
+if __name__ == "__main__":
+    try:
+        auto_cli(benchmark, as_positional=False)
+    except UserError as error:
+        sys.exit(f"error: {error}")
