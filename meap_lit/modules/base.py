@@ -116,9 +116,15 @@ class DecoderModule(L.LightningModule, ABC):
             "dtype": str(source.dtype).removeprefix("torch."),
             "generation": source.generation,
         }
-        # trained weights are float32; autocast computes with them in the precision that the recipe asks for
+        # the strategy and the precision (float32 unless bf16-true) have set torch's defaults; weights that stay frozen in
+        # bfloat16 are never held in float32, which might not fit
+        frozen = self.lora is not None and self.lora.frozen_dtype == "bfloat16"
         return build_decoder(
-            self.config, source, first_new_token=new_token, dtype=torch.float32, device=torch.get_default_device()
+            self.config,
+            source,
+            first_new_token=new_token,
+            dtype=torch.bfloat16 if frozen else torch.get_default_dtype(),
+            device=torch.get_default_device(),
         )
 
     def _adopt_mask_token(self, tokenizer: Tokenizer | None) -> None:

@@ -1,10 +1,20 @@
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 
-from meap_lit.data.synthetic import NAMES, OPENING, PLACES, FactCorpus, document, draw_facts, filler_sentence
+from meap_lit.data.synthetic import (
+    NAMES,
+    OPENING,
+    PLACES,
+    FactCorpus,
+    document,
+    draw_facts,
+    filler_sentence,
+    instructions,
+)
 from meap_lit.errors import UserError
 
 STATEMENT = re.compile(r"In (\w+) (\w+) sings\.")
@@ -131,3 +141,17 @@ def test_wrong_arguments_are_named_and_nothing_is_made(tmp_path, changes, messag
     with pytest.raises(UserError, match=re.escape(message)):
         FactCorpus(output=str(tmp_path / "corpus"), **changes).run()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_instruction_set_is_what_the_project_ships():
+    shipped = [json.loads(line) for line in Path("data/instructions.jsonl").read_text().splitlines()]
+    assert shipped == instructions(400)
+
+
+def test_an_instruction_is_answered_by_its_input():
+    records = instructions(40, seed=1)
+    for record in records:
+        assert all(f"{sentence}." in record["input"] for sentence in record["output"].rstrip(".").split(". "))
+    single = [record for record in records if record["instruction"] != "Who sings where?"]
+    assert len(single) == 20
+    assert all(f"In {QUESTION.match(record['instruction'])[1]} " in record["output"] for record in single)

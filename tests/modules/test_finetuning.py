@@ -228,6 +228,12 @@ def test_adapters_alone_are_trained_and_saved(prepared, chat, tmp_path, source_f
     assert_same_weights(module, resumed)
 
 
+def test_weights_are_kept_in_the_precision_of_the_trainer(prepared, chat, tmp_path, source_folder):
+    module = MEAPFineTuning(init_from=str(source_folder), optimizer=OPTIMIZER)
+    module, _ = fit(prepared, chat, tmp_path=tmp_path, module=module, trainer={"precision": "bf16-true"})
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+
+
 def test_adapters_of_another_run_are_refused(prepared, chat, tmp_path, source_folder):
     def adapted(*targets):
         return MEAPFineTuning(init_from=str(source_folder), optimizer=OPTIMIZER, lora=LoRA(targets=list(targets)))
@@ -292,8 +298,10 @@ def test_frozen_bfloat16_needs_autocast(prepared, chat, tmp_path):
         fit(prepared, chat, tmp_path=tmp_path, module=module)
 
 
-def test_frozen_bfloat16_trains_the_adapters(prepared, chat, tmp_path):
-    module = MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=LoRA(frozen_dtype="bfloat16"))
+@pytest.mark.parametrize("start", ["decoder", "init_from"])
+def test_frozen_bfloat16_trains_the_adapters(prepared, chat, tmp_path, source_folder, start):
+    model = {"decoder": TOY} if start == "decoder" else {"init_from": str(source_folder)}
+    module = MEAPFineTuning(optimizer=OPTIMIZER, lora=LoRA(frozen_dtype="bfloat16"), **model)
     module, _ = fit(prepared, chat, tmp_path=tmp_path, module=module, trainer={"precision": "bf16-mixed"})
     attention = module.decoder.layers[0].self_attn
     assert attention.q_proj.weight.dtype == module.decoder.embed_tokens.weight.dtype == torch.bfloat16

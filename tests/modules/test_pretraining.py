@@ -30,7 +30,7 @@ class Recorder(L.Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def fit(prepared, *, mask, max_steps=6, micro_batch_size=4, global_batch_size=8, tmp_path, ckpt_path=None, **kwargs):
+def fit(prepared, *, mask, max_steps=6, micro_batch_size=4, global_batch_size=8, tmp_path, module=None, **kwargs):
     """Train a toy model by the Python interface; returns the module and the per-micro-batch losses."""
     from meap_lit.callbacks import Budget
 
@@ -43,7 +43,7 @@ def fit(prepared, *, mask, max_steps=6, micro_batch_size=4, global_batch_size=8,
         micro_batch_size=micro_batch_size,
         num_workers=0,
     )
-    module = MEAPPretraining(decoder=TOY, mask=mask, optimizer=AdamW(lr=1e-3, final_lr=1e-4), **kwargs)
+    module = module or MEAPPretraining(decoder=TOY, mask=mask, optimizer=AdamW(lr=1e-3, final_lr=1e-4), **kwargs)
     recorder = Recorder()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -57,7 +57,7 @@ def fit(prepared, *, mask, max_steps=6, micro_batch_size=4, global_batch_size=8,
         default_root_dir=tmp_path,
         callbacks=[Budget(max_steps=max_steps, val_every_n_steps=100), recorder],
     )
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    trainer.fit(module, datamodule=data)
     return module, recorder.losses
 
 
@@ -174,6 +174,17 @@ def test_a_toy_model_overfits_a_few_sequences():
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
+
+
+def test_pretraining_goes_on_from_a_checkpoint_of_transformers(prepared, tmp_path, source_folder):
+    from transformers import LlamaForCausalLM
+
+    module = MEAPPretraining(init_from=str(source_folder), mask=Constant(0.15), optimizer=AdamW(lr=1e-12, final_lr=0))
+    module, _ = fit(prepared, mask=None, module=module, max_steps=1, tmp_path=tmp_path)
+    tokens = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(source_folder)(tokens).logits
+        torch.testing.assert_close(module.decoder.logits(module.decoder(tokens)), expected, atol=1e-4, rtol=0)
 
 
 def test_what_a_run_logs(toy_recipe, tmp_path):
