@@ -116,8 +116,8 @@ class DecoderModule(L.LightningModule, ABC):
             "dtype": str(source.dtype).removeprefix("torch."),
             "generation": source.generation,
         }
-        # the strategy and the precision (float32 unless bf16-true) have set torch's defaults; weights that stay frozen in
-        # bfloat16 are never held in float32, which might not fit
+        # strategy and precision (float32 unless bf16-true) set torch's defaults; weights that stay frozen in bfloat16
+        # are never held in float32, which might not fit
         frozen = self.lora is not None and self.lora.frozen_dtype == "bfloat16"
         return build_decoder(
             self.config,
