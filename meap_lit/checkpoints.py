@@ -18,7 +18,7 @@ from meap_lit.errors import UserError
 from meap_lit.model.config import DecoderConfig, RopeScaling, pad_vocab_size
 from meap_lit.model.hf import family
 from meap_lit.model.hf_folder import CONFIG_FILE, PICKLED, WEIGHTS_FILE, HFFolder, foreign_format, pickle_refusal
-from meap_lit.model.lora import LoRA
+from meap_lit.model.lora import LoRA, is_adapter
 from meap_lit.model.weights import EMBEDDING, HEAD, WeightSource, build_decoder, copy_rows, load_weights
 
 __all__ = ["Checkpoint", "WeightSource", "build_decoder", "load_weights", "open_source", "vocab_size_for"]
@@ -43,7 +43,7 @@ def open_source(path: str | Path) -> WeightSource:
     """
     path = Path(path).expanduser()
     if path.is_file():
-        return Checkpoint.open(path)
+        return Checkpoint.open(_behind_link(path))
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
     if (path / CONFIG_FILE).is_file():
@@ -51,7 +51,7 @@ def open_source(path: str | Path) -> WeightSource:
     run = _newest_run(path)
     if run is None:
         raise UserError(_what_it_is(path))
-    return Checkpoint.open(run / LAST)
+    return Checkpoint.open(_behind_link(run / LAST))
 
 
 def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
@@ -79,6 +79,11 @@ def _newest_run(path: Path) -> Path | None:
     versions = {int(match[1]): run for run in path.iterdir() if (match := re.fullmatch(r"version_(\d+)", run.name))}
     newest_first = (versions[number] for number in sorted(versions, reverse=True))
     return next((run for run in newest_first if (run / LAST).is_file()), None)
+
+
+def _behind_link(file: Path) -> Path:
+    """The checkpoint that `last.ckpt` stands for now: a run that goes on will turn the link to another one."""
+    return file.parent / file.readlink() if file.is_symlink() else file
 
 
 def _what_it_is(path: Path) -> str:
@@ -132,7 +137,7 @@ class Checkpoint(WeightSource):
         try:
             about = state.about
             config = _decoder_config(about["config"])
-            lora = LoRA(**about["lora"]) if about.get("lora") or any(map(_is_adapter, state.tensors)) else None
+            lora = LoRA(**about["lora"]) if about.get("lora") or any(map(is_adapter, state.tensors)) else None
             stored = about.get("dtype")
             dtype = DTYPES[stored] if stored else next(iter(state.tensors.values())).dtype
         except (AttributeError, KeyError, StopIteration, TypeError) as error:
@@ -156,7 +161,7 @@ class Checkpoint(WeightSource):
         )
 
     def names(self) -> list[str]:
-        whole = [name for name in self.state.tensors if not _is_adapter(name)]
+        whole = [name for name in self.state.tensors if not is_adapter(name)]
         return list(dict.fromkeys([*(self.base.names() if self.base else []), *whole]))
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -186,15 +191,11 @@ class Checkpoint(WeightSource):
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Name and value of each parameter that the checkpoint itself holds, adapters aside."""
-        return ((name, self.state.read(name)) for name in list(self.state.tensors) if not _is_adapter(name))
+        return ((name, self.state.read(name)) for name in list(self.state.tensors) if not is_adapter(name))
 
     def adapters(self) -> dict[str, Tensor]:
         """The adapters, `lora_a` [rank, in] and `lora_b` [out, rank] of each target, by name."""
-        return {name: self.state.read(name) for name in self.state.tensors if _is_adapter(name)}
-
-
-def _is_adapter(name: str) -> bool:
-    return name.endswith((".lora_a", ".lora_b"))
+        return {name: self.state.read(name) for name in self.state.tensors if is_adapter(name)}
 
 
 def _decoder_config(content: Mapping[str, Any]) -> DecoderConfig:
@@ -206,7 +207,9 @@ def _open_base(file: Path, init_from: str) -> WeightSource:
     try:
         return open_source(init_from)
     except UserError as error:
-        raise UserError(f"checkpoint {file} holds adapters, of another model: {error}") from error
+        raise UserError(
+            f"checkpoint {file} holds adapters, of another model: {error}; put that model back in its place"
+        ) from error
 
 
 class _MappedState:

@@ -12,10 +12,25 @@ _KEY = re.compile(r'Parser key "([^"]+)": ')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)': ")
 # where a class is optional, jsonargparse tells at length that the value is not null either, and prints all of it
 _TAIL = re.compile(r"(\s*- Expected a <class 'NoneType'>| Given value type: ).*")
+_EXPECTED = re.compile(r"Expected a (?:typing\.Literal\[([^]]*)\]|<class '([^']+)'>)(\. Got value)?")
+_NOT_A_CLASS = r"(?:Expected a dot import path string|Unexpected import path format|Not a valid subclass of \w+)"
+_GIVEN = re.compile(rf"(?:Got value|{_NOT_A_CLASS}|Given value): ([^\n]*)")
+_IN_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list ([...])",
+    "dict": "a mapping ({key: value})",
+}
 
 
-def explain(message: str) -> str:
+def explain(message: str, options: Iterable[str] = ()) -> str:
     """Condense a complaint of jsonargparse, which nests one sentence a level, and add what may have been meant.
+
+    Args:
+        message: The complaint.
+        options: The options that there are, such as `--seed`, if they are few.
 
     Example: `Parser key "data": Does not validate against ... Problem with given class_path 'm.Data': Option
     'global_batch' is not accepted - Expected ...` becomes `data: m.Data has no option 'global_batch'; did you mean
@@ -40,7 +55,28 @@ def explain(message: str) -> str:
         core = f"there is no key '{match[1]}'" + ("" if first in TOP_LEVEL_KEYS else _hint(first, TOP_LEVEL_KEYS))
     elif re.search(r"arguments are required: .*\.model", core):
         core += "; name a recipe with --config"
+    elif match := re.match(r"unrecognized arguments: (--[^\s=]+)", core):
+        core += _hint(match[1], options)
+    elif wanted := _wanted(core):
+        given = _GIVEN.search(message)  # the innermost comes first
+        return f"{where} must be {wanted}, got {(given and given[1]) or 'nothing'}"
     return f"{where}: {core}" if where else core
+
+
+def _wanted(core: str) -> str:
+    """What a value of a wrong type should be, in words; empty if the complaint is about something else."""
+    found = _EXPECTED.findall(core)
+    # a complaint with a value of its own is of something inside a list or mapping, and says more than the others
+    found = [entry for entry in found if entry[2]] or found
+    kinds = [
+        word
+        for choices, kind, _ in found
+        for word in (choices.replace("'", "").split(", ") if choices else [_IN_WORDS.get(kind, kind)])
+    ]
+    if re.search(_NOT_A_CLASS, core):
+        kinds += [_IN_WORDS["dict"], "a class_path"]
+    *others, last = dict.fromkeys(kinds) or [""]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _parameters(class_path: str) -> dict[str, inspect.Parameter]:

@@ -70,7 +70,10 @@ class Export(Preparation):
             tokenizer.save(folder)
         else:  # a model that never met the mask token has no row for it: its tokenizer goes out as it came
             Tokenizer.copy_files(Path(tokenizer.path), folder)
-        summary = self._summary(folder, files, f"{source.config.num_parameters():,} parameters, {model_type}", dtype)
+        what = f"{source.config.num_parameters():,} parameters, {model_type}"
+        summary = self._summary(folder, source, files, what, dtype)
+        prompt = "--chat --prompt 'Name three rivers.'" if tokenizer.chat_template else "--prompt 'Once upon a time'"
+        summary += f"\n  try: python -m meap_lit generate --checkpoint {self.output} {prompt}"
         if model_type == "qwen2" and QWEN2_SPLIT not in _pre_tokenizer(tokenizer):
             summary += (
                 "\n  load its tokenizer with PreTrainedTokenizerFast: AutoTokenizer would split text as Qwen2 does"
@@ -109,19 +112,20 @@ class Export(Preparation):
             },
         )
         num_parameters = sum(tensor.numel() for tensor in adapters.values())
-        return self._summary(folder, ["adapter_model.safetensors"], f"{num_parameters:,} parameters in adapters", dtype)
+        what = f"{num_parameters:,} parameters in adapters"
+        summary = self._summary(folder, source, ["adapter_model.safetensors"], what, dtype)
+        if isinstance(source.base, Checkpoint):
+            summary += f"\n  export {source.init_from} too: PEFT puts them on a Hugging Face folder"
+        return summary
 
-    def _summary(self, folder: Path, files: list[str], what: str, dtype: torch.dtype) -> str:
+    def _summary(self, folder: Path, source: WeightSource, files: list[str], what: str, dtype: torch.dtype) -> str:
         size = sum((folder / file).stat().st_size for file in files)
         named = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-        lines = [
-            f"exported {self.checkpoint} to {self.output}",
+        return "\n".join((
+            f"exported {source.path} to {self.output}",
             f"  {what}, {str(dtype).removeprefix('torch.')}",
             f"  {named}, {f'{size / 1e9:.2f} GB' if size >= 1e8 else f'{size / 1e6:.2f} MB'}",
-        ]
-        if not self.adapter_only:
-            lines.append(f"  try: python -m meap_lit generate --checkpoint {self.output} --prompt 'Once upon a time'")
-        return "\n".join(lines)
+        ))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- weights

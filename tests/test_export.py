@@ -300,10 +300,10 @@ def test_command(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"exported {tmp_path / 'run'} to {output}",
+        f"exported {tmp_path / 'run' / 'checkpoints' / 'last.ckpt'} to {output}",
         f"  {sum(p.numel() for p in decoder.parameters()):,} parameters, llama, float32",
         f"  model.safetensors, {(output / 'model.safetensors').stat().st_size / 1e6:.2f} MB",
-        f"  try: python -m meap_lit generate --checkpoint {output} --prompt 'Once upon a time'",
+        f"  try: python -m meap_lit generate --checkpoint {output} --chat --prompt 'Name three rivers.'",
     ]
     assert main(arguments) == 2
     assert (

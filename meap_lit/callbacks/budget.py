@@ -86,6 +86,24 @@ class Budget(L.Callback):
         trainer.fit_loop.epoch_loop.max_steps = max_steps
         trainer.val_check_interval = self.val_every_n_steps * accumulation
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a run that had spent its budget go on with a larger one.
+
+        Raises:
+            UserError: If the checkpoint counts the steps of another kind of run.
+        """
+        if trainer.state.fn != "fit":
+            return
+        kind = type(trainer.datamodule).__qualname__
+        if kind not in checkpoint:
+            raise UserError(
+                f"checkpoint {trainer.ckpt_path} (--ckpt_path) is not of a run on {kind} and cannot be resumed as one; "
+                f"to start from its weights, name it as model.init_from"
+            )
+        # the only epoch that Lightning counts is over once a budget is spent
+        for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            counts.update(processed=0, completed=0)
+
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True  # makes Lightning validate once more before it leaves

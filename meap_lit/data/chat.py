@@ -20,7 +20,7 @@ from meap_lit.data.formats import RECORD_FORMATS
 from meap_lit.data.manifest import ChatDetails, Manifest, Source
 from meap_lit.data.parallel import default_num_workers, map_in_order
 from meap_lit.data.preparation import Preparation
-from meap_lit.data.readers import SKIP_HINT, Record, RecordReader, find_files
+from meap_lit.data.readers import SKIP_HINT, Record, RecordReader, check_text, find_files
 from meap_lit.data.splits import SplitWriter, draw
 from meap_lit.data.templates import ChatTemplate, EncodedChat
 from meap_lit.data.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ class PrepareChat(Preparation):
         if counts.samples == 0:
             raise UserError(
                 f"no conversation to tokenise in {', '.join(self.input)} "
-                f"({counts.dropped} dropped, {counts.skipped} unreadable)"
+                f"({counts.dropped} too long for max_tokens, {counts.skipped} unreadable)"
             )
         sizes = splits.close()
         assert sum(split.documents for split in sizes.values()) == counts.samples, "samples were lost on the way"
@@ -130,6 +130,8 @@ class PrepareChat(Preparation):
             raise UserError(f"num_workers must be at least 1, got {self.num_workers}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.system is not None:
+            check_text("system", self.system)
         return parse_bytes(self.chunk_bytes, "chunk_bytes")
 
     def _summary(self, sizes: dict[str, Split], counts: "_Counts", seconds: float) -> str:

@@ -41,7 +41,7 @@ def parse_bytes(value: str, name: str) -> int:
     number, unit = value[:-2].strip(), value[-2:].upper()
     try:
         num_bytes = int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError):
+    except (KeyError, OverflowError, ValueError):  # "infMB" overflows
         num_bytes = 0
     if num_bytes < 1:
         raise UserError(f"{name} must be a size in {', '.join(_UNITS)} such as 64MB, got {value!r}")
@@ -220,10 +220,13 @@ def check_index(index: dict[str, Any], split: Split, folder: str) -> None:
     """Compare the index of a chunk folder with what was written.
 
     Raises:
-        UserError: If they differ.
+        UserError: If they differ, or it is no index.
     """
-    unit = "tokens" if index["config"]["item_loader"] == "TokensLoader" else "documents"
-    found = sum(tokens if unit == "tokens" else documents for documents, tokens in _layout(index))
+    try:
+        unit = "tokens" if index["config"]["item_loader"] == "TokensLoader" else "documents"
+        found = sum(tokens if unit == "tokens" else documents for documents, tokens in _layout(index))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}/{INDEX_FILE} is damaged; prepare the dataset anew") from error
     expected = getattr(split, unit)
     if found != expected:
         raise UserError(

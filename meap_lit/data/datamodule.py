@@ -1,5 +1,6 @@
 """What the datamodules share: prepared datasets, the global batch and how it is divided, and where a resume goes on."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,16 +65,25 @@ class StreamingData(L.LightningDataModule, ABC):
         self.storage_options = storage_options or {}
         self.preparation = preparation or []
         self._resumed = _Progress()
+        if not self.datasets:
+            raise UserError("data.datasets names no dataset; name a folder, or several with the weight of each")
         for path, weight in self.datasets.items():
-            if weight <= 0:
-                raise UserError(f"data.datasets: the weight of {path} must be above 0, got {weight:g}")
-        for name in ("seq_len", "global_batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+            if not 0 < weight < math.inf:
+                raise UserError(f"data.datasets: the weight of {path} must be above 0 and finite, got {weight:g}")
+        smallest = {"seq_len": 1, "global_batch_size": 1, "micro_batch_size": 1, "val_samples": 1, "num_workers": 0}
+        for name, limit in smallest.items():
+            value = getattr(self, name)
+            if value is not None and value < limit:
+                raise UserError(f"data.{name} must be at least {limit}, got {value}")
 
     @abstractmethod
     def steps_in(self, epochs: int) -> int:
         """Whole optimizer steps in so many epochs over the datasets."""
+
+    @property
+    def row_settings(self) -> dict[str, Any]:
+        """Settings that decide what stands in a row; a resume counts rows, so they must not change."""
+        return {"seq_len": self.seq_len, "seed": self.seed}
 
     @property
     @abstractmethod
@@ -127,15 +137,29 @@ class StreamingData(L.LightningDataModule, ABC):
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         fingerprints = {path: manifest.fingerprint for path, manifest in self.manifests.items()}
-        return {"step": self.trainer.global_step, "samples": self.samples_seen, "datasets": fingerprints}
+        return {
+            "step": self.trainer.global_step,
+            "samples": self.samples_seen,
+            "datasets": fingerprints,
+            "rows": self.row_settings,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return  # a model may be validated on any data
         now = {path: manifest.fingerprint for path, manifest in self.manifests.items()}
         if list(state_dict["datasets"].values()) != list(now.values()):
             raise UserError(
                 f"the checkpoint was trained on other data: {', '.join(state_dict['datasets'])} then, "
                 f"{', '.join(now)} now (contents differ); resume with the same datasets, or start a new run"
             )
+        for name, value in self.row_settings.items():
+            was = state_dict["rows"][name]
+            if was != value:
+                raise UserError(
+                    f"data.{name} was {was} in the run of the checkpoint and is {value} now, which changes its rows; "
+                    f"leave it as it was, or start a new run with model.init_from"
+                )
         self._resumed = _Progress(state_dict["step"], state_dict["samples"])
 
     @property

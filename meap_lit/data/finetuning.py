@@ -1,10 +1,12 @@
 """The LitData streaming datamodule for fine-tuning: conversations, duplicated, masked and packed."""
 
+import dataclasses
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from meap_lit.data.datamodule import StreamingData
@@ -48,9 +50,22 @@ class FineTuningData(StreamingData):
                     f"{self.seq_len}; raise it, or prepare the dataset with --max_tokens {self.seq_len}"
                 )
         self.sizes = [Sizes.of(self.indexes[path, "train"], self.duplication, self.seq_len) for path in self.datasets]
-        if self.duplication.no_room == "stop":
-            self._check_room()
+        self._check_room()
         self._adopt_template()
+
+    def _check_room(self) -> None:
+        for path, sizes in zip(self.datasets, self.sizes, strict=True):
+            crowded = sizes.without_room
+            if not crowded.any():
+                continue
+            what = (
+                f"{crowded.sum()} of {len(crowded)} samples of dataset {path} do not fit twice into data.seq_len "
+                f"{self.seq_len}, the longest has {sizes.num_tokens[crowded].max()} tokens"
+            )
+            if self.duplication.no_room == "stop":
+                ways = "data.duplication.no_room to skip_copy or data.duplication.layout to separate"
+                raise UserError(f"{what}; raise it, or set {ways}")
+            rank_zero_info(f"{what}; they have no copy")
 
     def _adopt_template(self) -> None:
         """Make the template of the data the tokenizer's own, so that it goes wherever the model goes."""
@@ -65,15 +80,9 @@ class FineTuningData(StreamingData):
         template = ChatTemplate.load("tokenizer", self.tokenizer)
         self.stop_token_ids = sorted({self.tokenizer.eos_token_id, *template.stop_token_ids})
 
-    def _check_room(self) -> None:
-        for path, sizes in zip(self.datasets, self.sizes, strict=True):
-            crowded = sizes.without_room
-            if crowded.any():
-                raise UserError(
-                    f"{crowded.sum()} of {len(crowded)} samples of dataset {path} do not fit twice into data.seq_len "
-                    f"{self.seq_len}, the longest has {sizes.num_tokens[crowded].max()} tokens; raise it, or set "
-                    f"data.duplication.no_room to skip_copy or data.duplication.layout to separate"
-                )
+    @property
+    def row_settings(self) -> dict[str, Any]:
+        return {**super().row_settings, "duplication": dataclasses.asdict(self.duplication)}
 
     def steps_in(self, epochs: int) -> int:
         return self._order().num_rows(epochs) // self.global_batch_size

@@ -82,8 +82,10 @@ class ChatTemplate:
         if name.endswith(".jinja"):
             try:
                 return cls(name, Path(name).read_text(encoding="utf-8"), tokenizer)
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"cannot read chat template {name}: {error}") from error
+            except OSError as error:
+                raise UserError(f"cannot read chat template {name}: {error.strerror}") from error
+            except UnicodeDecodeError as error:
+                raise UserError(f"cannot read chat template {name}: not valid UTF-8") from error
         if name == "tokenizer":
             source = _default_template(tokenizer)
             if source is None:

@@ -25,6 +25,7 @@ _WELL_KNOWN = {
     "bos": ("<s>", "<|begin_of_text|>", "<bos>"),
     "mask": (MASK_TOKEN, "<mask>"),
 }
+_TOKEN_SETTINGS = ("bos_token", "eos_token", "mask_token", "pad_token", "unk_token")
 # What of a tokenizer_config.json is handed on by `save`; the rest names classes and files that `save` does not write.
 _KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "unk_token", "pad_token")
 
@@ -92,7 +93,8 @@ class Tokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
                 content = _parse(_read(folder / name), folder / name)
-                settings |= {key: _plain(value) for key, value in content.items() if value is not None}
+                named = {key: value for key, value in content.items() if value is not None}
+                settings |= {key: _plain(value, key, folder / name) for key, value in named.items()}
         if (folder / _TEMPLATE_FILE).is_file():
             settings["chat_template"] = _read(folder / _TEMPLATE_FILE)
         return cls(backend, settings, path)
@@ -155,7 +157,8 @@ class Tokenizer:
         """Write the tokenizer, mask token included, as a folder that transformers and `load` read."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(target / "tokenizer.json"))
+        # the library's own `save` says of a full disk nothing that could be told from a bug
+        (target / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         settings = {name: self._settings[name] for name in _KEPT_SETTINGS if name in self._settings}
         settings |= {f"{role}_token": token for role, token in self._special.items() if token is not None}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -178,9 +181,12 @@ def _find_special(backend: tokenizers.Tokenizer, settings: dict[str, Any], role:
     return next((token for token in candidates if token and backend.token_to_id(token) is not None), None)
 
 
-def _plain(setting: Any) -> Any:
+def _plain(setting: Any, key: str, file: Path) -> Any:
     """A token as its text: the files may hold a serialised AddedToken instead."""
-    return setting["content"] if isinstance(setting, dict) and "content" in setting else setting
+    plain = setting["content"] if isinstance(setting, dict) and "content" in setting else setting
+    if key in _TOKEN_SETTINGS and not isinstance(plain, str):
+        raise UserError(f"{file}: {key} must be a token such as {json.dumps(END_OF_TEXT)}, got {json.dumps(setting)}")
+    return plain
 
 
 def _with_mask_token(backend: tokenizers.Tokenizer, mask: str) -> tokenizers.Tokenizer:

@@ -99,6 +99,9 @@ class Generate:
                 raise UserError(f"cannot read prompt_file {self.prompt_file}: {error}") from error
         if not texts:
             raise UserError("no prompt; give one with --prompt or --prompt_file")
+        for text in texts:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(f"prompt {text!r} is not valid UTF-8; write it to a file in UTF-8 for --prompt_file")
         if not self.chat and (self.system is not None or self.template != "tokenizer"):
             raise UserError("system and template do nothing without chat; add --chat or leave them out")
         return texts

@@ -4,7 +4,6 @@ Reads top to bottom: norm, attention, MLP, block, decoder. Parameter names are t
 checkpoint maps one to one. Nothing here knows of masking, of ranks or of a trainer.
 """
 
-import math
 from functools import partial
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from meap_lit.model.attention import Attend, Documents, KVCache, causal_attention, packed_attention
 from meap_lit.model.config import DecoderConfig
+from meap_lit.model.init import init_parameter_
 from meap_lit.model.rope import apply_rope, rope_angles
 
 
@@ -82,25 +82,15 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as TinyLlama does (jzhang38/TinyLlama, `lit_gpt/model.py`, `GPT._init_weights`).
-
-        Normal with std sqrt(2 / (5 * width)); the two projections of a block that write to the residual stream
-        get std 1 / sqrt(width) / layers. Also ties the head, which leaving the meta device (`to_empty`) unties.
-        """
-        config = self.config
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
-        std = math.sqrt(2 / (5 * config.hidden_size))
-        residual_std = 1 / math.sqrt(config.hidden_size) / config.num_layers
+        """Random weights (`init.py`), and the tied head."""
+        self.tie_weights()
         for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.normal_(parameter, std=residual_std)
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.ones_(parameter)  # norms
+            init_parameter_(parameter, name, self.config)
+
+    def tie_weights(self) -> None:
+        """Make the embedding the head, if they are tied; leaving the meta device (`to_empty`) unties them."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
         self,

@@ -85,7 +85,8 @@ def read_config(content: Mapping[str, Any], where: str) -> tuple[DecoderConfig, 
     num_heads = sizes["num_attention_heads"]
     max_seq_len = _count(content, "max_position_embeddings", where)
     # an absent width is the quotient everywhere but in Qwen3, which has a number as its default
-    head_dim = content.get("head_dim") or (128 if model_type == "qwen3" else None)
+    head_dim = _optional_count(content, "head_dim", where) or (128 if model_type == "qwen3" else None)
+    outer_theta = _number(content, "rope_theta", 10_000.0, where)
     try:
         return DecoderConfig(
             num_layers=sizes["num_hidden_layers"],
@@ -96,8 +97,8 @@ def read_config(content: Mapping[str, Any], where: str) -> tuple[DecoderConfig, 
             vocab_size=_count(content, "vocab_size", where),
             max_seq_len=min(max_seq_len, _sliding_window(content, model_type, where) or max_seq_len),
             head_dim=None if head_dim == sizes["hidden_size"] / num_heads else head_dim,
-            norm_eps=content.get("rms_norm_eps", 1e-6),
-            rope_theta=float(_rope(content).get("rope_theta") or content.get("rope_theta") or 10_000.0),
+            norm_eps=_number(content, "rms_norm_eps", 1e-6, where),
+            rope_theta=_number(_rope(content, where), "rope_theta", outer_theta, where),
             rope_scaling=_rope_scaling(content, max_seq_len, where),
             tie_embeddings=bool(content.get("tie_word_embeddings")),
             qkv_bias=model_type == "qwen2",
@@ -148,15 +149,18 @@ def _sliding_window(content: Mapping[str, Any], model_type: str, where: str) -> 
     if unknown:
         raise UserError(f"{where}: layer_types {', '.join(sorted(unknown))} is not supported; only full_attention is")
     used = model_type == "mistral" or (model_type != "llama" and content.get("use_sliding_window"))
-    return content.get("sliding_window") if used else None
+    return _optional_count(content, "sliding_window", where) if used else None
 
 
-def _rope(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    return content.get("rope_scaling") or content.get("rope_parameters") or {}
+def _rope(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{where}: the rotary parameters must be an object, got {_json(rope)}")
+    return rope
 
 
 def _rope_scaling(content: Mapping[str, Any], max_seq_len: int, where: str) -> RopeScaling | None:
-    rope = _rope(content)
+    rope = _rope(content, where)
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if unknown := sorted(set(rope) - _ROPE_KEYS):
         raise UserError(f"{where}: {unknown[0]} in the rotary parameters is not supported")
@@ -177,8 +181,8 @@ def _rope_scaling(content: Mapping[str, Any], max_seq_len: int, where: str) -> R
     settings |= {key: numbers[key] for key in _SCALING_KEYS[rope_type] if key in numbers}
     if rope_type != "linear":
         # as transformers 5 does: the outer value goes before the inner, the whole context is the default
-        original = content.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-        settings["original_max_seq_len"] = original or max_seq_len
+        originals = (_optional_count(part, "original_max_position_embeddings", where) for part in (content, rope))
+        settings["original_max_seq_len"] = next(filter(None, originals), max_seq_len)
     if rope_type == "yarn":
         settings["attention_factor"] = _attention_factor(numbers)
     return RopeScaling(**settings)
@@ -199,6 +203,17 @@ def _count(content: Mapping[str, Any], key: str, where: str) -> int:
         found = "has no" if value is None else f"has a wrong value {value!r} for"
         raise UserError(f"{where} {found} {key}; a whole number of at least 1 is needed")
     return value
+
+
+def _optional_count(content: Mapping[str, Any], key: str, where: str) -> int | None:
+    return None if content.get(key) is None else _count(content, key, where)
+
+
+def _number(content: Mapping[str, Any], key: str, default: float, where: str) -> float:
+    value = content.get(key)
+    if not isinstance(value, int | float | None):
+        raise UserError(f"{where} has a wrong value {value!r} for {key}; a number is needed")
+    return default if value is None else float(value)
 
 
 # ------------------------------------------------------------------------------------------------- writing

@@ -61,7 +61,7 @@ class HFFolder(WeightSource):
             model_type=model_type,
             dtype=_DTYPES[entries[EMBEDDING].dtype],
             tokenizer_folder=folder if (folder / "tokenizer.json").is_file() else None,
-            generation=_read_json(folder / GENERATION_FILE) if (folder / GENERATION_FILE).is_file() else {},
+            generation=_read_generation(folder / GENERATION_FILE),
             entries=entries,
         )
 
@@ -119,6 +119,10 @@ def _shard_entries(folder: Path) -> list[_Entry]:
 @contextmanager
 def _open_safetensors(file: Path) -> Iterator[Any]:
     try:
+        file.open("rb").close()  # the library calls every file absent that it cannot open
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    try:
         with safe_open(str(file), framework="pt") as content:
             yield content
     except (SafetensorError, OSError) as error:
@@ -144,10 +148,22 @@ def pickle_refusal(file: Path) -> str:
     )
 
 
+def _read_generation(file: Path) -> dict[str, Any]:
+    content = _read_json(file) if file.is_file() else {}
+    for key in ("eos_token_id", "suppress_tokens"):
+        ids = content.get(key) or []
+        is_single = key == "eos_token_id" and isinstance(ids, int)
+        if not is_single and not (isinstance(ids, list) and all(isinstance(token_id, int) for token_id in ids)):
+            raise UserError(f"{file}: {key} must hold token ids, got {json.dumps(ids)}")
+    return content
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a JSON object, not a {type(content).__name__}")

@@ -4,7 +4,6 @@ Written here and not taken from `peft`, which would need transformers at run tim
 wraps. A `LoRALinear` keeps the names `weight` and `bias` of the layer it replaces, so checkpoints map as before.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -56,7 +55,7 @@ class LoRA:
 class LoRALinear(nn.Linear):
     """y = W x + b + scale * B A x, with W and b frozen.
 
-    A starts as a linear layer does, B at zero, so an adapted model starts as the model that it adapts.
+    B starts at zero, so an adapted model starts as the model that it adapts.
 
     Args:
         linear: The layer to replace; its weight and bias are taken over, not copied.
@@ -70,16 +69,23 @@ class LoRALinear(nn.Linear):
         self.dropout = lora.dropout
         device = linear.weight.device
         self.lora_a = nn.Parameter(torch.empty(lora.rank, linear.in_features, dtype=torch.float32, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, lora.rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.lora_b = nn.Parameter(torch.empty(linear.out_features, lora.rank, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         adapted = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_a), self.lora_b)
         return super().forward(x) + self.scale * adapted
 
 
+def is_adapter(name: str) -> bool:
+    """Whether the parameter of that name belongs to an adapter."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
 def add_lora(decoder: nn.Module, lora: LoRA) -> None:
-    """Freeze `decoder` and put an adapter on every projection that `lora` names, in place."""
+    """Freeze `decoder` and put an adapter on every projection that `lora` names, in place.
+
+    The adapters' values are left open: `weights.init_weights` fills them.
+    """
     decoder.requires_grad_(False)
     for parent in list(decoder.modules()):
         for name, child in list(parent.named_children()):

@@ -1,18 +1,190 @@
-"""What is put around a finished decoder from outside; the decoder does not know of it."""
+"""What is put around a finished decoder from outside: recomputation, compilation, sharding. The decoder does not know.
 
+The only module that imports torch.distributed. Everything works on the meta device, so that a model larger than the
+memory of one device is never held as a whole (PyTorch's FSDP2 and DTensor; pytorch/torchtitan shows their use).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Any, Literal
 
-from torch.utils.checkpoint import checkpoint
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from meap_lit.model.decoder import Decoder
+from meap_lit.errors import UserError
+from meap_lit.model.decoder import Block, Decoder
+from meap_lit.model.lora import LoRALinear
+
+# ---------------------------------------------------------------------------------------- memory and speed
 
 
-def checkpoint_activations(decoder: Decoder) -> None:
-    """Keep only the inputs of each block for the backward, and compute the rest of it again, in place.
+_SAVED = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+"""Operations whose results `selective` keeps: those that take time."""
 
-    Costs one more forward (about a third of a step's time); memory for activations falls to one hidden state a block.
+
+def checkpoint_activations(decoder: Decoder, mode: Literal["selective", "full"]) -> None:
+    """Keep less of the forward for the backward and compute the rest of it again, in place.
+
+    `full` keeps one hidden state a block and costs one more forward, about a third of a step's time. `selective` keeps
+    the results of matrix products and attention and repeats what is cheap: norms, rotations, the SwiGLU's product.
     The forward is replaced, not the block, so that parameters keep their names. The second forward repeats the random
     state of the first, for the dropout of adapters.
     """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, list(_SAVED))
+    for block in _blocks(decoder):
+        block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+
+
+def compile_blocks(decoder: Decoder) -> None:
+    """Compile every block, in place; the first is compiled, the others find it in the cache."""
+    for block in _blocks(decoder):
+        block.compile()
+
+
+def _blocks(decoder: Decoder) -> Iterator[Block]:
     for block in decoder.layers:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        assert isinstance(block, Block)
+        yield block
+
+
+# ------------------------------------------------------------------------------------------------- sharding
+
+
+def shard(
+    decoder: Decoder,
+    data_mesh: DeviceMesh,
+    tensor_mesh: DeviceMesh | None = None,
+    *,
+    reshard_after_forward: bool = True,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    cpu_offload: bool = False,
+) -> None:
+    """Split every block over the devices of the meshes, in place: tensor parallel inside, FSDP2 around it.
+
+    Args:
+        decoder: On the meta device or not.
+        data_mesh: Devices that read different data: one dimension shards the weights; of two the first replicates and
+            the second shards (HSDP).
+        tensor_mesh: Devices that read the same data and share each matrix product, if any.
+        reshard_after_forward: Give a block's gathered weights back between forward and backward.
+        param_dtype: Dtype in which weights are gathered and used; their own if not given.
+        reduce_dtype: Dtype in which gradients are reduced; `param_dtype` if not given.
+        cpu_offload: Keep shards, gradients and optimizer states in the host's memory.
+
+    Raises:
+        UserError: If the heads cannot be divided, or adapters would have to be.
+    """
+    if tensor_mesh is not None:
+        _split_products(decoder, tensor_mesh)
+    options: dict[str, Any] = {
+        "mesh": data_mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
+        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    }
+    for block in _blocks(decoder):
+        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+    # the loss reads the head after the forward has ended, so what is left to the root stays gathered until the backward
+    fully_shard(decoder, reshard_after_forward=False, **options)
+
+
+def _split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
+    """Query, key, value, gate and up by their outputs, o and down by their inputs: one sum of activations for each half
+    of a block (Megatron-LM, arXiv 1909.08053). Embedding, head and norms are whole on every device.
+    """
+    size = mesh.size()
+    for name in ("num_heads", "num_kv_heads", "intermediate_size"):
+        if getattr(decoder.config, name) % size:
+            raise UserError(
+                f"decoder.{name} {getattr(decoder.config, name)} cannot be divided among tensor_parallel_size {size} "
+                f"devices; lower trainer.strategy.tensor_parallel_size"
+            )
+    if any(isinstance(module, LoRALinear) for module in decoder.modules()):
+        raise UserError("adapters cannot be split: use trainer.strategy.tensor_parallel_size 1 with model.lora")
+    by_output, by_input = ColwiseParallel, RowwiseParallel
+    for block in _blocks(decoder):
+        plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": by_output() for name in "qkv"}
+        plan |= {f"mlp.{name}_proj": by_output() for name in ("gate", "up")}
+        plan |= {"self_attn.o_proj": by_input(), "mlp.down_proj": by_input()}
+        parallelize_module(block, mesh, plan)
+        for norm in (block.self_attn.q_norm, block.self_attn.k_norm):
+            if isinstance(norm, nn.RMSNorm):
+                norm.forward = partial(_norm_of_some_heads, norm, mesh)  # type: ignore[method-assign]
+
+
+def _norm_of_some_heads(norm: nn.RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:
+    """The norm of a device's own heads; its weight is one for all heads, so its gradient is summed over the devices."""
+    return F.rms_norm(x, norm.normalized_shape, _SumGradient.apply(norm.weight, mesh), norm.eps)
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.group = mesh.get_group()
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def write_shard(parameter: Tensor, value: Tensor) -> None:
+    """Write a whole value into a parameter of which this device may hold a part."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(value)
+        return
+    local = parameter.to_local()
+    whole = value.to(local.device, local.dtype)
+    local.copy_(_part_of(whole, parameter))
+
+
+def _part_of(whole: Tensor, parameter: DTensor) -> Tensor:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, parameter.device_mesh, parameter.placements)
+    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients so that their norm over all parameters and devices is at most `max_norm`.
+
+    Returns:
+        The norm before, scalar, the same on every device.
+    """
+    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
+    norms = []
+    for group in by_mesh(with_grad):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    if not math.isinf(max_norm):
+        for group in by_mesh(with_grad):
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
+    return total
+
+
+def by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Parameters grouped by the devices that share them: one operation takes tensors of a single group."""
+    groups: dict[Any, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
+    return list(groups.values())

@@ -5,6 +5,7 @@ needs the model and one tensor beside it.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 from meap_lit.errors import UserError
 from meap_lit.model.config import DecoderConfig
 from meap_lit.model.decoder import Decoder
+from meap_lit.model.init import init_parameter_
+from meap_lit.model.lora import is_adapter
+
+Write = Callable[[Tensor, Tensor], None]
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 _ROWS = 1 << 12
@@ -82,26 +87,61 @@ def build_decoder(
     Raises:
         UserError: As `load_weights` does.
     """
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    decoder = decoder.to(dtype or source.dtype).to_empty(device=device or "cpu")
-    if config.tie_embeddings:
-        decoder.lm_head.weight = decoder.embed_tokens.weight  # leaving the meta device has untied them
+    decoder = meta_decoder(config, dtype or source.dtype)
+    allocate(decoder, device or "cpu")
     load_weights(decoder, source, first_new_token=first_new_token)
     return decoder
 
 
-def load_weights(decoder: Decoder, source: WeightSource, *, first_new_token: int | None = None) -> None:
+def meta_decoder(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
+    """A decoder without memory for its weights."""
+    with torch.device("meta"):
+        return Decoder(config).to(dtype)
+
+
+def allocate(decoder: Decoder, device: torch.device | str) -> None:
+    """Give a decoder, or each device's part of it, memory on `device`; what stands in it is left open."""
+    decoder.to_empty(device=device)
+    decoder.tie_weights()
+
+
+def copy_whole(parameter: Tensor, value: Tensor) -> None:
+    """Write a value into a parameter that is held as a whole."""
+    parameter.copy_(value)
+
+
+def init_weights(decoder: Decoder, names: Iterable[str], write: Write = copy_whole) -> None:
+    """Fill parameters with random values, one at a time; they follow from torch's seed and their names.
+
+    Args:
+        decoder: Allocated.
+        names: Which.
+        write: Puts a whole value into a parameter; for parameters of which each device holds a part.
+    """
+    parameters = dict(decoder.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            parameter = parameters[name]
+            value = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            init_parameter_(value, name, decoder.config)
+            write(parameter, value)
+
+
+def load_weights(
+    decoder: Decoder, source: WeightSource, *, first_new_token: int | None = None, write: Write = copy_whole
+) -> None:
     """Fill the allocated parameters of `decoder` in place, tensor by tensor, cast to their dtype.
 
     Where the decoder's vocabulary has more rows than the source's, embedding and head grow: new rows are the mean of
     the old ones. The exponential being convex, a new token is then never likelier than the old ones on average.
+    Adapters are left as they are.
 
     Args:
         decoder: Anything may stand in its parameters, but they must not be on the meta device.
         source: The weights.
         first_new_token: Id of the mask token, where the model has not seen one before. Its row becomes the mean of
             the rows below even where the source has it in reserve (Qwen: 151,936 rows for 151,665 tokens).
+        write: Puts a whole value into a parameter; for parameters of which each device holds a part.
 
     Raises:
         UserError: If a tensor is missing, left over, of another shape or unreadable.
@@ -109,10 +149,12 @@ def load_weights(decoder: Decoder, source: WeightSource, *, first_new_token: int
     parameters = check_weights(decoder, source)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if name in (EMBEDDING, HEAD):
-                copy_rows(parameter, source.read(name), first_new_token)
-            else:
-                parameter.copy_(source.read(name))
+            value = source.read(name)
+            if name in (EMBEDDING, HEAD) and (len(value) < len(parameter) or first_new_token is not None):
+                rows = torch.empty(parameter.shape, dtype=parameter.dtype)  # means are not rounded to the file's dtype
+                copy_rows(rows, value, first_new_token)
+                value = rows
+            write(parameter, value)
 
 
 def check_weights(decoder: Decoder, source: WeightSource) -> dict[str, nn.Parameter]:
@@ -123,12 +165,12 @@ def check_weights(decoder: Decoder, source: WeightSource) -> dict[str, nn.Parame
         source: The weights; only a tied head is read.
 
     Returns:
-        The parameters by name, a tied head not apart.
+        The parameters by name, a tied head not apart, adapters left out.
 
     Raises:
         UserError: If a tensor is missing, left over or of another shape.
     """
-    parameters = dict(decoder.named_parameters())
+    parameters = {name: value for name, value in decoder.named_parameters() if not is_adapter(name)}
     available = set(source.names())
     if decoder.config.tie_embeddings and HEAD in available:
         _check_tied(source)

@@ -5,6 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -13,14 +14,16 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from meap_lit.checkpoints import WeightSource, build_decoder, open_source, vocab_size_for
+from meap_lit.checkpoints import open_source, vocab_size_for
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig
 from meap_lit.model.config import pad_vocab_size
-from meap_lit.model.lora import LoRA, add_lora
-from meap_lit.model.parallelize import checkpoint_activations
+from meap_lit.model.lora import LoRA, add_lora, is_adapter
+from meap_lit.model.parallelize import checkpoint_activations, clip_grad_norm, compile_blocks, write_shard
+from meap_lit.model.weights import WeightSource, allocate, copy_whole, init_weights, load_weights, meta_decoder
 from meap_lit.modules.optimizer import AdamW
+from meap_lit.strategies import Sharded
 
 
 class DecoderModule(L.LightningModule, ABC):
@@ -32,7 +35,9 @@ class DecoderModule(L.LightningModule, ABC):
         init_from: Start from these weights instead: a Hugging Face folder, a checkpoint (.ckpt) or a run's folder. Its
             vocabulary grows by the mask token if it has none.
         lora: Train low-rank adapters on these projections and nothing else.
-        activation_checkpointing: `full` keeps one hidden state a block for the backward and computes the rest anew.
+        activation_checkpointing: Keep less for the backward and compute it anew: `full` keeps one hidden state a block,
+            `selective` also the results of matrix products and attention.
+        compile: Compile each block (torch.compile); takes a minute at the start.
         seed: Seed of the masks.
         mask_token_id: Id of the mask token; taken from the data's tokenizer if not given.
     """
@@ -43,7 +48,8 @@ class DecoderModule(L.LightningModule, ABC):
         decoder: DecoderConfig | None = None,
         init_from: str | None = None,
         lora: LoRA | None = None,
-        activation_checkpointing: Literal["none", "full"] = "none",
+        activation_checkpointing: Literal["none", "selective", "full"] = "none",
+        compile: bool = False,
         seed: int = 0,
         mask_token_id: int | None = None,
     ) -> None:
@@ -55,6 +61,7 @@ class DecoderModule(L.LightningModule, ABC):
         self.init_from = init_from
         self.lora = lora
         self.activation_checkpointing = activation_checkpointing
+        self.compile_blocks = compile
         self.seed = seed
         self.mask_token_id = mask_token_id
         self.decoder: Decoder | None = None
@@ -81,51 +88,57 @@ class DecoderModule(L.LightningModule, ABC):
             )
 
     def configure_model(self) -> None:
-        """Build the decoder, now that the vocabulary is known and the strategy has chosen a device."""
+        """Build the decoder, now that the vocabulary is known and the strategy has chosen devices.
+
+        It is put together without memory, split over the devices if the strategy does so, and only then allocated and
+        filled, so that no device ever holds more than its part.
+        """
         if self.decoder is not None:
             return
         data = getattr(self._trainer, "datamodule", None)
         tokenizer = None if data is None else data.tokenizer
-        if self.init_from is None:
-            assert self.initial_config is not None
-            self.config = _with_vocabulary(self.initial_config, tokenizer)
-            self._adopt_mask_token(tokenizer)
-            self.decoder = Decoder(self.config)
-        else:
-            self.decoder = self._load(open_source(self.init_from), tokenizer)
+        source = None if self.init_from is None else open_source(self.init_from)
+        self.config = self._choose_config(source, tokenizer)
+        self._adopt_mask_token(tokenizer)
         if data is not None and data.longest_input > self.config.max_seq_len:
             raise UserError(
                 f"the longest input of the data, {data.longest_input} tokens (data.seq_len {data.seq_len}), is longer "
                 f"than the model's context, decoder.max_seq_len {self.config.max_seq_len}; shorten the one or raise "
                 f"the other"
             )
+        # strategy and precision (float32 unless bf16-true) have set torch's defaults
+        decoder = meta_decoder(self.config, torch.get_default_dtype())
+        device, write = torch.get_default_device(), copy_whole
         if self.lora is not None:
-            add_lora(self.decoder, self.lora)
-        if self.activation_checkpointing == "full":
-            checkpoint_activations(self.decoder)
+            add_lora(decoder, self.lora)
+        if self.activation_checkpointing != "none":
+            checkpoint_activations(decoder, self.activation_checkpointing)
+        if self.compile_blocks:
+            compile_blocks(decoder)
+        strategy = getattr(self._trainer, "strategy", None)
+        if isinstance(strategy, Sharded):
+            strategy.shard(decoder)
+            device, write = strategy.parameter_device, write_shard
+        allocate(decoder, device)
+        names = [name for name, _ in decoder.named_parameters() if source is None or is_adapter(name)]
+        init_weights(decoder, names, write)
+        if source is not None:
+            load_weights(decoder, source, first_new_token=self.origin["first_new_token"], write=write)
+        self.decoder = decoder
 
-    def _load(self, source: WeightSource, tokenizer: Tokenizer | None) -> Decoder:
-        rows = source.config.vocab_size if tokenizer is None else vocab_size_for(source, tokenizer)
-        self.config = dataclasses.replace(source.config, vocab_size=rows)
-        self._adopt_mask_token(tokenizer)
-        new_token = tokenizer.mask_token_id if tokenizer is not None and tokenizer.mask_is_new else None
+    def _choose_config(self, source: WeightSource | None, tokenizer: Tokenizer | None) -> DecoderConfig:
+        if source is None:
+            assert self.initial_config is not None
+            return _with_vocabulary(self.initial_config, tokenizer)
         self.origin = {
             "init_from": str(source.path),
-            "first_new_token": new_token,
+            "first_new_token": tokenizer.mask_token_id if tokenizer is not None and tokenizer.mask_is_new else None,
             "model_type": source.model_type,
             "dtype": str(source.dtype).removeprefix("torch."),
             "generation": source.generation,
         }
-        # strategy and precision (float32 unless bf16-true) set torch's defaults; weights that stay frozen in bfloat16
-        # are never held in float32, which might not fit
-        frozen = self.lora is not None and self.lora.frozen_dtype == "bfloat16"
-        return build_decoder(
-            self.config,
-            source,
-            first_new_token=new_token,
-            dtype=torch.bfloat16 if frozen else torch.get_default_dtype(),
-            device=torch.get_default_device(),
-        )
+        rows = source.config.vocab_size if tokenizer is None else vocab_size_for(source, tokenizer)
+        return dataclasses.replace(source.config, vocab_size=rows)
 
     def _adopt_mask_token(self, tokenizer: Tokenizer | None) -> None:
         if self.mask_token_id is None and tokenizer is not None:
@@ -168,7 +181,7 @@ class DecoderModule(L.LightningModule, ABC):
     ) -> None:
         """Clip the global norm and log it, computing it once."""
         limit = math.inf if gradient_clip_val is None else gradient_clip_val
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        norm = clip_grad_norm(self.parameters(), limit)
         self.log("train/grad_norm", norm)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
@@ -186,8 +199,21 @@ class DecoderModule(L.LightningModule, ABC):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         missing = trained - state_dict.keys()
         if missing and self.lora is not None:
-            raise UserError(f"the checkpoint has no adapter {min(missing)}: its run had other model.lora.targets")
+            kind = "other model.lora.targets" if any(map(is_adapter, state_dict)) else "no model.lora"
+            raise UserError(
+                f"the checkpoint has no adapter {min(missing)}: its run had {kind}; resume it with the same"
+            )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse adapters of another model: they would fit it, and mean nothing."""
+        trained_on = checkpoint.get("decoder", {}).get("init_from")
+        now = self.origin.get("init_from")
+        if self.lora is not None and trained_on and trained_on != now and Path(trained_on).exists():
+            raise UserError(
+                f"the checkpoint's adapters were trained on {trained_on}, model.init_from is {now} now; "
+                f"set model.init_from to {trained_on}"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["decoder"] = {

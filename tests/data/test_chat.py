@@ -285,6 +285,8 @@ def test_a_conversation_cut_before_its_answer_is_dropped(tmp_path, tokenizer, to
         ({"num_workers": 0}, "num_workers must be at least 1, got 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"chunk_bytes": "64 apples"}, "chunk_bytes must be a size in KB, MB, GB such as 64MB, got '64 apples'"),
+        ({"chunk_bytes": "infMB"}, "chunk_bytes must be a size in KB, MB, GB such as 64MB, got 'infMB'"),
+        ({"system": "\udce9"}, r"field 'system' holds a broken character \(half of a surrogate pair\)"),
         ({"tokenizer": "nowhere"}, "tokenizer folder nowhere does not exist"),
         ({"template": "vicuna"}, "unknown template 'vicuna'; there are tokenizer"),
         ({"template": "tokenizer"}, "tokenizer .* has no chat_template; name a template: alpaca"),
@@ -292,7 +294,7 @@ def test_a_conversation_cut_before_its_answer_is_dropped(tmp_path, tokenizer, to
         ({"input": ["nowhere.json"]}, "input nowhere.json does not exist"),
         (
             {"max_tokens": 3, "on_long": "drop"},
-            r"no conversation to tokenise in \S+/in.json \(2 dropped, 0 unreadable\)",
+            r"no conversation to tokenise in \S+/in.json \(2 too long for max_tokens, 0 unreadable\)",
         ),
     ],
 )
@@ -340,7 +342,9 @@ def test_bad_records_stop_or_are_counted(tmp_path, tokenizer, record, message, c
 @pytest.mark.parametrize(("name", "content"), [("in.json", "[]"), ("in.jsonl", ""), ("in.jsonl", "\n\n")])
 def test_empty_data_file(tmp_path, tokenizer_folder, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=rf"^no conversation to tokenise in \S+/{name} \(0 dropped, 0 unreadable\)$"):
+    with pytest.raises(
+        UserError, match=rf"^no conversation to tokenise in \S+/{name} \(0 too long for max_tokens, 0 unreadable\)$"
+    ):
         prepare(tmp_path / "out", tmp_path / name, tokenizer_folder)
     assert not (tmp_path / "out").exists()
 

@@ -136,3 +136,22 @@ def test_another_tokenizer_is_refused(toy_sft_recipe, tmp_path):
     TrainTokenizer(input=[str(tmp_path / "text.txt")], vocab_size=270, output=str(tmp_path / "tokenizer")).run()
     with pytest.raises(UserError, match="was prepared with another tokenizer than"):
         fit(toy_sft_recipe, "--data.tokenizer", str(tmp_path / "tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("seq_len", "420", "data.seq_len was 400 in the run of the checkpoint and is 420 now"),
+        (
+            "duplication.mask_ratio",
+            "0",
+            r"data.duplication was {'mask_ratio': 0.2, .*} in the run .* and is {.*: 0.0, ",
+        ),
+        ("seed", "5", "data.seed was 1 in the run of the checkpoint and is 5 now"),
+    ],
+)
+def test_a_resume_counts_on_the_same_rows(toy_sft_recipe, tmp_path, option, value, message):
+    fit(toy_sft_recipe, "--budget.max_steps", "5")
+    checkpoint = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match=message):
+        fit(toy_sft_recipe, "--ckpt_path", str(checkpoint), f"--data.{option}", value)

@@ -97,9 +97,10 @@ def test_index_missing_damaged_or_of_other_data(dataset):
     edit(index, chunks=content["chunks"][:-1])
     with pytest.raises(UserError, match=r"val/index.json lists \d+ tokens, the manifest \d+; prepare the dataset anew"):
         Manifest.load(str(dataset))
-    index.write_text("{")
-    with pytest.raises(UserError, match=r"val/index.json is damaged"):
-        Manifest.load(str(dataset))
+    for damaged in ("{", "[]", "{}", '{"config": null}'):
+        index.write_text(damaged)
+        with pytest.raises(UserError, match=r"val/index.json is damaged"):
+            Manifest.load(str(dataset))
     index.unlink()
     with pytest.raises(UserError, match=r"set is incomplete: cannot read val/index.json \(No such file or directory\)"):
         Manifest.load(str(dataset))

@@ -65,9 +65,24 @@ def test_preparation_makes_what_is_missing_and_only_that(toy_recipe, prepared, t
         fit(toy_recipe, "--budget.max_steps", "1")
 
 
-def test_a_weight_must_be_positive():
-    with pytest.raises(UserError, match="the weight of a must be above 0, got 0"):
-        PretrainingData({"a": 0.0}, "unused")
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_must_be_positive(weight):
+    with pytest.raises(UserError, match=f"the weight of a must be above 0 and finite, got {weight:g}"):
+        PretrainingData({"a": weight}, "unused")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"datasets": {}}, "data.datasets names no dataset; name a folder"),
+        ({"seq_len": 0}, "data.seq_len must be at least 1, got 0"),
+        ({"val_samples": 0}, "data.val_samples must be at least 1, got 0"),
+        ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        PretrainingData(**{"datasets": "a", "tokenizer": "unused", **options})
 
 
 def test_rows_longer_than_the_text_are_named(toy_recipe):
@@ -86,3 +101,5 @@ def test_a_resume_on_other_data_is_refused(toy_recipe, prepared, other, tmp_path
     moved = tmp_path / "moved"
     shutil.copytree(prepared.dataset, moved)
     fit(toy_recipe, "--ckpt_path", checkpoint, "--data.datasets", str(moved))  # the same content elsewhere is no matter
+    validate = ["validate", "--config", str(toy_recipe), "--ckpt_path", checkpoint, "--data.datasets", other]
+    assert RecipeCLI.run(validate).model.decoder is not None, "a model may be validated on any data"

@@ -316,8 +316,11 @@ def test_a_file(byte_tokenizer, tmp_path):
     (tmp_path / "mine.jinja").write_text(NAMED["chatml"])
     template = ChatTemplate.load(str(tmp_path / "mine.jinja"), byte_tokenizer)
     assert template.encode(CHAT) == ChatTemplate.load("chatml", byte_tokenizer).encode(CHAT)
-    with pytest.raises(UserError, match=r"^cannot read chat template \S+/other.jinja: .*No such file or directory"):
+    with pytest.raises(UserError, match=r"^cannot read chat template \S+/other.jinja: No such file or directory$"):
         ChatTemplate.load(str(tmp_path / "other.jinja"), byte_tokenizer)
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    with pytest.raises(UserError, match=r"^cannot read chat template \S+/latin.jinja: not valid UTF-8$"):
+        ChatTemplate.load(str(tmp_path / "latin.jinja"), byte_tokenizer)
 
 
 def test_no_such_template(byte_tokenizer, tokenizer):

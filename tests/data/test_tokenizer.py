@@ -50,6 +50,13 @@ def test_no_end_of_text_token(tmp_path):
         Tokenizer.load(folder)
 
 
+@pytest.mark.parametrize("token", [5, ["</s>"], {"content": None}])
+def test_a_special_token_is_text(tmp_path, token):
+    folder = word_level(tmp_path / "t", {"<unk>": 0, "</s>": 1}, settings={"eos_token": token})
+    with pytest.raises(UserError, match=r"t/tokenizer_config.json: eos_token must be a token such as \S+, got \S+"):
+        Tokenizer.load(folder)
+
+
 def test_special_tokens_named_by_the_settings_go_before_well_known_ones(tmp_path):
     vocab = {"<unk>": 0, "</s>": 1, "<stop>": 2, "<s>": 3, "<hide>": 4, "a": 5}
     settings = {"eos_token": {"content": "<stop>", "special": True}, "bos_token": None, "mask_token": "<hide>"}

@@ -212,6 +212,10 @@ def complaint(capsys, *arguments: str) -> str:
         ),
         (["--prompt", "a", "--device", "cuda"], "device cuda is not available; use --device cpu"),
         (["--prompt", "a", "--tokenizer", "nowhere"], "tokenizer folder nowhere does not exist"),
+        (
+            ["--prompt", "caf\udce9"],
+            r"prompt 'caf\udce9' is not valid UTF-8; write it to a file in UTF-8 for --prompt_file",
+        ),
         (["--prompt_file", "nowhere.txt"], "cannot read prompt_file nowhere.txt: [Errno 2] No such file or directory"),
         (["--prompt", "a", "--template", "alpaca"], "system and template do nothing without chat"),
     ],

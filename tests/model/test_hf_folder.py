@@ -136,6 +136,16 @@ SHARD = "model-00002-of-00005.safetensors"
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
+        (
+            "one",
+            write("generation_config.json", '{"eos_token_id": [1, "2"]}'),
+            '/generation_config.json: eos_token_id must hold token ids, got [1, "2"]',
+        ),
+        (
+            "one",
+            write("generation_config.json", '{"suppress_tokens": 2}'),
+            "/generation_config.json: suppress_tokens must hold token ids, got 2",
+        ),
         ("one", write("config.json", "{"), "/config.json is not valid JSON: "),
         ("one", write("config.json", "[]"), "/config.json must hold a JSON object, not a list"),
         ("one", cut("model.safetensors", 60_000), "/model.safetensors is damaged or cut short (incomplete metadata"),
@@ -179,3 +189,17 @@ def test_damage_is_said_in_one_line(saved: Path, kind: str, change, message: str
         load(folder)
     assert str(error.value).startswith(f"{folder}{message}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(saved: Path, name: str, monkeypatch) -> None:
+    def refuse(path: Path, *arguments: str, **options: str):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_file(path, *arguments, **options)
+
+    open_file = Path.open
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError) as error:
+        load(saved / "one")
+    assert str(error.value) == f"cannot read {saved / 'one' / name}: Permission denied"

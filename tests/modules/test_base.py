@@ -50,6 +50,24 @@ def test_a_resumed_run_equals_one_that_never_stopped(any_recipe, tmp_path):
         assert_same_weights(whole, resumed)
 
 
+def test_a_run_that_had_ended_goes_on_with_a_larger_budget(any_recipe, tmp_path):
+    constant = ["--model.optimizer.warmup_share", "0", "--model.optimizer.final_lr", "3.0e-3"]  # whatever the budget
+    whole = run(any_recipe, *constant)
+    run(any_recipe, *constant, "--budget.max_steps", "7")
+    checkpoint = tmp_path / "runs" / "toy" / "version_1" / "checkpoints" / "step=7.ckpt"
+    resumed = run(any_recipe, *constant, "--ckpt_path", str(checkpoint))
+    assert resumed.trainer.global_step == 12
+    assert_same_weights(whole, resumed)
+
+
+def test_a_run_of_another_kind_is_not_resumed(toy_recipe, toy_sft_recipe, tmp_path):
+    run(toy_recipe, "--budget.max_steps", "1")
+    checkpoint = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "last.ckpt"
+    message = r"last.ckpt \(--ckpt_path\) is not of a run on FineTuningData .*, name it as model.init_from"
+    with pytest.raises(UserError, match=message):
+        run(toy_sft_recipe, "--ckpt_path", str(checkpoint))
+
+
 def test_a_resume_may_split_the_batch_otherwise(any_recipe, tmp_path):
     whole = run(any_recipe)
     checkpoint = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "step=5.ckpt"

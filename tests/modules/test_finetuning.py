@@ -1,5 +1,6 @@
 """Fine-tuning on duplicated sequences, against the same training written down plainly."""
 
+import shutil
 from functools import partial
 from itertools import islice
 
@@ -198,11 +199,12 @@ def test_validation_is_clean_and_does_not_depend_on_rows(prepared, chat, tmp_pat
 # ---------------------------------------------------------------------------------------- adapters, checkpointing
 
 
+@pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("lora", [None, LoRA(rank=4, targets=["q_proj", "down_proj"], dropout=0.1)])
-def test_activation_checkpointing_changes_no_bit(prepared, chat, tmp_path, lora):
+def test_activation_checkpointing_changes_no_bit(prepared, chat, tmp_path, lora, mode):
     kept, _ = fit(prepared, chat, tmp_path=tmp_path, module=MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=lora))
     L.seed_everything(3)
-    again = MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=lora, activation_checkpointing="full")
+    again = MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=lora, activation_checkpointing=mode)
     again, _ = fit(prepared, chat, tmp_path=tmp_path, module=again)
     assert_same_weights(kept, again)
 
@@ -240,8 +242,19 @@ def test_adapters_of_another_run_are_refused(prepared, chat, tmp_path, source_fo
 
     module, _ = fit(prepared, chat, tmp_path=tmp_path, module=adapted("q_proj"))
     module.trainer.save_checkpoint(tmp_path / "adapters.ckpt")
-    with pytest.raises(UserError, match=r"has no adapter decoder.layers.0.self_attn.k_proj.lora_a"):
+    with pytest.raises(UserError, match=r"has no adapter decoder.*k_proj.lora_a: its run had other model.lora.targets"):
         fit(prepared, chat, tmp_path=tmp_path, module=adapted("k_proj"), ckpt_path=tmp_path / "adapters.ckpt")
+
+
+def test_adapters_of_another_model_are_refused(prepared, chat, tmp_path, source_folder):
+    def adapted(folder):
+        return MEAPFineTuning(init_from=str(folder), optimizer=OPTIMIZER, lora=LoRA())
+
+    module, _ = fit(prepared, chat, tmp_path=tmp_path, module=adapted(source_folder))
+    module.trainer.save_checkpoint(tmp_path / "adapters.ckpt")
+    shutil.copytree(source_folder, tmp_path / "other")
+    with pytest.raises(UserError, match=r"adapters were trained on .*source0, model.init_from is .*other now; set"):
+        fit(prepared, chat, tmp_path=tmp_path, module=adapted(tmp_path / "other"), ckpt_path=tmp_path / "adapters.ckpt")
 
 
 # ------------------------------------------------------------------------------------------------- wrong input

@@ -1,0 +1,101 @@
+"""Strategies for the Trainer that split one model over devices."""
+
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
+
+from meap_lit.errors import UserError
+from meap_lit.model.decoder import Decoder
+from meap_lit.model.parallelize import shard
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Sharded(ModelParallelStrategy):
+    """FSDP2: weights, gradients and optimizer states split over devices; with tensor parallelism inside, if asked.
+
+    The devices of a run are divided into groups of `tensor_parallel_size`, which read the same data and share each
+    matrix product; `shard_size` such groups hold one copy of the weights between them, and there are as many
+    copies as it takes (HSDP: shard within a node, replicate across nodes).
+
+    Args:
+        shard_size: Data-parallel devices that share one copy of the weights; all of them if not given.
+        tensor_parallel_size: Devices that share a matrix product; a divisor of the devices of a node.
+        reshard_after_forward: Give gathered weights back between forward and backward: less memory, more traffic.
+        param_dtype: Dtype in which weights are gathered and used; that of trainer.precision if not given.
+        reduce_dtype: Dtype in which gradients are reduced; `param_dtype` if not given.
+        cpu_offload: Keep shards, gradients and optimizer states in the host's memory.
+        save_distributed_checkpoint: A checkpoint is a folder into which every device writes its part; else one file.
+        timeout_minutes: How long a device waits for the others before it gives up.
+    """
+
+    def __init__(
+        self,
+        shard_size: int | None = None,
+        tensor_parallel_size: int = 1,
+        reshard_after_forward: bool = True,
+        param_dtype: Dtype | None = None,
+        reduce_dtype: Dtype | None = None,
+        cpu_offload: bool = False,
+        save_distributed_checkpoint: bool = True,
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=tensor_parallel_size,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+        self.shard_size = shard_size
+        self.tensor_parallel_size = tensor_parallel_size
+        self.reshard_after_forward = reshard_after_forward
+        self.param_dtype = param_dtype
+        self.reduce_dtype = reduce_dtype
+        self.cpu_offload = cpu_offload
+
+    def setup_environment(self) -> None:
+        # not checked on construction, where the parser would take an error for a wrong type
+        for name in ("shard_size", "tensor_parallel_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise UserError(f"trainer.strategy.{name} must be at least 1, got {size}")
+        num_devices = self.num_nodes * self.num_processes
+        copy = (self.shard_size or 1) * self.tensor_parallel_size
+        if num_devices % copy:
+            raise UserError(
+                f"{num_devices} devices cannot be divided into groups of trainer.strategy.shard_size "
+                f"{self.shard_size or 1} x tensor_parallel_size {self.tensor_parallel_size}; change one of the three"
+            )
+        self._data_parallel_size = num_devices // self.tensor_parallel_size
+        super().setup_environment()
+        # Lightning's mesh has two dimensions; sharding within copies needs a third, in the same order of ranks
+        self._shard_size = self.shard_size or self._data_parallel_size
+        self._mesh = init_device_mesh(
+            self.root_device.type,
+            (self._data_parallel_size // self._shard_size, self._shard_size, self.tensor_parallel_size),
+            mesh_dim_names=("replicate", "shard", "tensor"),
+        )
+
+    @property
+    def parameter_device(self) -> torch.device:
+        """Where a device keeps its part of the weights."""
+        return torch.device("cpu") if self.cpu_offload else self.root_device
+
+    def shard(self, decoder: Decoder) -> None:
+        """Split `decoder` over the devices, in place."""
+        replicated = self._mesh.size(0) > 1
+        shard(
+            decoder,
+            self._mesh["replicate", "shard"] if replicated else self._mesh["shard"],
+            self._mesh["tensor"] if self.tensor_parallel_size > 1 else None,
+            reshard_after_forward=self.reshard_after_forward,
+            param_dtype=_dtype(self.param_dtype),
+            reduce_dtype=_dtype(self.reduce_dtype),
+            cpu_offload=self.cpu_offload,
+        )
+
+
+def _dtype(name: Dtype | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)

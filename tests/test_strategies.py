@@ -1,0 +1,109 @@
+"""One recipe on any number of devices: real processes (gloo) against a single one."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from meap_lit.errors import UserError
+from meap_lit.recipe import RecipeCLI
+
+# heads that two devices can share; a tied embedding; every step is four micro-batches of a device
+MODEL = [
+    "--model.decoder.num_heads",
+    "4",
+    "--model.decoder.num_kv_heads",
+    "2",
+    "--model.decoder.tie_embeddings",
+    "true",
+]
+
+
+def train(recipe, *overrides):
+    """A single process; its weights."""
+    cli = RecipeCLI.run(["fit", "--config", str(recipe), "--data.micro_batch_size", "1", *overrides])
+    return cli.model.decoder.state_dict()
+
+
+def train_on(num_devices, recipe, *overrides, overlay="fsdp2"):
+    """Real processes; fails with what they said."""
+    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(recipe)]
+    command += ["--config", f"recipes/strategy/{overlay}.yaml", "--trainer.devices", str(num_devices)]
+    command += ["--data.micro_batch_size", "1", *overrides]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "clean validation loss" in result.stdout
+    return result.stdout
+
+
+def weights_of(run):
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return {name.removeprefix("decoder."): value for name, value in state.items() if name.startswith("decoder.")}
+
+
+def assert_close(weights, expected):
+    assert expected.keys() <= weights.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, atol=5e-6, rtol=1e-4, msg=name)
+
+
+ONE_FILE = ["--trainer.strategy.save_distributed_checkpoint", "false"]
+
+
+@pytest.mark.parametrize(
+    ("overlay", "num_devices", "options"),
+    [
+        ("fsdp2", 2, []),
+        ("hsdp", 4, ["--trainer.strategy.shard_size", "2"]),
+        ("fsdp2_tp", 4, []),
+    ],
+)
+def test_pretraining_is_the_same_on_any_devices(toy_recipe, tmp_path, overlay, num_devices, options):
+    alone = train(toy_recipe, *MODEL)
+    train_on(num_devices, toy_recipe, *MODEL, *options, *ONE_FILE, overlay=overlay)
+    assert_close(weights_of(tmp_path / "runs" / "toy" / "version_1"), alone)
+
+
+@pytest.mark.parametrize("options", [[], ["--model.lora.rank", "4", "--model.activation_checkpointing", "selective"]])
+def test_fine_tuning_is_the_same_on_any_devices(toy_sft_recipe, tmp_path, options):
+    alone = train(toy_sft_recipe, *options)
+    train_on(2, toy_sft_recipe, *options, *ONE_FILE)
+    trained = {name: value for name, value in alone.items() if not options or "lora" in name}
+    assert_close(weights_of(tmp_path / "runs" / "toy" / "version_1"), trained)
+
+
+def test_a_sharded_checkpoint_resumes_on_another_number_of_devices(toy_recipe, tmp_path):
+    alone = train(toy_recipe, *MODEL)
+    train_on(2, toy_recipe, *MODEL)
+    runs = tmp_path / "runs" / "toy"
+    checkpoint = runs / "version_1" / "checkpoints" / "step=5.ckpt"
+    assert (checkpoint / ".metadata").is_file(), "a folder of shards"
+    train_on(1, toy_recipe, *MODEL, *ONE_FILE, "--ckpt_path", str(checkpoint))
+    assert_close(weights_of(runs / "version_2"), alone)
+    options = ["--trainer.strategy.tensor_parallel_size", "2", *ONE_FILE, "--ckpt_path", str(checkpoint)]
+    train_on(4, toy_recipe, *MODEL, *options)
+    assert_close(weights_of(runs / "version_3"), alone)
+
+
+# ------------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--trainer.strategy.shard_size", "3"],
+            "1 devices cannot be divided into groups of .*shard_size 3 x tensor_pa",
+        ),
+        (["--trainer.strategy.shard_size", "0"], "trainer.strategy.shard_size must be at least 1, got 0"),
+        (
+            ["--trainer.strategy.tensor_parallel_size", "2"],
+            "1 devices cannot be divided into .* tensor_parallel_size 2;",
+        ),
+    ],
+)
+def test_devices_that_do_not_divide_are_named(toy_recipe, options, message):
+    overlay = ["--config", "recipes/strategy/fsdp2.yaml", "--trainer.devices", "1"]
+    with pytest.raises(UserError, match=message):
+        RecipeCLI.run(["fit", "--config", str(toy_recipe), *overlay, *options])
