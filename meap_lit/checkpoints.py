@@ -4,7 +4,6 @@ Only safetensors and checkpoints without code are read, and on opening no more t
 """
 
 import pickle
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,17 @@ from torch import Tensor
 
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from meap_lit.integrity import SHARDS_INDEX, newest_checkpoint
 from meap_lit.model.config import DecoderConfig, RopeScaling, pad_vocab_size
 from meap_lit.model.hf import family
 from meap_lit.model.hf_folder import CONFIG_FILE, PICKLED, WEIGHTS_FILE, HFFolder, foreign_format, pickle_refusal
 from meap_lit.model.lora import LoRA, is_adapter
 from meap_lit.model.weights import EMBEDDING, HEAD, WeightSource, build_decoder, copy_rows, load_weights
+from meap_lit.shards import read_index, read_trainer_state, read_weight, weights_in
 
 __all__ = ["Checkpoint", "WeightSource", "build_decoder", "load_weights", "open_source", "vocab_size_for"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LAST = Path("checkpoints", "last.ckpt")
 _PREFIX = "decoder."
 _MAX_MAPPED = 128 << 20
 """Bytes read from a mapped checkpoint before it is mapped anew, which gives their memory back."""
@@ -42,16 +42,16 @@ def open_source(path: str | Path) -> WeightSource:
         UserError: If there is nothing of the kind, it is damaged, or it is of a model that the decoder is not.
     """
     path = Path(path).expanduser()
-    if path.is_file():
+    if path.is_file() or (path / SHARDS_INDEX).is_file():
         return Checkpoint.open(_behind_link(path))
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
     if (path / CONFIG_FILE).is_file():
         return HFFolder.open(path)
-    run = _newest_run(path)
-    if run is None:
+    newest = newest_checkpoint(path)
+    if newest is None:
         raise UserError(_what_it_is(path))
-    return Checkpoint.open(_behind_link(run / LAST))
+    return Checkpoint.open(newest)
 
 
 def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
@@ -72,15 +72,6 @@ def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
     return rows if tokenizer.vocab_size <= rows else pad_vocab_size(tokenizer.vocab_size)
 
 
-def _newest_run(path: Path) -> Path | None:
-    """`path`, or the highest `version_N` in it, if it has a checkpoint."""
-    if (path / LAST).is_file():
-        return path
-    versions = {int(match[1]): run for run in path.iterdir() if (match := re.fullmatch(r"version_(\d+)", run.name))}
-    newest_first = (versions[number] for number in sorted(versions, reverse=True))
-    return next((run for run in newest_first if (run / LAST).is_file()), None)
-
-
 def _behind_link(file: Path) -> Path:
     """The checkpoint that `last.ckpt` stands for now: a run that goes on will turn the link to another one."""
     return file.parent / file.readlink() if file.is_symlink() else file
@@ -88,16 +79,13 @@ def _behind_link(file: Path) -> Path:
 
 def _what_it_is(path: Path) -> str:
     """Why a folder cannot be opened."""
-    if path.suffix == ".ckpt":
-        command = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
-        return f"checkpoint {path} is a folder of shards; make one file of it: {command} {path}"
     if foreign := foreign_format(path):
         return foreign
     if any(path.glob("*.safetensors")):
         return f"{path} has no {CONFIG_FILE}, which says what model its safetensors are of"
     return (
         f"{path} holds no checkpoint; name a Hugging Face folder ({CONFIG_FILE}, {WEIGHTS_FILE}), "
-        f"a run ({LAST}) or a .ckpt file"
+        f"a run (checkpoints/step=N.ckpt) or a .ckpt"
     )
 
 
@@ -124,7 +112,7 @@ class Checkpoint(WeightSource):
     base: WeightSource | None
     lora: LoRA | None
     first_new_token: int | None
-    state: "_MappedState" = field(repr=False)
+    state: "_MappedState | _ShardedState" = field(repr=False)
 
     @classmethod
     def open(cls, file: Path) -> "Checkpoint":
@@ -133,7 +121,7 @@ class Checkpoint(WeightSource):
         Raises:
             UserError: If it is damaged, not ours, or needs a model that is not there.
         """
-        state = _MappedState(file)
+        state = _ShardedState(file) if file.is_dir() else _MappedState(file)
         try:
             about = state.about
             config = _decoder_config(about["config"])
@@ -242,6 +230,25 @@ class _MappedState:
             if key.startswith(_PREFIX)
         }
         self._num_read = 0
+
+
+class _ShardedState:
+    """A checkpoint in shards; `tensors` have no memory, one is read at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        state = read_trainer_state(folder)
+        if "decoder" not in state:
+            raise UserError(f"checkpoint {folder} is not one of meap_lit: it has no decoder in it")
+        self.about: dict[str, Any] = state["decoder"]
+        self.tensors = {
+            name.removeprefix(_PREFIX): torch.empty(weight.size, dtype=weight.properties.dtype, device="meta")
+            for name, weight in weights_in(read_index(folder)).items()
+            if name.startswith(_PREFIX)
+        }
+
+    def read(self, name: str) -> Tensor:
+        return read_weight(self.folder, _PREFIX + name)
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from a recipe (--config FILE, may be given several times; any value can follow a
   fit               train
   validate          clean validation loss of a checkpoint (--ckpt_path)
   test, predict     Lightning's other two, for modules that define them
+  plan              memory and time on given devices, before any is asked for
 
 data:
   tokenizer train   train a byte-level BPE tokenizer
@@ -34,11 +35,17 @@ models:
   export            write a checkpoint as a Hugging Face folder
   generate          continue prompts with a checkpoint
 
+checkpoints of runs:
+  checkpoint inspect      say what one holds
+  checkpoint verify       compare its files with the checksums written with them
+  checkpoint consolidate  make one file of shards, to resume from with any strategy
+
 COMMAND --help lists its options. The first thing to try:
   python -m meap_lit fit --config recipes/quickstart.yaml
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+RECIPE_COMMANDS = (*TRAINER_COMMANDS, "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     try:
-        if arguments[0] in TRAINER_COMMANDS:
+        if arguments[0] in RECIPE_COMMANDS:
             _run_trainer(arguments)
         else:
             _run_command(arguments)
@@ -72,6 +79,9 @@ def _one_line(error: UserError) -> str:
 COMMANDS = {
     "export": "meap_lit.export.Export",
     "generate": "meap_lit.evaluation.generate.Generate",
+    "checkpoint inspect": "meap_lit.checkpoint_commands.Inspect",
+    "checkpoint verify": "meap_lit.checkpoint_commands.Verify",
+    "checkpoint consolidate": "meap_lit.checkpoint_commands.Consolidate",
     "tokenizer train": "meap_lit.data.tokenizer.TrainTokenizer",
     "prepare text": "meap_lit.data.text.PrepareText",
     "prepare chat": "meap_lit.data.chat.PrepareChat",
@@ -87,7 +97,7 @@ def _run_command(arguments: list[str]) -> None:
 
     words = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
     if words not in COMMANDS:
-        known = ", ".join((*TRAINER_COMMANDS, *COMMANDS))
+        known = ", ".join((*RECIPE_COMMANDS, *COMMANDS))
         raise UserError(f"no command '{' '.join(arguments[:2])}'; there are {known}")
     module, name = COMMANDS[words].rsplit(".", 1)
     command = getattr(importlib.import_module(module), name)
@@ -95,7 +105,8 @@ def _run_command(arguments: list[str]) -> None:
     try:
         namespace = parser.parse_args(arguments[len(words.split()) :])
     except ArgumentError as error:
-        raise UserError(explain(str(error))) from error
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(explain(str(error), options)) from error
     command(**namespace.as_dict()).run()
 
 
@@ -118,7 +129,8 @@ def _command_parser(command: type, prog: str) -> Any:
     switches = [f for f in dataclasses.fields(command) if f.type is bool]
     for f in switches:
         parser.add_argument(f"--{f.name}", action="store_true", help=help_of.get(f.name))
-    parser.add_class_arguments(command, skip={f.name for f in (*lists, *switches)})
+    # a group of its own would repeat the description
+    parser.add_class_arguments(command, as_group=False, skip={f.name for f in (*lists, *switches)})
     return parser
 
 
@@ -136,7 +148,12 @@ def _run_trainer(arguments: list[str]) -> None:
         raise UserError(
             "the installed torchvision does not fit torch; nothing here uses it: pip uninstall torchvision"
         ) from error
-    RecipeCLI.run(arguments)
+    if arguments[0] == "plan":
+        from meap_lit.plan import PlanCLI
+
+        PlanCLI.run(arguments[1:])
+    else:
+        RecipeCLI.run(arguments)
 
 
 def silence_noise() -> None:

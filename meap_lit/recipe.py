@@ -9,6 +9,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, Namespace, set_parsing
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from meap_lit.callbacks import (
     Budget,
@@ -19,8 +20,11 @@ from meap_lit.callbacks import (
     StopOnNonFiniteLoss,
     Throughput,
 )
+from meap_lit.callbacks.checkpoint import VerifyCheckpoint
+from meap_lit.callbacks.stopping import StopOnSignal
 from meap_lit.errors import UserError
 from meap_lit.explain import explain
+from meap_lit.integrity import find_checkpoint
 
 # `--budget.max_step` is a mistake, not short for `--budget.max_steps`
 PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
@@ -92,7 +96,10 @@ class RecipeCLI(LightningCLI):
         """The recipe says what is run; Lightning would let a checkpoint's hyper-parameters override it."""
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-        callbacks = [*callbacks, Throughput(), StopOnNonFiniteLoss(), RunSummary()]
+        callbacks = [*callbacks, Throughput(), StopOnNonFiniteLoss(), RunSummary(), StopOnSignal()]
+        checkpoint = self.config[self.subcommand].ckpt_path
+        if checkpoint not in (None, "best", "hpc") and "://" not in checkpoint:
+            callbacks.append(VerifyCheckpoint(checkpoint))
         if config["enable_progress_bar"] is not False:
             callbacks.append(StepProgressBar())
         if config["enable_checkpointing"] is False:  # Lightning refuses the callback then
@@ -103,10 +110,35 @@ class RecipeCLI(LightningCLI):
         config = self.config[self.subcommand]
         config.base = None  # it is part of the resolved recipe now
         config.weights_only = config.weights_only is not False  # no pickle is run from a checkpoint unless asked for
-        checkpoint = config.ckpt_path
-        is_path = checkpoint not in (None, "best", "last", "hpc") and "://" not in checkpoint
-        if is_path and not Path(checkpoint).exists():
-            raise UserError(f"checkpoint {checkpoint} (--ckpt_path) does not exist")
+        config.ckpt_path = _resolve_checkpoint(config)
+
+
+def _resolve_checkpoint(config: Namespace) -> str | None:
+    """The checkpoint that `--ckpt_path` stands for: `last` and the folder of a run for the newest whole one in it.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = config.ckpt_path
+    if path in (None, "best", "hpc") or "://" in path:
+        return path
+    given = _runs_of(config) if path == "last" else Path(path)
+    found = find_checkpoint(given, "--ckpt_path last" if path == "last" else "--ckpt_path")
+    if found != given and rank_zero_only.rank == 0:
+        print(f"checkpoint: {found}")
+    return str(found)
+
+
+def _runs_of(config: Namespace) -> Path:
+    """The folder that holds what earlier runs of a recipe saved: `checkpoint.dirpath`, or the logger's name."""
+    if config.checkpoint.dirpath is not None:
+        return Path(config.checkpoint.dirpath)
+    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+    about = getattr(loggers[0], "init_args", None) if loggers else None
+    save_dir, name = getattr(about, "save_dir", None), getattr(about, "name", None)
+    if not save_dir or not name:
+        raise UserError("--ckpt_path last needs a trainer.logger with save_dir and name; name a run's folder instead")
+    return Path(save_dir, name)
 
 
 def _as_user_error(error: Exception) -> Exception:

@@ -1,11 +1,14 @@
 """Strategies for the Trainer that split one model over devices."""
 
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
 
 from meap_lit.errors import UserError
 from meap_lit.model.decoder import Decoder
@@ -25,8 +28,9 @@ class Sharded(ModelParallelStrategy):
         shard_size: Data-parallel devices that share one copy of the weights; all of them if not given.
         tensor_parallel_size: Devices that share a matrix product; a divisor of the devices of a node.
         reshard_after_forward: Give gathered weights back between forward and backward: less memory, more traffic.
-        param_dtype: Dtype in which weights are gathered and used; that of trainer.precision if not given.
-        reduce_dtype: Dtype in which gradients are reduced; `param_dtype` if not given.
+        param_dtype: Dtype in which weights are gathered and used; if not given, bfloat16 with trainer.precision
+            bf16-mixed (autocast would keep a copy of its own of every block), else their own.
+        reduce_dtype: Dtype in which gradients are reduced; float32 if not given.
         cpu_offload: Keep shards, gradients and optimizer states in the host's memory.
         save_distributed_checkpoint: A checkpoint is a folder into which every device writes its part; else one file.
         timeout_minutes: How long a device waits for the others before it gives up.
@@ -78,6 +82,15 @@ class Sharded(ModelParallelStrategy):
             mesh_dim_names=("replicate", "shard", "tensor"),
         )
 
+    def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
+        """State by parameters' names; Lightning would number them in another order than the optimizer's groups have."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        assert self.model is not None
+        whole = not self._save_distributed_checkpoint
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=True)
+        return get_optimizer_state_dict(self.model, optimizer, options=options)
+
     @property
     def parameter_device(self) -> torch.device:
         """Where a device keeps its part of the weights."""
@@ -91,11 +104,14 @@ class Sharded(ModelParallelStrategy):
             self._mesh["replicate", "shard"] if replicated else self._mesh["shard"],
             self._mesh["tensor"] if self.tensor_parallel_size > 1 else None,
             reshard_after_forward=self.reshard_after_forward,
-            param_dtype=_dtype(self.param_dtype),
-            reduce_dtype=_dtype(self.reduce_dtype),
+            param_dtype=gathered_dtype(self.param_dtype, str(self.precision_plugin.precision)),
+            reduce_dtype=getattr(torch, self.reduce_dtype or "float32"),
             cpu_offload=self.cpu_offload,
         )
 
 
-def _dtype(name: Dtype | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)
+def gathered_dtype(param_dtype: Dtype | None, precision: str) -> torch.dtype | None:
+    """Dtype in which `Sharded` gathers weights for a `trainer.precision`; None for their own."""
+    if param_dtype is None:
+        return torch.bfloat16 if precision == "bf16-mixed" else None
+    return getattr(torch, param_dtype)

@@ -252,8 +252,7 @@ def _cut(path: Path) -> None:
         (
             "x.ckpt",
             _folder("metadata.json"),
-            "checkpoint {0} is a folder of shards; make one file of it: "
-            "python -m lightning.pytorch.utilities.consolidate_checkpoint {0}",
+            "{} holds no checkpoint; name a Hugging Face folder (config.json, model.safetensors), a run",
         ),
         (
             "a.bin",

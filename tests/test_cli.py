@@ -1,4 +1,5 @@
 import os
+import shlex
 import subprocess
 import sys
 
@@ -101,7 +102,7 @@ def test_an_unknown_command_is_named(capsys):
         ("budget:", "buget:", "there is no key 'buget.max_steps'; did you mean 'budget'?"),
         ("masking.Constant", "masking.Constnat", "meap_lit.masking.Constnat does not exist; did you mean 'Constant'?"),
         ("optimizer:", "optimiser:", "MEAPPretraining has no option 'optimiser.lr'; did you mean 'optimizer'?"),
-        ("num_layers: 2", "num_layers: two", "model.decoder.num_layers: Expected a <class 'int'>. Got value: two"),
+        ("num_layers: 2", "num_layers: two", "model.decoder.num_layers must be a whole number, got two"),
     ],
 )
 def test_what_is_misspelt_in_a_recipe_is_named_with_what_was_meant(capsys, toy_recipe, right, wrong, message):
@@ -110,6 +111,28 @@ def test_what_is_misspelt_in_a_recipe_is_named_with_what_was_meant(capsys, toy_r
     line = complain(capsys, "fit", "--config", toy_recipe)
     assert line.endswith(message)
     assert len(line) < 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("generate --checkpoint x --dtype fp16", "dtype must be float32 or bfloat16, got fp16"),
+        ("generate --checkpoint x --device gpu", "device must be auto, cpu or cuda, got gpu"),
+        ("generate --checkpoint x --top_k 1.5", "top_k must be a whole number, got 1.5"),
+        ("generate --checkpoint x --temperature hot", "temperature must be a number, got hot"),
+        ("export --checkpoint x --output y --dtype fp16", "dtype must be float32, bfloat16 or float16, got fp16"),
+        ("export --chekpoint x", "unrecognized arguments: --chekpoint x; did you mean '--checkpoint'?"),
+        ("fit --config {} --budget.max_steps many", "budget.max_steps must be a whole number, got many"),
+        ("fit --config {} --model.protect [pad]", "model.protect must be bos or eos, got pad"),
+        ("fit --config {} --model.protect eos", "model.protect must be a list ([...]), got eos"),
+        ("fit --config {} --model.mask 0.1", "model.mask must be a mapping ({{key: value}}) or a class_path, got 0.1"),
+        ("fit --config {} --data.datasets '{{a: half}}'", "data.datasets must be a number, got half"),
+        ("fit --config {} --model.decoder.qk_norm maybe", "model.decoder.qk_norm must be true or false, got maybe"),
+    ],
+)
+def test_a_value_of_a_wrong_kind_is_named_with_what_would_be_right(capsys, toy_recipe, arguments, message):
+    line = complain(capsys, *shlex.split(arguments.format(toy_recipe)))
+    assert line == f"error: {message.format()}"
 
 
 @pytest.mark.parametrize("argument", ["--budget.max_step", "--trainer.devics", "--ckpt"])

@@ -52,7 +52,7 @@ def save_run(folder: Path, config: DecoderConfig, **about: Any) -> Decoder:
     (folder / "checkpoints").mkdir(parents=True)
     torch.save(
         {"state_dict": state, "decoder": {"config": dataclasses.asdict(config), "mask_token_id": MASK, **about}},
-        folder / "checkpoints" / "last.ckpt",
+        folder / "checkpoints" / "step=1.ckpt",
     )
     return decoder.eval()
 
@@ -300,7 +300,7 @@ def test_command(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"exported {tmp_path / 'run' / 'checkpoints' / 'last.ckpt'} to {output}",
+        f"exported {tmp_path / 'run' / 'checkpoints' / 'step=1.ckpt'} to {output}",
         f"  {sum(p.numel() for p in decoder.parameters()):,} parameters, llama, float32",
         f"  model.safetensors, {(output / 'model.safetensors').stat().st_size / 1e6:.2f} MB",
         f"  try: python -m meap_lit generate --checkpoint {output} --chat --prompt 'Name three rivers.'",
@@ -321,11 +321,15 @@ def test_command(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (
             toy(qkv_bias=True, qk_norm=True),
             {},
-            "{run}/checkpoints/last.ckpt has decoder.qkv_bias and decoder.qk_norm, which no family of Hugging Face has",
+            "{run}/checkpoints/step=1.ckpt has decoder.qkv_bias and decoder.qk_norm, which no family of Hugging Face has",
         ),
         (CONFIG, {"max_shard_size": "5"}, "max_shard_size must be a size in"),
-        (CONFIG, {"adapter_only": True}, "{run}/checkpoints/last.ckpt holds no adapters; leave out --adapter_only"),
-        (toy(vocab_size=64), {}, "checkpoint {run}/checkpoints/last.ckpt has 64 vocabulary rows, too few for the 100"),
+        (CONFIG, {"adapter_only": True}, "{run}/checkpoints/step=1.ckpt holds no adapters; leave out --adapter_only"),
+        (
+            toy(vocab_size=64),
+            {},
+            "checkpoint {run}/checkpoints/step=1.ckpt has 64 vocabulary rows, too few for the 100",
+        ),
     ],
 )
 def test_wrong_input(config: DecoderConfig, options: dict, message: str, tokenizer: str, tmp_path: Path) -> None:
@@ -339,7 +343,7 @@ def test_wrong_input(config: DecoderConfig, options: dict, message: str, tokeniz
 
 def test_float16_that_overflows(tokenizer: str, tmp_path: Path) -> None:
     save_run(tmp_path / "run", CONFIG)
-    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    file = tmp_path / "run" / "checkpoints" / "step=1.ckpt"
     content = torch.load(file)
     content["state_dict"]["decoder.norm.weight"][3] = 70_000
     torch.save(content, file)
@@ -371,7 +375,7 @@ def test_whole_weights_do_not_fit_into_adapters(tmp_path: Path) -> None:
 
 def test_adapters_of_a_model_that_is_nowhere_else(tmp_path: Path) -> None:
     save_run(tmp_path / "run", CONFIG, lora={"rank": 1, "alpha": 1.0, "targets": ["q_proj"]})
-    with pytest.raises(UserError, match=r"last.ckpt adapts a model that is nowhere else; leave out --adapter_only$"):
+    with pytest.raises(UserError, match=r"step=1.ckpt adapts a model that is nowhere else; leave out --adapter_only$"):
         Export(checkpoint=str(tmp_path / "run"), output=str(tmp_path / "out"), adapter_only=True).run()
 
 

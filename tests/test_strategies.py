@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
+from meap_lit.checkpoints import open_source
 from meap_lit.errors import UserError
+from meap_lit.export import Export
 from meap_lit.recipe import RecipeCLI
 
 # heads that two devices can share; a tied embedding; every step is four micro-batches of a device
@@ -73,17 +75,31 @@ def test_fine_tuning_is_the_same_on_any_devices(toy_sft_recipe, tmp_path, option
     assert_close(weights_of(tmp_path / "runs" / "toy" / "version_1"), trained)
 
 
-def test_a_sharded_checkpoint_resumes_on_another_number_of_devices(toy_recipe, tmp_path):
+def test_a_checkpoint_resumes_on_other_devices(toy_recipe, tmp_path):
+    """2 devices in shards -> 4 with tensor parallel, in one file -> 1 alone; and 1 alone -> 2."""
+    runs = tmp_path / "runs" / "toy"
+
+    def checkpoint(version, step):
+        return ["--ckpt_path", str(runs / f"version_{version}" / "checkpoints" / f"step={step}.ckpt")]
+
     alone = train(toy_recipe, *MODEL)
     train_on(2, toy_recipe, *MODEL)
-    runs = tmp_path / "runs" / "toy"
-    checkpoint = runs / "version_1" / "checkpoints" / "step=5.ckpt"
-    assert (checkpoint / ".metadata").is_file(), "a folder of shards"
-    train_on(1, toy_recipe, *MODEL, *ONE_FILE, "--ckpt_path", str(checkpoint))
+    assert (runs / "version_1" / "checkpoints" / "step=5.ckpt" / ".metadata").is_file(), "a folder of shards"
+    train_on(4, toy_recipe, *MODEL, *ONE_FILE, *checkpoint(1, 5), overlay="fsdp2_tp")
     assert_close(weights_of(runs / "version_2"), alone)
-    options = ["--trainer.strategy.tensor_parallel_size", "2", *ONE_FILE, "--ckpt_path", str(checkpoint)]
-    train_on(4, toy_recipe, *MODEL, *options)
-    assert_close(weights_of(runs / "version_3"), alone)
+    assert_close(train(toy_recipe, *MODEL, *checkpoint(2, 10)), alone)
+    train_on(2, toy_recipe, *MODEL, *ONE_FILE, *checkpoint(0, 5))
+    assert_close(weights_of(runs / "version_4"), alone)
+
+
+def test_shards_are_exported_and_generate(toy_recipe, tmp_path):
+    train_on(2, toy_recipe, "--budget.max_steps", "2")
+    run, exported = tmp_path / "runs" / "toy" / "version_0", tmp_path / "exported"
+    Export(checkpoint=str(run), output=str(exported)).run()
+    shards, folder = open_source(run), open_source(exported)
+    assert {*shards.names()} == {*folder.names()}
+    for name in folder.names():
+        assert torch.equal(shards.read(name), folder.read(name)), name
 
 
 # ------------------------------------------------------------------------------------------------- wrong input

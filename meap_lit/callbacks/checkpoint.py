@@ -1,48 +1,269 @@
-"""When checkpoints are written, and that none is written of a broken model."""
+"""When checkpoints are written and how: aside, whole, and renamed; and that none is written of a broken model."""
 
-from typing import Any
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from meap_lit.errors import UserError
+from meap_lit.integrity import checksums, seal, verify, write_file
+
+T = TypeVar("T")
+LAST = "last.ckpt"
+_ASIDE = ".partial-"
+"""In the name of a checkpoint that is being written or removed; such a name does not end in .ckpt."""
 
 
 class Checkpoint(ModelCheckpoint):
     """Keeps the last checkpoints of a run, the final step always among them, and a link `last.ckpt` to the newest.
 
-    `last.ckpt` is a link because Lightning's `save_last=True` overwrites the file in place, and a kill in between
-    would leave a mixture.
+    A checkpoint, file or folder, is written under another name on all ranks, gets its checksums, and takes its own name
+    when it is whole. Then `last.ckpt` is put on it, in one step, and only then is an old one removed. A kill at any
+    moment leaves the previous checkpoint and nothing that could be taken for a new one; what it leaves aside is removed
+    by the next save.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
         keep: Number of checkpoints to keep; -1 keeps all.
+        milestone_every_n_steps: Checkpoints at multiples of so many steps are never removed.
         dirpath: Folder; `checkpoints` inside the logger's folder if not given.
     """
 
-    def __init__(self, every_n_steps: int = 1000, keep: int = 2, dirpath: str | None = None) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 1000,
+        keep: int = 2,
+        milestone_every_n_steps: int | None = None,
+        dirpath: str | None = None,
+    ) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
+        if keep < 1 and keep != -1:
+            raise UserError(f"checkpoint.keep must be at least 1, or -1 for all, got {keep}")
+        if milestone_every_n_steps is not None and (
+            milestone_every_n_steps < 1 or milestone_every_n_steps % every_n_steps
+        ):
+            raise UserError(
+                f"checkpoint.milestone_every_n_steps must be a multiple of checkpoint.every_n_steps {every_n_steps}, "
+                f"got {milestone_every_n_steps}"
+            )
         super().__init__(
             dirpath=dirpath,
             filename="{step}",
             monitor="step",
             mode="max",
             save_top_k=keep,
-            save_last="link",
+            save_last=None,  # the link is ours: Lightning removes it before it makes the new one
             every_n_train_steps=every_n_steps,
             save_on_train_epoch_end=False,
         )
+        self.milestone_every_n_steps = milestone_every_n_steps
+
+    @property
+    def last_saved(self) -> str | None:
+        """The newest checkpoint that this run wrote."""
+        return self._last_checkpoint_saved or None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if "://" in str(self.dirpath):
+            raise UserError(f"checkpoint.dirpath must be a folder of this machine or its network, got {self.dirpath}")
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DirectCheckpointIO()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["dirpath"] == self.dirpath:  # a resume in a new folder keeps no account of the old one
             super().load_state_dict(state_dict)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Save now, between two optimizer steps, unless that was just done."""
         if not self._should_skip_saving_checkpoint(trainer):
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        if trainer.is_global_zero:  # before another rank can begin
+            self._remove_leftovers(trainer)
+        path, aside = map(Path, trainer.strategy.broadcast((filepath, _aside(Path(filepath)))))
+        try:
+            on_every_rank(trainer, lambda: trainer.strategy.save_checkpoint(checkpoint, aside))
+            parts = on_every_rank(trainer, lambda: checksums(aside, trainer.global_rank, trainer.world_size))
+            found = {name: checksum for part in parts for name, checksum in part.items()}
+            on_every_rank(trainer, lambda: _publish(aside, path, found) if trainer.is_global_zero else None)
+        except BaseException as error:
+            if trainer.is_global_zero:
+                _remove(aside)
+            if not isinstance(error, OSError):
+                raise
+            raise UserError(
+                f"cannot save checkpoint {path}: {error.strerror}; last good checkpoint: "
+                f"{self.last_saved or trainer.ckpt_path or 'none was saved yet'}"
+            ) from error
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = str(path)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(self)
+
+    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+        return not self._is_milestone(previous) and super()._should_remove_checkpoint(trainer, previous, current)
+
+    def _is_milestone(self, path: str) -> bool:
+        step = re.match(r"step=(\d+)", Path(path).name)
+        every = self.milestone_every_n_steps
+        return every is not None and step is not None and int(step[1]) % every == 0
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        if trainer.is_global_zero and Path(filepath).exists():
+            aside = Path(_aside(Path(filepath)))
+            os.rename(filepath, aside)  # half a folder must not look like a checkpoint
+            _remove(aside)
+
+    def _remove_leftovers(self, trainer: L.Trainer) -> None:
+        """Remove what killed runs left here, and where this run was resumed from unless a run still writes there."""
+        assert self.dirpath is not None
+        for old in Path(self.dirpath).glob(f"*{_ASIDE}*"):
+            _remove(old)
+        if trainer.ckpt_path and "://" not in str(trainer.ckpt_path):
+            for old in Path(trainer.ckpt_path).parent.glob(f"*{_ASIDE}*"):
+                if _is_abandoned(old):
+                    _remove(old)
+
+
+def _aside(path: Path) -> str:
+    return f"{path}{_ASIDE}{os.getpid()}@{socket.gethostname()}"
+
+
+def _is_abandoned(path: Path) -> bool:
+    pid, _, host = path.name.rpartition(_ASIDE)[2].partition("@")
+    if host != socket.gethostname() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
+    """Give a written checkpoint its checksums, its name, and the link that says it is the newest."""
+    seal(aside, found)
+    os.rename(aside, path)
+    link = Path(_aside(path.with_name(LAST)))
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    os.replace(link, path.with_name(LAST))
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
+
+
+class DirectCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint of one file to the folder where it will stay, and renames it when it is whole.
+
+    Lightning's own holds a copy of the file in memory, writes it to the system's temporary folder and moves it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        aside = Path(_aside(Path(path)))
+        try:
+            write_file(checkpoint, aside)
+        except BaseException:
+            _remove(aside)
+            raise
+        os.replace(aside, path)
+
+
+class VerifyCheckpoint(L.Callback):
+    """Compares a checkpoint with its checksums before anything is loaded from it; each file is hashed by one rank.
+
+    A checkpoint that was written without checksums passes.
+
+    Args:
+        path: A .ckpt file or a folder of shards.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        paths = {str(path) for path in on_every_rank(trainer, lambda: self.path)}
+        if len(paths) > 1:
+            raise UserError(f"--ckpt_path is {' on one rank and '.join(sorted(paths))} on another; name the checkpoint")
+        if self.path.is_dir() and type(trainer.strategy).load_checkpoint is Strategy.load_checkpoint:
+            raise UserError(
+                f"checkpoint {self.path} (--ckpt_path) is a folder of shards, and trainer.strategy reads one file; "
+                f"make one of it: python -m meap_lit checkpoint consolidate --checkpoint {self.path} --output FILE.ckpt"
+            )
+        on_every_rank(trainer, lambda: verify(self.path, trainer.global_rank, trainer.world_size))
+
+
+def on_every_rank(trainer: L.Trainer, action: Callable[[], T]) -> list[T]:
+    """Do `action` on every rank and wait for all; what each returned, in the order of the ranks.
+
+    Raises:
+        OSError: If a file could not be written or read on one rank; raised on rank 0, while the others leave.
+        UserError: If wrong input was found on one, likewise.
+    """
+    result: T | None = None
+    problem: Exception | None = None
+    try:
+        result = action()
+    except UserError as error:
+        problem = error
+    except (OSError, RuntimeError, CheckpointException) as error:
+        problem = _file_error(error)
+        if problem is None:
+            raise
+    outcomes = [trainer.strategy.broadcast((result, problem), src=rank) for rank in range(trainer.world_size)]
+    for _, found in outcomes:
+        if found is not None and trainer.is_global_zero:
+            raise found
+        if found is not None:  # rank 0 says it for all, and Lightning kills it when a process it started fails
+            raise SystemExit(2 if trainer.local_rank == 0 else 0)
+    return [value for value, _ in outcomes]
+
+
+def _file_error(error: BaseException) -> OSError | None:
+    """What the operating system said of a file, which torch wraps in errors of its own or drops."""
+    if isinstance(error, CheckpointException):
+        causes = (_file_error(failure) for failure, _ in error.failures.values())
+        return next((cause for cause in causes if cause is not None), None)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return OSError(cause.errno, cause.strerror or str(cause))
+        cause = cause.__cause__ or cause.__context__
+    if "inline_container" in str(error):  # torch's ZIP writer
+        return OSError(None, "the disk is full, or cannot be written to")
+    return None
 
 
 class StopOnNonFiniteLoss(L.Callback):
@@ -76,7 +297,7 @@ class StopOnNonFiniteLoss(L.Callback):
         step = int(self._first_bad_step)
         if step >= 0:
             saver = trainer.checkpoint_callback
-            last = getattr(saver, "best_model_path", "") or "none was saved yet"
+            last = getattr(saver, "last_saved", None) or "none was saved yet"
             raise UserError(
                 f"the training loss is not finite at optimizer step {step}; last good checkpoint: {last}; "
                 f"resume from it (--ckpt_path) with a lower --model.optimizer.lr or check the data"

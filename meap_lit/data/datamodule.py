@@ -1,6 +1,7 @@
 """What the datamodules share: prepared datasets, the global batch and how it is divided, and where a resume goes on."""
 
 import math
+import signal
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -178,7 +179,15 @@ class StreamingData(L.LightningDataModule, ABC):
     def _loader(self, stream: IterableDataset, num_workers: int) -> DataLoader:
         assert self.trainer is not None
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(stream, batch_size=None, num_workers=num_workers, pin_memory=on_gpu)
+        return DataLoader(
+            stream, batch_size=None, num_workers=num_workers, pin_memory=on_gpu, worker_init_fn=_ignore_signals
+        )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole group of processes is for the one that trains; it ends its workers when it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -216,12 +216,28 @@ class DecoderModule(L.LightningModule, ABC):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # names hold for every strategy, and torch's optimizers take them for their own numbers
+        for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            if state:  # one rank may have gathered it all
+                _name_parameters(state, optimizer, {id(p): name for name, p in self.named_parameters()})
         checkpoint["decoder"] = {
             "config": dataclasses.asdict(self.config),
             "mask_token_id": self.mask_token_id,
             "lora": None if self.lora is None else dataclasses.asdict(self.lora),
             **self.origin,
         }
+
+
+def _name_parameters(state: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:
+    """Key an optimizer's state by the names of parameters, in place, unless it is."""
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+    def name(key: int | str) -> str:
+        return order[key] if isinstance(key, int) else key
+
+    state["state"] = {name(key): value for key, value in state["state"].items()}
+    for group in state["param_groups"]:
+        group["params"] = [name(key) for key in group["params"]]
 
 
 def _with_vocabulary(config: DecoderConfig, tokenizer: Tokenizer | None) -> DecoderConfig:

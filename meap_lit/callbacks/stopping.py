@@ -1,0 +1,83 @@
+"""A run that is told to stop (SIGTERM, Ctrl-C) saves after the optimizer step it is in, and says how to go on."""
+
+import shlex
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import lightning as L
+
+from meap_lit.callbacks.checkpoint import Checkpoint
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopOnSignal(L.Callback):
+    """On SIGTERM or SIGINT, finishes the optimizer step, saves, and leaves with status 128 + signal: 143 or 130.
+
+    All ranks stop after the same step, whichever of them got the signal. A second signal ends the process at once,
+    without saving.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._is_leaving = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals, SIGTERM from Lightning, which would end a run between two micro-batches."""
+        self._signal, self._is_leaving = None, False
+        if trainer.received_sigterm:  # while the run was set up: there is nothing to save
+            raise SystemExit(128 + signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._on_signal)  # Lightning's teardown puts the earlier handlers back
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            raise SystemExit(128 + number)
+        self._signal = number
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self._is_leaving = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        if self._is_leaving and isinstance(trainer.checkpoint_callback, Checkpoint):
+            trainer.checkpoint_callback.save(trainer)
+
+    # the step is logged after its hooks: leave at the first hook that comes then
+
+    def on_validation_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._leave(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._leave(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self._leave(trainer)
+
+    def _leave(self, trainer: L.Trainer) -> None:
+        if not self._is_leaving:
+            return
+        log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
+        number = signal.Signals(self._signal or signal.SIGTERM)
+        if trainer.is_global_zero:
+            print(f"{number.name}: {_how_to_resume(trainer, log_dir)}", file=sys.stderr)
+        trainer.strategy.barrier("StopOnSignal")
+        # Lightning kills the process that started the others when one of them ends with a status
+        raise SystemExit(128 + number if trainer.local_rank == 0 else 0)
+
+
+def _how_to_resume(trainer: L.Trainer, log_dir: str | None) -> str:
+    stopped = f"stopped after optimizer step {trainer.global_step}"
+    saver = trainer.checkpoint_callback
+    if not isinstance(saver, Checkpoint) or saver.last_saved is None:
+        return f"{stopped}; no checkpoint was saved, since trainer.enable_checkpointing is false"
+    recipe, checkpoint = (shlex.quote(str(path)) for path in (f"{log_dir}/config.yaml", saver.last_saved))
+    return (
+        f"{stopped}, saved {saver.last_saved}; resume with: "
+        f"python -m meap_lit fit --config {recipe} --ckpt_path {checkpoint}"
+    )

@@ -1,0 +1,271 @@
+"""Whether a checkpoint is what was written: sizes and hashes of its files, and which checkpoint of a run is the newest.
+
+A checkpoint is one file or a folder of shards (`.metadata`, `__*.distcp`, `meta.pt`). A folder keeps its checksums in
+`checksums.json`; a file keeps them inside, as the comment of the ZIP archive that torch writes, so that a copy of the
+file takes them along and one rename makes both visible.
+
+A hash is sha256 over the sha256 of each 16 MiB piece: pieces are hashed in threads, and a CPU with SHA instructions
+does 1.2 GB a second on one core where blake2b does 0.5 (AMD EPYC, Python 3.11).
+"""
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from meap_lit.errors import UserError
+
+CHECKSUMS_FILE = "checksums.json"
+SHARDS_INDEX = ".metadata"
+TRAINER_STATE = "meta.pt"
+"""What Lightning puts beside the shards: everything but the weights and the optimizer's state."""
+
+_PIECE = 16 << 20
+_NUM_THREADS = 8
+_HASH = "sha256 of the sha256 of each 16 MiB piece"
+# end of central directory, the last record of a ZIP archive: signature, counts and offsets, length of the comment (the
+# ZIP specification, APPNOTE 4.3.16)
+_END = b"PK\x05\x06"
+_END_SIZE = 22
+_MAX_COMMENT = 0xFFFF
+
+
+class Checksum(NamedTuple):
+    """Size and hash of a file; of a checkpoint in one file, of all that comes before its comment's length."""
+
+    bytes: int
+    hash: str
+
+
+class Damaged(UserError):
+    """A checkpoint is not what was written."""
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def write_file(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint as one file, to the disk itself, without checksums."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        torch.save(dict(checkpoint), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def checksums(path: Path, rank: int = 0, num_ranks: int = 1) -> dict[str, Checksum]:
+    """Checksums of the files of the checkpoint `path` that fall to `rank`, by their name.
+
+    A shard falls to the rank that wrote it, which has it in memory still.
+    """
+    if path.is_file():
+        end = path.stat().st_size - 2
+        return {path.name: Checksum(end, _hash(path, end))} if rank == 0 else {}
+    names = [name for name in _files(path) if _owner(name) % num_ranks == rank]
+    return {name: _checksum(path / name) for name in names}
+
+
+def seal(path: Path, found: Mapping[str, Checksum]) -> None:
+    """Put its checksums into a checkpoint that is whole."""
+    if path.is_file():
+        [checksum] = found.values()
+        comment = json.dumps({"algorithm": _HASH, **checksum._asdict()}).encode()
+        with open(path, "r+b") as file:
+            file.seek(checksum.bytes)
+            file.write(struct.pack("<H", len(comment)) + comment)
+            file.flush()
+            os.fsync(file.fileno())
+        return
+    content = {"algorithm": _HASH, "files": {name: found[name]._asdict() for name in sorted(found)}}
+    with open(path / CHECKSUMS_FILE, "w") as file:
+        json.dump(content, file, indent=2)
+    for name in (CHECKSUMS_FILE, TRAINER_STATE, "."):  # torch has seen to the shards
+        descriptor = os.open(path / name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS_FILE)
+
+
+def _owner(name: str) -> int:
+    match = re.match(r"__(\d+)_", name)
+    return int(match[1]) if match else 0
+
+
+def _checksum(file: Path) -> Checksum:
+    size = file.stat().st_size
+    return Checksum(size, _hash(file, size))
+
+
+def _hash(file: Path, end: int) -> str:
+    """Hash of the first `end` bytes."""
+    with open(file, "rb") as opened, ThreadPoolExecutor(_NUM_THREADS) as threads:
+
+        def piece(start: int) -> bytes:
+            return hashlib.sha256(os.pread(opened.fileno(), min(_PIECE, end - start), start)).digest()
+
+        return hashlib.sha256(b"".join(threads.map(piece, range(0, end, _PIECE)))).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------ checking
+
+
+def recorded(path: Path) -> dict[str, Checksum] | None:
+    """The checksums that the checkpoint `path` carries, by file; None if it was written without.
+
+    Raises:
+        Damaged: If the end of a file or a record is missing.
+    """
+    if path.is_file():
+        comment = _comment(path)
+        if not comment:
+            return None
+        content = _parse(comment, path)
+        return {path.name: Checksum(content["bytes"], content["hash"])}
+    record = path / CHECKSUMS_FILE
+    if not record.is_file():
+        return None
+    content = _parse(record.read_bytes(), record)
+    return {name: Checksum(**checksum) for name, checksum in content["files"].items()}
+
+
+def verify(path: Path, rank: int = 0, num_ranks: int = 1) -> int | None:
+    """Compare the checkpoint `path` with the checksums it carries.
+
+    Args:
+        path: A .ckpt file or a folder of shards.
+        rank: Hash only the files that fall to this one of `num_ranks`; sizes are compared by all.
+
+    Returns:
+        Number of files compared; None if the checkpoint carries no checksums and has all the parts that it needs.
+
+    Raises:
+        Damaged: If a file is missing, cut short or changed; the first one is named.
+    """
+    expected = recorded(path)
+    _refuse_parts(path, expected)
+    if expected is None:
+        return None
+    mine = [name for name in expected if _owner(name) % num_ranks == rank]
+    for name in mine:
+        file = path if path.is_file() else path / name
+        if _hash(file, expected[name].bytes) != expected[name].hash:
+            raise Damaged(f"checkpoint file {file} is damaged: its content is not what was written; {_OTHER}")
+    return len(mine)
+
+
+_OTHER = "name an earlier checkpoint"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all files of the checkpoint `path` are there in full size; their content is not read."""
+    try:
+        _refuse_parts(path, recorded(path))
+    except Damaged:
+        return False
+    return True
+
+
+def _refuse_parts(path: Path, expected: Mapping[str, Checksum] | None) -> None:
+    if path.is_file():
+        return  # its end was found
+    names: Iterable[str] = expected if expected is not None else (SHARDS_INDEX, TRAINER_STATE)
+    for name in names:
+        file = path / name
+        if not file.is_file():
+            raise Damaged(f"checkpoint file {file} is missing; {_OTHER}")
+        size = file.stat().st_size
+        if expected is not None and size != expected[name].bytes:
+            raise Damaged(
+                f"checkpoint file {file} is damaged: it has {size} bytes where {expected[name].bytes} were written; "
+                f"{_OTHER}"
+            )
+
+
+def _comment(file: Path) -> bytes:
+    """The comment of the ZIP archive `file`."""
+    with open(file, "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        start = max(0, size - _END_SIZE - _MAX_COMMENT)
+        opened.seek(start)
+        tail = opened.read()
+    end = tail.rfind(_END)
+    if 0 <= end <= len(tail) - _END_SIZE:
+        (length,) = struct.unpack_from("<H", tail, end + _END_SIZE - 2)
+        if end + _END_SIZE + length == len(tail):
+            return tail[end + _END_SIZE :]
+    raise Damaged(f"checkpoint file {file} is cut short, or no checkpoint at all; {_OTHER}")
+
+
+def _parse(content: bytes, file: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise Damaged(f"checkpoint file {file} is damaged: its checksums cannot be read; {_OTHER}") from error
+    if parsed.get("algorithm") != _HASH:
+        raise UserError(f"checkpoint file {file} has checksums of a kind unknown here: {parsed.get('algorithm')}")
+    return parsed
+
+
+# ------------------------------------------------------------------------------------------ the newest of a run
+
+
+def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
+    """The checkpoint that `path` stands for: itself, or the newest whole one of a run's folder.
+
+    Args:
+        path: A .ckpt file or folder, or what `newest_checkpoint` takes.
+        option: What the user gave the path as, for messages.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"checkpoint {path} ({option}) does not exist")
+    if path.is_file() or path.suffix == ".ckpt" or (path / SHARDS_INDEX).is_file():
+        if path.suffix != ".ckpt":
+            raise UserError(f"checkpoint {path} ({option}) does not end in .ckpt, as those of a run do")
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise UserError(f"{path} ({option}) holds no whole checkpoint (step=N.ckpt); name another run or a .ckpt")
+    return newest
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run; None if there is none.
+
+    Args:
+        folder: Folder of one run (`runs/NAME/version_0`) or of its checkpoints, or the one above (`runs/NAME`), whose
+            highest version with a whole checkpoint counts.
+    """
+    for run in [folder, *reversed(_versions(folder))]:
+        for checkpoints in (run / "checkpoints", run):
+            steps = sorted(checkpoints.glob("step=*.ckpt"), key=_age, reverse=True)
+            newest = next((path for path in steps if is_whole(path)), None)
+            if newest is not None:
+                return newest
+    return None
+
+
+def _versions(folder: Path) -> list[Path]:
+    numbered = ((re.fullmatch(r"version_(\d+)", run.name), run) for run in folder.glob("version_*"))
+    return [run for _, run in sorted((int(match[1]), run) for match, run in numbered if match)]
+
+
+def _age(path: Path) -> tuple[int, int]:
+    """Optimizer step, then how often a resumed run wrote that step again (`step=8-v1.ckpt`)."""
+    match = re.fullmatch(r"step=(\d+)(?:-v(\d+))?\.ckpt", path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)

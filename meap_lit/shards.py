@@ -1,0 +1,175 @@
+"""A checkpoint in shards, as torch.distributed.checkpoint writes it, read by one process without running its code.
+
+torch reads the index with pickle and values that are no tensors with `weights_only=False`; here the index may name only
+the classes that an index consists of, and values are read like the tensors.
+"""
+
+import io
+import pickle
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from meap_lit.errors import UserError
+from meap_lit.integrity import SHARDS_INDEX, TRAINER_STATE
+
+_INDEX_CLASSES = {
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+    "pathlib": ("PosixPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),  # Python 3.13
+    "collections": ("OrderedDict",),
+}
+
+
+def read_trainer_state(folder: Path) -> dict[str, Any]:
+    """All of a checkpoint but the weights and the optimizer's state: counters, loops, callbacks, the data's position.
+
+    Raises:
+        UserError: If it is damaged or has code in it.
+    """
+    file = folder / TRAINER_STATE
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise UserError(f"checkpoint file {file} is damaged, or has code in it and so is not read") from error
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint file {file}: {error.strerror}") from error
+
+
+def read_index(folder: Path) -> Metadata:
+    """Names, shapes and dtypes of what the shards hold, and where.
+
+    Raises:
+        UserError: If it is damaged or has code in it.
+    """
+    file = folder / SHARDS_INDEX
+    try:
+        with open(file, "rb") as opened:
+            index = _IndexUnpickler(opened).load()
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint file {file}: {error.strerror}") from error
+    except Exception as error:  # a damaged pickle may fail in any way
+        raise UserError(f"checkpoint file {file} is damaged, or has code in it and so is not read ({error})") from error
+    if not isinstance(index, Metadata) or not isinstance(index.planner_data, dict):
+        raise UserError(f"checkpoint file {file} is no index of shards")
+    return index
+
+
+def read_shards(folder: Path) -> dict[str, Any]:
+    """The whole checkpoint as Lightning keeps it in one file: `state_dict`, `optimizer_states` and the trainer's state.
+
+    The state of an optimizer stays keyed by the parameters' names. torch's optimizers take it so, as they match groups
+    by position whatever the keys are, and a sharding strategy needs the names: from numbers it would guess them in the
+    order of the module's parameters, which is not that of an optimizer with several groups.
+
+    Raises:
+        UserError: If it is damaged, has code in it, or was not written by Lightning.
+    """
+    checkpoint = read_trainer_state(folder)
+    index = read_index(folder)
+    flat = {name: _room(about) for name, about in index.state_dict_metadata.items()}
+    _read_into(flat, folder)
+    nested: dict[Any, Any] = {}
+    for name, value in flat.items():
+        _put(nested, index.planner_data[name], value)
+    if "state_dict" not in nested:
+        raise UserError(f"checkpoint {folder} has no state_dict; only shards that Lightning's Trainer wrote are read")
+    checkpoint["state_dict"] = nested.pop("state_dict")
+    checkpoint["optimizer_states"] = [
+        {"state": nested[key]["state"], "param_groups": list(nested[key]["param_groups"].values())}
+        for key in sorted(nested, key=lambda key: int(key.removeprefix("optimizer_")))
+    ]
+    return checkpoint
+
+
+def read_weight(folder: Path, name: str) -> Tensor:
+    """One weight, by its name in the module.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    index = read_index(folder)
+    assert index.planner_data is not None
+    (key,) = (key for key, path in index.planner_data.items() if tuple(path) == ("state_dict", name))
+    flat = {key: _room(index.state_dict_metadata[key])}
+    _read_into(flat, folder)
+    weight = flat[key]
+    assert weight is not None
+    return weight
+
+
+def _read_into(flat: dict[str, Any], folder: Path) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is meant
+            dcp.load(flat, storage_reader=_Reader(folder), planner=_Planner(flatten_state_dict=False), no_dist=True)
+    except (dcp.api.CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"the shards of checkpoint {folder} cannot be read: one is damaged or missing") from error
+
+
+def weights_in(index: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Size and dtype of each weight in the shards, by its name in the module."""
+    assert index.planner_data is not None
+    paths = {name: index.planner_data[name] for name in index.state_dict_metadata}
+    return {
+        str(paths[name][1]): about
+        for name, about in index.state_dict_metadata.items()
+        if paths[name][0] == "state_dict" and isinstance(about, TensorStorageMetadata)
+    }
+
+
+def _room(about: Any) -> Tensor | None:
+    """An empty tensor to read into; what is no tensor takes no room beforehand."""
+    if not isinstance(about, TensorStorageMetadata):
+        return None
+    return torch.empty(about.size, dtype=about.properties.dtype)
+
+
+def _put(nested: dict[Any, Any], path: Iterable[Any], value: Tensor | Any) -> None:
+    *parents, last = path
+    for key in parents:
+        nested = nested.setdefault(key, {})
+    nested[last] = value
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _INDEX_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder = folder
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        index = read_index(self.folder)
+        index.storage_meta = index.storage_meta or StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)

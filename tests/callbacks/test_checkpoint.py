@@ -1,0 +1,176 @@
+"""Checkpoints are whole or not seen, however a save ends; wrong options are named."""
+
+import os
+import resource
+import signal
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+
+from meap_lit.callbacks import Checkpoint
+from meap_lit.callbacks.checkpoint import VerifyCheckpoint
+from meap_lit.errors import UserError
+from meap_lit.integrity import newest_checkpoint, verify
+from tests.callbacks.toy import fork, kill_at, train
+
+
+def visible(folder):
+    return sorted(path.name for path in folder.glob("*.ckpt"))
+
+
+def leftovers(folder):
+    return [path.name for path in folder.iterdir() if not path.name.endswith(".ckpt")]
+
+
+# what is called during the second save, of step 4, and for the how manieth time
+KILLS = [
+    ("torch.save", 2, ["last.ckpt", "step=2.ckpt"]),
+    ("meap_lit.callbacks.checkpoint.checksums", 2, ["last.ckpt", "step=2.ckpt"]),
+    ("meap_lit.callbacks.checkpoint.seal", 2, ["last.ckpt", "step=2.ckpt"]),
+    ("os.rename", 2, ["last.ckpt", "step=2.ckpt"]),
+    ("pathlib.Path.symlink_to", 2, ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]),
+    ("os.replace", 3, ["last.ckpt", "step=2.ckpt"]),
+    ("os.replace", 4, ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]),
+    ("os.rename", 3, ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]),  # of the old one, to remove it
+    ("meap_lit.callbacks.checkpoint._remove", 1, ["last.ckpt", "step=4.ckpt"]),
+]
+
+
+@pytest.mark.parametrize(("target", "call", "left"), KILLS)
+def test_a_kill_at_any_point_of_a_save_leaves_whole_checkpoints(tmp_path, target, call, left):
+    def killed():
+        kill_at(target, call)
+        train(tmp_path)
+
+    assert fork(killed) == [-signal.SIGKILL]
+    assert visible(tmp_path) == left
+    for name in left:
+        assert verify(tmp_path / name) == 1
+        assert torch.load(tmp_path / name, weights_only=True)["global_step"] in (2, 4)
+    assert newest_checkpoint(tmp_path).name == max(left)
+
+    assert fork(partial(train, tmp_path, max_steps=8, ckpt_path=tmp_path / "last.ckpt")) == [0]
+    assert not leftovers(tmp_path)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+def test_a_kill_while_shards_are_saved_leaves_the_checkpoint_before(tmp_path):
+    def killed():
+        kill_at("meap_lit.callbacks.checkpoint.checksums", 2)
+        train(tmp_path, num_shards=2)
+
+    assert fork(killed, num_ranks=2) == [-signal.SIGKILL] * 2
+    assert visible(tmp_path) == ["last.ckpt", "step=2.ckpt"]
+    assert len(leftovers(tmp_path)) == 1
+    assert verify(tmp_path / "last.ckpt") == 4
+
+    resume = partial(train, tmp_path, max_steps=6, num_shards=2, ckpt_path=tmp_path / "step=2.ckpt", keep=-1)
+    assert fork(resume, num_ranks=2) == [0, 0]
+    assert visible(tmp_path) == ["last.ckpt", "step=2.ckpt", "step=4.ckpt", "step=6.ckpt"]
+    assert not leftovers(tmp_path)
+
+
+def test_what_a_killed_run_left_elsewhere_is_removed_by_the_run_that_resumes_it(tmp_path):
+    def killed():
+        kill_at("os.rename", 2)
+        train(tmp_path / "old")
+
+    fork(killed)
+    [dead] = leftovers(tmp_path / "old")
+    alive = tmp_path / "old" / f"step=9.ckpt.partial-1@{dead.partition('@')[2]}"
+    alive.touch()
+    assert fork(partial(train, tmp_path / "new", ckpt_path=tmp_path / "old" / "last.ckpt")) == [0]
+    assert leftovers(tmp_path / "old") == [alive.name]
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_checkpoint_before(tmp_path):
+    def cramped():
+        train(tmp_path, max_steps=2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+        message = r"cannot save checkpoint .*step=4.ckpt: File too large; last good checkpoint: .*step=2.ckpt$"
+        with pytest.raises(UserError, match=message):
+            train(tmp_path, ckpt_path=tmp_path / "step=2.ckpt")
+
+    assert fork(cramped) == [0]
+    assert visible(tmp_path) == ["last.ckpt", "step=2.ckpt"]
+    assert not leftovers(tmp_path)
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_the_save_of_all(tmp_path):
+    def cramped():
+        train(tmp_path, num_shards=2, max_steps=2)
+        if os.environ["LOCAL_RANK"] == "1":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+        with pytest.raises((UserError, SystemExit)) as left:
+            train(tmp_path, num_shards=2, ckpt_path=tmp_path / "step=2.ckpt")
+        if os.environ["LOCAL_RANK"] == "1":
+            raise left.value
+        assert "step=4.ckpt: File too large; last good checkpoint: " in str(left.value)
+        raise SystemExit(2)
+
+    assert fork(cramped, num_ranks=2) == [2, 0]
+    assert visible(tmp_path) == ["last.ckpt", "step=2.ckpt"]
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("inline_container.cc: pos")])
+def test_nothing_is_left_of_a_save_that_failed(tmp_path, error):
+    def half(checkpoint, file):
+        file.write(b"half")
+        raise error
+
+    with mock.patch("torch.save", half), pytest.raises(UserError, match=r"step=2.ckpt: .*; .*none was saved yet"):
+        train(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_milestones_stay(tmp_path):
+    checkpoint = Checkpoint(every_n_steps=1, keep=2, milestone_every_n_steps=3, dirpath=str(tmp_path / "other"))
+    train(tmp_path, max_steps=8, callbacks=[checkpoint])
+    assert visible(tmp_path / "other") == ["last.ckpt", *(f"step={step}.ckpt" for step in (3, 6, 7, 8))]
+    assert (tmp_path / "other" / "last.ckpt").readlink().name == "step=8.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_steps": 0}, "checkpoint.every_n_steps must be at least 1, got 0"),
+        ({"keep": 0}, "checkpoint.keep must be at least 1, or -1 for all, got 0"),
+        ({"keep": -2}, "checkpoint.keep must be at least 1, or -1 for all, got -2"),
+        (
+            {"every_n_steps": 10, "milestone_every_n_steps": 15},
+            "checkpoint.milestone_every_n_steps must be a multiple of checkpoint.every_n_steps 10, got 15",
+        ),
+        (
+            {"milestone_every_n_steps": 0},
+            "checkpoint.milestone_every_n_steps must be a multiple of checkpoint.every_n_steps 1000, got 0",
+        ),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(UserError) as error:
+        Checkpoint(**options)
+    assert str(error.value) == message
+
+
+def test_a_damaged_shard_is_named_before_anything_is_loaded(tmp_path):
+    assert fork(partial(train, tmp_path, max_steps=2, num_shards=2), num_ranks=2) == [0, 0]
+    shard = tmp_path / "step=2.ckpt" / "__1_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+    def resume():
+        callbacks = [VerifyCheckpoint(str(tmp_path / "step=2.ckpt"))]
+        with pytest.raises(UserError, match=f"^checkpoint file {shard} is damaged: its content is not"):
+            train(tmp_path, num_shards=2, ckpt_path=tmp_path / "step=2.ckpt", callbacks=callbacks)
+        raise SystemExit(2)
+
+    assert fork(resume, num_ranks=2) == [2, 0]
+    message = (
+        r"step=2.ckpt \(--ckpt_path\) is a folder of shards, and trainer.strategy reads one file; make one of it: "
+    )
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, callbacks=[VerifyCheckpoint(str(tmp_path / "step=2.ckpt"))])

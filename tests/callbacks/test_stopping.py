@@ -1,0 +1,79 @@
+"""A run that is told to stop saves, says how to go on, and goes on as if it had never stopped."""
+
+import os
+import signal
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from meap_lit.cli import main
+from tests.callbacks.toy import fork
+
+
+def fit(recipe, *arguments, log=None):
+    """Run the command in a process of its own; its exit status and what it wrote to stderr."""
+
+    def run():
+        descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(descriptor, 2)
+        sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
+        sys.exit(main(["fit", "--config", str(recipe), *arguments]))
+
+    [status] = fork(run)
+    return status, log.read_text()
+
+
+def signal_at(batch, number):
+    return [
+        "--trainer.callbacks+=tests.callbacks.interruption.SignalAt",
+        *("--trainer.callbacks.batch", str(batch)),
+        *("--trainer.callbacks.number", str(int(number))),
+    ]
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "batch", "step", "options"),
+    [
+        (signal.SIGTERM, 143, 13, 7, ()),  # in the second of two micro-batches
+        (signal.SIGINT, 130, 8, 5, ()),  # in the first, where a checkpoint and a validation are due
+        (signal.SIGTERM, 143, 29, 8, ("--data.micro_batch_size", "2")),  # four micro-batches
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not(toy_recipe, tmp_path, number, status, batch, step, options):
+    run = partial(fit, toy_recipe, *options, log=tmp_path / "log")
+    assert run()[0] == 0
+    found, log = fit(toy_recipe, *options, *signal_at(batch, number), log=tmp_path / "log")
+    runs = tmp_path / "runs" / "toy"
+    checkpoint = runs / "version_1" / "checkpoints" / f"step={step}.ckpt"
+    assert found == status
+    assert [line for line in log.splitlines() if line.startswith("SIG")] == [
+        f"{number.name}: stopped after optimizer step {step}, saved {checkpoint}; resume with: "
+        f"python -m meap_lit fit --config {runs}/version_1/config.yaml --ckpt_path {checkpoint}"
+    ]
+    assert checkpoint.exists()
+    assert fit(toy_recipe, *options, "--ckpt_path", "last", log=tmp_path / "log")[0] == 0
+    whole, resumed = weights(runs / "version_0"), weights(runs / "version_2")
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_run_without_checkpoints_says_that_none_was_saved(toy_recipe, tmp_path):
+    options = ["--trainer.enable_checkpointing", "false", *signal_at(3, signal.SIGTERM)]
+    status, log = fit(toy_recipe, *options, log=tmp_path / "log")
+    assert status == 143
+    assert "SIGTERM: stopped after optimizer step 2; no checkpoint was saved, since trainer.enable" in log
+
+
+def test_a_second_signal_ends_the_run_at_once(toy_recipe, tmp_path):
+    options = [*signal_at(4, signal.SIGTERM), *signal_at(4, signal.SIGINT)]
+    status, log = fit(toy_recipe, *options, log=tmp_path / "log")
+    assert status == 130
+    assert "stopped after" not in log
+    assert not (tmp_path / "runs" / "toy" / "version_0" / "checkpoints").exists()

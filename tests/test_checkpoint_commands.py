@@ -1,0 +1,142 @@
+"""`checkpoint consolidate | inspect | verify`, on shards that two processes wrote and on a file."""
+
+import pickle
+import shutil
+from functools import partial
+
+import pytest
+import torch
+
+from meap_lit.cli import main
+from tests.callbacks.toy import Toy, fork, train
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Checkpoints in shards of steps 2 and 4 of a run, and a checkpoint in one file of its step 4."""
+    folder = tmp_path_factory.mktemp("shards")
+    assert fork(partial(train, folder / "checkpoints", num_shards=2, keep=-1), num_ranks=2) == [0, 0]
+    return folder
+
+
+def complain(capsys, *arguments):
+    assert main(["checkpoint", *map(str, arguments)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_shards_of_two_ranks_become_one_file_that_goes_on_as_they_would(shards, tmp_path, capsys):
+    output = tmp_path / "one.ckpt"
+    step2 = shards / "checkpoints" / "step=2.ckpt"
+    assert main(["checkpoint", "consolidate", "--checkpoint", str(step2), "--output", str(output)]) == 0
+    assert "one.ckpt: optimizer step 2" in capsys.readouterr().out
+    assert main(["checkpoint", "verify", "--checkpoint", str(output)]) == 0
+
+    # the step that a resume takes depends on the moments of every parameter and on the decay of its group
+    assert fork(partial(train, tmp_path / "auto", ckpt_path=output)) == [0]
+    assert fork(partial(train, tmp_path / "shards", num_shards=2, ckpt_path=output), num_ranks=2) == [0, 0]
+    one = torch.load(tmp_path / "auto" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, folder in (("never stopped", shards / "checkpoints"), ("resumed in shards", tmp_path / "shards")):
+        many = tmp_path / f"{name}.ckpt"
+        command = ["checkpoint", "consolidate", "--checkpoint", str(folder / "last.ckpt"), "--output", str(many)]
+        assert main(command) == 0
+        for key, value in torch.load(many, weights_only=True)["state_dict"].items():
+            torch.testing.assert_close(value, one[key], atol=1e-6, rtol=1e-5, msg=f"{name}: {key}")
+
+
+def test_a_consolidated_optimizer_is_the_one_of_plain_training(shards, tmp_path):
+    output = tmp_path / "one.ckpt"
+    main(["checkpoint", "consolidate", "--checkpoint", str(shards), "--output", str(output)])
+    content = torch.load(output, weights_only=True)
+    assert content["global_step"] == 4
+    [state] = content["optimizer_states"]
+    assert [len(group["params"]) for group in state["param_groups"]] == [4, 2]
+    assert state["param_groups"][0]["weight_decay"] == 0
+    shapes = {name: parameter.shape for name, parameter in Toy().named_parameters()}
+    assert {name: moments["exp_avg"].shape for name, moments in state["state"].items()} == shapes
+    assert all(moments["step"] == 4 for moments in state["state"].values())
+
+
+def test_inspect_says_what_shards_hold(shards, capsys):
+    assert main(["checkpoint", "inspect", "--checkpoint", str(shards)]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["checkpoint"] == str(shards / "checkpoints" / "step=4.ckpt")
+    assert rows["format"] == "folder of 2 shards"
+    assert rows["optimizer"] == "step  4"
+    assert rows["weights"] == "97 float32"  # 8 x 8 + 8, 8 + 8, 8 + 1
+    assert rows["checksums"] == "of 4 files"
+
+
+def test_inspect_says_what_a_file_of_ours_holds(toy_recipe, tmp_path, capsys):
+    assert main(["fit", "--config", str(toy_recipe), "--budget.max_steps", "3"]) == 0
+    capsys.readouterr()
+    assert main(["checkpoint", "inspect", "--checkpoint", str(tmp_path / "runs" / "toy")]) == 0
+    out = capsys.readouterr().out
+    for expected in (
+        r"version_0/checkpoints/step=3.ckpt",
+        r"one file",
+        r"samples seen               24",
+        r"decoder.hidden_size        32",
+        r" float32",
+        r"checksums                  of 1 file",
+    ):
+        assert expected in out
+
+
+def test_verify_names_the_first_damaged_file(shards, tmp_path, capsys):
+    path = tmp_path / "step=4.ckpt"
+    shutil.copytree(shards / "checkpoints" / "step=4.ckpt", path)
+    assert main(["checkpoint", "verify", "--checkpoint", str(path)]) == 0
+    assert "step=4.ckpt: as it was written (4 files, " in capsys.readouterr().out
+    content = bytearray((path / "__1_0.distcp").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "__1_0.distcp").write_bytes(content)
+    damaged = f"error: checkpoint file {path}/__1_0.distcp is damaged: its content is not what was written; "
+    assert complain(capsys, "verify", "--checkpoint", path).startswith(damaged)
+    consolidate = ["consolidate", "--checkpoint", path, "--output", tmp_path / "one.ckpt"]
+    assert complain(capsys, *consolidate).startswith(damaged)
+
+
+class Harm:
+    def __reduce__(self):
+        return (print, ("code was run",))
+
+
+@pytest.mark.parametrize("name", [".metadata", "meta.pt"])
+@pytest.mark.parametrize("command", ["inspect", "consolidate"])
+def test_no_code_is_run_from_shards(shards, tmp_path, capsys, name, command):
+    path = tmp_path / "harm.ckpt"
+    shutil.copytree(shards / "checkpoints" / "step=4.ckpt", path)
+    (path / "checksums.json").unlink()
+    (path / name).write_bytes(pickle.dumps(Harm(), protocol=2))
+    output = ["--output", tmp_path / "one.ckpt"] if command == "consolidate" else []
+    line = complain(capsys, command, "--checkpoint", path, *output)
+    assert line.startswith(f"error: checkpoint file {path}/{name} is damaged, or has code in it and so is not read")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("one.pt", "--output {folder}/one.pt must end in .ckpt; Lightning takes no other file for a checkpoint"),
+        ("there.ckpt", "--output {folder}/there.ckpt exists already; remove it or name another"),
+        ("file/one.ckpt", "cannot write --output {folder}/file/one.ckpt: File exists; nothing was kept"),
+    ],
+)
+def test_an_output_that_cannot_be_is_named(shards, tmp_path, capsys, output, message):
+    for name in ("there.ckpt", "file"):
+        (tmp_path / name).touch()
+    line = complain(capsys, "consolidate", "--checkpoint", shards, "--output", tmp_path / output)
+    assert line == "error: " + message.format(folder=tmp_path)
+
+
+def test_what_is_one_file_or_has_no_checksums_is_named(tmp_path, capsys):
+    path = tmp_path / "old.ckpt"
+    torch.save({"global_step": 1, "state_dict": {}}, path)
+    line = complain(capsys, "consolidate", "--checkpoint", path, "--output", tmp_path / "one.ckpt")
+    assert line == f"error: checkpoint {path} is one file already"
+    line = complain(capsys, "verify", "--checkpoint", path)
+    assert line == f"error: checkpoint {path} was written without checksums; nothing can be said of its content"
+    torch.save({"weights": 1}, path)
+    line = complain(capsys, "inspect", "--checkpoint", path)
+    assert line == f"error: {path} is no checkpoint of a run: it has no state_dict and global_step in it"
