@@ -1,5 +1,6 @@
 """Every recipe of the project is parsed, and runs at toy size."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from meap_lit.errors import UserError
 from meap_lit.recipe import RecipeCLI, lineage
 
 RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml"))
-RUNNABLE = [path for path in RECIPES if path.name != "base.yaml"]
+OVERLAYS = [path for path in RECIPES if path.parent.name == "strategy"]
+RUNNABLE = [path for path in RECIPES if path.name != "base.yaml" and path not in OVERLAYS]
 
 TOY = [
     *("--data.global_batch_size", "4"),
@@ -39,6 +41,7 @@ TOY_FINE_TUNING = [
 
 def test_there_are_recipes():
     assert len(RUNNABLE) >= 19
+    assert len(OVERLAYS) >= 5
     assert Path("recipes/quickstart.yaml") in RUNNABLE
 
 
@@ -50,6 +53,8 @@ def test_a_recipe_opens_with_what_it_is_for(recipe):
     if recipe in RUNNABLE:
         assert f"python -m meap_lit fit --config {recipe}" in "\n".join(comment)
         assert "Hardware" in "\n".join(comment)
+    if recipe in OVERLAYS:
+        assert f"--config {recipe}" in "\n".join(comment)
 
 
 @pytest.mark.parametrize("recipe", [path for path in RUNNABLE if path.parent.name != "sft"], ids=str)
@@ -174,3 +179,65 @@ def test_a_broken_recipe_is_named(tmp_path, content, message):
     (tmp_path / "a.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
         lineage(tmp_path / "a.yaml")
+
+
+# ---------------------------------------------------------------------------------------------- --ckpt_path
+
+
+@pytest.fixture
+def runs(toy_recipe, tmp_path):
+    """Versions 0 and 1 of a run with a checkpoint of steps 5 and 6 each."""
+    RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "6"])
+    folder = tmp_path / "runs" / "toy"
+    shutil.copytree(folder / "version_0", folder / "version_1", symlinks=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("last", "version_1/checkpoints/step=6.ckpt"),
+        ("{runs}", "version_1/checkpoints/step=6.ckpt"),
+        ("{runs}/version_0", "version_0/checkpoints/step=6.ckpt"),
+        ("{runs}/version_0/checkpoints/step=5.ckpt", None),
+    ],
+)
+def test_a_run_is_resumed_from_its_newest_whole_checkpoint_which_is_named(runs, toy_recipe, given, found, capsys):
+    path = given.format(runs=runs)
+    cli = RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "7", "--ckpt_path", path])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoint: ")]
+    assert said == ([f"checkpoint: {runs / found}"] if found else [])
+    assert cli.trainer.ckpt_path == (str(runs / found) if found else path)
+    assert cli.trainer.global_step == 7
+
+
+def test_a_checkpoint_cut_short_is_passed_over_and_a_changed_one_refused(runs, toy_recipe):
+    newest = runs / "version_1" / "checkpoints" / "step=6.ckpt"
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-100])
+    resume = ["fit", "--config", str(toy_recipe), "--ckpt_path"]
+    assert RecipeCLI.run([*resume, "last"]).trainer.ckpt_path == str(newest.with_name("step=5.ckpt"))
+    with pytest.raises(UserError, match=r"^checkpoint file .*step=6.ckpt is cut short"):
+        RecipeCLI.run([*resume, str(newest)])
+    newest.write_bytes(content[:5000] + bytes(10) + content[5010:])
+    with pytest.raises(UserError, match=r"^checkpoint file .*step=6.ckpt is damaged: its content is not what was wri"):
+        RecipeCLI.run([*resume, str(newest)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), r"checkpoint .*/runs/toy \(--ckpt_path last\) does not exist"),
+        (
+            ("--checkpoint.dirpath", "docs"),
+            r"docs \(--ckpt_path last\) holds no whole checkpoint \(step=N.ckpt\); name another run or a .ckpt",
+        ),
+        (
+            ("--trainer.logger", "false"),
+            r"--ckpt_path last needs a trainer.logger with save_dir and name; name a run's folder instead",
+        ),
+    ],
+)
+def test_a_last_checkpoint_that_is_not_there_is_named(toy_recipe, arguments, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        RecipeCLI.run(["fit", "--config", str(toy_recipe), *arguments, "--ckpt_path", "last"])

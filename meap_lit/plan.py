@@ -1,0 +1,317 @@
+"""`python -m meap_lit plan`: what a recipe needs of memory and time on given devices, before any is asked for.
+
+The recipe is read as `fit` reads it, but nothing is trained, downloaded or written.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from meap_lit.callbacks import Budget
+from meap_lit.checkpoints import open_source
+from meap_lit.data.datamodule import StreamingData
+from meap_lit.data.finetuning import FineTuningData
+from meap_lit.data.manifest import MANIFEST_FILE
+from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.errors import UserError
+from meap_lit.layout import Layout, layout_of, precision
+from meap_lit.memory import Memory, Step, memory_of, weights_of
+from meap_lit.model.config import DecoderConfig, pad_vocab_size
+from meap_lit.model.hf import read_config
+from meap_lit.model.hf_folder import CONFIG_FILE
+from meap_lit.modules.base import DecoderModule
+from meap_lit.recipe import RecipeCLI
+from meap_lit.savings import smallest_changes
+
+USUAL_VOCAB_SIZE = 32_064
+"""Llama 2's 32,000 tokens and the mask token, padded: the vocabulary of the paper's models."""
+
+GB = 1e9
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What is planned for.
+
+    Args:
+        devices: Devices of a node; trainer.devices if not given.
+        nodes: Nodes; trainer.num_nodes if not given.
+        device_memory: Memory of a device in GB (10^9 bytes).
+        utilisation: Share of the peak that the model's own FLOPs reach (MFU); recomputation does not count into it.
+        peak_teraflops: Dense peak of a device at the precision of its products; 989 is an H100's in bfloat16.
+        decoder: A config.json of Hugging Face to plan with, where model.init_from is not at hand.
+    """
+
+    devices: int | None = None
+    nodes: int | None = None
+    device_memory: float = 80.0
+    utilisation: float = 0.4
+    peak_teraflops: float = 989.0
+    decoder: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "nodes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, got {value}")
+        for name in ("device_memory", "peak_teraflops"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} must be above 0, got {getattr(self, name):g}")
+        if not 0 < self.utilisation <= 1:
+            raise UserError(f"--utilisation must be in (0, 1], got {self.utilisation:g}; write 0.4 for 40%")
+
+
+class PlanCLI(RecipeCLI):
+    """Reads a recipe as `fit` does, with the options of `Hardware` beside it, and prints the plan."""
+
+    @classmethod
+    def run(cls, arguments: list[str]) -> "RecipeCLI":
+        """Parse the words after `plan`, and print.
+
+        Raises:
+            UserError: If the recipe, an override or an option is wrong, or the devices cannot be divided as it asks.
+        """
+        return super().run(["fit", *arguments])
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.description = "Print what a recipe needs of memory and time on given devices; nothing is run."
+        parser.usage = "python -m meap_lit plan --config RECIPE [--config OVERLAY ...] --devices N [--KEY VALUE ...]"
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(Hardware)
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def instantiate_classes(self) -> None:
+        """The recipe's model, data and budget, none of which reads anything yet; no Trainer."""
+        recipe = self.config[self.subcommand]
+        parts = self._parser(self.subcommand).instantiate(
+            Namespace(model=recipe.model, data=recipe.data, budget=recipe.budget)
+        )
+        hardware = Hardware(**{f.name: recipe[f.name] for f in dataclasses.fields(Hardware)})
+        self.plan = Plan.of(parts.model, parts.data, parts.budget, recipe.trainer, hardware)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        print(self.plan.report())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on given devices.
+
+    Args:
+        step: What the memory depends on.
+        memory: That of one device.
+        rows_per_step: data.global_batch_size.
+        accumulation: Micro-batches of each device in an optimizer step.
+        num_steps: Optimizer steps; None if they depend on data that is not there.
+        num_flops: FLOPs of the whole run; None likewise.
+        hardware: What is planned for.
+        notes: What had to be assumed.
+    """
+
+    step: Step
+    memory: Memory
+    rows_per_step: int
+    accumulation: int
+    num_steps: int | None
+    num_flops: float | None
+    hardware: Hardware
+    notes: list[str]
+
+    @classmethod
+    def of(
+        cls, module: DecoderModule, data: StreamingData, budget: Budget, trainer: Namespace, hardware: Hardware
+    ) -> "Plan":
+        """Plan for a recipe's parts.
+
+        Raises:
+            UserError: If the devices do not divide as the strategy or the batch asks, something is not known to the
+                plan, or the model's configuration is not at hand.
+        """
+        layout = layout_of(trainer, hardware.devices, hardware.nodes)
+        accumulation = data.accumulation(layout.num_replicas)
+        decoder, notes = decoder_config(module, data, hardware.decoder)
+        step = Step(
+            decoder=decoder,
+            num_tokens=data.micro_batch_size * data.seq_len,
+            seq_len=data.seq_len,
+            precision=precision(trainer.precision),
+            activation_checkpointing=module.activation_checkpointing,
+            lora=module.lora,
+            packed=isinstance(data, FineTuningData),
+            layout=layout,
+            fused_norm=trainer.accelerator != "cpu",
+        )
+        prepared = all(Path(path, MANIFEST_FILE).is_file() for path in data.datasets)
+        needs_data = budget.max_epochs is not None or step.packed
+        if needs_data and prepared:
+            data.setup("fit")
+        elif step.packed:
+            notes.append("the dataset is not prepared: attention is counted over whole rows")
+        num_steps = budget.steps(data) if prepared or budget.max_epochs is None else None
+        span = data.mean_span if prepared or not step.packed else data.seq_len
+        per_token = decoder.flops_per_token(span, frozen=module.lora is not None)
+        return cls(
+            step=step,
+            memory=memory_of(step),
+            rows_per_step=data.global_batch_size,
+            accumulation=accumulation,
+            num_steps=num_steps,
+            num_flops=None if num_steps is None else float(per_token) * num_steps * data.tokens_per_step,
+            hardware=hardware,
+            notes=notes,
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the device's memory."""
+        return self.memory.total <= self.hardware.device_memory * GB
+
+    @property
+    def days(self) -> float | None:
+        """Days of training at the stated utilisation: FLOPs / (devices x peak x utilisation)."""
+        if self.num_flops is None:
+            return None
+        rate = self.step.layout.num_devices * self.hardware.peak_teraflops * 1e12 * self.hardware.utilisation
+        return self.num_flops / rate / SECONDS_PER_DAY
+
+    def report(self) -> str:
+        """The plan as text for a terminal."""
+        lines = [*self._run_lines(), "", *self._memory_lines()]
+        if not self.fits:
+            lines += ["", *self._remedy_lines()]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _run_lines(self) -> Iterator[str]:
+        step, layout = self.step, self.step.layout
+        weights = weights_of(dataclasses.replace(step, layout=Layout()))
+        trained = sum(w.size for w in weights if w.trained)
+        frozen = sum(w.size for w in weights) - trained
+        yield f"model         {trained:,} parameters trained" + (f", {frozen:,} frozen" if frozen else "")
+        yield f"devices       {layout.num_devices}, {layout}"
+        tokens_per_step = self.rows_per_step * step.seq_len
+        yield (
+            f"step          {self.rows_per_step} rows x {step.seq_len:,} = {tokens_per_step:,} tokens: "
+            f"{self.accumulation} x {step.num_tokens // step.seq_len} rows on each of {layout.num_replicas} "
+            f"data-parallel devices"
+        )
+        if self.num_steps is None:
+            yield "run           steps and time are known when the dataset is prepared (budget.max_epochs)"
+            return
+        yield (
+            f"run           {self.num_steps:,} steps, {_short(self.num_steps * tokens_per_step)} tokens, "
+            f"{self.num_flops:.3g} FLOPs"
+        )
+        assert self.days is not None
+        yield (
+            f"time          {_duration(self.days)} at {self.hardware.utilisation:.0%} of {layout.num_devices} x "
+            f"{self.hardware.peak_teraflops:g} TFLOP/s"
+        )
+
+    def _memory_lines(self) -> Iterator[str]:
+        memory = self.memory
+        checkpointing = self.step.activation_checkpointing
+        yield "memory of one device, GB"
+        for name, size in (
+            ("parameters", memory.parameters),
+            ("gradients", memory.gradients),
+            ("optimizer states", memory.optimizer),
+            ("DDP's buckets", memory.buckets),
+            ("gathered weights", memory.gathered),
+            ("weights as autocast casts them", memory.copies),
+            (f"activations kept (activation_checkpointing {checkpointing})", memory.activations),
+        ):
+            if size:
+                yield _row(name, size)
+        at_loss = memory.loss >= memory.backward
+        yield _row("loss in pieces" if at_loss else "backward of a block", max(memory.loss, memory.backward))
+        room = self.hardware.device_memory
+        yield _row("total", memory.total) + f" of {room:g}: {'fits' if self.fits else 'does not fit'}"
+        if memory.host:
+            yield _row("host, for each device (cpu_offload)", memory.host)
+
+    def _remedy_lines(self) -> Iterator[str]:
+        remedies = smallest_changes(self.step, self.accumulation, int(self.hardware.device_memory * GB))
+        if not remedies:
+            yield "nothing that the plan knows makes it fit; it takes more devices, larger ones or a smaller model"
+            return
+        yield "fits with"
+        for options, memory in remedies:
+            yield f"  {' '.join(options)}: {memory.total / GB:.2f} GB"
+
+
+def _row(name: str, size: int) -> str:
+    return f"  {name:<52}{size / GB:>9.2f}"
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.4g}B" if count >= 1e9 else f"{count / 1e6:.4g}M"
+
+
+def _duration(days: float) -> str:
+    name, length = next(((n, s) for n, s in (("days", 1), ("hours", 24)) if days * s >= 1), ("minutes", 24 * 60))
+    return f"{days * length:.3g} {name}"
+
+
+# ------------------------------------------------------------------------------------------------ what a recipe says
+
+
+def decoder_config(
+    module: DecoderModule, data: StreamingData, config_file: str | None
+) -> tuple[DecoderConfig, list[str]]:
+    """The model to plan for, its vocabulary known, and what had to be assumed.
+
+    Args:
+        module: Its `initial_config`, or the configuration under its `init_from`.
+        data: Its tokenizer decides the vocabulary, if it is there.
+        config_file: A config.json that is read instead.
+
+    Raises:
+        UserError: If a file is missing or wrong, or the tokenizer does not fit the model.
+    """
+    has_tokenizer = Path(data.tokenizer_folder, "tokenizer.json").is_file()
+    num_tokens = Tokenizer.load(data.tokenizer_folder).vocab_size if has_tokenizer else None
+    config = _stated_config(module, config_file)
+    rows, fresh = config.vocab_size, module.init_from is None and config_file is None
+    if num_tokens is not None:
+        if rows is None or (num_tokens > rows and not fresh):
+            rows = pad_vocab_size(num_tokens)  # a checkpoint's vocabulary grows
+        elif num_tokens > rows:
+            raise UserError(f"decoder.vocab_size {rows} is smaller than the tokenizer's {num_tokens} tokens")
+        return dataclasses.replace(config, vocab_size=rows), []
+    missing = f"tokenizer {data.tokenizer_folder} is not there: a vocabulary of"
+    if rows is None:
+        return dataclasses.replace(config, vocab_size=USUAL_VOCAB_SIZE), [f"{missing} {USUAL_VOCAB_SIZE:,} is assumed"]
+    return config, [] if fresh else [f"{missing} {rows:,} is taken from the model, which may grow by a mask token"]
+
+
+def _stated_config(module: DecoderModule, config_file: str | None) -> DecoderConfig:
+    if config_file is None and module.initial_config is not None:
+        return module.initial_config
+    folder = Path(module.init_from or "").expanduser()
+    file = Path(config_file) if config_file is not None else folder / CONFIG_FILE
+    if file.is_file():
+        try:
+            content = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{file} is not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{file} must hold a JSON object, not a {type(content).__name__}")
+        return read_config(content, str(file))[0]
+    if config_file is not None:
+        raise UserError(f"{config_file} (--decoder) does not exist")
+    if not folder.exists():
+        raise UserError(f"model.init_from {folder} does not exist; name its {CONFIG_FILE} with --decoder FILE")
+    return open_source(folder).config

@@ -1,0 +1,231 @@
+"""The formulas against what PyTorch holds: autograd's saved tensors, the optimizer's states, the peak of a process."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from meap_lit.errors import UserError
+from meap_lit.layout import Layout
+from meap_lit.memory import (
+    Step,
+    Weight,
+    checkpointed_activations,
+    gathered_bytes,
+    gathered_gradient_bytes,
+    kept_activations,
+    loss_bytes,
+    memory_of,
+    optimizer_bytes,
+    parameter_bytes,
+    weight_copies,
+    weights_of,
+)
+from meap_lit.model import Decoder, DecoderConfig, Documents, linear_cross_entropy
+from meap_lit.model.lora import LoRA, add_lora
+from meap_lit.model.parallelize import checkpoint_activations
+from meap_lit.modules import AdamW
+
+TOY = DecoderConfig(
+    num_layers=4, num_heads=4, num_kv_heads=2, hidden_size=64, intermediate_size=160, vocab_size=128, max_seq_len=128
+)
+ROWS, SEQ_LEN = 2, 128
+TOY_STEP = Step(TOY, ROWS * SEQ_LEN, SEQ_LEN, fused_norm=False)
+
+
+def toy_decoder(step: Step) -> Decoder:
+    decoder = Decoder(step.decoder).to(step.numerics.weights)
+    if step.lora is not None:
+        add_lora(decoder, step.lora)
+        with torch.no_grad():
+            for name, parameter in decoder.named_parameters():
+                if "lora" in name:
+                    parameter.fill_(0.01)
+    return decoder
+
+
+def autocast(precision: str):
+    mixed = precision == "bf16-mixed"
+    return torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext()
+
+
+def saved_bytes(step: Step) -> int:
+    """Bytes of all storages that autograd keeps of a decoder's forward, parameters aside."""
+    decoder = toy_decoder(step)
+    if step.activation_checkpointing != "none":
+        checkpoint_activations(decoder, step.activation_checkpointing)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
+    storages = {}  # kept alive here, so that no address is used twice
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    input_ids = torch.randint(step.decoder.vocab_size, (ROWS, SEQ_LEN))
+    position_ids, documents = None, None
+    if step.packed:
+        position_ids = torch.arange(SEQ_LEN).repeat(ROWS, 1)
+        documents = Documents.of_rows([[SEQ_LEN // 4, SEQ_LEN // 4]] * ROWS, SEQ_LEN)
+    with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(step.precision):
+        decoder(input_ids, position_ids, documents)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+# ---------------------------------------------------------------------------------------------- activations
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # qk_norm under autocast
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(
+    ("decoder", "options"),
+    [
+        ({}, {}),
+        ({"tie_embeddings": True, "head_dim": 32, "num_kv_heads": 4}, {}),
+        ({"qk_norm": True, "qkv_bias": True}, {}),
+        ({}, {"packed": True}),
+        ({}, {"activation_checkpointing": "full"}),
+    ],
+)
+def test_activations_are_what_autograd_saves(decoder, options, precision):
+    step = replace(TOY_STEP, decoder=replace(TOY, **decoder), precision=precision, **options)
+    copies = 0 if options.get("activation_checkpointing") else weight_copies(step, weights_of(step))
+    assert kept_activations(step) + copies == pytest.approx(saved_bytes(step), rel=0.002)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj", "gate_proj", "down_proj"]])
+def test_activations_with_adapters_are_what_autograd_saves(targets, dropout, precision):
+    step = replace(TOY_STEP, lora=LoRA(rank=8, targets=targets, dropout=dropout), precision=precision)
+    planned = kept_activations(step) + weight_copies(step, weights_of(step))
+    assert planned == pytest.approx(saved_bytes(step), rel=0.1)  # what precedes the first adapter keeps less
+
+
+def test_selective_checkpointing_keeps_the_results_of_products_and_attention():
+    # 256 tokens: input 64 x 4 B; q 64, k and v 32 each, o 64, gate and up 160 each, down 64, attention 64, at 2 B;
+    # the logsumexp of 4 heads at 4 B
+    step = replace(TOY_STEP, activation_checkpointing="selective")
+    assert checkpointed_activations(step) == 256 * (64 * 4 + (64 + 32 + 32 + 64 + 160 + 160 + 64 + 64) * 2 + 4 * 4)
+
+
+def test_fused_norms_keep_no_normalised_copy():
+    fused = kept_activations(replace(TOY_STEP, fused_norm=True))
+    num_norms = 2 * TOY.num_layers + 1
+    assert kept_activations(TOY_STEP) - fused == num_norms * ROWS * SEQ_LEN * TOY.hidden_size * 4
+
+
+def test_tensor_parallelism_divides_what_the_heads_and_the_mlp_keep():
+    whole, halved = (
+        kept_activations(replace(TOY_STEP, layout=Layout(num_devices=2, tensor_parallel_size=size))) for size in (1, 2)
+    )
+    per_token = (2 * 64 + 2 * 32) * 2 + 4 * 4 + 4 * 160 * 2  # attention, logsumexp, SwiGLU
+    assert whole - halved == TOY.num_layers * ROWS * SEQ_LEN * per_token / 2
+
+
+# ---------------------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("options", [{}, {"lora": LoRA(rank=4)}, {"decoder": replace(TOY, tie_embeddings=True)}])
+def test_parameters_gradients_and_optimizer_states_are_exact(options, precision):
+    step = replace(TOY_STEP, precision=precision, **options)
+    decoder = toy_decoder(step)
+    optimizer = AdamW().build(decoder)
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    weights = weights_of(step)
+    assert parameter_bytes(weights, Layout()) == sum(p.nbytes for p in decoder.parameters())
+    assert parameter_bytes(weights, Layout(), trained_only=True) == sum(
+        p.grad.nbytes for p in decoder.parameters() if p.grad is not None
+    )
+    assert optimizer_bytes(weights, Layout()) == sum(state.nbytes for state in states)
+
+
+def test_shards_are_cut_along_the_first_dimension_and_rounded_up():
+    weights = [Weight("layers.0.mlp.up_proj.weight", (10, 3), torch.float32, trained=True)]
+    assert parameter_bytes(weights, Layout(num_devices=4, shard_size=4)) == 3 * 3 * 4
+    assert optimizer_bytes(weights, Layout(num_devices=4, shard_size=4)) == 2 * 3 * 3 * 4 + 4
+
+
+def test_gathered_are_the_root_two_blocks_and_in_the_backward_the_gradient_of_one():
+    block = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64 + 2 * 64
+    root = 2 * 128 * 64 + 64
+    layout = Layout(num_devices=4, shard_size=4, fsdp=True)
+    step = replace(TOY_STEP, layout=layout)
+    assert gathered_bytes(step, weights_of(step)) == 4 * (root + 2 * block)
+    one = [weight for weight in weights_of(step) if weight.name.startswith("layers.3.")]
+    assert gathered_gradient_bytes(step, one) == (4 + 4) * block
+    kept = replace(step, layout=replace(layout, reshard_after_forward=False, param_dtype=torch.bfloat16))
+    assert gathered_bytes(kept, weights_of(kept)) == 2 * (root + 4 * block)
+    reduced_wide = replace(step, layout=replace(layout, param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    assert gathered_gradient_bytes(reduced_wide, one) == (2 + 4) * block
+    assert weight_copies(kept, weights_of(kept)) == 0, "weights are gathered in the dtype of the products"
+
+
+def test_heads_that_do_not_divide_are_named():
+    layout = Layout(8, shard_size=1, tensor_parallel_size=8, fsdp=True)
+    with pytest.raises(UserError, match=r"decoder\.num_heads 4 cannot be divided among tensor_parallel_size 8"):
+        memory_of(replace(TOY_STEP, layout=layout))
+
+
+# ---------------------------------------------------------------------------------------------- a whole step
+
+
+def test_the_loss_does_not_grow_with_the_tokens_beyond_a_piece():
+    step = replace(TOY_STEP, decoder=replace(TOY, vocab_size=2**20), num_tokens=1000)
+    per_token = TOY.hidden_size * 4  # the gradient of the hidden states
+    assert loss_bytes(replace(step, num_tokens=2000)) - loss_bytes(step) == 1000 * per_token
+
+
+def train(step: Step) -> None:
+    """Two optimizer steps of two micro-batches, in Lightning's order: old gradients go after the first forward."""
+    decoder = Decoder(step.decoder)
+    optimizer = AdamW().build(decoder)
+    for number in range(4):
+        input_ids = torch.randint(step.decoder.vocab_size, (step.num_tokens // step.seq_len, step.seq_len))
+        with autocast(step.precision):
+            loss = linear_cross_entropy(decoder(input_ids), decoder.lm_head.weight, input_ids) / input_ids.numel()
+        if number % 2 == 0:
+            optimizer.zero_grad()
+        loss.backward()
+        if number % 2:
+            optimizer.step()
+
+
+PEAK_STEP = Step(
+    replace(TOY, num_layers=2, num_heads=8, hidden_size=512, intermediate_size=1408, vocab_size=8192, max_seq_len=512),
+    num_tokens=1024,
+    seq_len=512,
+    precision="32-true",
+    fused_norm=False,
+)
+
+
+def peak_bytes() -> int:
+    # not ru_maxrss, which a process inherits from the one that started it
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def test_the_total_is_the_peak_of_a_fresh_process():
+    # by default glibc keeps freed tensors of up to 32 MiB in its heap, which is no need of the step
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=True)
+    assert memory_of(PEAK_STEP).total == pytest.approx(int(result.stdout), rel=0.1)
+
+
+if __name__ == "__main__":
+    train(TOY_STEP)  # loads what any step needs
+    before = peak_bytes()
+    train(PEAK_STEP)
+    print(peak_bytes() - before)

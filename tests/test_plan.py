@@ -1,0 +1,129 @@
+"""The command `plan`: a recipe's memory and time in text, what would make it fit, and wrong input in one line."""
+
+import json
+
+import pytest
+
+from meap_lit.cli import main
+
+RECIPE = "recipes/pretrain/meap_1.1b.yaml"
+
+
+def plan(capsys, *arguments) -> str:
+    assert main(["plan", *map(str, arguments)]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def complain(capsys, *arguments) -> str:
+    assert main(["plan", *map(str, arguments)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def test_a_recipe_of_the_paper_on_eight_devices(capsys):
+    out = plan(capsys, "--config", RECIPE, "--devices", 8, "--model.activation_checkpointing", "full")
+    assert "1,175,816,192 parameters trained" in out
+    assert "256 rows x 4,096 = 1,048,576 tokens: 8 x 4 rows on each of 8 data-parallel devices" in out
+    assert "190,734 steps, 200B tokens" in out  # 200e9 // 1,048,576
+    # 6 per weight of a product (all but the embedding's 65,667,072 and the norms' 100,352) and 12 x 24 x 2,048 x 4,096
+    per_token = 6 * (1_175_816_192 - 65_667_072 - 100_352) + 12 * 24 * 2048 * 4096
+    flops = per_token * 190_734 * 1_048_576
+    assert f"{flops:.3g} FLOPs" in out
+    assert f"{flops / (8 * 989e12 * 0.4) / 86_400:.3g} days at 40% of 8 x 989 TFLOP/s" in out
+    assert "of 80: fits" in out
+    assert "tokenizer data/tokenizer is not there: a vocabulary of 32,064 is assumed" in out
+
+
+def test_overlays_and_overrides_are_followed(capsys):
+    shard = ("--config", "recipes/strategy/hsdp.yaml", "--devices", 8, "--nodes", 2)
+    out = plan(capsys, "--config", RECIPE, *shard, "--data.micro_batch_size", 2)
+    assert "16, 2 copies of the model over 8 (FSDP2) devices" in out
+    assert "8 x 2 rows on each of 16 data-parallel devices" in out
+    assert "gathered weights" in out
+
+
+def test_ddp_holds_no_buckets_with_the_overlay(capsys):
+    small = ("--config", "recipes/pretrain/meap_0.1b.yaml", "--devices", 2)
+    assert "DDP's buckets" in plan(capsys, *small)
+    assert "DDP's buckets" not in plan(capsys, *small, "--config", "recipes/strategy/ddp.yaml")
+
+
+def test_what_does_not_fit_comes_with_the_smallest_changes(capsys):
+    out = plan(capsys, "--config", RECIPE, "--devices", 8, "--device_memory", 50)
+    assert "of 50: does not fit" in out
+    assert "  --data.micro_batch_size 2: " in out
+    assert "  --model.activation_checkpointing selective: " in out
+    none = plan(capsys, "--config", RECIPE, "--devices", 1, "--device_memory", 1)
+    assert "nothing that the plan knows makes it fit" in none
+
+
+def test_a_prepared_recipe_is_planned_with_its_own_vocabulary_and_data(capsys, toy_sft_recipe):
+    toy_sft_recipe.write_text(toy_sft_recipe.read_text().replace("max_steps: 12", "max_epochs: 2"))
+    out = plan(capsys, "--config", toy_sft_recipe, "--devices", 1)
+    assert "steps, " in out
+    assert "note:" not in out
+    hidden, inner, rows = 32, 64, 320  # the mask token is among the tokenizer's 320
+    block = 4 * hidden * hidden - 2 * hidden * 16 + 3 * hidden * inner + 2 * hidden
+    assert f"{2 * block + 2 * rows * hidden + hidden:,} parameters trained" in out
+
+
+def test_a_dataset_that_is_not_there_leaves_epochs_open(capsys, toy_sft_recipe):
+    toy_sft_recipe.write_text(toy_sft_recipe.read_text().replace("max_steps: 12", "max_epochs: 2"))
+    out = plan(capsys, "--config", toy_sft_recipe, "--devices", 1, "--data.datasets", "nowhere")
+    assert "steps and time are known when the dataset is prepared" in out
+    assert "attention is counted over whole rows" in out
+
+
+def test_a_config_file_stands_in_for_a_model_that_is_not_there(capsys, source_folder, toy_sft_recipe):
+    away = ("--config", toy_sft_recipe, "--devices", 1, "--model.init_from", "nowhere")
+    assert "parameters trained" in plan(capsys, *away, "--decoder", source_folder / "config.json")
+
+
+# ---------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say how many devices a node has with --devices; trainer.devices is auto"),
+        (["--devices", "0"], "--devices must be at least 1, got 0"),
+        (["--devices", "8", "--nodes", "0"], "--nodes must be at least 1, got 0"),
+        (["--devices", "8", "--utilisation", "40"], "--utilisation must be in (0, 1], got 40; write 0.4 for 40%"),
+        (["--devices", "8", "--device_memory", "-1"], "--device_memory must be above 0, got -1"),
+        (["--devices", "8", "--peak_teraflops", "0"], "--peak_teraflops must be above 0, got 0"),
+        (["--devices", "3"], "data.global_batch_size 256 cannot be divided by data.micro_batch_size 4 x 3 devices"),
+        (["--devices", "8", "--device", "4"], "unrecognized arguments: --device 4"),
+        (["--devices", "8", "--trainer.strategy", "deepspeed"], "trainer.strategy deepspeed is not known to plan"),
+        (["--devices", "8", "--trainer.precision", "16-mixed"], "trainer.precision 16-mixed is not known to plan"),
+        (["--devices", "8", "--model.init_from", "nowhere"], "state one of model.decoder"),
+    ],
+)
+def test_wrong_options_are_named(capsys, arguments, message):
+    assert message in complain(capsys, "--config", RECIPE, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "(--decoder) does not exist"),
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object, not a list"),
+        (json.dumps({"model_type": "gpt2"}), "gpt2"),
+    ],
+)
+def test_a_wrong_config_file_is_named(capsys, tmp_path, toy_sft_recipe, content, message):
+    file = tmp_path / "config.json"
+    if content is not None:
+        file.write_text(content)
+    line = complain(capsys, "--config", toy_sft_recipe, "--devices", 1, "--decoder", file)
+    assert message in line
+    assert str(file) in line
+
+
+def test_a_model_that_is_not_there_is_asked_for(capsys, toy_sft_recipe):
+    line = complain(capsys, "--config", toy_sft_recipe, "--devices", 1, "--model.init_from", "nowhere")
+    assert "model.init_from nowhere does not exist; name its config.json with --decoder FILE" in line

@@ -1,0 +1,31 @@
+"""The changes that `plan` proposes."""
+
+from dataclasses import replace
+
+from meap_lit.layout import Layout
+from meap_lit.memory import Step, memory_of
+from meap_lit.model import DecoderConfig
+from meap_lit.savings import smallest_changes
+
+SMALL = DecoderConfig(
+    num_layers=8, num_heads=8, num_kv_heads=8, hidden_size=512, intermediate_size=1408, vocab_size=32_064
+)
+
+
+def test_changes_are_as_few_and_as_mild_as_possible():
+    step = Step(SMALL, num_tokens=8 * 2048, seq_len=2048, layout=Layout(2, gradient_buckets=True))
+    total = memory_of(step).total
+    ways = smallest_changes(step, accumulation=2, capacity=total * 3 // 4)
+    assert ["--data.micro_batch_size 4"] in [options for options, _ in ways]
+    assert all(len(options) == 1 and memory.total <= total * 3 // 4 for options, memory in ways)
+    in_quarter = memory_of(replace(step, num_tokens=4 * 2048)).total
+    assert [memory.total for options, memory in ways if options == ["--data.micro_batch_size 4"]] == [in_quarter]
+
+
+def test_several_changes_are_tried_together_where_one_is_not_enough():
+    step = Step(SMALL, num_tokens=8 * 2048, seq_len=2048, layout=Layout(2, gradient_buckets=True))
+    capacity = memory_of(replace(step, num_tokens=2048, activation_checkpointing="full")).total
+    ways = smallest_changes(step, accumulation=1, capacity=capacity)
+    assert [len(options) for options, _ in ways] == [2] * len(ways)
+    assert ways
+    assert smallest_changes(step, accumulation=1, capacity=1) == []
