@@ -328,7 +328,7 @@ def gathered_gradient_bytes(step: Step, block: Iterable[Weight]) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, by what they are for, and on its host if that holds the weights.
+    """Bytes on one device, by what they are for.
 
     The peak lies at the loss or in the backward. From the second step on the old gradients lie in memory throughout the
     forward: Lightning lets go of them after it.
@@ -343,7 +343,6 @@ class Memory:
     copies: int
     loss: int
     backward: int
-    host: int
 
     @property
     def total(self) -> int:
@@ -365,16 +364,14 @@ def memory_of(step: Step) -> Memory:
     optimizer = optimizer_bytes(weights, layout)
     copies = weight_copies(step, weights)
     recomputed = step.activation_checkpointing != "none"
-    resident = 0 if layout.cpu_offload else 1
     return Memory(
-        parameters=parameters * resident,
-        gradients=gradients * resident,
-        optimizer=optimizer * resident,
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
         buckets=gradients * layout.gradient_buckets,
         gathered=gathered_bytes(step, weights),
         activations=kept_activations(step),
         copies=0 if recomputed else copies,
         loss=loss_bytes(step) + (copies if recomputed else 0),
         backward=backward_bytes(step, weights),
-        host=(parameters + gradients + optimizer) * (1 - resident),
     )

@@ -239,8 +239,6 @@ class Plan:
         yield _row("loss in pieces" if at_loss else "backward of a block", max(memory.loss, memory.backward))
         room = self.hardware.device_memory
         yield _row("total", memory.total) + f" of {room:g}: {'fits' if self.fits else 'does not fit'}"
-        if memory.host:
-            yield _row("host, for each device (cpu_offload)", memory.host)
 
     def _remedy_lines(self) -> Iterator[str]:
         remedies = smallest_changes(self.step, self.accumulation, int(self.hardware.device_memory * GB))

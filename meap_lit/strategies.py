@@ -31,7 +31,6 @@ class Sharded(ModelParallelStrategy):
         param_dtype: Dtype in which weights are gathered and used; if not given, bfloat16 with trainer.precision
             bf16-mixed (autocast would keep a copy of its own of every block), else their own.
         reduce_dtype: Dtype in which gradients are reduced; float32 if not given.
-        cpu_offload: Keep shards, gradients and optimizer states in the host's memory.
         save_distributed_checkpoint: A checkpoint is a folder into which every device writes its part; else one file.
         timeout_minutes: How long a device waits for the others before it gives up.
     """
@@ -43,7 +42,6 @@ class Sharded(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         param_dtype: Dtype | None = None,
         reduce_dtype: Dtype | None = None,
-        cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
         timeout_minutes: float = 30.0,
     ) -> None:
@@ -57,7 +55,6 @@ class Sharded(ModelParallelStrategy):
         self.reshard_after_forward = reshard_after_forward
         self.param_dtype = param_dtype
         self.reduce_dtype = reduce_dtype
-        self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
         # not checked on construction, where the parser would take an error for a wrong type
@@ -91,11 +88,6 @@ class Sharded(ModelParallelStrategy):
         options = StateDictOptions(full_state_dict=whole, cpu_offload=True)
         return get_optimizer_state_dict(self.model, optimizer, options=options)
 
-    @property
-    def parameter_device(self) -> torch.device:
-        """Where a device keeps its part of the weights."""
-        return torch.device("cpu") if self.cpu_offload else self.root_device
-
     def shard(self, decoder: Decoder) -> None:
         """Split `decoder` over the devices, in place."""
         replicated = self._mesh.size(0) > 1
@@ -106,7 +98,6 @@ class Sharded(ModelParallelStrategy):
             reshard_after_forward=self.reshard_after_forward,
             param_dtype=gathered_dtype(self.param_dtype, str(self.precision_plugin.precision)),
             reduce_dtype=getattr(torch, self.reduce_dtype or "float32"),
-            cpu_offload=self.cpu_offload,
         )
 
 

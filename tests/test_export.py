@@ -321,7 +321,7 @@ def test_command(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (
             toy(qkv_bias=True, qk_norm=True),
             {},
-            "{run}/checkpoints/step=1.ckpt has decoder.qkv_bias and decoder.qk_norm, which no family of Hugging Face has",
+            "{run}/checkpoints/step=1.ckpt has decoder.qkv_bias and decoder.qk_norm, which no family of",
         ),
         (CONFIG, {"max_shard_size": "5"}, "max_shard_size must be a size in"),
         (CONFIG, {"adapter_only": True}, "{run}/checkpoints/step=1.ckpt holds no adapters; leave out --adapter_only"),

@@ -17,8 +17,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopOnSignal(L.Callback):
     """On SIGTERM or SIGINT, finishes the optimizer step, saves, and leaves with status 128 + signal: 143 or 130.
 
-    All ranks stop after the same step, whichever of them got the signal. A second signal ends the process at once,
-    without saving.
+    All ranks stop after the same step, whichever of them got the signal: the next one that is logged, since asking each
+    other makes the host wait. A second signal ends the process at once, without saving.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,8 @@ class StopOnSignal(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        is_asked = trainer.world_size == 1 or trainer.global_step % trainer.log_every_n_steps == 0
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or not is_asked:
             return
         self._is_leaving = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
         if self._is_leaving and isinstance(trainer.checkpoint_callback, Checkpoint):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -75,7 +75,6 @@ def shard(
     reshard_after_forward: bool = True,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
-    cpu_offload: bool = False,
 ) -> None:
     """Split every block over the devices of the meshes, in place: tensor parallel inside, FSDP2 around it.
 
@@ -87,7 +86,6 @@ def shard(
         reshard_after_forward: Give a block's gathered weights back between forward and backward.
         param_dtype: Dtype in which weights are gathered and used; their own if not given.
         reduce_dtype: Dtype in which gradients are reduced; `param_dtype` if not given.
-        cpu_offload: Keep shards, gradients and optimizer states in the host's memory.
 
     Raises:
         UserError: If the heads cannot be divided, or adapters would have to be.
@@ -97,7 +95,6 @@ def shard(
     options: dict[str, Any] = {
         "mesh": data_mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
     for block in _blocks(decoder):
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
