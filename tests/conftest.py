@@ -1,11 +1,16 @@
 """A small prepared dataset, made once per test session by the same steps that a user calls."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# before torch: two workers share two cores, and a fork of a process with OpenMP threads would wait for them for good
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 from meap_lit.data.chat import PrepareChat
