@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -155,8 +156,7 @@ def write_shard(parameter: Tensor, value: Tensor) -> None:
 
 
 def _part_of(whole: Tensor, parameter: DTensor) -> Tensor:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
+    # no public function says which part it is where FSDP2 splits what tensor parallelism has split already
     shape, offset = compute_local_shape_and_global_offset(whole.shape, parameter.device_mesh, parameter.placements)
     return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
 
