@@ -152,8 +152,23 @@ def _run_trainer(arguments: list[str]) -> None:
         from meap_lit.plan import PlanCLI
 
         PlanCLI.run(arguments[1:])
-    else:
+        return
+    try:
         RecipeCLI.run(arguments)
+    finally:
+        _close_process_group()
+
+
+def _close_process_group() -> None:
+    """End the threads of gloo and NCCL while the interpreter is whole.
+
+    One that drops its last tensor while the interpreter is taken down needs a lock that it will not get, and C++ aborts
+    the process (status -6) after all work was done. Lightning does this for NCCL alone.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def silence_noise() -> None:
