@@ -17,6 +17,7 @@ from meap_lit.callbacks import (
     RetrievalProbe,
     RunSummary,
     StepProgressBar,
+    StopOnHang,
     StopOnNonFiniteLoss,
     Throughput,
 )
@@ -33,8 +34,8 @@ PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": F
 class RecipeCLI(LightningCLI):
     """LightningCLI with the parts that every run of this project has.
 
-    A recipe's top-level keys: `model`, `data`, `trainer` as Lightning knows them; `budget`, `checkpoint` and `probe`
-    for the callbacks of those names; `seed_everything`; and `base`, a recipe that this one starts from.
+    A recipe's top-level keys: `model`, `data`, `trainer` as Lightning knows them; `budget`, `checkpoint`, `probe` and
+    `hang` for the callbacks of those names; `seed_everything`; and `base`, a recipe that this one starts from.
     """
 
     @classmethod
@@ -87,6 +88,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(Budget, "budget")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(RetrievalProbe, "probe")
+        parser.add_lightning_class_args(StopOnHang, "hang")
         parser.set_defaults({"seed_everything": 0})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -2,6 +2,7 @@
 
 from meap_lit.callbacks.budget import Budget
 from meap_lit.callbacks.checkpoint import Checkpoint, StopOnNonFiniteLoss
+from meap_lit.callbacks.hang import StopOnHang
 from meap_lit.callbacks.progress import StepProgressBar
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.callbacks.summary import RunSummary
@@ -13,6 +14,7 @@ __all__ = [
     "RetrievalProbe",
     "RunSummary",
     "StepProgressBar",
+    "StopOnHang",
     "StopOnNonFiniteLoss",
     "Throughput",
 ]

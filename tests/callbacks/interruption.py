@@ -1,6 +1,8 @@
-"""A callback that has the run told to stop at a given moment."""
+"""Callbacks that interrupt a run at a given moment."""
 
 import os
+import signal
+import time
 
 import lightning as L
 
@@ -15,3 +17,18 @@ class SignalAt(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == self.batch:
             os.kill(os.getpid(), self.number)
+
+
+class HangAt(L.Callback):
+    """Has one rank hang, or its process stopped, when the micro-batch `batch` begins."""
+
+    def __init__(self, rank: int, batch: int, stopped: bool = False) -> None:
+        self.rank = rank
+        self.batch = batch
+        self.stopped = stopped
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch and trainer.global_rank == self.rank:
+            if self.stopped:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(600)

@@ -1,0 +1,186 @@
+"""A run of several ranks whose one rank hangs ends, and says which."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+
+from meap_lit.errors import UserError
+
+STATUS = 1
+"""Exit status of a run that is ended here."""
+
+
+@dataclass
+class Whereabouts:
+    """What a rank last said of itself."""
+
+    rank: int
+    host: str
+    pid: int
+    marks: int = 0
+    """Things begun or ended since training started; the rank that the others wait for has the fewest."""
+    where: str = "at the start"
+    idle_s: float = 0.0
+    """Time since the last mark."""
+    beats: int = 0
+    """How often the rank has written this; the count of a process that is stopped or dead stands still."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+
+class StopOnHang(L.Callback):
+    """Ends a run of several ranks when one has made no progress for a while, and names the rank that is behind.
+
+    Without it the others wait in a collective operation until the process group's own timeout, 30 minutes by default,
+    and then each names itself. Here every rank counts the batches and saves that it begins and ends, in Python alone;
+    a thread of it tells the count to the store by which the ranks once found each other.
+
+    Args:
+        timeout_minutes: Time without any progress; longer than a save, a download or a compilation takes. None never
+            ends a run.
+    """
+
+    def __init__(self, timeout_minutes: float | None = 15.0) -> None:
+        if timeout_minutes is not None and timeout_minutes <= 0:
+            raise UserError(f"hang.timeout_minutes must be above 0, or null for never, got {timeout_minutes:g}")
+        self.timeout_minutes = timeout_minutes
+        self._watch: _Watch | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.world_size > 1 and self.timeout_minutes is not None:
+            self._watch = _Watch(trainer, self.timeout_minutes * 60)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    def _mark(self, where: str) -> None:
+        if self._watch is not None:
+            self._watch.mark(where)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._mark(f"in optimizer step {trainer.global_step + 1}")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self._mark(f"reading the next batch after optimizer step {trainer.global_step}")
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._mark(f"in the validation after optimizer step {trainer.global_step}")
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self._mark(f"reading the next batch of the validation after optimizer step {trainer.global_step}")
+
+    def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self._mark(f"at the end of the validation after optimizer step {trainer.global_step}")
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
+        self._mark(f"at the checkpoint of optimizer step {trainer.global_step}")
+
+
+class _Watch:
+    """The thread of one rank."""
+
+    def __init__(self, trainer: L.Trainer, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.interval_s = min(30.0, timeout_s / 10)
+        self.launcher = trainer.strategy.launcher
+        self.num_ranks = trainer.world_size
+        # rank 0 of a node speaks first: where Lightning started the others, they end with it
+        self.grace_s = 0.0 if trainer.local_rank == 0 else 4 * self.interval_s
+        self.me = Whereabouts(trainer.global_rank, socket.gethostname(), os.getpid())
+        # a connection of its own: a call that waits would keep the training from the store
+        self.store = dist.PrefixStore("hang", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+        self.store.set_timeout(timedelta(seconds=max(10.0, 2 * self.interval_s)))
+        self._since = time.monotonic()
+        self._stopped = threading.Event()
+        self._tell()
+        threading.Thread(target=self._run, name="hang-watch", daemon=True).start()
+
+    def mark(self, where: str) -> None:
+        self.me.marks += 1
+        self.me.where = where
+        self._since = time.monotonic()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _tell(self) -> None:
+        self.me.idle_s = time.monotonic() - self._since
+        self.me.beats += 1
+        self.store.set(str(self.me.rank), json.dumps(asdict(self.me)))
+
+    def _run(self) -> None:
+        readings: list[dict[int, Whereabouts]] = []  # since the time was up
+        while not self._stopped.wait(self.interval_s):
+            try:
+                self._tell()
+                if self._is_in_time():
+                    readings.clear()
+                    continue
+                readings.append(self._read())
+            except dist.DistError as error:
+                if not self._is_in_time():  # else the run may go on without its store
+                    self._end(f"the store of rank 0 does not answer ({str(error).splitlines()[0]})")
+            if len(readings) > 3:  # beats apart, so that a process that stands still shows
+                self._end(blame(readings[0], readings[-1], self.num_ranks))
+
+    def _is_in_time(self) -> bool:
+        return self.me.idle_s < self.timeout_s + self.grace_s
+
+    def _read(self) -> dict[int, Whereabouts]:
+        ranks = [rank for rank in range(self.num_ranks) if self.store.check([str(rank)])]
+        return {rank: Whereabouts(**json.loads(self.store.get(str(rank)))) for rank in ranks}
+
+    def _end(self, reason: str) -> None:
+        if self._stopped.is_set():
+            return
+        print(
+            f"error: no progress on {self.me} for {self.me.idle_s:.0f} s (hang.timeout_minutes "
+            f"{self.timeout_s / 60:g}): {reason}; look there, then resume with --ckpt_path last",
+            file=sys.stderr,
+            flush=True,
+        )
+        if hasattr(self.launcher, "kill"):
+            self.launcher.kill(signal.SIGKILL)
+        os._exit(STATUS)  # the main thread waits in C++ for ranks that will not come
+
+
+def blame(before: Mapping[int, Whereabouts], after: Mapping[int, Whereabouts], num_ranks: int) -> str:
+    """Which ranks the others wait for, from what all said at two moments.
+
+    Args:
+        before: What each rank said first; a rank that never said anything is left out.
+        after: What it said some beats later.
+        num_ranks: Ranks of the run.
+    """
+    unheard = sorted(set(range(num_ranks)) - after.keys())
+    if unheard:
+        return f"rank {', '.join(map(str, unheard))} has never been heard of"
+    silent = [after[rank] for rank in before if after[rank].beats == before[rank].beats]
+    if silent:
+        names = ", ".join(map(str, silent))
+        return f"{names} gives no sign of life since it was {silent[0].where}: the process is stopped or gone"
+    fewest = min(told.marks for told in after.values())
+    behind = [told for told in after.values() if told.marks == fewest]
+    if len(behind) == num_ranks:
+        return f"all ranks are {behind[0].where}: they wait for the network, storage or their devices"
+    return f"the others wait for {', '.join(map(str, behind))}, which is {behind[0].where}"
