@@ -1,25 +1,21 @@
-"""When checkpoints are written and how: aside, whole, and renamed; and that none is written of a broken model."""
+"""When checkpoints are written and how: aside, whole, and renamed; and that a damaged one is not resumed from."""
 
 import os
 import re
 import shutil
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
+from meap_lit.callbacks.ranks import on_every_rank
 from meap_lit.errors import UserError
 from meap_lit.integrity import checksums, seal, verify, write_file
 
-T = TypeVar("T")
 LAST = "last.ckpt"
 _ASIDE = ".partial-"
 """In the name of a checkpoint that is being written or removed; such a name does not end in .ckpt."""
@@ -223,82 +219,3 @@ class VerifyCheckpoint(L.Callback):
                 f"make one of it: python -m meap_lit checkpoint consolidate --checkpoint {self.path} --output FILE.ckpt"
             )
         on_every_rank(trainer, lambda: verify(self.path, trainer.global_rank, trainer.world_size))
-
-
-def on_every_rank(trainer: L.Trainer, action: Callable[[], T]) -> list[T]:
-    """Do `action` on every rank and wait for all; what each returned, in the order of the ranks.
-
-    Raises:
-        OSError: If a file could not be written or read on one rank; raised on rank 0, while the others leave.
-        UserError: If wrong input was found on one, likewise.
-    """
-    result: T | None = None
-    problem: Exception | None = None
-    try:
-        result = action()
-    except UserError as error:
-        problem = error
-    except (OSError, RuntimeError, CheckpointException) as error:
-        problem = _file_error(error)
-        if problem is None:
-            raise
-    outcomes = [trainer.strategy.broadcast((result, problem), src=rank) for rank in range(trainer.world_size)]
-    for _, found in outcomes:
-        if found is not None and trainer.is_global_zero:
-            raise found
-        if found is not None:  # rank 0 says it for all, and Lightning kills it when a process it started fails
-            raise SystemExit(2 if trainer.local_rank == 0 else 0)
-    return [value for value, _ in outcomes]
-
-
-def _file_error(error: BaseException) -> OSError | None:
-    """What the operating system said of a file, which torch wraps in errors of its own or drops."""
-    if isinstance(error, CheckpointException):
-        causes = (_file_error(failure) for failure, _ in error.failures.values())
-        return next((cause for cause in causes if cause is not None), None)
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return OSError(cause.errno, cause.strerror or str(cause))
-        cause = cause.__cause__ or cause.__context__
-    if "inline_container" in str(error):  # torch's ZIP writer
-        return OSError(None, "the disk is full, or cannot be written to")
-    return None
-
-
-class StopOnNonFiniteLoss(L.Callback):
-    """Stops the run when the loss is no longer a number, and keeps such a model out of every checkpoint.
-
-    The loss is looked at where it lies: the first bad step is kept on the device and read only where the host waits
-    anyway, at logging, validation and saving.
-    """
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=pl_module.device)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        loss: Tensor = outputs["loss"]
-        is_new = ~torch.isfinite(loss) & (self._first_bad_step < 0)
-        step = batch_idx // trainer.accumulate_grad_batches + 1
-        self._first_bad_step = torch.where(is_new, step, self._first_bad_step)
-        if trainer.global_step % trainer.log_every_n_steps == 0 or pl_module.device.type == "cpu":
-            self._check(trainer)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._check(trainer)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._check(trainer)
-
-    def _check(self, trainer: L.Trainer) -> None:
-        step = int(self._first_bad_step)
-        if step >= 0:
-            saver = trainer.checkpoint_callback
-            last = getattr(saver, "last_saved", None) or "none was saved yet"
-            raise UserError(
-                f"the training loss is not finite at optimizer step {step}; last good checkpoint: {last}; "
-                f"resume from it (--ckpt_path) with a lower --model.optimizer.lr or check the data"
-            )

@@ -108,7 +108,8 @@ class _Watch:
         self.grace_s = 0.0 if trainer.local_rank == 0 else 4 * self.interval_s
         self.me = Whereabouts(trainer.global_rank, socket.gethostname(), os.getpid())
         # a connection of its own: a call that waits would keep the training from the store
-        self.store = dist.PrefixStore("hang", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+        store: Any = dist.distributed_c10d._get_default_store()  # torch's stubs lack `clone`
+        self.store = dist.PrefixStore("hang", store.clone())
         self.store.set_timeout(timedelta(seconds=max(10.0, 2 * self.interval_s)))
         self._since = time.monotonic()
         self._stopped = threading.Event()

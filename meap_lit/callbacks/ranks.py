@@ -1,0 +1,52 @@
+"""An action that every rank takes and that fails on all if it fails on one."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import lightning as L
+from torch.distributed.checkpoint.api import CheckpointException
+
+from meap_lit.errors import UserError
+
+T = TypeVar("T")
+
+
+def on_every_rank(trainer: L.Trainer, action: Callable[[], T]) -> list[T]:
+    """Do `action` on every rank and wait for all; what each returned, in the order of the ranks.
+
+    Raises:
+        OSError: If a file could not be written or read on one rank; raised on rank 0, while the others leave.
+        UserError: If wrong input was found on one, likewise.
+    """
+    result: T | None = None
+    problem: Exception | None = None
+    try:
+        result = action()
+    except UserError as error:
+        problem = error
+    except (OSError, RuntimeError, CheckpointException) as error:
+        problem = _file_error(error)
+        if problem is None:
+            raise
+    outcomes = [trainer.strategy.broadcast((result, problem), src=rank) for rank in range(trainer.world_size)]
+    for _, found in outcomes:
+        if found is not None and trainer.is_global_zero:
+            raise found
+        if found is not None:  # rank 0 says it for all, and Lightning kills it when a process it started fails
+            raise SystemExit(2 if trainer.local_rank == 0 else 0)
+    return [value for value, _ in outcomes]
+
+
+def _file_error(error: BaseException) -> OSError | None:
+    """What the operating system said of a file, which torch wraps in errors of its own or drops."""
+    if isinstance(error, CheckpointException):
+        causes = (_file_error(failure) for failure, _ in error.failures.values())
+        return next((cause for cause in causes if cause is not None), None)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return OSError(cause.errno, cause.strerror or str(cause))
+        cause = cause.__cause__ or cause.__context__
+    if "inline_container" in str(error):  # torch's ZIP writer
+        return OSError(None, "the disk is full, or cannot be written to")
+    return None
