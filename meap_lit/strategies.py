@@ -1,16 +1,20 @@
 """Strategies for the Trainer that split one model over devices."""
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from meap_lit.errors import UserError
+from meap_lit.integrity import TRAINER_STATE
 from meap_lit.model.decoder import Decoder
 from meap_lit.model.parallelize import shard
 
@@ -55,6 +59,8 @@ class Sharded(ModelParallelStrategy):
         self.reshard_after_forward = reshard_after_forward
         self.param_dtype = param_dtype
         self.reduce_dtype = reduce_dtype
+        self.saving_group: ProcessGroup | None = None
+        """The ranks as they talk during a save; as in training if None, and then not beside it."""
 
     def setup_environment(self) -> None:
         # not checked on construction, where the parser would take an error for a wrong type
@@ -87,6 +93,20 @@ class Sharded(ModelParallelStrategy):
         whole = not self._save_distributed_checkpoint
         options = StateDictOptions(full_state_dict=whole, cpu_offload=True)
         return get_optimizer_state_dict(self.model, optimizer, options=options)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write in Lightning's layout; Lightning itself always talks over the group that trains."""
+        if not self._save_distributed_checkpoint:
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+            return
+        path = Path(filepath)
+        path.mkdir(parents=True, exist_ok=True)
+        states = {f"optimizer_{number}": state for number, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        states["state_dict"] = checkpoint.pop("state_dict")
+        dcp.save(states, checkpoint_id=path, process_group=self.saving_group)
+        if self.is_global_zero:
+            torch.save(checkpoint, path / TRAINER_STATE)
 
     def shard(self, decoder: Decoder) -> None:
         """Split `decoder` over the devices, in place."""

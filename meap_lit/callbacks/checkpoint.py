@@ -4,17 +4,22 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
-from meap_lit.callbacks.ranks import on_every_rank
+from meap_lit.callbacks.ranks import Ranks
 from meap_lit.errors import UserError
 from meap_lit.integrity import checksums, seal, verify, write_file
+from meap_lit.strategies import Sharded
 
 LAST = "last.ckpt"
 _ASIDE = ".partial-"
@@ -29,10 +34,15 @@ class Checkpoint(ModelCheckpoint):
     moment leaves the previous checkpoint and nothing that could be taken for a new one; what it leaves aside is removed
     by the next save.
 
+    With `asynchronous` a save copies the state to the host's memory, and a thread does all the rest while the training
+    goes on. What holds of a checkpoint does not change; a save that fails ends the run a little later, and a new one
+    waits for the last.
+
     Args:
         every_n_steps: Optimizer steps between checkpoints.
         keep: Number of checkpoints to keep; -1 keeps all.
         milestone_every_n_steps: Checkpoints at multiples of so many steps are never removed.
+        asynchronous: Write while the training goes on; needs memory on the host for one copy of the rank's state.
         dirpath: Folder; `checkpoints` inside the logger's folder if not given.
     """
 
@@ -41,6 +51,7 @@ class Checkpoint(ModelCheckpoint):
         every_n_steps: int = 1000,
         keep: int = 2,
         milestone_every_n_steps: int | None = None,
+        asynchronous: bool = False,
         dirpath: str | None = None,
     ) -> None:
         if every_n_steps < 1:
@@ -65,11 +76,14 @@ class Checkpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
         self.milestone_every_n_steps = milestone_every_n_steps
+        self.asynchronous = asynchronous
+        self._jobs = _Jobs(in_thread=False)
+        self._last_saved: str | None = None
 
     @property
     def last_saved(self) -> str | None:
-        """The newest checkpoint that this run wrote."""
-        return self._last_checkpoint_saved or None
+        """The newest checkpoint that this run wrote, whole."""
+        return self._last_saved
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -77,31 +91,59 @@ class Checkpoint(ModelCheckpoint):
             raise UserError(f"checkpoint.dirpath must be a folder of this machine or its network, got {self.dirpath}")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DirectCheckpointIO()
+        self._jobs = _Jobs(in_thread=self.asynchronous)
+        self._ranks = Ranks(trainer, beside_training=self.asynchronous)
+        if isinstance(trainer.strategy, Sharded):
+            trainer.strategy.saving_group = self._ranks.group
+        elif self.asynchronous and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise UserError(
+                f"checkpoint.asynchronous needs trainer.strategy meap_lit.strategies.Sharded, got "
+                f"{type(trainer.strategy).__name__}, which saves between training steps only"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["dirpath"] == self.dirpath:  # a resume in a new folder keeps no account of the old one
             super().load_state_dict(state_dict)
 
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._jobs.check()
+        super().on_train_batch_end(trainer, *args, **kwargs)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._jobs.close()  # a checkpoint that is being written is finished
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._jobs.close()
+
     def save(self, trainer: L.Trainer) -> None:
-        """Save now, between two optimizer steps, unless that was just done."""
+        """Save now, between two optimizer steps, unless that was just done, and wait until it is on the disk."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._jobs.wait()
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        self._jobs.wait()
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
         if trainer.is_global_zero:  # before another rank can begin
             self._remove_leftovers(trainer)
         path, aside = map(Path, trainer.strategy.broadcast((filepath, _aside(Path(filepath)))))
+        self._last_global_step_saved = trainer.global_step
+        if self.asynchronous:
+            checkpoint = on_host(checkpoint)
+        self._jobs.add(partial(self._write, trainer, checkpoint, path, aside))
+
+    def _write(self, trainer: L.Trainer, checkpoint: dict[str, Any], path: Path, aside: Path) -> None:
+        ranks, is_first = self._ranks, trainer.is_global_zero
         try:
-            on_every_rank(trainer, lambda: trainer.strategy.save_checkpoint(checkpoint, aside))
-            parts = on_every_rank(trainer, lambda: checksums(aside, trainer.global_rank, trainer.world_size))
+            ranks.do(lambda: trainer.strategy.save_checkpoint(checkpoint, aside))
+            parts = ranks.do(lambda: checksums(aside, ranks.rank, ranks.number))
             found = {name: checksum for part in parts for name, checksum in part.items()}
-            on_every_rank(trainer, lambda: _publish(aside, path, found) if trainer.is_global_zero else None)
+            ranks.do(lambda: _publish(aside, path, found) if is_first else None)
         except BaseException as error:
-            if trainer.is_global_zero:
+            if is_first:
                 _remove(aside)
             if not isinstance(error, OSError):
                 raise
@@ -109,9 +151,8 @@ class Checkpoint(ModelCheckpoint):
                 f"cannot save checkpoint {path}: {error.strerror}; last good checkpoint: "
                 f"{self.last_saved or trainer.ckpt_path or 'none was saved yet'}"
             ) from error
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = str(path)
-        for logger in trainer.loggers if trainer.is_global_zero else ():
+        self._last_saved = self._last_checkpoint_saved = str(path)
+        for logger in trainer.loggers if is_first else ():
             logger.after_save_checkpoint(self)
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
@@ -123,10 +164,8 @@ class Checkpoint(ModelCheckpoint):
         return every is not None and step is not None and int(step[1]) % every == 0
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        if trainer.is_global_zero and Path(filepath).exists():
-            aside = Path(_aside(Path(filepath)))
-            os.rename(filepath, aside)  # half a folder must not look like a checkpoint
-            _remove(aside)
+        if trainer.is_global_zero:
+            self._jobs.add(partial(_take_away, Path(filepath)))  # once the newer one is whole
 
     def _remove_leftovers(self, trainer: L.Trainer) -> None:
         """Remove what killed runs left here, and where this run was resumed from unless a run still writes there."""
@@ -171,11 +210,71 @@ def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
         os.close(folder)
 
 
+def _take_away(path: Path) -> None:
+    if path.exists():
+        aside = Path(_aside(path))
+        os.rename(path, aside)  # half a folder must not look like a checkpoint
+        _remove(aside)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif os.path.lexists(path):
         path.unlink()
+
+
+class _Jobs:
+    """Jobs done one after the other, here or in a thread; after one that failed none is begun."""
+
+    def __init__(self, in_thread: bool) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_thread else None
+        self._last: Future[None] | None = None
+
+    def add(self, job: Callable[[], None]) -> None:
+        if self._thread is None:
+            job()
+        else:
+            self._last = self._thread.submit(_do_after, self._last, job)
+
+    def check(self) -> None:
+        """Raise what a job raised, if one did by now."""
+        if self._last is not None and self._last.done():
+            self._last.result()
+
+    def wait(self) -> None:
+        """Wait for all jobs; raises what one raised."""
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        """Wait for all jobs, whatever becomes of them, and end the thread."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+
+def _do_after(earlier: Future[None] | None, job: Callable[[], None]) -> None:
+    if earlier is not None:
+        earlier.result()  # raises what that one raised
+    job()
+
+
+def on_host(state: Any) -> Any:
+    """A copy of a checkpoint's content in the host's memory, which training does not change; ties stay ties."""
+    copies: dict[Any, torch.Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: copy(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(copy, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in copies:
+            copies[id(value)] = value.detach().to("cpu", copy=True)
+        return copies[id(value)]
+
+    return copy(state)
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
@@ -210,7 +309,8 @@ class VerifyCheckpoint(L.Callback):
         self.path = Path(path)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        paths = {str(path) for path in on_every_rank(trainer, lambda: self.path)}
+        ranks = Ranks(trainer)
+        paths = {str(path) for path in ranks.do(lambda: self.path)}
         if len(paths) > 1:
             raise UserError(f"--ckpt_path is {' on one rank and '.join(sorted(paths))} on another; name the checkpoint")
         if self.path.is_dir() and type(trainer.strategy).load_checkpoint is Strategy.load_checkpoint:
@@ -218,4 +318,4 @@ class VerifyCheckpoint(L.Callback):
                 f"checkpoint {self.path} (--ckpt_path) is a folder of shards, and trainer.strategy reads one file; "
                 f"make one of it: python -m meap_lit checkpoint consolidate --checkpoint {self.path} --output FILE.ckpt"
             )
-        on_every_rank(trainer, lambda: verify(self.path, trainer.global_rank, trainer.world_size))
+        ranks.do(lambda: verify(self.path, ranks.rank, ranks.number))

@@ -1,11 +1,13 @@
 """A run whose loss is no longer a number stops, and such a model is kept out of every checkpoint."""
 
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from meap_lit.callbacks.ranks import Ranks
 from meap_lit.errors import UserError
 
 
@@ -26,7 +28,8 @@ class StopOnNonFiniteLoss(L.Callback):
         is_new = ~torch.isfinite(loss) & (self._first_bad_step < 0)
         step = batch_idx // trainer.accumulate_grad_batches + 1
         self._first_bad_step = torch.where(is_new, step, self._first_bad_step)
-        if trainer.global_step % trainer.log_every_n_steps == 0 or pl_module.device.type == "cpu":
+        waits_anyway = trainer.world_size == 1 and pl_module.device.type == "cpu"
+        if trainer.global_step % trainer.log_every_n_steps == 0 or waits_anyway:
             self._check(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -37,6 +40,11 @@ class StopOnNonFiniteLoss(L.Callback):
         self._check(trainer)
 
     def _check(self, trainer: L.Trainer) -> None:
+        is_bad = bool(self._first_bad_step >= 0)
+        if trainer.strategy.reduce_boolean_decision(is_bad, all=False):  # one rank may see it steps before the others
+            Ranks(trainer).do(partial(self._complain, trainer))
+
+    def _complain(self, trainer: L.Trainer) -> None:
         step = int(self._first_bad_step)
         if step >= 0:
             saver = trainer.checkpoint_callback

@@ -3,16 +3,21 @@
 import os
 import resource
 import signal
+import subprocess
+import sys
+import threading
 from functools import partial
 from unittest import mock
 
+import lightning as L
 import pytest
 import torch
 
 from meap_lit.callbacks import Checkpoint
-from meap_lit.callbacks.checkpoint import VerifyCheckpoint
+from meap_lit.callbacks.checkpoint import VerifyCheckpoint, on_host
+from meap_lit.checkpoints import open_source
 from meap_lit.errors import UserError
-from meap_lit.integrity import newest_checkpoint, verify
+from meap_lit.integrity import newest_checkpoint, verify, write_file
 from tests.callbacks.toy import fork, kill_at, train
 
 
@@ -38,11 +43,12 @@ KILLS = [
 ]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(("target", "call", "left"), KILLS)
-def test_a_kill_at_any_point_of_a_save_leaves_whole_checkpoints(tmp_path, target, call, left):
+def test_a_kill_at_any_point_of_a_save_leaves_whole_checkpoints(tmp_path, target, call, left, asynchronous):
     def killed():
         kill_at(target, call)
-        train(tmp_path)
+        train(tmp_path, asynchronous=asynchronous)
 
     assert fork(killed) == [-signal.SIGKILL]
     assert visible(tmp_path) == left
@@ -85,13 +91,14 @@ def test_what_a_killed_run_left_elsewhere_is_removed_by_the_run_that_resumes_it(
     assert leftovers(tmp_path / "old") == [alive.name]
 
 
-def test_a_full_disk_is_one_error_and_leaves_the_checkpoint_before(tmp_path):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_is_one_error_and_leaves_the_checkpoint_before(tmp_path, asynchronous):
     def cramped():
         train(tmp_path, max_steps=2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
         message = r"cannot save checkpoint .*step=4.ckpt: File too large; last good checkpoint: .*step=2.ckpt$"
         with pytest.raises(UserError, match=message):
-            train(tmp_path, ckpt_path=tmp_path / "step=2.ckpt")
+            train(tmp_path, ckpt_path=tmp_path / "step=2.ckpt", asynchronous=asynchronous, max_steps=9)
 
     assert fork(cramped) == [0]
     assert visible(tmp_path) == ["last.ckpt", "step=2.ckpt"]
@@ -113,6 +120,59 @@ def test_a_disk_that_is_full_for_one_rank_ends_the_save_of_all(tmp_path):
     assert fork(cramped, num_ranks=2) == [2, 0]
     assert visible(tmp_path) == ["last.ckpt", "step=2.ckpt"]
     assert not leftovers(tmp_path)
+
+
+class AfterStep(L.Callback):
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            self.action()
+
+
+def test_training_goes_on_while_an_asynchronous_save_is_written(tmp_path):
+    train(tmp_path / "plain", max_steps=6, keep=-1)
+    may_write = threading.Event()
+
+    def slow(checkpoint, path):
+        assert may_write.wait(timeout=60), "the training waits for the save"
+        write_file(checkpoint, path)
+
+    with mock.patch("meap_lit.callbacks.checkpoint.write_file", slow):
+        going_on = AfterStep(3, may_write.set)  # the save of step 2 is under way
+        train(tmp_path / "beside", max_steps=6, keep=-1, asynchronous=True, callbacks=[going_on])
+    for step in (2, 4, 6):
+        plain, beside = (
+            torch.load(tmp_path / run / f"step={step}.ckpt", weights_only=True) for run in ("plain", "beside")
+        )
+        torch.testing.assert_close(beside["state_dict"], plain["state_dict"], atol=0, rtol=0)
+        torch.testing.assert_close(beside["optimizer_states"], plain["optimizer_states"], atol=0, rtol=0)
+
+
+def test_a_copy_on_the_host_is_a_copy_and_keeps_ties():
+    weight = torch.ones(2)
+    copy = on_host({"a": weight, "b": [weight, (3, "x")]})
+    weight.zero_()
+    assert copy["a"].tolist() == [1.0, 1.0]
+    assert copy["b"][0] is copy["a"]
+    assert copy["b"][1] == (3, "x")
+
+
+def test_shards_are_saved_beside_training(toy_recipe, tmp_path):
+    """The same files, byte for byte in every weight, as a save that training waits for."""
+    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(toy_recipe), "--budget.max_steps", "4"]
+    command += ["--config", "recipes/strategy/fsdp2.yaml", "--trainer.devices", "2", "--checkpoint.every_n_steps", "2"]
+    for asynchronous in ("false", "true"):
+        options = [*command, "--checkpoint.asynchronous", asynchronous, "--data.micro_batch_size", "2"]
+        result = subprocess.run(options, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr
+    for step in (2, 4):
+        runs = [tmp_path / "runs" / "toy" / f"version_{version}" / "checkpoints" for version in (0, 1)]
+        plain, beside = (open_source(run / f"step={step}.ckpt") for run in runs)
+        assert verify(runs[1] / f"step={step}.ckpt") == 4
+        for name in plain.names():
+            assert torch.equal(plain.read(name), beside.read(name)), name
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("inline_container.cc: pos")])

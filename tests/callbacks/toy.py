@@ -44,7 +44,7 @@ class Toy(L.LightningModule):
         return torch.optim.AdamW([{"params": vectors, "weight_decay": 0.0}, {"params": matrices}], lr=0.01)
 
 
-def train(folder, *, max_steps=4, num_shards=0, ckpt_path=None, keep=1, callbacks=()):
+def train(folder, *, max_steps=4, num_shards=0, ckpt_path=None, keep=1, asynchronous=False, callbacks=()):
     """Train with a checkpoint in `folder` every two steps."""
     L.seed_everything(0)
     trainer = L.Trainer(
@@ -55,7 +55,10 @@ def train(folder, *, max_steps=4, num_shards=0, ckpt_path=None, keep=1, callback
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Checkpoint(every_n_steps=2, keep=keep, dirpath=str(folder)), *callbacks],
+        callbacks=[
+            Checkpoint(every_n_steps=2, keep=keep, asynchronous=asynchronous, dirpath=str(folder)),
+            *callbacks,
+        ],
     )
     trainer.fit(Toy(), ckpt_path=ckpt_path, weights_only=True)
     return trainer
