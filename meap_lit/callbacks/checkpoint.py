@@ -85,6 +85,10 @@ class Checkpoint(ModelCheckpoint):
         """The newest checkpoint that this run wrote, whole."""
         return self._last_saved
 
+    @property
+    def state_key(self) -> str:
+        return type(self).__name__  # Lightning's names the options, and a resume with others would be warned of
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if "://" in str(self.dirpath):

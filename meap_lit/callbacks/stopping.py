@@ -12,13 +12,16 @@ import lightning as L
 from meap_lit.callbacks.checkpoint import Checkpoint
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+VALIDATION_BATCHES = 10
+"""Several ranks ask each other after so many batches of a validation."""
 
 
 class StopOnSignal(L.Callback):
     """On SIGTERM or SIGINT, finishes the optimizer step, saves, and leaves with status 128 + signal: 143 or 130.
 
     All ranks stop after the same step, whichever of them got the signal: the next one that is logged, since asking each
-    other makes the host wait. A second signal ends the process at once, without saving.
+    other makes the host wait. A validation is broken off, and not made up for. A second signal ends the process at
+    once, without saving.
     """
 
     def __init__(self) -> None:
@@ -43,8 +46,19 @@ class StopOnSignal(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         is_asked = trainer.world_size == 1 or trainer.global_step % trainer.log_every_n_steps == 0
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or not is_asked:
-            return
+        if is_asked and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._ask(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        is_training = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if is_training and (trainer.world_size == 1 or batch_idx % VALIDATION_BATCHES == 0):
+            self._ask(trainer)
+            self._leave(trainer)
+
+    def _ask(self, trainer: L.Trainer) -> None:
+        """Whether any rank was told to stop; if so, save."""
         self._is_leaving = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
         if self._is_leaving and isinstance(trainer.checkpoint_callback, Checkpoint):
             trainer.checkpoint_callback.save(trainer)

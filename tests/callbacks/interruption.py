@@ -19,6 +19,17 @@ class SignalAt(L.Callback):
             os.kill(os.getpid(), self.number)
 
 
+class SignalInValidation(L.Callback):
+    """Sends SIGTERM to this process in the middle of the first validation after `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step >= self.step and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class HangAt(L.Callback):
     """Has one rank hang, or its process stopped, when the micro-batch `batch` begins."""
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meap_lit.cli import main
 from tests.callbacks.toy import fork
@@ -62,6 +63,33 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(toy_recipe, tmp_path, number, st
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_long_validation_is_broken_off(toy_recipe, tmp_path):
+    """The run goes on with the next step; later validations are whole."""
+    options = ["--budget.val_every_n_steps", "4", "--data.micro_batch_size", "2"]  # a checkpoint every 5
+    assert fit(toy_recipe, *options, log=tmp_path / "log")[0] == 0
+    told = ["--trainer.callbacks+=tests.callbacks.interruption.SignalInValidation", "--trainer.callbacks.step", "8"]
+    status, log = fit(toy_recipe, *options, *told, log=tmp_path / "log")
+    assert status == 143
+    assert "SIGTERM: stopped after optimizer step 8, saved" in log
+    assert fit(toy_recipe, *options, "--ckpt_path", "last", log=tmp_path / "log")[0] == 0
+    runs = [tmp_path / "runs" / "toy" / f"version_{version}" for version in (0, 1, 2)]
+    whole, resumed = weights(runs[0]), weights(runs[2])
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    losses = [validations(run) for run in runs]
+    assert {step: losses[0][step] for step in losses[1]} == losses[1]
+    assert len(losses[1]) == 1, "the broken one is not logged"
+    assert {step: losses[0][step] for step in losses[2]} == losses[2]
+    assert len(losses[2]) >= 1
+
+
+def validations(run):
+    """The logged validation losses by step."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("val/loss")}
 
 
 def test_a_run_without_checkpoints_says_that_none_was_saved(toy_recipe, tmp_path):
