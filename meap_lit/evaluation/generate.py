@@ -3,16 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
-
-from meap_lit.checkpoints import DTYPES, open_source, vocab_size_for
-from meap_lit.data.templates import ChatTemplate
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
-from meap_lit.evaluation.generation import Sampling, check_prompts, generate
-from meap_lit.model.weights import WeightSource, build_decoder
+from meap_lit.evaluation.generation import Sampling
+from meap_lit.evaluation.language_model import Device, Dtype, LanguageModel
 
 
 @dataclass(kw_only=True)
@@ -33,7 +28,7 @@ class Generate:
         top_p: Draw among the fewest most likely tokens that together reach this probability.
         seed: Seed of the draws.
         batch_size: Prompts continued at once.
-        dtype: Dtype of the weights; the checkpoint's own if not given.
+        dtype: Dtype of the weights; if not given, bfloat16 on a GPU, and on a CPU the checkpoint's own.
         device: Where to compute; auto takes a GPU if there is one.
     """
 
@@ -50,8 +45,8 @@ class Generate:
     top_p: float | None = None
     seed: int = 0
     batch_size: int = 8
-    dtype: Literal["float32", "bfloat16"] | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Dtype | None = None
+    device: Device = "auto"
 
     def run(self) -> None:
         """Print the continuations.
@@ -61,30 +56,21 @@ class Generate:
         """
         texts = self._texts()
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.seed)
-        device = self._device()
-        source = open_source(self.checkpoint)
-        tokenizer = self._load_tokenizer(source)
-        stop_token_ids = {tokenizer.eos_token_id, *_ids(source, "eos_token_id")}
+        model = LanguageModel(self.checkpoint, self.tokenizer, self.dtype, self.device)
+        stop_token_ids: tuple[int, ...] = ()
         if self.chat:
-            template = ChatTemplate.load(self.template, tokenizer)
-            stop_token_ids |= set(template.stop_token_ids)
+            template = model.chat_template(self.template)
+            stop_token_ids = template.stop_token_ids
             prompts = [template.encode_prompt(self._messages(text)) for text in texts]
         else:
-            # prepared documents have no BOS, and begin after the EOS of the document before
-            start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-            prompts = [[start, *tokenizer.encode(text)] for text in texts]
-        room = source.config.max_seq_len - max(map(len, prompts))
-        max_new_tokens = max(1, min(128, room)) if self.max_new_tokens is None else self.max_new_tokens
-        check_prompts(prompts, max_new_tokens, source.config)
-
-        printer = _Printer(tokenizer, prompts)
-        generate(
-            build_decoder(source.config, source, dtype=self.dtype and DTYPES[self.dtype], device=device),
+            prompts = [model.encode(text) for text in texts]
+        room = model.config.max_seq_len - max(map(len, prompts))
+        printer = _Printer(model.tokenizer, prompts)
+        model.generate(
             prompts,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(1, min(128, room)) if self.max_new_tokens is None else self.max_new_tokens,
             sampling=sampling,
-            stop_token_ids=sorted(stop_token_ids),
-            forbidden_token_ids=_forbidden_token_ids(source, tokenizer),
+            stop_token_ids=stop_token_ids,
             batch_size=self.batch_size,
             on_token=printer.on_token,
         )
@@ -109,33 +95,6 @@ class Generate:
     def _messages(self, text: str) -> list[dict[str, str]]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": text}]
-
-    def _device(self) -> torch.device:
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device cuda is not available; use --device cpu")
-        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-    def _load_tokenizer(self, source: WeightSource) -> Tokenizer:
-        folder = self.tokenizer or source.tokenizer_folder
-        if folder is None:
-            raise UserError(f"checkpoint {self.checkpoint} has no tokenizer; name its folder with --tokenizer")
-        tokenizer = Tokenizer.load(str(folder))
-        vocab_size_for(source, tokenizer)  # refuses the tokenizer of another model
-        return tokenizer
-
-
-def _ids(source: WeightSource, name: str) -> list[int]:
-    """Ids under `name` in generation_config.json, which may hold one, a list or null."""
-    ids = source.generation.get(name)
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
-
-
-def _forbidden_token_ids(source: WeightSource, tokenizer: Tokenizer) -> list[int]:
-    """The mask token, ids that stand for nothing, and what the checkpoint itself suppresses."""
-    rows = source.config.vocab_size
-    assert rows is not None
-    ids = {tokenizer.mask_token_id, *tokenizer.ids_without_token(rows), *_ids(source, "suppress_tokens")}
-    return sorted(token_id for token_id in ids if token_id < rows)  # the mask token may be newer than the model
 
 
 class _Printer:

@@ -49,12 +49,15 @@ class Sampling:
                 raise UserError(f"{name} does nothing at temperature 0; set a temperature or leave {name} out")
 
 
+GREEDY = Sampling()
+
+
 def generate(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop_token_ids: Sequence[int] = (),
     forbidden_token_ids: Sequence[int] = (),
     batch_size: int = 8,

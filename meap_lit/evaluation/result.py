@@ -1,0 +1,101 @@
+"""The records of one run of a task on one checkpoint, and what they amount to; the difference of two such runs."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from meap_lit.evaluation.task import Record, Task
+
+Cell = tuple[Any, ...]
+
+
+class Mean(NamedTuple):
+    """A mean over items, its standard error, and their number."""
+
+    value: float
+    error: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Mean":
+        """Of 0/1 scores the error is sqrt(p (1 - p) / n); NaN if there is no value."""
+        array = np.array(list(values), dtype=np.float64)
+        if not len(array):
+            return cls(math.nan, math.nan, 0)
+        return cls(float(array.mean()), float(array.std() / math.sqrt(len(array))), len(array))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task found for a checkpoint.
+
+    Args:
+        task: The task.
+        label: Name of the checkpoint in tables and figures.
+        records: One record for each item that was answered, with its `scores`, in the order of the items.
+        num_skipped: Items left out since they are longer than the model's context.
+        about: What a reader must know of how it came about: checkpoint, recipe, versions, hashes.
+    """
+
+    task: Task
+    label: str
+    records: list[Record]
+    num_skipped: int = 0
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def mean(self, metric: str | None = None) -> Mean:
+        """Over all items; of the headline if no metric is named."""
+        return Mean.of(self._values(metric))
+
+    def table(self, metric: str | None = None) -> dict[Cell, Mean]:
+        """Mean of each cell; cells in the order of the items, keyed by the values of a record's `cell`."""
+        cells: dict[Cell, list[float]] = {}
+        for record, value in zip(self.records, self._values(metric), strict=True):
+            cells.setdefault(tuple(record["cell"].values()), []).append(value)
+        return {cell: Mean.of(values) for cell, values in cells.items()}
+
+    def along(self, key: str, metric: str | None = None) -> dict[Any, Mean]:
+        """Mean by one key of the cells, such as "length", over all others."""
+        groups: dict[Any, list[float]] = {}
+        for record, value in zip(self.records, self._values(metric), strict=True):
+            groups.setdefault(record["cell"][key], []).append(value)
+        return {group: Mean.of(values) for group, values in groups.items()}
+
+    @property
+    def cell_keys(self) -> list[str]:
+        return list(self.records[0]["cell"]) if self.records else []
+
+    def _values(self, metric: str | None) -> list[float]:
+        name = metric or self.task.metrics[0]
+        return [record["scores"][name] for record in self.records]
+
+
+class Difference(NamedTuple):
+    """Mean of second minus first over the items that both answered, with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def difference(first: Result, second: Result, metric: str | None = None, num_draws: int = 10_000) -> Difference:
+    """Paired bootstrap: items are drawn with replacement, each with its two scores (percentile interval, fixed seed)."""
+    name = metric or first.task.metrics[0]
+    scores = {record["id"]: record["scores"][name] for record in first.records}
+    deltas = [record["scores"][name] - scores[record["id"]] for record in second.records if record["id"] in scores]
+    return bootstrap(deltas, num_draws)
+
+
+def bootstrap(deltas: Sequence[float], num_draws: int = 10_000) -> Difference:
+    """Mean of `deltas` with the 95% interval of the means of samples drawn from them with replacement."""
+    values = np.asarray(deltas, dtype=np.float64)
+    if not len(values):
+        return Difference(math.nan, math.nan, math.nan, 0)
+    generator = np.random.default_rng(0)
+    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(num_draws)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Difference(float(values.mean()), float(low), float(high), len(values))

@@ -1,0 +1,119 @@
+"""What a task of the evaluation is: items for a model, what the model makes of each, and what that is worth.
+
+A run of a task is a file of records, one JSON object for each item. `runner.py` writes it, with whatever model is at
+hand; scores, tables and figures follow from the records alone and need no model.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from meap_lit.evaluation.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from meap_lit.evaluation.result import Result
+
+Record = dict[str, Any]
+"""What is known of an item: `id`, `cell`, the fields of its source, what the model made of it, and `scores`."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that is asked of a model.
+
+    Args:
+        id: Its name, unique in the task and the same for every model.
+        cell: Where its score counts in the table, such as {"length": 4096, "depth": 50}; the keys are the same for all
+            items of a task.
+        fields: What the record keeps of the source, named as there.
+        input_ids: Tokens that the model reads.
+        num_tokens: Positions that the item needs, what is generated included.
+    """
+
+    id: str
+    cell: Mapping[str, Any]
+    fields: Mapping[str, Any]
+    input_ids: list[int] = field(repr=False)
+    num_tokens: int
+
+
+class Task(ABC):
+    """A task; a recipe names a subclass and its arguments.
+
+    Subclasses are dataclasses whose fields are the options of the recipe.
+    """
+
+    name: ClassVar[str]
+    """Name in files and figures."""
+    metrics: ClassVar[tuple[str, ...]]
+    """Names of the scores of an item; the first is the headline."""
+    unit: ClassVar[str] = "%"
+    """Of the headline."""
+    higher_is_better: ClassVar[bool] = True
+
+    @abstractmethod
+    def items(self, model: LanguageModel) -> list[Item]:
+        """All items for the tokenizer and the context of `model`, whose weights are not touched.
+
+        The same options and tokenizer give the same items; data files are read here.
+
+        Raises:
+            UserError: If an option or a data file is wrong.
+        """
+
+    @abstractmethod
+    def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
+        """What the model makes of a batch of items: for each the fields to add to its record, all of them JSON."""
+
+    @abstractmethod
+    def score(self, record: Record) -> dict[str, float]:
+        """The score by each of `metrics` of an item that was answered, from its record alone."""
+
+    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
+        """Pictures of one or two results side by side, by the name of their file without ending."""
+        return {}
+
+    def extra(self, results: "Sequence[Result]") -> dict[str, float]:
+        """Further figures for the report that are no mean over items, such as a ratio of two results."""
+        return {}
+
+
+PromptStyle = Literal["raw", "chat"]
+
+
+@dataclass(kw_only=True)
+class GenerationTask(Task):
+    """A task whose items are prompts that the model continues greedily; the record gets the text as `model_answer`.
+
+    Args:
+        prompt_style: The prompt as plain text that the model continues, or as a user's message in a chat template.
+        template: Chat template, as for `prepare chat`; the tokenizer's own by default.
+        max_new_tokens: Most tokens of an answer.
+    """
+
+    prompt_style: PromptStyle = "raw"
+    template: str = "tokenizer"
+    max_new_tokens: int = 64
+
+    def encode_prompt(self, model: LanguageModel, prompt: str) -> list[int]:
+        """Tokens of a prompt in the task's style."""
+        if self.prompt_style == "raw":
+            return model.encode(prompt)
+        return model.chat_template(self.template).encode_prompt([{"role": "user", "content": prompt}])
+
+    def item(
+        self, model: LanguageModel, id: str, cell: Mapping[str, Any], fields: Mapping[str, Any], prompt: str
+    ) -> Item:
+        """An item that asks to continue `prompt`."""
+        input_ids = self.encode_prompt(model, prompt)
+        return Item(id, cell, fields, input_ids, len(input_ids) + self.max_new_tokens)
+
+    def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
+        stops = model.chat_template(self.template).stop_token_ids if self.prompt_style == "chat" else ()
+        texts = model.continue_texts(
+            [item.input_ids for item in items], max_new_tokens=self.max_new_tokens, stop_token_ids=stops
+        )
+        return [{"model_answer": text} for text in texts]
