@@ -1,10 +1,18 @@
-"""What jsonargparse complains of, as one line that names the key, the value and the likely fix."""
+"""What is wrong with a recipe, as one line that names the key, the value and the likely fix.
 
+Most of it is what jsonargparse complains of, put into other words; some it lets pass, and a class fails on it later.
+"""
+
+import dataclasses
 import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import NoneType
+from typing import Any, get_args
+
+from meap_lit.errors import UserError
 
 TOP_LEVEL_KEYS = ("model", "data", "trainer", "budget", "checkpoint", "probe", "seed_everything", "base", "ckpt_path")
 
@@ -42,9 +50,9 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     core = text[max((match.end() for kind in (_KEY, _CLASS) for match in kind.finditer(text)), default=0) :]
 
     if match := re.match(r"Option '([^']+)' is not accepted", core):
-        core = f"{classes[-1]} has no option '{match[1]}'{_hint(match[1], _parameters(classes[-1]))}"
+        core = f"{classes[-1]} has no option '{match[1]}'{_hint(match[1], _parameters(_class(classes[-1])))}"
     elif match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", core):
-        group = _parameters(classes[-1]).get(match[1]) if classes else None
+        group = _parameters(_class(classes[-1])).get(match[1]) if classes else None
         options = inspect.signature(group.annotation).parameters if group else ()
         core = f"{match[1]} has no option '{match[2]}'{_hint(match[2], options)}"
     elif match := re.search(r"module '([^']+)' has no attribute '([^']+)'", core):
@@ -55,12 +63,67 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         core = f"there is no key '{match[1]}'" + ("" if first in TOP_LEVEL_KEYS else _hint(first, TOP_LEVEL_KEYS))
     elif re.search(r"arguments are required: .*\.model", core):
         core += "; name a recipe with --config"
+    elif match := re.match(r"Unable to load config \"([^\"]*)\"", core):
+        where = re.sub(r"\b(\w+)\.\1$", r"\1", where)  # a group is named twice
+        return f"{where} must be {_IN_WORDS['dict']}, got {match[1]}"
     elif match := re.match(r"unrecognized arguments: (--[^\s=]+)", core):
         core += _hint(match[1], options)
     elif wanted := _wanted(core):
         given = _GIVEN.search(message)  # the innermost comes first
         return f"{where} must be {wanted}, got {(given and given[1]) or 'nothing'}"
     return f"{where}: {core}" if where else core
+
+
+def check_values(recipe: Mapping[str, Any], groups: Mapping[str, type]) -> None:
+    """Refuse values that the parser lets pass though nothing can be done with them.
+
+    Args:
+        recipe: Values by top-level key, nested.
+        groups: The classes that take the values of keys without a class_path, such as `trainer`.
+
+    Raises:
+        UserError: If a value is null where none may be, or one of Lightning's is out of range.
+    """
+    for key, value in recipe.items():
+        _refuse_null(value, groups.get(key, object), key)
+    seed, interval = recipe["seed_everything"], recipe["trainer"]["log_every_n_steps"]
+    if not 0 <= seed < 2**32:  # numpy's limits
+        raise UserError(f"seed_everything must be in [0, {2**32 - 1}], got {seed}")
+    if interval is not None and interval < 1:
+        raise UserError(f"trainer.log_every_n_steps must be at least 1, got {interval}")
+
+
+def _refuse_null(value: Any, kind: Any, where: str) -> None:
+    """Look for a null in what is given to the class `kind`, or the one that the value names, and to those within."""
+    if isinstance(value, list):
+        for number, entry in enumerate(value):
+            _refuse_null(entry, kind, f"{where}[{number}]")
+    if not isinstance(value, Mapping):
+        return
+    if "class_path" in value:
+        value, kind = value.get("init_args") or {}, _class(value["class_path"])
+    parameters = _parameters(kind) if inspect.isclass(kind) else {}  # a class_path may name a function
+    for name, entry in value.items():
+        parameter = parameters.get(name, _UNKNOWN)
+        if entry is None and not _takes_null(parameter):
+            default = "give it a value" if parameter.default is parameter.empty else "leave it out for its default"
+            raise UserError(f"{where}.{name} must not be null; {default}")
+        kinds = (parameter.annotation, *get_args(parameter.annotation))
+        _refuse_null(entry, next(filter(dataclasses.is_dataclass, kinds), object), f"{where}.{name}")
+
+
+_UNKNOWN = inspect.Parameter("unknown", inspect.Parameter.KEYWORD_ONLY)
+"""A parameter of which nothing is known; it takes everything."""
+
+
+def _takes_null(parameter: inspect.Parameter) -> bool:
+    annotation = parameter.annotation
+    return (
+        parameter.default is None
+        or annotation in (Any, parameter.empty)
+        or isinstance(annotation, str)  # written for type checkers only
+        or NoneType in get_args(annotation)
+    )
 
 
 def _wanted(core: str) -> str:
@@ -79,13 +142,17 @@ def _wanted(core: str) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _parameters(class_path: str) -> dict[str, inspect.Parameter]:
-    """Parameters of a class, those that it hands on to its bases by `**kwargs` among them."""
+def _class(class_path: str) -> type:
     module, name = class_path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+def _parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """Parameters of a class, those that it hands on to its bases by `**kwargs` among them."""
     parameters: dict[str, inspect.Parameter] = {}
-    for base in getattr(importlib.import_module(module), name).__mro__:
+    for base in kind.__mro__:
         if "__init__" in vars(base):
-            own = inspect.signature(base.__init__).parameters
+            own = inspect.signature(vars(base)["__init__"]).parameters
             parameters = {**own, **parameters}
             if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in own.values()):
                 break

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,20 +22,25 @@ from meap_lit.callbacks import (
     Throughput,
 )
 from meap_lit.callbacks.checkpoint import VerifyCheckpoint
+from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.stopping import StopOnSignal
 from meap_lit.errors import UserError
-from meap_lit.explain import explain
+from meap_lit.explain import check_values, explain
 from meap_lit.integrity import find_checkpoint
+from meap_lit.recipe_file import RecipeFile
 
 # `--budget.max_step` is a mistake, not short for `--budget.max_steps`
 PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
+
+CALLBACKS = {"budget": Budget, "checkpoint": Checkpoint, "probe": RetrievalProbe, "hang": StopOnHang}
+"""Those that a recipe gives options to, under a top-level key of its own."""
 
 
 class RecipeCLI(LightningCLI):
     """LightningCLI with the parts that every run of this project has.
 
-    A recipe's top-level keys: `model`, `data`, `trainer` as Lightning knows them; `budget`, `checkpoint`, `probe` and
-    `hang` for the callbacks of those names; `seed_everything`; and `base`, a recipe that this one starts from.
+    A recipe's top-level keys: `model`, `data`, `trainer` as Lightning knows them; those of `CALLBACKS`;
+    `seed_everything`; and `base`, a recipe that this one starts from.
     """
 
     @classmethod
@@ -85,20 +90,19 @@ class RecipeCLI(LightningCLI):
         parser.add_argument(
             "--base", type=str | None, default=None, help="Recipe that this one starts from, relative to its folder."
         )
-        parser.add_lightning_class_args(Budget, "budget")
-        parser.add_lightning_class_args(Checkpoint, "checkpoint")
-        parser.add_lightning_class_args(RetrievalProbe, "probe")
-        parser.add_lightning_class_args(StopOnHang, "hang")
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
         parser.set_defaults({"seed_everything": 0})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        check_values(self.config[self.config.subcommand].as_dict(), {"trainer": L.Trainer, **CALLBACKS})
 
     def _parse_ckpt_path(self) -> None:
         """The recipe says what is run; Lightning would let a checkpoint's hyper-parameters override it."""
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-        callbacks = [*callbacks, Throughput(), StopOnNonFiniteLoss(), RunSummary(), StopOnSignal()]
+        callbacks = [*callbacks, Throughput(), Mixture(), StopOnNonFiniteLoss(), RunSummary(), StopOnSignal()]
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint not in (None, "best", "hpc") and "://" not in checkpoint:
             callbacks.append(VerifyCheckpoint(checkpoint))
@@ -153,40 +157,6 @@ def _as_user_error(error: Exception) -> Exception:
     if isinstance(error, ArgumentError | MisconfigurationException):
         return UserError(explain(str(error)))
     return error
-
-
-class RecipeFile(ActionConfigFile):
-    """Reads a recipe after the recipes that it names as `base`."""
-
-    @staticmethod
-    def apply_config(parser: Any, cfg: Namespace, dest: str, value: str) -> None:
-        for path in lineage(Path(value)):
-            ActionConfigFile.apply_config(parser, cfg, dest, str(path))
-
-
-def lineage(path: Path) -> list[Path]:
-    """The recipe at `path` and all that it is based on, the most basic first.
-
-    Raises:
-        UserError: If a file is missing, is not YAML, or is based on itself.
-    """
-    chain: list[Path] = []
-    while True:
-        if path.resolve() in (other.resolve() for other in chain):
-            raise UserError(f"recipe {path} is based on itself")
-        if not path.is_file():
-            named_by = f" (named as base by {chain[0]})" if chain else ""
-            raise UserError(f"recipe {path} does not exist{named_by}; the recipes of this project lie in recipes/")
-        chain.insert(0, path)
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"recipe {path} is empty or not a mapping of keys to values")
-        if not content.get("base"):
-            return chain
-        path = path.parent / content["base"]
 
 
 class SaveRecipe(SaveConfigCallback):

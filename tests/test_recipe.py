@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from meap_lit.errors import UserError
-from meap_lit.recipe import RecipeCLI, lineage
+from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe_file import lineage
 
 RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml"))
 OVERLAYS = [path for path in RECIPES if path.parent.name == "strategy"]

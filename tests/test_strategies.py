@@ -10,6 +10,7 @@ from meap_lit.checkpoints import open_source
 from meap_lit.errors import UserError
 from meap_lit.export import Export
 from meap_lit.recipe import RecipeCLI
+from tests.split_model import save_split_model
 
 # heads that two devices can share; a tied embedding; every step is four micro-batches of a device
 MODEL = [
@@ -67,11 +68,26 @@ def test_pretraining_is_the_same_on_any_devices(toy_recipe, tmp_path, overlay, n
     assert_close(weights_of(tmp_path / "runs" / "toy" / "version_1"), alone)
 
 
-@pytest.mark.parametrize("options", [[], ["--model.lora.rank", "4", "--model.activation_checkpointing", "selective"]])
-def test_fine_tuning_is_the_same_on_any_devices(toy_sft_recipe, tmp_path, options):
+@pytest.mark.parametrize(
+    ("overlay", "num_devices", "options"),
+    [
+        ("fsdp2", 2, []),
+        ("hsdp", 4, ["--trainer.strategy.shard_size", "2"]),
+        ("fsdp2_tp", 4, []),
+    ],
+)
+def test_fine_tuning_is_the_same_on_any_devices(toy_sft_recipe, prepared, tmp_path, overlay, num_devices, options):
+    source = ["--model.init_from", str(save_split_model(prepared.tokenizer, tmp_path / "source"))]
+    alone = train(toy_sft_recipe, *source)
+    train_on(num_devices, toy_sft_recipe, *source, *options, *ONE_FILE, overlay=overlay)
+    assert_close(weights_of(tmp_path / "runs" / "toy" / "version_1"), alone)
+
+
+def test_adapters_are_the_same_on_any_devices(toy_sft_recipe, tmp_path):
+    options = ["--model.lora.rank", "4", "--model.activation_checkpointing", "selective"]
     alone = train(toy_sft_recipe, *options)
     train_on(2, toy_sft_recipe, *options, *ONE_FILE)
-    trained = {name: value for name, value in alone.items() if not options or "lora" in name}
+    trained = {name: value for name, value in alone.items() if "lora" in name}
     assert_close(weights_of(tmp_path / "runs" / "toy" / "version_1"), trained)
 
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import lightning as L
 
+from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.callbacks.throughput import Throughput
 
@@ -32,6 +33,12 @@ def summarise(trainer: L.Trainer, log_dir: str | None) -> list[str]:
     probe = _callback(trainer, RetrievalProbe)
     if probe is not None and probe.accuracy is not None:
         rows.append(("retrieval accuracy", f"{probe.accuracy.mean():.1%} (chance {probe.grid.chance:.1%})"))
+    mixture = _callback(trainer, Mixture)
+    if mixture is not None and mixture.shares:
+        total = sum(data.datasets.values())
+        parts = zip(mixture.shares.items(), data.datasets.values(), strict=True)
+        mix = ", ".join(f"{name} {share:.1%} (weight {weight / total:.1%})" for (name, share), weight in parts)
+        rows.append(("tokens by dataset", mix))
     throughput = _callback(trainer, Throughput)
     rate = throughput.tokens_per_second(data.tokens_per_step) if throughput is not None else None
     if rate is not None:

@@ -25,6 +25,18 @@ class Visit(NamedTuple):
     """How often the source's samples were gone through before."""
 
 
+class Visits(NamedTuple):
+    """Neighbouring visits as columns, each [N] int64."""
+
+    sources: np.ndarray
+    samples: np.ndarray
+    epochs: np.ndarray
+
+    @classmethod
+    def of(cls, visits: Sequence[Visit]) -> "Visits":
+        return cls(*np.array(visits, dtype=np.int64).reshape(-1, 3).T)
+
+
 class ShuffledOrder:
     """Endless order of one dataset; every epoch visits each sample once, in another order.
 
@@ -44,15 +56,20 @@ class ShuffledOrder:
         self._epoch = -1
         self._cached_window = (-1, -1)
 
-    def __getitem__(self, position: int) -> int:
-        """Index of the sample at `position` of the endless order."""
-        epoch, offset = divmod(position, self.length)
-        if epoch != self._epoch:
-            self._start_epoch(epoch)
-        number = int(np.searchsorted(self._window_ends, offset, side="right"))
-        if (epoch, number) != self._cached_window:
-            self._load_window(epoch, number)
-        return int(self._samples[offset - self._window_start])
+    def take(self, start: int, stop: int) -> np.ndarray:
+        """Indices of the samples at the positions from `start` to `stop` - 1 of the endless order, int64."""
+        parts = [np.empty(0, dtype=np.int64)]
+        while start < stop:
+            epoch, offset = divmod(start, self.length)
+            if epoch != self._epoch:
+                self._start_epoch(epoch)
+            number = int(np.searchsorted(self._window_ends, offset, side="right"))
+            if (epoch, number) != self._cached_window:
+                self._load_window(epoch, number)
+            first = offset - self._window_start
+            parts.append(self._samples[first : first + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -86,26 +103,40 @@ class MixedOrder:
         self.sources = list(sources)
         self.thresholds = np.cumsum(np.asarray(weights, dtype=np.float64) / np.sum(weights))[:-1]
         self.seed = seed
+        self._counts = [np.zeros(len(self.sources), dtype=np.int64)]  # before each block, as far as was asked for
 
     def iterate(self, start: int) -> Iterator[Visit]:
-        """Yield the samples at the positions from `start` on, without end."""
-        counts = np.zeros(len(self.sources), dtype=np.int64)
-        for block in range(start // _BLOCK):
-            counts += np.bincount(self._draw(block), minlength=len(self.sources))
-        block, skip = divmod(start, _BLOCK)
+        """Yield the visits at the positions from `start` on, without end."""
         while True:
-            for offset, source in enumerate(self._draw(block).tolist()):
-                if offset >= skip:
-                    position = int(counts[source])
-                    order = self.sources[source]
-                    yield Visit(source, order[position], position // order.length)
-                counts[source] += 1
-            block, skip = block + 1, 0
+            stop = start - start % _BLOCK + _BLOCK
+            yield from map(Visit, *(column.tolist() for column in self.visits(start, stop)))
+            start = stop
+
+    def visits(self, start: int, stop: int) -> Visits:
+        """The visits at the positions from `start` to `stop` - 1."""
+        blocks = range(start // _BLOCK, -(-stop // _BLOCK))
+        sources = np.concatenate([self._draw(block) for block in blocks])[start % _BLOCK :][: stop - start]
+        samples, epochs = np.empty_like(sources), np.empty_like(sources)
+        for source, (order, first) in enumerate(zip(self.sources, self.count_by_source(start).tolist(), strict=True)):
+            places = np.flatnonzero(sources == source)
+            samples[places] = order.take(first, first + len(places))
+            epochs[places] = np.arange(first, first + len(places)) // order.length
+        return Visits(sources, samples, epochs)
+
+    def count_by_source(self, end: int) -> np.ndarray:
+        """Samples of each source among the first `end` positions, [S] int64."""
+        block, offset = divmod(end, _BLOCK)
+        while len(self._counts) <= block:
+            self._counts.append(self._counts[-1] + self._bincount(self._draw(len(self._counts) - 1)))
+        return self._counts[block] + self._bincount(self._draw(block)[:offset])
 
     def _draw(self, block: int) -> np.ndarray:
         """Source of each of the `_BLOCK` positions of a block."""
         uniform = rng(_SOURCES, self.seed, block).random(_BLOCK)
         return np.searchsorted(self.thresholds, uniform, side="right")
+
+    def _bincount(self, sources: np.ndarray) -> np.ndarray:
+        return np.bincount(sources, minlength=len(self.sources))
 
 
 _BLOCK = 65_536

@@ -195,9 +195,14 @@ class ChatTemplate:
 
 def _default_template(tokenizer: Tokenizer) -> str | None:
     """The tokenizer's template; tokenizer_config.json may hold a list of named ones."""
-    template = tokenizer.chat_template
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    template = given = tokenizer.chat_template
+    if isinstance(given, list) and all(isinstance(entry, dict) and "name" in entry for entry in given):
+        template = next((entry.get("template") for entry in given if entry["name"] == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise UserError(
+            f"tokenizer {tokenizer.path}: chat_template in tokenizer_config.json must be text, or a list of named ones "
+            f'such as [{{"name": "default", "template": "..."}}], got {json.dumps(given):.60}'
+        )
     return template
 
 

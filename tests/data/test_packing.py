@@ -133,6 +133,29 @@ def test_rows_go_on_at_any_place(start):
     assert list(islice(order().iterate(start), 40)) == list(islice(order().iterate(0), start, start + 40))
 
 
+@pytest.mark.parametrize("layout", ["concat", "separate"])
+def test_tokens_of_each_source_are_counted_up_to_any_row(layout):
+    indexes = [index_of(alpaca_like(200, seed=seed)) for seed in (0, 1)]
+    sources = [ShuffledOrder(index.chunk_sizes, (0, number)) for number, index in enumerate(indexes)]
+    duplication = Duplication(layout=layout)
+    sizes = [Sizes.of(index, duplication, 2048) for index in indexes]
+
+    def order():
+        samples = MixedOrder(sources, [3, 1], seed=0)
+        return PackedOrder(samples, sizes, seq_len=2048, layout=layout, seed=0, window=130)
+
+    tokens, expected = np.zeros(2, dtype=int), [[0, 0]]
+    for row in islice(order().iterate(0), 150):
+        for (source, sample, _), has_original, has_copy in row.documents:
+            tokens[source] += int(indexes[source].num_tokens[sample]) * (has_original + has_copy)
+        expected.append(tokens.tolist())
+        assert sum(expected[-1]) - sum(expected[-2]) == row.num_tokens
+    assert order().num_rows(1) < 150, "another epoch was begun"
+    ours = order()
+    for end in (150, 0, 1, 40, 41, 149, 60):
+        assert ours.count_by_source(end).tolist() == order().count_by_source(end).tolist() == expected[end]
+
+
 def test_long_rows_are_not_all_at_the_front():
     order = order_of(index_of(alpaca_like(4000)), Duplication(mask_ratio=0))
     counts = [len(row.documents) for row in islice(order.iterate(0), order.num_rows(1))]

@@ -312,6 +312,18 @@ def test_the_tokenizers_own(bytes_folder, byte_tokenizer, tmp_path):
     assert ChatTemplate.load("tokenizer", several).source == NAMED["chatml"]
 
 
+@pytest.mark.parametrize(
+    "template",
+    [3, True, {"default": "x"}, ["x"], [{"template": "x"}], [{"name": "default", "template": 3}], {"content": 3}],
+)
+def test_a_template_of_a_wrong_type(bytes_folder, tmp_path, template):
+    tokenizer = with_template(bytes_folder, tmp_path, template)
+    with pytest.raises(
+        UserError, match=r"^tokenizer \S+: chat_template in tokenizer_config.json must be text, or a lis"
+    ):
+        ChatTemplate.load("tokenizer", tokenizer)
+
+
 def test_a_file(byte_tokenizer, tmp_path):
     (tmp_path / "mine.jinja").write_text(NAMED["chatml"])
     template = ChatTemplate.load(str(tmp_path / "mine.jinja"), byte_tokenizer)

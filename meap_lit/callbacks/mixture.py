@@ -1,0 +1,40 @@
+"""What share of the tokens of a run each of its datasets really gave."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+
+
+class Mixture(L.Callback):
+    """Logs the share of the tokens trained on so far that came from each dataset, as `mix/NAME`, if there are several.
+
+    The order of a run is a pure function of the position, so what stood at the positions up to now is counted, not
+    measured: the figure is exact on any number of devices and after a resume, and no device is asked for it. It need
+    not meet the weights of the recipe, which are shares of samples: conversations differ in length.
+    """
+
+    def __init__(self) -> None:
+        self.shares: dict[str, float] = {}
+        """Share of the tokens so far by name of the dataset; empty before anything was logged."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        data = trainer.datamodule
+        is_logged = trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps
+        if len(data.datasets) == 1 or not is_logged or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        counts = trainer.train_dataloader.dataset.order.count_by_source(data.samples_seen)
+        self.shares = dict(zip(short_names(list(data.datasets)), (counts / counts.sum()).tolist(), strict=True))
+        pl_module.log_dict({f"mix/{name}": share for name, share in self.shares.items()})
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last component of each path, or as many of them as tell all paths apart."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-length:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)  # one folder, spelled in two ways

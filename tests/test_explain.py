@@ -1,0 +1,108 @@
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from meap_lit.errors import UserError
+from meap_lit.explain import check_values, explain
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (
+            'Parser key "data": Problem with given class_path \'m.Data\': Parser key "duplication.duplication": '
+            'Unable to load config "3"',
+            "data.duplication must be a mapping ({key: value}), got 3",
+        ),
+        (
+            'Parser key "budget.budget": Unable to load config "null"',
+            "budget must be a mapping ({key: value}), got null",
+        ),
+        ("unrecognized arguments: --outptu x", "unrecognized arguments: --outptu x; did you mean '--output'?"),
+    ],
+)
+def test_a_complaint_in_one_line(message, line):
+    assert explain(message, ["--output", "--input"]) == line
+
+
+# ------------------------------------------------------------------------------- what the parser lets pass
+
+
+@dataclass
+class Options:
+    size: int
+    rate: float = 1.0
+    name: str | None = None
+
+
+class Base:
+    def __init__(self, seed: int = 0, weights: dict[str, float] | None = None) -> None: ...
+
+
+class Part(Base):
+    def __init__(self, options: Options, anything: Any = 1, implicit: int = None, **kwargs: Any) -> None: ...  # noqa: RUF013
+
+
+class Group:
+    def __init__(self, steps: int | None = None, every: int = 1000) -> None: ...
+
+
+PART = {"class_path": "tests.test_explain.Part", "init_args": {"options": {"size": 1}}}
+RECIPE = {
+    "seed_everything": 0,
+    "trainer": {"log_every_n_steps": 10},
+    "data": PART,
+    "budget": {"steps": 3, "every": 5},
+    "base": None,
+}
+
+
+def changed(value, path, recipe=RECIPE):
+    """A copy of `recipe` with `value` at a dotted path."""
+    first, _, rest = path.partition(".")
+    below = recipe.get(first)
+    return recipe | {first: changed(value, rest, below if isinstance(below, Mapping) else {}) if rest else value}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("data.init_args.options", None, "data.options must not be null; give it a value"),
+        ("data.init_args.options.size", None, "data.options.size must not be null; give it a value"),
+        ("data.init_args.options.rate", None, "data.options.rate must not be null; leave it out for its default"),
+        ("data.init_args.seed", None, "data.seed must not be null; leave it out for its default"),
+        ("budget.every", None, "budget.every must not be null; leave it out for its default"),
+        (
+            "trainer.callbacks",
+            [PART, changed(None, "init_args.options", PART)],
+            "trainer.callbacks[1].options must not be null; give it a value",
+        ),
+        ("seed_everything", -1, "seed_everything must be in [0, 4294967295], got -1"),
+        ("seed_everything", 2**32, "seed_everything must be in [0, 4294967295], got 4294967296"),
+        ("trainer.log_every_n_steps", 0, "trainer.log_every_n_steps must be at least 1, got 0"),
+    ],
+)
+def test_a_value_that_the_parser_lets_pass_is_named(path, value, message):
+    with pytest.raises(UserError) as error:
+        check_values(changed(value, path), {"budget": Group})
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("data.init_args.options.name", None),
+        ("data.init_args.weights", None),
+        ("data.init_args.weights", {"a": 1.0}),
+        ("data.init_args.anything", None),
+        ("data.init_args.implicit", None),
+        ("budget.steps", None),
+        ("data", None),
+        ("seed_everything", True),
+        ("trainer.log_every_n_steps", None),
+    ],
+)
+def test_null_is_taken_where_it_means_something(path, value):
+    check_values(changed(value, path), {"budget": Group})
