@@ -29,11 +29,13 @@ data:
   tokenizer train   train a byte-level BPE tokenizer
   prepare text      tokenize text files into a dataset for streaming
   prepare chat      tokenize conversations into a dataset for fine-tuning
+  prepare merge     put together the shards of a dataset (prepare ... --shard i/n)
   prepare facts     write the small made-up corpus of the quickstart
 
 models:
   export            write a checkpoint as a Hugging Face folder
   generate          continue prompts with a checkpoint
+  evaluate          a task of recipes/eval on a checkpoint, or on two side by side
 
 checkpoints of runs:
   checkpoint inspect      say what one holds
@@ -62,9 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except PermissionError as error:
+        # asked for here, since a folder that may not be entered shows itself wherever a file in it is looked for
+        print(
+            f"error: no permission for {error.filename}: give this user access, or name another path", file=sys.stderr
+        )
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        _close_process_group()
     return 0
 
 
@@ -79,12 +89,14 @@ def _one_line(error: UserError) -> str:
 COMMANDS = {
     "export": "meap_lit.export.Export",
     "generate": "meap_lit.evaluation.generate.Generate",
+    "evaluate": "meap_lit.evaluation.evaluate.Evaluate",
     "checkpoint inspect": "meap_lit.checkpoint_commands.Inspect",
     "checkpoint verify": "meap_lit.checkpoint_commands.Verify",
     "checkpoint consolidate": "meap_lit.checkpoint_commands.Consolidate",
     "tokenizer train": "meap_lit.data.tokenizer.TrainTokenizer",
     "prepare text": "meap_lit.data.text.PrepareText",
     "prepare chat": "meap_lit.data.chat.PrepareChat",
+    "prepare merge": "meap_lit.data.merge.MergeShards",
     "prepare facts": "meap_lit.data.synthetic.FactCorpus",
 }
 """Each is a dataclass of its options with a method `run`; only the one that is asked for is imported."""
@@ -107,7 +119,8 @@ def _run_command(arguments: list[str]) -> None:
     except ArgumentError as error:
         options = [option for action in parser._actions for option in action.option_strings]
         raise UserError(explain(str(error), options)) from error
-    command(**namespace.as_dict()).run()
+    namespace.pop("config", None)
+    command(**vars(parser.instantiate_classes(namespace))).run()
 
 
 def _command_parser(command: type, prog: str) -> Any:
@@ -117,10 +130,15 @@ def _command_parser(command: type, prog: str) -> Any:
 
     doc = docstring_parser.parse(command.__doc__ or "")
     help_of = {parameter.arg_name: parameter.description for parameter in doc.params}
-    lists = [f for f in dataclasses.fields(command) if "list" in str(f.type)]
     parser = jsonargparse.ArgumentParser(
         prog=prog, description=doc.short_description, exit_on_error=False, allow_abbrev=False
     )
+    if any(f.name == "base" for f in dataclasses.fields(command)):  # it reads recipes
+        from meap_lit.recipe_file import RecipeFile
+
+        parser.parser_mode = "omegaconf+"
+        parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe; a later one overrides an earlier one.")
+    lists = [f for f in dataclasses.fields(command) if "list" in str(f.type)]
     for f in lists:
         required = f.default is dataclasses.MISSING
         parser.add_argument(
@@ -153,10 +171,7 @@ def _run_trainer(arguments: list[str]) -> None:
 
         PlanCLI.run(arguments[1:])
         return
-    try:
-        RecipeCLI.run(arguments)
-    finally:
-        _close_process_group()
+    RecipeCLI.run(arguments)
 
 
 def _close_process_group() -> None:
@@ -165,9 +180,8 @@ def _close_process_group() -> None:
     One that drops its last tensor while the interpreter is taken down needs a lock that it will not get, and C++ aborts
     the process (status -6) after all work was done. Lightning does this for NCCL alone.
     """
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 

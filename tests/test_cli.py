@@ -1,7 +1,9 @@
+import errno
 import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +140,37 @@ def test_a_value_of_a_wrong_kind_is_named_with_what_would_be_right(capsys, toy_r
 @pytest.mark.parametrize("argument", ["--budget.max_step", "--trainer.devics", "--ckpt"])
 def test_an_unknown_argument_is_named(capsys, toy_recipe, argument):
     assert f"unrecognized arguments: {argument} 4" in complain(capsys, "fit", "--config", toy_recipe, argument, "4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model.optimizer null", "model.optimizer must not be null; give it a value"),
+        ("--data.seed null", "data.seed must not be null; leave it out for its default"),
+        ("--budget null", "budget must be a mapping ({{key: value}}), got null"),
+        ("--seed_everything -1", "seed_everything must be in [0, 4294967295], got -1"),
+        ("--trainer.log_every_n_steps 0", "trainer.log_every_n_steps must be at least 1, got 0"),
+    ],
+)
+def test_a_value_that_nothing_can_be_done_with_is_named(capsys, toy_recipe, arguments, message):
+    assert complain(capsys, "fit", "--config", toy_recipe, *arguments.split()) == f"error: {message.format()}"
+
+
+@pytest.mark.parametrize("key", ["--data.datasets", "--data.tokenizer", "--model.init_from", "--ckpt_path"])
+def test_a_folder_that_may_not_be_entered_is_named(capsys, toy_sft_recipe, tmp_path, monkeypatch, key):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    is_file = Path.is_file
+
+    def refuse(path):
+        if path.parent == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    line = complain(capsys, "fit", "--config", toy_sft_recipe, key, locked)
+    assert line.startswith(f"error: no permission for {locked}/")
+    assert line.endswith(": give this user access, or name another path")
 
 
 def test_a_command_without_a_recipe_says_so(capsys):

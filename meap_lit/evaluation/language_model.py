@@ -69,7 +69,7 @@ class LanguageModel:
 
     @property
     def start_token_id(self) -> int:
-        """What a text begins with: BOS, or EOS, as prepared documents have no BOS and begin after the EOS of another."""
+        """What a text begins with: BOS, or EOS: prepared documents have no BOS and begin after another's EOS."""
         bos = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if bos is None else bos
 

@@ -83,7 +83,7 @@ class Difference(NamedTuple):
 
 
 def difference(first: Result, second: Result, metric: str | None = None, num_draws: int = 10_000) -> Difference:
-    """Paired bootstrap: items are drawn with replacement, each with its two scores (percentile interval, fixed seed)."""
+    """Paired bootstrap: items are drawn with replacement, each with both scores; percentiles, fixed seed."""
     name = metric or first.task.metrics[0]
     scores = {record["id"]: record["scores"][name] for record in first.records}
     deltas = [record["scores"][name] - scores[record["id"]] for record in second.records if record["id"] in scores]

@@ -1,0 +1,209 @@
+"""Asks a model every item of a task and keeps each answer on disk at once, so that a killed run goes on where it was.
+
+Items of like length share a batch, the longest first. Several processes (`torchrun`) divide the items among them; each
+writes a file of its own, and the first puts all together when everybody is done. What a model answers does not depend
+on its batch, so the scores are those of one process.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from meap_lit.errors import UserError
+from meap_lit.evaluation.language_model import LanguageModel
+from meap_lit.evaluation.task import Item, Record, Task
+
+RECORDS_FILE = "predictions.jsonl"
+SETTINGS_FILE = "settings.json"
+_PART = "predictions.part-*.jsonl"
+
+Overflow = Literal["stop", "skip"]
+
+
+def choose_items(task: Task, model: LanguageModel, on_overflow: Overflow) -> tuple[list[Item], int]:
+    """The items of a task that fit the model's context, and how many do not.
+
+    Raises:
+        UserError: If one does not fit and `on_overflow` is `stop`, or none does.
+    """
+    items = task.items(model)
+    ids = [item.id for item in items]
+    assert len(set(ids)) == len(ids), f"items of {task.name} share an id"
+    context = model.config.max_seq_len
+    fitting = [item for item in items if item.num_tokens <= context]
+    num_skipped = len(items) - len(fitting)
+    if num_skipped and (on_overflow == "stop" or not fitting):
+        longest = max(item.num_tokens for item in items)
+        raise UserError(
+            f"{num_skipped} of {len(items)} items of {task.name} are longer than the context of {model.checkpoint}, "
+            f"{context} tokens: the longest needs {longest}, answer included; make the task shorter"
+            + ("" if not fitting else ", or leave them out with --on_overflow skip")
+        )
+    return fitting, num_skipped
+
+
+def fingerprint(items: Sequence[Item]) -> str:
+    """Hex SHA-256 of all that a model is asked, the data of the task with it."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.id, item.cell, item.fields, item.input_ids], default=str).encode())
+    return digest.hexdigest()
+
+
+class Records:
+    """The answers in the folder of one run of a task.
+
+    Args:
+        folder: Made if missing.
+        settings: What the answers depend on. A folder with the answers of other settings is refused.
+
+    Raises:
+        UserError: If the folder belongs to other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        content = json.loads(json.dumps(settings, default=str))
+        file = folder / SETTINGS_FILE
+        if file.is_file():
+            known = json.loads(file.read_text())
+            changed = [key for key in content if known.get(key) != content[key]]
+            if changed:
+                key = changed[0]
+                raise UserError(
+                    f"{folder} holds answers for another {key} ({known.get(key)} then, {content[key]} now); choose "
+                    f"another --output, or remove that folder"
+                )
+        elif is_first_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(file, json.dumps(content, indent=1) + "\n")
+
+    def read(self) -> dict[str, Record]:
+        """All answers so far, by id."""
+        records: dict[str, Record] = {}
+        for file in [self.folder / RECORDS_FILE, *sorted(self.folder.glob(_PART))]:
+            if file.is_file():
+                records |= {record["id"]: record for record in _whole_lines(file)}
+        return records
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Append answers to the file of this rank; they are on the disk when this returns."""
+        file = self.folder / _PART.replace("*", str(rank()))
+        if file.is_file():
+            _cut_broken_line(file)
+        with open(file, "a", encoding="utf-8") as opened:
+            opened.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            opened.flush()
+            os.fsync(opened.fileno())
+
+    def finish(self, items: Sequence[Item]) -> list[Record]:
+        """One file of all answers, in the order of the items, when each has one; the parts go."""
+        known = self.read()
+        records = [known[item.id] for item in items]
+        if is_first_rank():
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            _write_whole(self.folder / RECORDS_FILE, "".join(lines))
+            for part in self.folder.glob(_PART):
+                part.unlink()
+        return records
+
+
+def predict(
+    task: Task, model: LanguageModel, items: Sequence[Item], records: Records, batch_tokens: int
+) -> list[Record]:
+    """Answer what has no answer yet.
+
+    Args:
+        task: The task.
+        model: The model; its weights are read only if something is left to be answered.
+        items: What `choose_items` gave.
+        records: Where answers are kept.
+        batch_tokens: Positions in one batch at most, padding included, unless a single item needs more.
+
+    Returns:
+        The record of each item, in their order.
+    """
+    known = records.read()
+    open_items = sorted((item for item in items if item.id not in known), key=lambda item: -item.num_tokens)
+    mine = open_items[rank() :: num_ranks()]
+    with tqdm(total=len(items), initial=len(items) - len(open_items), desc=task.name, disable=not mine) as bar:
+        for batch in batches(mine, batch_tokens):
+            answers = task.answer(model, batch)
+            records.add(
+                [
+                    {"id": item.id, "cell": dict(item.cell), **item.fields, **answer}
+                    for item, answer in zip(batch, answers, strict=True)
+                ]
+            )
+            bar.update(len(batch))
+    _wait_for_all()
+    whole = records.finish(items)
+    _wait_for_all()
+    return whole
+
+
+def batches(items: Sequence[Item], batch_tokens: int) -> Iterator[list[Item]]:
+    """Items, the longest first, in batches of at most `batch_tokens` positions."""
+    batch: list[Item] = []
+    for item in items:
+        if batch and (len(batch) + 1) * batch[0].num_tokens > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def start_ranks() -> None:
+    """Meet the other processes, if `torchrun` or SLURM's launcher started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first_rank() -> bool:
+    return rank() == 0
+
+
+def _wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def _whole_lines(file: Path) -> Iterator[Record]:
+    """The records of a file whose last line a kill may have cut."""
+    for line in file.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            yield json.loads(line)
+
+
+def _cut_broken_line(file: Path) -> None:
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
+
+
+def _write_whole(file: Path, text: str) -> None:
+    aside = file.with_name(f"{file.name}.partial-{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)

@@ -1,0 +1,59 @@
+"""A task whose answers are known: how many letters a word has."""
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from meap_lit.evaluation.figures import heat_maps
+from meap_lit.evaluation.task import Item, Task
+
+WORDS = ("garden", "lantern", "market", "stone", "river", "a")
+
+
+@dataclass(kw_only=True)
+class CountLetters(Task):
+    """Right of the model named `source`, wrong by the number `miss` for any other.
+
+    Args:
+        miss: How wrong.
+        kill_after: Kill this process after so many batches.
+        lengths: Groups of items; the tokens of an item are as many.
+    """
+
+    name: ClassVar[str] = "letters"
+    metrics: ClassVar[tuple[str, ...]] = ("right", "near")
+
+    miss: int = 1
+    kill_after: int | None = None
+    lengths: tuple[int, ...] = (10, 20)
+
+    def items(self, model):
+        start = model.tokenizer.encode("the")
+        return [
+            Item(f"{length}-{word}", {"length": length, "word": word}, {"word": word}, start * length, length)
+            for length in self.lengths
+            for word in WORDS
+        ]
+
+    def answer(self, model, items: Sequence[Item]):
+        if self.kill_after is not None:
+            if self.kill_after == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.kill_after -= 1
+        wrong = 0 if model.checkpoint.endswith("right") else self.miss
+        return [{"count": len(item.fields["word"]) + wrong, "pid": os.getpid()} for item in items]
+
+    def score(self, record):
+        distance = abs(record["count"] - len(record["word"]))
+        return {"right": 100.0 * (distance == 0), "near": 100.0 * (distance <= 1)}
+
+    def figures(self, results):
+        panels = {result.label: np.full((1, 1), result.mean().value) for result in results}
+        return {"letters": heat_maps(panels, ["all"], ["all"], x_label="x", y_label="y")}
+
+    def extra(self, results):
+        return {"sum of counts": float(sum(record["count"] for result in results for record in result.records))}
