@@ -72,14 +72,13 @@ class Records:
         content = json.loads(json.dumps(settings, default=str))
         file = folder / SETTINGS_FILE
         if file.is_file():
-            known = json.loads(file.read_text())
-            changed = [key for key in content if known.get(key) != content[key]]
-            if changed:
-                key = changed[0]
-                raise UserError(
-                    f"{folder} holds answers for another {key} ({known.get(key)} then, {content[key]} now); choose "
-                    f"another --output, or remove that folder"
-                )
+            then, now = _flat(json.loads(file.read_text())), _flat(content)
+            for key in now:
+                if then.get(key) != now[key]:
+                    raise UserError(
+                        f"{folder} holds answers for another {key} ({then.get(key)} then, {now[key]} now); choose "
+                        f"another --output or --name, or remove that folder"
+                    )
         elif is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)
             _write_whole(file, json.dumps(content, indent=1) + "\n")
@@ -187,6 +186,13 @@ def _wait_for_all() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- files
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted keys."""
+    if not isinstance(settings, dict):
+        return {prefix.removesuffix("."): settings}
+    return {key: value for name, inner in settings.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
 
 
 def _whole_lines(file: Path) -> Iterator[Record]:

@@ -1,0 +1,205 @@
+"""Answers survive a kill and come out alike on any number of processes; scores follow from them."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from meap_lit.cli import main
+from meap_lit.evaluation.evaluate import Evaluate, label_of
+from meap_lit.evaluation.result import Mean, Result, bootstrap, difference
+from meap_lit.evaluation.runner import batches
+from meap_lit.evaluation.task import Item
+from tests.evaluation.toy_task import CountLetters
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    file = tmp_path / "letters.yaml"
+    file.write_text(
+        f"task:\n  class_path: tests.evaluation.toy_task.CountLetters\noutput: {tmp_path / 'out'}\nbatch_tokens: 40\n"
+    )
+    return file
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def evaluate(recipe, checkpoint, *options, launcher=()):
+    command = [sys.executable, *launcher, "-m", "meap_lit", "evaluate", "--config", str(recipe)]
+    command += ["--checkpoint", str(checkpoint), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(recipe, source_folder, tmp_path):
+    folder = tmp_path / "out" / "letters" / "source"
+    label = ("--label", "source")
+    killed = evaluate(recipe, source_folder, *label, "--task.kill_after", "3")
+    assert killed.returncode == -signal.SIGKILL
+    [part] = folder.glob("predictions.part-0.jsonl")
+    before = [json.loads(line) for line in part.read_text().splitlines()]
+    assert len(before) == 6, "three batches of two items of 20 tokens"
+    with open(part, "a") as file:
+        file.write('{"id": "10-gar')  # as a kill in the middle of a line leaves it
+
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["task"]["init_args"]["kill_after"] = None
+    (folder / "settings.json").write_text(json.dumps(settings))
+    assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), *label]) == 0
+    records = records_of(folder)
+    assert [record["id"] for record in records] == [item.id for item in CountLetters().items(Fake)]
+    assert {record["id"] for record in records if record["pid"] != os.getpid()} == {record["id"] for record in before}
+    assert not list(folder.glob("predictions.part-*"))
+
+
+class Fake:
+    class tokenizer:
+        encode = staticmethod(lambda text: [1])
+
+
+def test_two_processes_find_what_one_does(recipe, source_folder, tmp_path):
+    assert evaluate(recipe, source_folder, "--label", "one").returncode == 0
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = evaluate(recipe, source_folder, "--label", "two", launcher=two)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("two: 12 items") == 1
+    one, two = (records_of(tmp_path / "out" / "letters" / label) for label in ("one", "two"))
+    assert len({record.pop("pid") for record in two}) == 2
+    assert len({record.pop("pid") for record in one}) == 1
+    assert one == two
+
+
+def test_two_checkpoints_stand_side_by_side(recipe, source_folder, tmp_path, capsys):
+    right = tmp_path / "right"
+    right.symlink_to(source_folder)
+    Evaluate(
+        task=CountLetters(miss=1, lengths=(10,)),
+        checkpoint=[str(source_folder), str(right)],
+        label=["wrong", "right"],
+        output=str(tmp_path / "pair"),
+    ).run()
+    folder = tmp_path / "pair" / "letters" / "wrong--right"
+    content = json.loads((folder / "result.json").read_text())
+    assert content["difference"]["right"] == {"value": 100.0, "low": 100.0, "high": 100.0, "n": 6}
+    assert content["difference"]["near"]["value"] == 0
+    assert [result["scores"]["right"]["value"] for result in content["results"]] == [0, 100]
+    assert content["extra"] == {"sum of counts": 66.0}  # 36 and 30
+    first = content["results"][0]
+    assert first["items"][0] | {"pid": 0} == {
+        "id": "10-garden",
+        "cell": {"length": 10, "word": "garden"},
+        "word": "garden",
+        "count": 7,
+        "pid": 0,
+        "scores": {"right": 0.0, "near": 100.0},
+    }
+    assert first["cells"][0]["length"] == 10
+    assert first["cells"][0]["near"] == {"value": 100.0, "error": 0.0, "n": 1}
+    assert len(first["about"]["items"]) == 64
+    assert (folder / "letters.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert events.Scalars("letters/right/right")[0].value == 100
+    assert events.Tags()["images"] == ["letters/letters"]
+    printed = capsys.readouterr().out
+    assert "wrong" in printed.splitlines()[0]
+    assert "+100.00 [+100.00, +100.00]" in printed
+
+
+def test_batches_hold_a_number_of_positions():
+    items = [Item(str(size), {}, {}, [], size) for size in (50, 20, 19, 18, 5, 5)]
+    assert [[item.num_tokens for item in batch] for batch in batches(items, 40)] == [[50], [20, 19], [18, 5], [5]]
+
+
+# --------------------------------------------------------------------------------------------------- numbers
+
+
+def result(scores, name="a"):
+    records = [
+        {"id": str(n), "cell": {"length": 10 * (n // 2)}, "scores": {"right": score}} for n, score in enumerate(scores)
+    ]
+    return Result(CountLetters(), name, records)
+
+
+def test_means_and_errors_are_those_of_the_textbook():
+    mean = result([100, 0, 0, 0]).mean("right")
+    assert mean == Mean(25.0, 100 * math.sqrt(0.25 * 0.75 / 4), 4)
+    assert result([100, 0, 0, 0]).along("length") == {
+        0: (50.0, pytest.approx(100 * math.sqrt(0.25 / 2)), 2),
+        10: (0.0, 0.0, 2),
+    }
+    assert result([100, 0, 0, 0]).table()[(10,)].value == 0
+    assert math.isnan(Mean.of([]).value)
+
+
+def test_the_difference_is_paired():
+    first, second = result([0, 100, 0, 0]), result([0, 100, 100, 100])
+    change = difference(first, second, "right")
+    assert change.value == 50
+    assert change.n == 4
+    assert 0 <= change.low < 50 < change.high <= 100
+    assert difference(first, first, "right")[:3] == (0, 0, 0)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """95% of 400 samples of 40 normal differences with mean 1, in a range of four standard errors."""
+    generator = np.random.default_rng(1)
+    samples = generator.normal(1.0, 2.0, size=(400, 40))
+    covered = sum(low <= 1.0 <= high for _, low, high, _ in (bootstrap(list(row), 500) for row in samples))
+    assert 0.95 - 0.06 <= covered / 400 <= 0.95 + 0.04
+
+
+# ---------------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        ("/models/Llama-3", "Llama-3"),
+        ("/x/runs/meap_0.1b", "meap_0.1b"),
+        ("/x/runs/meap_0.1b/version_3", "meap_0.1b-version_3"),
+        ("/x/runs/meap_0.1b/version_3/checkpoints/step=12.ckpt", "meap_0.1b-version_3-step=12"),
+    ],
+)
+def test_a_label_says_which_checkpoint(path, label):
+    assert label_of(path) == label
+
+
+# ----------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--task.lengths", "[10, 500]"],
+            "6 of 12 items of letters are longer than the context of .*, 400 tokens: the",
+        ),
+        (["--task.lengths", "[500]", "--on_overflow", "skip"], "6 of 6 items .* needs 500, answer .*the task shorter$"),
+        (["--task.miss", "2"], r"letters/one holds answers for another task.init_args.miss \(1 then, 2 now\); choose"),
+        (["--batch_tokens", "0"], "batch_tokens must be at least 1, got 0"),
+        (["--label", "a", "b"], "--label must give each checkpoint a name of its own, got a, b"),
+        (["--task.mis", "2"], "CountLetters has no option 'mis'; did you mean 'miss'"),
+    ],
+)
+def test_wrong_input_is_one_line(recipe, source_folder, tmp_path, capsys, options, message):
+    Evaluate(task=CountLetters(), checkpoint=[str(source_folder)], label=["one"], output=str(tmp_path / "out")).run()
+    capsys.readouterr()
+    label = [] if "--label" in options else ["--label", "one"]
+    assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), *label, *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, error), error
+
+
+def test_long_items_are_left_out_and_counted(recipe, source_folder, capsys):
+    options = ["--task.lengths", "[10, 500]", "--on_overflow", "skip", "--label", "short"]
+    assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), *options]) == 0
+    assert "short: 6 items, 6 skipped as too long" in capsys.readouterr().out
