@@ -250,6 +250,8 @@ def test_a_token_outside_the_vocabulary_is_named_even_by_a_worker_process(capsys
         content = bytearray(path.read_bytes())
         content[-2000:] = b"\xff" * 2000  # token id 65,535
         path.write_bytes(content)
+        del chunk["sha256"]  # as a dataset of another writer
+    (damaged / "train" / "index.json").write_text(json.dumps(index))
     line = complain(
         capsys, "fit", "--config", toy_recipe, "--data.datasets", damaged, "--data.init_args.num_workers", 1,
         "--budget.max_steps", 300,

@@ -17,11 +17,11 @@ import numpy as np
 from meap_lit.data.chunks import ChatWriter, Split, parse_bytes
 from meap_lit.data.conversations import to_messages
 from meap_lit.data.formats import RECORD_FORMATS
-from meap_lit.data.manifest import ChatDetails, Manifest, Source
+from meap_lit.data.manifest import ChatDetails, Manifest, ShardDetails, Source
 from meap_lit.data.parallel import default_num_workers, map_in_order
-from meap_lit.data.preparation import Preparation
-from meap_lit.data.readers import SKIP_HINT, Record, RecordReader, check_text, find_files
-from meap_lit.data.splits import SplitWriter, draw
+from meap_lit.data.preparation import Preparation, progress_bar
+from meap_lit.data.readers import SKIP_HINT, InputShard, Record, RecordReader, check_text, find_files
+from meap_lit.data.splits import ShardWriter, SplitWriter, draw
 from meap_lit.data.templates import ChatTemplate, EncodedChat
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
@@ -53,6 +53,8 @@ class PrepareChat(Preparation):
             [0, 1). With 0 there is no validation split.
         on_error: What to do at a conversation that cannot be read: stop, or skip it and report how many were skipped.
         chunk_bytes: Size of a chunk file.
+        shard: Part i of n to prepare, such as 3/8, i from 0 to n - 1 as SLURM_ARRAY_TASK_ID of `--array=0-7`; all parts
+            together are made one dataset by `prepare merge`.
         num_workers: Processes that tokenise; one per core, fewer for a small input, if not given.
     """
 
@@ -65,6 +67,7 @@ class PrepareChat(Preparation):
     val_share: float = 0.01
     on_error: Literal["stop", "skip"] = "stop"
     chunk_bytes: str = "64MB"
+    shard: str | None = None
     num_workers: int | None = field(default=None, compare=False)
 
     def make(self, folder: Path) -> str:
@@ -72,9 +75,11 @@ class PrepareChat(Preparation):
         chunk_bytes = self._check_options()
         tokenizer = Tokenizer.load(self.tokenizer)
         template = ChatTemplate.load(self.template, tokenizer)
-        reader = RecordReader(find_files(self.input, formats=RECORD_FORMATS), self.on_error)
+        shard = None if self.shard is None else InputShard.parse(self.shard)
+        reader = RecordReader(find_files(self.input, formats=RECORD_FORMATS), self.on_error, shard)
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-        splits = SplitWriter(ChatWriter, folder, dtype, chunk_bytes, self.val_share)
+        writer = SplitWriter if shard is None else ShardWriter
+        splits = writer(ChatWriter, folder, dtype, chunk_bytes, self.val_share)
         encoder = _Encoder(
             template,
             tokenizer.vocab_size,
@@ -84,9 +89,9 @@ class PrepareChat(Preparation):
             on_long=self.on_long,
             on_error=self.on_error,
         )
-        encoded = map_in_order(encoder, _batches(reader), self.num_workers or default_num_workers(sum(reader.sizes)))
+        encoded = map_in_order(encoder, _batches(reader), self.num_workers or default_num_workers(reader.num_bytes))
         counts = _Counts()
-        with closing(encoded), reader.progress_bar(f"preparing {self.output}") as bar:
+        with closing(encoded), progress_bar(f"preparing {self.output}", reader.num_bytes) as bar:
             for batch in encoded:
                 for sample, number in zip(batch.samples, batch.draws, strict=True):
                     splits.add(sample, number)
@@ -94,7 +99,7 @@ class PrepareChat(Preparation):
                 bar.set_postfix_str(f"{counts.samples} conversations", refresh=False)
                 bar.update(batch.bytes_read - bar.n)
         counts.skipped += reader.num_skipped
-        if counts.samples == 0:
+        if counts.samples == 0 and shard is None:
             raise UserError(
                 f"no conversation to tokenise in {', '.join(self.input)} "
                 f"({counts.dropped} too long for max_tokens, {counts.skipped} unreadable)"
@@ -121,6 +126,7 @@ class PrepareChat(Preparation):
                 num_dropped=counts.dropped,
                 num_truncated=counts.truncated,
             ),
+            shard=None if shard is None else ShardDetails(shard.index, shard.count, splits.reserve_draw),
         ).save(folder)
         return self._summary(sizes, counts, time.perf_counter() - started)
 
@@ -135,15 +141,16 @@ class PrepareChat(Preparation):
         return parse_bytes(self.chunk_bytes, "chunk_bytes")
 
     def _summary(self, sizes: dict[str, Split], counts: "_Counts", seconds: float) -> str:
+        shard = "" if self.shard is None else f", shard {self.shard} for prepare merge"
         closing = "those that close them included"
-        if counts.closed_answers == 0:
+        if counts.closed_answers == 0 < counts.answers:
             closing = "none closed by a special token: a model cannot learn from them where to stop"
         return "\n".join(
             [
-                f"dataset {self.output}, template {self.template}",
+                f"dataset {self.output}, template {self.template}{shard}",
                 *(f"  {name:<9}{size.documents} conversations, {size.tokens} tokens" for name, size in sizes.items()),
                 f"  in all   {counts.samples} conversations, {counts.tokens} tokens; "
-                f"longest {counts.longest}, mean {counts.tokens / counts.samples:.1f}",
+                f"longest {counts.longest}, mean {counts.tokens / max(1, counts.samples):.1f}",
                 f"  answers  {counts.answers}, {counts.long_answers} over {LONG_ANSWER} tokens; "
                 f"{counts.answer_tokens} tokens, {closing}",
                 f"  left out {counts.dropped} too long, {counts.skipped} unreadable; {counts.truncated} truncated",

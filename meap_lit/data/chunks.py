@@ -24,8 +24,10 @@ from meap_lit.errors import UserError
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "samples.npz"
+SHA256 = "sha256"
+"""Key of the hash of a chunk's file in the index; LitData reads past it. Older datasets lack it."""
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_bytes(value: str, name: str) -> int:
@@ -117,6 +119,8 @@ class ChunkWriter(ABC):
         fingerprint = self._hash.hexdigest()
         # LitData names the cache of a remote folder after this; its own choice is the time
         index["updated_at"] = fingerprint
+        for chunk in index["chunks"]:
+            chunk[SHA256] = _sha256(self.folder / chunk["filename"])
         (self.folder / INDEX_FILE).write_text(json.dumps(index, sort_keys=True))
         piece.unlink()
         split = Split(self.num_documents, self.num_tokens, fingerprint)
@@ -250,6 +254,38 @@ def check_chunk_files(folder: Path, index: dict[str, Any]) -> None:
                 f"chunk {file} has {size} bytes instead of {chunk['chunk_bytes']}; "
                 f"the dataset is damaged: copy it again or prepare it anew"
             )
+
+
+def check_chunk(folder: Path, chunk: dict[str, Any]) -> None:
+    """Compare the content of a chunk's file in a local folder with its entry in the index.
+
+    Raises:
+        UserError: If they differ, or the file cannot be read.
+    """
+    file = folder / chunk["filename"]
+    try:
+        with open(file, "rb") as content:
+            problem = chunk_problem(content, chunk)
+    except OSError as error:
+        raise UserError(f"cannot read chunk {file}: {error.strerror}; copy it again or prepare it anew") from error
+    if problem is not None:
+        raise UserError(f"chunk {file} {problem}; the dataset is damaged: copy it again or prepare it anew")
+
+
+def chunk_problem(content: io.BufferedIOBase, chunk: dict[str, Any]) -> str | None:
+    """What is wrong with the content of a chunk's file, or None; where the index has no hash, its size is compared."""
+    size = content.seek(0, io.SEEK_END)
+    if size != chunk["chunk_bytes"]:
+        return f"has {size} bytes instead of {chunk['chunk_bytes']}"
+    content.seek(0)
+    if SHA256 in chunk and hashlib.file_digest(content, "sha256").hexdigest() != chunk[SHA256]:
+        return f"has another SHA-256 than {INDEX_FILE} says"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _layout(index: dict[str, Any]) -> list[tuple[int, int]]:

@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
+from meap_lit.data.chunks import parse_bytes
 from meap_lit.data.manifest import Manifest
 from meap_lit.data.preparation import Preparation
+from meap_lit.data.storage import Storage
 from meap_lit.data.streaming import Shard
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
@@ -31,8 +33,13 @@ class StreamingData(L.LightningDataModule, ABC):
             all of them if not given.
         num_workers: Processes that read ahead, per device.
         seed: Seed of the order and the mix.
-        cache_dir: Where chunks of remote datasets are kept.
-        storage_options: Endpoint and credentials for remote datasets, passed to LitData.
+        cache_dir: Folder that keeps chunks of remote datasets, on a disk of the node; its processes share it.
+            `~/.cache/meap_lit` if not given.
+        cache_bytes: Size that it may have, beside the chunks that are being read; null for no limit.
+        storage_tries: Tries to read an object of a remote dataset, with growing pauses between them.
+        storage_timeout: Seconds without a byte after which a try is given up; see `Storage`.
+        storage_options: Arguments of the client of a remote dataset, of `boto3.client` for s3://. Endpoint, region and
+            credentials are better left to the usual variables of the environment, see `Storage`.
         preparation: Steps that make what is missing (corpus, tokenizer, datasets) before the run starts.
     """
 
@@ -50,6 +57,9 @@ class StreamingData(L.LightningDataModule, ABC):
         num_workers: int = 2,
         seed: int = 0,
         cache_dir: str | None = None,
+        cache_bytes: str | None = "100GB",
+        storage_tries: int = 6,
+        storage_timeout: float = 30.0,
         storage_options: dict[str, Any] | None = None,
         preparation: list[Preparation] | None = None,
     ) -> None:
@@ -62,10 +72,19 @@ class StreamingData(L.LightningDataModule, ABC):
         self.val_samples = val_samples
         self.num_workers = num_workers
         self.seed = seed
-        self.cache_dir = cache_dir
-        self.storage_options = storage_options or {}
+        self.storage = Storage(
+            cache_dir,
+            cache_bytes=None if cache_bytes is None else parse_bytes(cache_bytes, "data.cache_bytes"),
+            tries=storage_tries,
+            timeout=storage_timeout,
+            options=storage_options or {},
+        )
         self.preparation = preparation or []
         self._resumed = _Progress()
+        if storage_tries < 1:
+            raise UserError(f"data.storage_tries must be at least 1, got {storage_tries}")
+        if not 0 < storage_timeout < math.inf:
+            raise UserError(f"data.storage_timeout must be above 0 seconds and finite, got {storage_timeout:g}")
         if not self.datasets:
             raise UserError("data.datasets names no dataset; name a folder, or several with the weight of each")
         for path, weight in self.datasets.items():
@@ -84,7 +103,9 @@ class StreamingData(L.LightningDataModule, ABC):
     @property
     def row_settings(self) -> dict[str, Any]:
         """Settings that decide what stands in a row; a resume counts rows, so they must not change."""
-        return {"seq_len": self.seq_len, "seed": self.seed}
+        total = sum(self.datasets.values())
+        shares = [round(weight / total, 12) for weight in self.datasets.values()]
+        return {"seq_len": self.seq_len, "seed": self.seed, "datasets (share of each)": shares}
 
     @property
     @abstractmethod
@@ -125,8 +146,13 @@ class StreamingData(L.LightningDataModule, ABC):
             step.ensure()
 
     def setup(self, stage: str) -> None:
-        self.manifests = {path: Manifest.load(path, self.storage_options, kind=self.kind) for path in self.datasets}
+        self.manifests = {path: Manifest.load(path, self.storage, kind=self.kind) for path in self.datasets}
         for path, manifest in self.manifests.items():
+            if manifest.shard is not None:
+                raise UserError(
+                    f"dataset {path} is shard {manifest.shard.index}/{manifest.shard.count} of one; put them together "
+                    f"with: python -m meap_lit prepare merge --input SHARDS --output DIR"
+                )
             manifest.check_tokenizer(self.tokenizer, dataset=path, tokenizer_folder=self.tokenizer_folder)
 
     @property
@@ -155,7 +181,7 @@ class StreamingData(L.LightningDataModule, ABC):
                 f"{', '.join(now)} now (contents differ); resume with the same datasets, or start a new run"
             )
         for name, value in self.row_settings.items():
-            was = state_dict["rows"][name]
+            was = state_dict["rows"].get(name, value)  # an older checkpoint may not know
             if was != value:
                 raise UserError(
                     f"data.{name} was {was} in the run of the checkpoint and is {value} now, which changes its rows; "
@@ -180,7 +206,14 @@ class StreamingData(L.LightningDataModule, ABC):
         assert self.trainer is not None
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
-            stream, batch_size=None, num_workers=num_workers, pin_memory=on_gpu, worker_init_fn=_ignore_signals
+            stream,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=on_gpu,
+            worker_init_fn=_ignore_signals,
+            # Lightning ends such workers when a run fails. Others live as long as the error's traceback, and since they
+            # ignore the signal that ends them then, the process would wait for them for good
+            persistent_workers=num_workers > 0,
         )
 
 

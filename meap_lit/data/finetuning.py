@@ -38,7 +38,7 @@ class FineTuningData(StreamingData):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.indexes = {
-            (path, split): load_samples(path, split, self.storage_options)
+            (path, split): load_samples(path, split, self.storage)
             for path, manifest in self.manifests.items()
             for split in manifest.splits
         }
@@ -137,8 +137,7 @@ class FineTuningData(StreamingData):
                     f"{path.rstrip('/')}/{split}",
                     self.indexes[path, split].chunk_sizes,
                     self.tokenizer.vocab_size,
-                    self.cache_dir,
-                    self.storage_options,
+                    self.storage,
                 )
                 for path in paths
             ],

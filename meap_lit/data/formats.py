@@ -9,11 +9,19 @@ import importlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NamedTuple
 
 from meap_lit.errors import UserError
+
+
+class Span(NamedTuple):
+    """A part of a file, in bytes: the lines that begin in it, the row groups whose middle row lies in it."""
+
+    start: int
+    stop: int
 
 
 class Entry(NamedTuple):
@@ -27,16 +35,22 @@ class Entry(NamedTuple):
     """A plain text, the fields of a record, or why there is neither."""
 
 
-Format = Callable[[Path, IO[bytes], str | None], Iterator[Entry]]
-"""Reads a file; the last argument is the only column to read of a Parquet file."""
+Format = Callable[[Path, IO[bytes], Span, str | None], Iterator[Entry]]
+"""Reads a span of a file; the last argument is the only column to read of a Parquet file."""
+
+DIVISIBLE = (".jsonl", ".parquet")
+"""File name endings of which a span can be read; of others the span is not looked at, they are read whole."""
 
 
-def read_file(path: Path, formats: Mapping[str, Format], column: str | None = None) -> Iterator[Entry]:
+def read_file(path: Path, formats: Mapping[str, Format], span: Span, column: str | None = None) -> Iterator[Entry]:
     """Entries of one file, read by the ending of its name; an unknown ending is plain text.
+
+    Spans that share out a file share out its entries.
 
     Args:
         path: The file.
         formats: `FORMATS` or `RECORD_FORMATS`.
+        span: What to read of a file that is `DIVISIBLE`.
         column: The only column to read of a Parquet file, all if not given.
 
     Raises:
@@ -45,7 +59,7 @@ def read_file(path: Path, formats: Mapping[str, Format], column: str | None = No
     read = next((read for suffix, read in formats.items() if has_suffix(path, [suffix])), _read_text)
     try:
         with path.open("rb") as file:
-            yield from read(path, file, column)
+            yield from read(path, file, span, column)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -55,13 +69,13 @@ def has_suffix(path: Path, suffixes: Sequence[str]) -> bool:
     return path.name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))
 
 
-def _read_text(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entry]:
+def _read_text(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     raw = file.read()
     content = _decode(raw, str(path))
     yield Entry(len(raw), str(path), content)
 
 
-def _read_json(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entry]:
+def _read_json(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     """The objects of an array, or one object."""
     raw = file.read()
     text = _decode(raw, str(path))
@@ -74,20 +88,20 @@ def _read_json(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entr
         yield Entry(len(raw) * number // len(content), where, _checked_object(element, where))
 
 
-def _read_jsonl(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entry]:
-    return _parse_lines(path, file, file)
+def _read_jsonl(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+    return _parse_lines(path, file, _lines_of(file, span), span.start)
 
 
-def _read_jsonl_gz(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entry]:
+def _read_jsonl_gz(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     return _parse_lines(path, file, gzip.GzipFile(fileobj=file))
 
 
-def _read_jsonl_zst(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entry]:
+def _read_jsonl_zst(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     zstandard = _import("zstandard", path)
     return _parse_lines(path, file, _split_lines(_decompress_zstd(file, zstandard)))
 
 
-def _read_parquet(path: Path, file: IO[bytes], column: str | None) -> Iterator[Entry]:
+def _read_parquet(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     pyarrow, parquet = _import("pyarrow", path), _import("pyarrow.parquet", path)
     size = path.stat().st_size
     row = 0
@@ -96,7 +110,9 @@ def _read_parquet(path: Path, file: IO[bytes], column: str | None) -> Iterator[E
         names = table.schema_arrow.names
         if column is not None and column not in names:
             raise UserError(f"{path} has no column {column!r}; it has {', '.join(names)}: name one by --text_field")
-        for batch in table.iter_batches(batch_size=256, columns=None if column is None else [column]):
+        row, groups = _row_groups(table.metadata, size, span)
+        columns = None if column is None else [column]
+        for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=columns):
             for number in range(batch.num_rows):
                 row += 1
                 where = f"{path}, row {row}"
@@ -126,20 +142,36 @@ RECORD_FORMATS: dict[str, Format] = {
 """File name endings of records and how they are read."""
 
 
-def _parse_lines(path: Path, file: IO[bytes], lines: Iterable[bytes]) -> Iterator[Entry]:
-    """One JSON object a line; blank lines are passed over. Damaged compression ends the file with an error."""
+def _parse_lines(path: Path, file: IO[bytes], lines: Iterable[bytes], start: int = 0) -> Iterator[Entry]:
+    """One JSON object a line; blank lines are passed over. Damaged compression ends the file with an error.
+
+    Lines of a span that starts at byte `start` are named by where they begin: their number is not known.
+    """
     number = 0
     try:
         for number, line in enumerate(lines, start=1):
-            if number == 1:
+            where = f"{path}, line {number}" if start == 0 else f"{path}, byte {file.tell() - len(line)}"
+            if number == 1 and start == 0:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
             if line.strip():
-                where = f"{path}, line {number}"
                 yield Entry(file.tell(), where, _parse_line(line, where))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         where = f"{path}, line {number + 1}"
         reason = UserError(f"{where}: damaged or cut compressed file ({_first_line(error)})")
         yield Entry(file.tell(), where, reason)
+
+
+def _lines_of(file: IO[bytes], span: Span) -> Iterator[bytes]:
+    """The lines that begin in the span."""
+    position = span.start
+    if span.start > 0:
+        file.seek(span.start - 1)
+        position += len(file.readline()) - 1  # a line of the span before, or only its line break
+    for line in file:
+        if position >= span.stop:
+            return
+        yield line
+        position += len(line)
 
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some Windows programs begin a file with it
@@ -176,6 +208,18 @@ def _checked_object(content: Any, where: str) -> dict[str, Any] | UserError:
     if isinstance(content, (dict, UserError)):
         return content
     return UserError(f"{where}: not a JSON object but {type(content).__name__}")
+
+
+def _row_groups(metadata: Any, size: int, span: Span) -> tuple[int, list[int]]:
+    """Rows before the first row group of the span, and the numbers of its row groups; they follow each other."""
+    counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    firsts = [*accumulate(counts, initial=0)][:-1]
+    groups = [
+        number
+        for number, (first, count) in enumerate(zip(firsts, counts, strict=True))
+        if count and span.start <= size * (2 * first + count) // (2 * metadata.num_rows) < span.stop
+    ]
+    return firsts[groups[0]] if groups else 0, groups
 
 
 def _row(batch: Any, number: int, where: str) -> dict[str, Any] | UserError:

@@ -2,13 +2,11 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from meap_lit.data.chunks import (
     INDEX_FILE,
@@ -19,13 +17,16 @@ from meap_lit.data.chunks import (
     check_chunk_files,
     check_index,
 )
+from meap_lit.data.storage import Storage
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
 VERSION = 1
 Kind = Literal["text", "chat"]
-REMOTE_SCHEMES = ("s3", "gs", "r2", "azure", "hf")
+_NO_STORAGE = Storage()
+_FIRST_TRIES = 3
+"""A wrong address or endpoint should not wait as long for its message as a run that has begun waits for its data."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,16 @@ class ChatDetails:
     """Conversations cut because they are longer."""
 
 
+@dataclass(frozen=True)
+class ShardDetails:
+    """What only a shard says of itself: it is one of `count`, which `prepare merge` makes a dataset of."""
+
+    index: int
+    count: int
+    reserve_draw: float | None
+    """Draw of the document in the split `reserve`, if there is one; see `splits.ShardWriter`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Content of the manifest.json that stands beside the splits and is written last.
@@ -64,13 +75,14 @@ class Manifest:
         mask_token_id: Id of the mask token; it stands nowhere in the data.
         dtype: uint16 or int32.
         val_share: Share of documents that was to be held out.
-        splits: `train`, and `val` unless val_share is 0.
-        sources: Files read, in order.
+        splits: `train`, and `val` unless val_share is 0; of a shard those with a document (see `splits.ShardWriter`).
+        sources: Files read, in order; in a shard, all files that the shards share out.
         num_empty: Documents left out because they hold nothing but white space.
         num_skipped: Lines left out because they could not be read.
         version: Version of this format.
         kind: `text` or `chat`.
         chat: More of what a chat dataset is; None for text.
+        shard: Which part of a dataset this is; None for a whole one.
     """
 
     tokenizer_fingerprint: str
@@ -87,6 +99,7 @@ class Manifest:
     version: int = VERSION
     kind: Kind = "text"
     chat: ChatDetails | None = None
+    shard: ShardDetails | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -95,20 +108,20 @@ class Manifest:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @classmethod
-    def load(cls, location: str, storage_options: dict[str, Any] | None = None, kind: Kind = "text") -> "Manifest":
+    def load(cls, location: str, storage: Storage = _NO_STORAGE, kind: Kind = "text") -> "Manifest":
         """Read the manifest of a dataset and check that the dataset is whole.
 
         In a local folder every chunk must be there and have its size. Of a remote one only the indexes are read.
 
         Args:
             location: Folder or address such as s3://bucket/path; the one above `train` and `val`.
-            storage_options: Endpoint and credentials of a remote dataset, as LitData takes them.
+            storage: How a remote dataset is read.
             kind: Kind of dataset that is wanted.
 
         Raises:
             UserError: If there is no whole dataset, or one of another kind; says what is wrong.
         """
-        read = _reader(location, storage_options, kind)
+        read = _reader(location, storage, kind)
         manifest = cls._parse(read(MANIFEST_FILE), location)
         if manifest.kind != kind:
             found = _CONTENT.get(manifest.kind, manifest.kind)
@@ -133,19 +146,26 @@ class Manifest:
                 f"upgrade meap_lit or prepare the dataset anew"
             )
         try:
-            chat = content.pop("chat", None)
+            chat, shard = content.pop("chat", None), content.pop("shard", None)
             split_type = ChatSplit if chat else Split
             splits = {name: split_type(**split) for name, split in content.pop("splits").items()}
             sources = [Source(**source) for source in content.pop("sources")]
-            return cls(**content, splits=splits, sources=sources, chat=ChatDetails(**chat) if chat else None)
+            return cls(
+                **content,
+                splits=splits,
+                sources=sources,
+                chat=ChatDetails(**chat) if chat else None,
+                shard=ShardDetails(**shard) if shard else None,
+            )
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{location}/{MANIFEST_FILE} is not a manifest of meap_lit ({error})") from error
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`."""
         content = dataclasses.asdict(self)
-        if self.chat is None:
-            del content["chat"]
+        for name in ("chat", "shard"):
+            if content[name] is None:
+                del content[name]
         (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
     def check_tokenizer(self, tokenizer: Tokenizer, dataset: str, tokenizer_folder: str) -> None:
@@ -167,18 +187,18 @@ class Manifest:
             )
 
 
-def load_samples(location: str, split: str, storage_options: dict[str, Any] | None = None) -> ChatIndex:
+def load_samples(location: str, split: str, storage: Storage = _NO_STORAGE) -> ChatIndex:
     """Sizes of the samples of one split of a chat dataset.
 
     Args:
         location: Folder or address of the dataset, as for `Manifest.load`, which is to check it first.
         split: `train` or `val`.
-        storage_options: Endpoint and credentials of a remote dataset, as LitData takes them.
+        storage: How a remote dataset is read.
 
     Raises:
         UserError: If the table is missing, damaged or belongs to other data.
     """
-    read = _reader(location, storage_options, "chat")
+    read = _reader(location, storage, "chat")
     index = _parse_json(read(f"{split}/{INDEX_FILE}"), f"{location}/{split}/{INDEX_FILE}")
     return ChatIndex.parse(read(f"{split}/{SAMPLES_FILE}"), index, f"{location}/{split}")
 
@@ -194,9 +214,12 @@ def _is_remote(location: str) -> bool:
     return "://" in location
 
 
-def _reader(location: str, storage_options: dict[str, Any] | None, kind: Kind) -> Callable[[str], bytes]:
+def _reader(location: str, storage: Storage, kind: Kind) -> Callable[[str], bytes]:
     """A function that reads a file of the dataset at `location`."""
-    return _remote_reader(location, storage_options or {}) if _is_remote(location) else _local_reader(location, kind)
+    if not _is_remote(location):
+        return _local_reader(location, kind)
+    hasty = dataclasses.replace(storage, tries=min(storage.tries, _FIRST_TRIES))
+    return lambda name: hasty.read(f"{location.rstrip('/')}/{name}")
 
 
 def _local_reader(location: str, kind: Kind) -> Callable[[str], bytes]:
@@ -217,32 +240,6 @@ def _local_reader(location: str, kind: Kind) -> Callable[[str], bytes]:
             return (folder / name).read_bytes()
         except OSError as error:
             raise UserError(f"dataset {location} is incomplete: cannot read {name} ({error.strerror})") from error
-
-    return read
-
-
-def _remote_reader(location: str, storage_options: dict[str, Any]) -> Callable[[str], bytes]:
-    """A function that reads an object of the dataset under the address `location`."""
-    if urlsplit(location).scheme not in REMOTE_SCHEMES:
-        raise UserError(f"dataset address {location} must begin with one of {', '.join(REMOTE_SCHEMES)} and ://")
-    # imported here because it takes seconds
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
-    from litdata.streaming.downloader import get_downloader
-
-    if location.startswith("s3://"):
-        # LitData tries 1000 times, which is right in mid-run but makes a wrong endpoint look like a hang
-        storage_options = {"config": Config(connect_timeout=20, retries={"total_max_attempts": 3}), **storage_options}
-    downloader = get_downloader(location, "", [], storage_options)
-
-    def read(name: str) -> bytes:
-        address = f"{location.rstrip('/')}/{name}"
-        buffer = io.BytesIO()
-        try:
-            downloader.download_fileobj(address, buffer)
-        except (BotoCoreError, ClientError) as error:
-            raise UserError(f"cannot read {address}: {error}; is {location} a dataset of meap_lit?") from error
-        return buffer.getvalue()
 
     return read
 

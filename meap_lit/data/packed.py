@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count, islice
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from litdata import StreamingDataset
@@ -12,11 +12,15 @@ from litdata.streaming.sampler import ChunkedIndex
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from meap_lit.data.cache import open_chunks
 from meap_lit.data.packing import DocumentKey, PackedOrder, Row
+from meap_lit.data.storage import Storage
 from meap_lit.data.streaming import Shard, check_vocabulary, worker_number
 from meap_lit.duplication import Answer, Document, Duplication, concatenate, masked_copy, original
 from meap_lit.model.attention import Documents
 from meap_lit.model.loss import IGNORE_INDEX
+
+_DEFAULT = Storage()
 
 
 class PackedBatch(TypedDict):
@@ -52,29 +56,21 @@ class ChatSamples:
         path: Folder or s3:// address of the split.
         chunk_sizes: Samples in each of its chunks.
         vocab_size: Token ids must be below it.
-        cache_dir: Where chunks of a remote dataset are kept; LitData's default if not given.
-        storage_options: Passed to LitData for remote datasets: endpoint, credentials.
+        storage: How a remote dataset is read.
     """
 
-    def __init__(
-        self,
-        path: str,
-        chunk_sizes: Sequence[int],
-        vocab_size: int,
-        cache_dir: str | None = None,
-        storage_options: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, path: str, chunk_sizes: Sequence[int], vocab_size: int, storage: Storage = _DEFAULT) -> None:
         self.path = path
         self.vocab_size = vocab_size
-        self._dataset = StreamingDataset(
-            path, cache_dir=cache_dir, storage_options=storage_options or {}, shuffle=False
-        )
+        self._chunks = open_chunks(path, storage)
+        self._dataset = StreamingDataset(self._chunks.folder, shuffle=False)
         len(self._dataset)  # reads the index
         self._ends = list(accumulate(chunk_sizes))
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[Answer]]:
         """Token ids, [n] int64, and answers of sample number `index`."""
         chunk = bisect.bisect_right(self._ends, index)  # LitData's own look-up walks over all chunks
+        self._chunks.ensure(chunk)
         sample = self._dataset[ChunkedIndex(index=index, chunk_index=chunk)]
         input_ids = sample["input_ids"].long()
         check_vocabulary(input_ids, self.vocab_size, self.path)

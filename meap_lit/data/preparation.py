@@ -10,8 +10,10 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
 import socket
+import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -19,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from meap_lit.errors import UserError
 
@@ -121,6 +125,11 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder is one that `new_folder` has not renamed: it is being made, or a killed run left it behind."""
+    return re.search(r"\.partial-[0-9a-f]{8}$", folder.name) is not None
+
+
 def _is_abandoned(folder: Path) -> bool:
     try:
         owner = json.loads((folder / _OWNER_FILE).read_text())
@@ -135,3 +144,10 @@ def _is_abandoned(folder: Path) -> bool:
     except PermissionError:
         pass
     return False
+
+
+def progress_bar(description: str, num_bytes: int) -> tqdm:
+    """A bar over so many bytes of input, for the caller to move."""
+    # a log file gets a line every half minute instead of ten a second
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(total=num_bytes, desc=description, unit="B", unit_scale=True, mininterval=seconds)

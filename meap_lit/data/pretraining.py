@@ -51,7 +51,7 @@ class PretrainingData(StreamingData):
         return self._loader(stream, num_workers=0)  # workers would be started anew at every validation
 
     def _open(self, path: str, split: str) -> TokenBlocks:
-        blocks = TokenBlocks(f"{path.rstrip('/')}/{split}", self.seq_len, self.cache_dir, self.storage_options)
+        blocks = TokenBlocks(f"{path.rstrip('/')}/{split}", self.seq_len, self.storage)
         if len(blocks) == 0:
             raise UserError(
                 f"the {split} split of dataset {path} has no chunk with data.seq_len + 1 = {self.seq_len + 1} tokens "

@@ -1,22 +1,71 @@
-"""Documents and records out of many files, what cannot be read refused or counted."""
+"""Documents and records out of many files, or of one shard of them; what cannot be read is refused or counted."""
 
 import glob
 import os
-import sys
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from tqdm import tqdm
-
-from meap_lit.data.formats import FORMATS, RECORD_FORMATS, Entry, Format, has_suffix, read_file
+from meap_lit.data.formats import DIVISIBLE, FORMATS, RECORD_FORMATS, Entry, Format, Span, has_suffix, read_file
 from meap_lit.errors import UserError
 
 Item = TypeVar("Item")
 
 SKIP_HINT = "use --on_error skip to leave such lines out"
+
+
+class Part(NamedTuple):
+    """What is read of a file."""
+
+    file: Path
+    span: Span
+
+
+@dataclass(frozen=True)
+class InputShard:
+    """One of `count` shards of the input; together they read every document once, in order.
+
+    The files stand in line, and each shard has an equal part of their bytes. Files of many lines or row groups are
+    divided, the others go to the shard that has their middle; a shard may so be without any.
+    """
+
+    index: int = 0
+    """From 0, as SLURM_ARRAY_TASK_ID of `--array=0-7`."""
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "InputShard":
+        """Read "3/8".
+
+        Raises:
+            UserError: If it is no such text, or the index not below the count.
+        """
+        match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+        shard = cls(int(match[1]), int(match[2])) if match else None
+        if shard is None or shard.index >= shard.count:
+            raise UserError(
+                f"shard must be i/n with i from 0 to n - 1, such as 0/8 for the first of eight and 7/8 for the last, "
+                f"got {text!r}"
+            )
+        return shard
+
+    def parts(self, files: Sequence[Path], sizes: Sequence[int]) -> list[Part]:
+        """What this shard reads of `files`, which have `sizes` bytes."""
+        lengths = [size + 1 for size in sizes]  # a place in line for an empty file too
+        start, stop = (sum(lengths) * index // self.count for index in (self.index, self.index + 1))
+        parts = []
+        first = 0  # place of the file's first byte
+        for file, size, length in zip(files, sizes, lengths, strict=True):
+            if has_suffix(file, DIVISIBLE):
+                if max(start, first) < min(stop, first + length):
+                    parts.append(Part(file, Span(max(start - first, 0), min(stop - first, size))))
+            elif start <= first + size // 2 < stop:
+                parts.append(Part(file, Span(0, size)))
+            first += length
+        return parts
 
 
 class Reader(ABC, Generic[Item]):
@@ -27,6 +76,7 @@ class Reader(ABC, Generic[Item]):
         formats: `FORMATS` or `RECORD_FORMATS`; a file of another ending is plain text.
         on_error: `stop` raises at the first item that cannot be read, `skip` counts it.
         column: The only column to read of a Parquet file, all if not given.
+        shard: Shard of the files to read, all if not given.
 
     Raises:
         UserError: While iterating; names file and line. A file that cannot be opened, a missing package and a Parquet
@@ -39,6 +89,7 @@ class Reader(ABC, Generic[Item]):
         formats: Mapping[str, Format],
         on_error: Literal["stop", "skip"],
         column: str | None = None,
+        shard: InputShard | None = None,
     ) -> None:
         self.files = files
         self.formats = formats
@@ -46,8 +97,10 @@ class Reader(ABC, Generic[Item]):
         self.column = column
         self.num_skipped = 0
         self.bytes_read = 0
-        """Bytes of the files on disk that have been read so far."""
+        """Bytes on disk that have been read so far, of `num_bytes`."""
         self.sizes = [_size(file) for file in files]
+        self.parts = (shard or InputShard()).parts(files, self.sizes)
+        self.num_bytes = sum(span.stop - span.start for _, span in self.parts)
 
     @abstractmethod
     def convert(self, entry: Entry) -> Item:
@@ -59,9 +112,10 @@ class Reader(ABC, Generic[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         finished = 0
-        for path, size in zip(self.files, self.sizes, strict=True):
-            for entry in read_file(path, self.formats, self.column):
-                self.bytes_read = finished + entry.position
+        for file, span in self.parts:
+            for entry in read_file(file, self.formats, span, self.column):
+                # the last line or row group may reach out of the span
+                self.bytes_read = finished + min(max(entry.position, span.start), span.stop) - span.start
                 try:
                     if isinstance(entry.content, UserError):
                         raise entry.content
@@ -72,14 +126,8 @@ class Reader(ABC, Generic[Item]):
                     self.num_skipped += 1
                 else:
                     yield item
-            finished += size
+            finished += span.stop - span.start
             self.bytes_read = finished
-
-    def progress_bar(self, description: str) -> tqdm:
-        """A bar over the bytes of the files, for the caller to move."""
-        # a log file gets a line every half minute instead of ten a second
-        seconds = 0.1 if sys.stderr.isatty() else 30
-        return tqdm(total=sum(self.sizes), desc=description, unit="B", unit_scale=True, mininterval=seconds)
 
 
 class DocumentReader(Reader[str]):
@@ -89,12 +137,17 @@ class DocumentReader(Reader[str]):
         files: Files to read, as `find_files` returns them.
         text_field: Name of the text in a JSON object or of the column in a Parquet file.
         on_error: `stop` raises at the first document that cannot be read, `skip` counts it.
+        shard: Shard of the files to read, all if not given.
     """
 
     def __init__(
-        self, files: Sequence[Path], text_field: str = "text", on_error: Literal["stop", "skip"] = "stop"
+        self,
+        files: Sequence[Path],
+        text_field: str = "text",
+        on_error: Literal["stop", "skip"] = "stop",
+        shard: InputShard | None = None,
     ) -> None:
-        super().__init__(files, FORMATS, on_error, column=text_field)
+        super().__init__(files, FORMATS, on_error, column=text_field, shard=shard)
         self.text_field = text_field
 
     def convert(self, entry: Entry) -> str:
@@ -124,10 +177,16 @@ class RecordReader(Reader[Record]):
     Args:
         files: Files to read, as `find_files` finds them by `RECORD_FORMATS`.
         on_error: `stop` raises at the first record that cannot be read, `skip` counts it.
+        shard: Shard of the files to read, all if not given.
     """
 
-    def __init__(self, files: Sequence[Path], on_error: Literal["stop", "skip"] = "stop") -> None:
-        super().__init__(files, RECORD_FORMATS, on_error)
+    def __init__(
+        self,
+        files: Sequence[Path],
+        on_error: Literal["stop", "skip"] = "stop",
+        shard: InputShard | None = None,
+    ) -> None:
+        super().__init__(files, RECORD_FORMATS, on_error, shard=shard)
 
     def convert(self, entry: Entry) -> Record:
         assert isinstance(entry.content, dict), "a plain text is no record"
@@ -166,7 +225,7 @@ def find_files(
     wanted = [suffix if suffix.startswith(".") else f".{suffix}" for suffix in suffixes or formats]
     found: dict[str, Path] = {}
     for name in inputs:
-        for path in _expand(name, wanted, formats):
+        for path in sorted(_expand(name, wanted, formats)):  # of two names of a file always the same one
             found.setdefault(os.path.realpath(path), path)
     if not found:
         raise UserError("no input named; give files, folders or patterns with --input")

@@ -9,6 +9,9 @@ import numpy as np
 from meap_lit.data.chunks import ChunkWriter, Split
 from meap_lit.errors import UserError
 
+RESERVE = "reserve"
+"""Split of a shard without a document for validation: the one that is to be it if no other shard has any."""
+
 
 def draw(text: bytes) -> float:
     """A number in [0, 1). Equal texts get equal numbers, so that copies are never on both sides of a split."""
@@ -38,8 +41,11 @@ class SplitWriter:
         if not 0 <= val_share < 1:
             raise UserError(f"val_share must be in [0, 1), got {val_share:g}; write 0.01 for 1%")
         names = ("train", "val") if val_share > 0 else ("train",)
-        self._writers = {name: writer(folder / name, dtype, chunk_bytes) for name in names}
+        self._new_writer = lambda name: writer(folder / name, dtype, chunk_bytes)
+        self._writers = {name: self._new_writer(name) for name in names}
         self._val_share = val_share
+        self.reserve_draw: float | None = None
+        """Draw of the document in the split `reserve`; only a shard may have one."""
         self._reserve: Any = None
         self._reserve_draw = 1.0 if val_share > 0 else 0.0
 
@@ -72,4 +78,23 @@ class SplitWriter:
                 f"no document is left to train on: the validation split took {count} of {count}; "
                 f"lower val_share, got {self._val_share:g}, or set it to 0 for no validation split"
             )
+        return {name: writer.close() for name, writer in self._writers.items()}
+
+
+class ShardWriter(SplitWriter):
+    """Writes the documents of one shard, so that the shards of a dataset hold what one run would.
+
+    Whether a document that was kept back is needed for validation is known when all shards are there: until then it is
+    a split of its own, `RESERVE`. Splits without a document are left out.
+    """
+
+    def close(self) -> dict[str, Split]:
+        """Finish the splits that have a document."""
+        if "val" in self._writers and self._writers["val"].num_documents == 0 and self._reserve is not None:
+            self._writers[RESERVE] = self._new_writer(RESERVE)
+            self.reserve_draw = self._reserve_draw
+            self._release(RESERVE)
+        self._release("train")
+        for name in [name for name, writer in self._writers.items() if writer.num_documents == 0]:
+            self._writers.pop(name).folder.rmdir()  # LitData cannot open a folder without samples
         return {name: writer.close() for name, writer in self._writers.items()}

@@ -4,7 +4,6 @@ import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any
 
 import torch
 from litdata import StreamingDataset, TokensLoader
@@ -12,12 +11,16 @@ from litdata.streaming.sampler import ChunkedIndex
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from meap_lit.data.cache import open_chunks
 from meap_lit.data.order import MixedOrder, ShuffledOrder, Visit
+from meap_lit.data.storage import Storage
 from meap_lit.errors import UserError
 from meap_lit.model.loss import IGNORE_INDEX
 
 Batch = dict[str, Tensor]
 """`input_ids` [B, T], `labels` [B, T] and `sample_ids` [B], all int64."""
+
+_DEFAULT = Storage()
 
 
 class TokenBlocks:
@@ -28,21 +31,15 @@ class TokenBlocks:
     Args:
         path: Folder or s3:// address of one split.
         seq_len: Tokens that a model reads at once; a block holds one more, for the last label.
-        cache_dir: Where chunks of a remote dataset are kept; LitData's default if not given.
-        storage_options: Passed to LitData for remote datasets: endpoint, credentials.
+        storage: How a remote dataset is read.
     """
 
-    def __init__(
-        self, path: str, seq_len: int, cache_dir: str | None = None, storage_options: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, path: str, seq_len: int, storage: Storage = _DEFAULT) -> None:
         self.path = path
         self.seq_len = seq_len
+        self._chunks = open_chunks(path, storage)
         self._dataset = StreamingDataset(
-            path,
-            cache_dir=cache_dir,
-            storage_options=storage_options or {},
-            item_loader=TokensLoader(block_size=seq_len + 1),
-            shuffle=False,
+            self._chunks.folder, item_loader=TokensLoader(block_size=seq_len + 1), shuffle=False
         )
         len(self._dataset)  # reads the index
         assert self._dataset.shuffler is not None
@@ -56,6 +53,7 @@ class TokenBlocks:
     def __getitem__(self, index: int) -> Tensor:
         """Block number `index`, [T + 1], int64."""
         chunk = bisect.bisect_right(self._ends, index)  # LitData's own look-up walks over all chunks
+        self._chunks.ensure(chunk)
         return self._dataset[ChunkedIndex(index=index, chunk_index=chunk)].long()
 
 

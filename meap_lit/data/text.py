@@ -16,11 +16,11 @@ from typing import Literal
 import numpy as np
 
 from meap_lit.data.chunks import Split, TokenWriter, parse_bytes
-from meap_lit.data.manifest import Manifest, Source
+from meap_lit.data.manifest import Manifest, ShardDetails, Source
 from meap_lit.data.parallel import default_num_workers, map_in_order
-from meap_lit.data.preparation import Preparation
-from meap_lit.data.readers import DocumentReader, find_files
-from meap_lit.data.splits import SplitWriter, draw
+from meap_lit.data.preparation import Preparation, progress_bar
+from meap_lit.data.readers import DocumentReader, InputShard, find_files
+from meap_lit.data.splits import ShardWriter, SplitWriter, draw
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 
@@ -43,6 +43,8 @@ class PrepareText(Preparation):
             [0, 1). With 0 there is no validation split.
         on_error: What to do at a line that cannot be read: stop, or skip it and report how many were skipped.
         chunk_bytes: Size of a chunk file.
+        shard: Part i of n to prepare, such as 3/8, i from 0 to n - 1 as SLURM_ARRAY_TASK_ID of `--array=0-7`; all parts
+            together are made one dataset by `prepare merge`.
         num_workers: Processes that tokenise; one per core, fewer for a small input, if not given.
     """
 
@@ -53,28 +55,30 @@ class PrepareText(Preparation):
     val_share: float = 0.01
     on_error: Literal["stop", "skip"] = "stop"
     chunk_bytes: str = "64MB"
+    shard: str | None = None
     num_workers: int | None = field(default=None, compare=False)
 
     def make(self, folder: Path) -> str:
         started = time.perf_counter()
         chunk_bytes = self._check_options()
         tokenizer = Tokenizer.load(self.tokenizer)
-        reader = DocumentReader(find_files(self.input, self.suffixes), self.text_field, self.on_error)
-        total_bytes = sum(reader.sizes)
+        shard = None if self.shard is None else InputShard.parse(self.shard)
+        reader = DocumentReader(find_files(self.input, self.suffixes), self.text_field, self.on_error, shard)
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-        splits = SplitWriter(TokenWriter, folder, dtype, chunk_bytes, self.val_share)
+        writer = SplitWriter if shard is None else ShardWriter
+        splits = writer(TokenWriter, folder, dtype, chunk_bytes, self.val_share)
         encoded = map_in_order(
-            _Encoder(tokenizer, dtype), _batches(reader), self.num_workers or default_num_workers(total_bytes)
+            _Encoder(tokenizer, dtype), _batches(reader), self.num_workers or default_num_workers(reader.num_bytes)
         )
         counts = _Counts()
-        with closing(encoded), reader.progress_bar(f"preparing {self.output}") as bar:
+        with closing(encoded), progress_bar(f"preparing {self.output}", reader.num_bytes) as bar:
             for batch in encoded:
                 for document in batch.documents():
                     splits.add(*document)
                 counts.add(batch)
                 bar.set_postfix_str(f"{counts.documents} documents, {counts.tokens / 1e6:.2f}M tokens", refresh=False)
                 bar.update(batch.bytes_read - bar.n)
-        if counts.documents == 0:
+        if counts.documents == 0 and shard is None:
             raise UserError(f"no text to tokenise in {', '.join(self.input)} ({counts.empty} empty documents)")
         sizes = splits.close()
         assert sum(split.tokens for split in sizes.values()) == counts.tokens, "documents were lost on the way"
@@ -90,6 +94,7 @@ class PrepareText(Preparation):
             sources=[Source(str(file), size) for file, size in zip(reader.files, reader.sizes, strict=True)],
             num_empty=counts.empty,
             num_skipped=reader.num_skipped,
+            shard=None if shard is None else ShardDetails(shard.index, shard.count, splits.reserve_draw),
         ).save(folder)
         return self._summary(sizes, counts, reader.num_skipped, time.perf_counter() - started)
 
@@ -103,7 +108,7 @@ class PrepareText(Preparation):
         megabytes = counts.text_bytes / 1e6
         return "\n".join(
             [
-                f"dataset {self.output}",
+                f"dataset {self.output}" + ("" if self.shard is None else f", shard {self.shard} for prepare merge"),
                 *(f"  {name:<9}{size.documents} documents, {size.tokens} tokens" for name, size in sizes.items()),
                 f"  in all   {counts.documents} documents, {counts.tokens} tokens, end-of-text tokens included",
                 f"  left out {counts.empty} empty documents, {num_skipped} unreadable lines",

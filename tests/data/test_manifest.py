@@ -1,8 +1,6 @@
 import dataclasses
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from meap_lit.data.manifest import VERSION, Manifest, load_samples
 from meap_lit.data.text import PrepareText
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from tests.data.object_store import one_store, store  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="module")
@@ -233,66 +232,38 @@ def test_missing_damaged_and_foreign_table(chat_dataset):
 
 
 @pytest.fixture
-def object_store(dataset):
-    """A local server that answers like S3, holding the dataset as s3://bucket/set."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            file = dataset.parent / self.path.split("?")[0].removeprefix("/bucket/")
-            found = file.is_file()
-            body = file.read_bytes() if found else b"<Error><Code>NoSuchKey</Code></Error>"
-            self.send_response(200 if found else 404)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", '"1"')
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {
-        "endpoint_url": f"http://127.0.0.1:{server.server_port}",
-        "aws_access_key_id": "key",
-        "aws_secret_access_key": "secret",
-        "region_name": "us-east-1",
-    }
-    server.shutdown()
-    server.server_close()
+def remote(store, dataset, chat_dataset, tmp_path):  # noqa: F811
+    """How the datasets are read at s3://bucket/set and s3://bucket/chat."""
+    shutil.copytree(dataset, store.root / "bucket" / "set")
+    shutil.copytree(chat_dataset, store.root / "bucket" / "chat")
+    return store.storage(tmp_path)
 
 
-def test_remote_dataset(dataset, object_store):
-    assert Manifest.load("s3://bucket/set", object_store) == Manifest.load(str(dataset))
-    assert Manifest.load("s3://bucket/set/", object_store) == Manifest.load(str(dataset))
-    (dataset / "val" / "index.json").unlink()
-    with pytest.raises(UserError, match=r"cannot read s3://bucket/set/val/index.json: .*404.*"):
-        Manifest.load("s3://bucket/set", object_store)
-    with pytest.raises(
-        UserError, match=r"cannot read s3://bucket/none/manifest.json: .*404.*; is s3://bucket/none a data"
-    ):
-        Manifest.load("s3://bucket/none", object_store)
+def test_remote_dataset(dataset, store, remote):  # noqa: F811
+    assert Manifest.load("s3://bucket/set", remote) == Manifest.load(str(dataset))
+    assert Manifest.load("s3://bucket/set/", remote) == Manifest.load(str(dataset))
+    (store.root / "bucket" / "set" / "val" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"cannot read s3://bucket/set/val/index.json at .*NoSuchKey"):
+        Manifest.load("s3://bucket/set", remote)
+    with pytest.raises(UserError, match=r"cannot read s3://bucket/none/manifest.json at .*made by meap_lit prepare\?"):
+        Manifest.load("s3://bucket/none", remote)
 
 
-def test_remote_chat_dataset(chat_dataset, object_store):
-    assert Manifest.load("s3://bucket/chat", object_store, kind="chat") == Manifest.load(str(chat_dataset), kind="chat")
-    here, there = load_samples(str(chat_dataset), "val"), load_samples("s3://bucket/chat", "val", object_store)
+def test_remote_chat_dataset(chat_dataset, remote):
+    assert Manifest.load("s3://bucket/chat", remote, kind="chat") == Manifest.load(str(chat_dataset), kind="chat")
+    here, there = load_samples(str(chat_dataset), "val"), load_samples("s3://bucket/chat", "val", remote)
     assert here.chunk_sizes == there.chunk_sizes
     for name in ("num_tokens", "num_answers", "answer_tokens"):
         assert getattr(here, name).tolist() == getattr(there, name).tolist()
 
 
-def test_remote_endpoint_that_does_not_answer(object_store):
-    options = object_store | {"endpoint_url": "http://127.0.0.1:9"}
-    with pytest.raises(
-        UserError, match=r"cannot read s3://bucket/set/manifest.json: Could not connect to the endpoint"
-    ):
-        Manifest.load("s3://bucket/set", options)
+def test_remote_endpoint_that_does_not_answer_is_given_up_soon(store, remote):  # noqa: F811
+    patient = dataclasses.replace(remote, tries=50)
+    store.fault = lambda key, number: "503"
+    with pytest.raises(UserError, match=r"cannot read s3://bucket/set/manifest.json \(tries: 3\): SlowDown"):
+        Manifest.load("s3://bucket/set", patient)
 
 
 def test_unknown_kind_of_address():
-    with pytest.raises(UserError, match="dataset address ftp://host/set must begin with one of s3, gs, r2, azure, hf"):
+    with pytest.raises(UserError, match=r"address ftp://host/set/.* must begin with one of s3, gs, r2, azure and"):
         Manifest.load("ftp://host/set")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from meap_lit.data.preparation import Preparation, new_folder
+from meap_lit.data.preparation import Preparation, is_unfinished, new_folder
 from meap_lit.errors import UserError
 
 
@@ -94,6 +94,13 @@ def test_only_what_an_ended_run_left_behind_is_removed(tmp_path):
     (tmp_path / "out.partial-mine").mkdir()
     Write(output=str(tmp_path / "out"), text="hello").run()
     assert names(tmp_path) == ["other.partial-0004", "out", *[f"out.partial-{n}" for n in ("0002", "0003", "mine")]]
+
+
+def test_a_folder_is_unfinished_until_it_has_its_name(tmp_path):
+    with new_folder(tmp_path / "out") as folder:
+        assert is_unfinished(folder)
+    assert not is_unfinished(tmp_path / "out")
+    assert not is_unfinished(tmp_path / "my.partial-results")
 
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
