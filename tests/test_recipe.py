@@ -12,7 +12,9 @@ from meap_lit.recipe_file import lineage
 
 RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml"))
 OVERLAYS = [path for path in RECIPES if path.parent.name == "strategy"]
-RUNNABLE = [path for path in RECIPES if path.name != "base.yaml" and path not in OVERLAYS]
+EVALUATIONS = [path for path in RECIPES if path.parent.name == "eval"]
+RUNNABLE = [path for path in RECIPES if path.name != "base.yaml" and path not in (*OVERLAYS, *EVALUATIONS)]
+EXTENSIONS = [path for path in RUNNABLE if path.name.startswith("extend_")]
 
 TOY = [
     *("--data.global_batch_size", "4"),
@@ -23,12 +25,14 @@ TOY = [
     *("--trainer.precision", "32-true"),
     *("--trainer.accelerator", "cpu"),
 ]
-TOY_PRETRAINING = [
+TOY_DECODER = [
     *("--model.decoder.num_layers", "1"),
     *("--model.decoder.hidden_size", "32"),
     *("--model.decoder.num_heads", "2"),
     *("--model.decoder.num_kv_heads", "1"),
     *("--model.decoder.intermediate_size", "64"),
+]
+TOY_PRETRAINING = [
     *("--data.seq_len", "192"),
     *("--budget.max_tokens", "null"),
     *("--probe.lengths", "[192]"),
@@ -54,21 +58,27 @@ def test_a_recipe_opens_with_what_it_is_for(recipe):
     if recipe in RUNNABLE:
         assert f"python -m meap_lit fit --config {recipe}" in "\n".join(comment)
         assert "Hardware" in "\n".join(comment)
+    if recipe in EVALUATIONS:
+        assert f"python -m meap_lit evaluate --config {recipe}" in "\n".join(comment)
     if recipe in OVERLAYS:
         assert f"--config {recipe}" in "\n".join(comment)
 
 
 @pytest.mark.parametrize("recipe", [path for path in RUNNABLE if path.parent.name != "sft"], ids=str)
-def test_a_pretraining_recipe_runs_at_toy_size(recipe, prepared, tmp_path):
+def test_a_pretraining_recipe_runs_at_toy_size(recipe, prepared, source_folder, tmp_path):
     data = [
         *("--data.datasets", prepared.dataset),
         *("--data.tokenizer", prepared.tokenizer),
         *("--trainer.logger.init_args.save_dir", str(tmp_path)),
     ]
-    cli = RecipeCLI.run(["fit", "--config", str(recipe), *TOY, *TOY_PRETRAINING, *data])
+    extends = recipe in EXTENSIONS
+    model = ["--model.init_from", str(source_folder)] if extends else TOY_DECODER
+    cli = RecipeCLI.run(["fit", "--config", str(recipe), *TOY, *TOY_PRETRAINING, *model, *data])
     assert cli.trainer.global_step == 2
     assert {"val/loss", "val/retrieval_accuracy"} <= cli.trainer.callback_metrics.keys()
-    assert cli.model.decoder.config.num_layers == 1
+    config = cli.model.decoder.config
+    assert (config.num_layers, config.max_seq_len) == (2 if extends else 1, 192)
+    assert config.rope_theta == 640_000 or not extends
 
 
 @pytest.mark.parametrize("recipe", [path for path in RUNNABLE if path.parent.name == "sft"], ids=str)

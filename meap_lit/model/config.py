@@ -1,6 +1,6 @@
 """What a decoder is made of, as a recipe writes it down."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from meap_lit.errors import UserError
@@ -150,3 +150,26 @@ class DecoderConfig:
     def _vocab_size(self) -> int:
         assert self.vocab_size is not None, "the vocabulary is not known before a tokenizer is"
         return self.vocab_size
+
+
+@dataclass(frozen=True)
+class Context:
+    """Another context for a model that exists; what is not given stays as the model has it.
+
+    The paper's models of 32K and 64K have rotary base 640,000 (arXiv 2502.07490); stretching by `rope_scaling` is the
+    other way. Either needs further training at the new length.
+
+    Args:
+        max_seq_len: Longest input in tokens.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: Stretching of the rotary frequencies.
+    """
+
+    max_seq_len: int | None = None
+    rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
+
+    def of(self, config: DecoderConfig) -> DecoderConfig:
+        """`config` with this context."""
+        given = {name: getattr(self, name) for name in asdict(self) if getattr(self, name) is not None}
+        return replace(config, **given)

@@ -18,7 +18,7 @@ from meap_lit.checkpoints import open_source, vocab_size_for
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig
-from meap_lit.model.config import pad_vocab_size
+from meap_lit.model.config import Context, pad_vocab_size
 from meap_lit.model.lora import LoRA, add_lora, is_adapter
 from meap_lit.model.parallelize import checkpoint_activations, clip_grad_norm, compile_blocks, write_shard
 from meap_lit.model.weights import WeightSource, allocate, copy_whole, init_weights, load_weights, meta_decoder
@@ -34,6 +34,7 @@ class DecoderModule(L.LightningModule, ABC):
         decoder: The model, with random weights.
         init_from: Start from these weights instead: a Hugging Face folder, a checkpoint (.ckpt) or a run's folder. Its
             vocabulary grows by the mask token if it has none.
+        context: Longer context or other rotary frequencies than those weights were trained with.
         lora: Train low-rank adapters on these projections and nothing else.
         activation_checkpointing: Keep less for the backward and compute it anew: `full` keeps one hidden state a block,
             `selective` also the results of matrix products and attention.
@@ -47,6 +48,7 @@ class DecoderModule(L.LightningModule, ABC):
         optimizer: AdamW,
         decoder: DecoderConfig | None = None,
         init_from: str | None = None,
+        context: Context | None = None,
         lora: LoRA | None = None,
         activation_checkpointing: Literal["none", "selective", "full"] = "none",
         compile: bool = False,
@@ -58,7 +60,10 @@ class DecoderModule(L.LightningModule, ABC):
             raise UserError("state one of model.decoder (random weights) and model.init_from (a checkpoint)")
         self.optimizer = optimizer
         self.initial_config = decoder
+        if context is not None and init_from is None:
+            raise UserError("model.context goes with model.init_from; of random weights state it in model.decoder")
         self.init_from = init_from
+        self.context = context
         self.lora = lora
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks = compile
@@ -138,7 +143,8 @@ class DecoderModule(L.LightningModule, ABC):
             "generation": source.generation,
         }
         rows = source.config.vocab_size if tokenizer is None else vocab_size_for(source, tokenizer)
-        return dataclasses.replace(source.config, vocab_size=rows)
+        config = dataclasses.replace(source.config, vocab_size=rows)
+        return config if self.context is None else self.context.of(config)
 
     def _adopt_mask_token(self, tokenizer: Tokenizer | None) -> None:
         if self.mask_token_id is None and tokenizer is not None:

@@ -5,9 +5,11 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 from meap_lit.data.pretraining import PretrainingData
 from meap_lit.errors import UserError
+from meap_lit.export import Export
 from meap_lit.masking import Constant, WarmupHold, num_masked
 from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.modules import AdamW, MEAPPretraining
@@ -243,3 +245,25 @@ def test_float16_is_refused():
     module._trainer = SimpleNamespace(precision="16-mixed")  # on a CPU the Trainer itself falls back to bfloat16
     with pytest.raises(UserError, match=r"trainer.precision 16-mixed is not supported: .*; use bf16-mixed"):
         module.setup("fit")
+
+
+def test_a_context_is_extended_and_goes_out_with_the_model(toy_recipe, source_folder, tmp_path):
+    """A checkpoint of 400 positions goes on at 512 with another rotary base; transformers agrees with the result."""
+    context = ["--model.context.max_seq_len", "512", "--model.context.rope_theta", "640000"]
+    context += ["--model.context.rope_scaling", "{type: linear, factor: 2}", "--data.seq_len", "500"]
+    source = ["--model.decoder", "null", "--model.init_from", str(source_folder), "--budget.max_steps", "1"]
+    cli = RecipeCLI.run(["fit", "--config", str(toy_recipe), *source, *context, "--data.global_batch_size", "4"])
+    Export(checkpoint=str(tmp_path / "runs" / "toy"), output=str(tmp_path / "exported")).run()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
+    assert exported.config.max_position_embeddings == 512
+    assert exported.config.rope_parameters["rope_theta"] == 640_000
+    assert exported.config.rope_parameters["factor"] == 2
+    input_ids = torch.arange(500)[None] % 300
+    decoder = cli.model.decoder.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.logits(decoder(input_ids)), exported(input_ids).logits, atol=1e-4, rtol=0)
+
+
+def test_a_context_of_random_weights_is_refused(toy_recipe):
+    with pytest.raises(UserError, match=r"^model.context goes with model.init_from; of random weights"):
+        RecipeCLI.run(["fit", "--config", str(toy_recipe), "--model.context.max_seq_len", "512"])
