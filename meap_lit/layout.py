@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
@@ -23,7 +23,8 @@ class Layout:
         reshard_after_forward: Gathered blocks are given back between forward and backward.
         param_dtype: Dtype of gathered weights; their own if not given.
         reduce_dtype: Dtype in which gradients are reduced; that of the gathered weights if not given.
-        gradient_buckets: The gradients exist a second time, in DDP's buckets.
+        buckets: Gradients are reduced in DDP's buckets, which stay: `copy` of the gradients, or `view`, in which the
+            gradients lie once they are reduced.
     """
 
     num_devices: int = 1
@@ -33,7 +34,7 @@ class Layout:
     reshard_after_forward: bool = True
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
-    gradient_buckets: bool = False
+    buckets: Literal["copy", "view"] | None = None
 
     @property
     def num_replicas(self) -> int:
@@ -96,7 +97,7 @@ def layout_of(trainer: Namespace, devices: int | None = None, nodes: int | None 
     if name == "auto" and num_devices == 1:
         return Layout()
     if name in ("auto", "ddp", "DDPStrategy"):
-        return Layout(num_devices, gradient_buckets=not options.get("gradient_as_bucket_view", False))
+        return Layout(num_devices, buckets="view" if options.get("gradient_as_bucket_view") else "copy")
     if name == "SingleDeviceStrategy":
         if num_devices > 1:
             raise UserError(f"trainer.strategy SingleDeviceStrategy is for one device, not for {num_devices}")

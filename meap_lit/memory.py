@@ -32,6 +32,7 @@ class Step:
         decoder: The model, vocabulary included.
         num_tokens: Tokens of a micro-batch, data.micro_batch_size x data.seq_len.
         seq_len: Tokens of a row.
+        accumulation: Micro-batches of a device in an optimizer step.
         precision: One of `PRECISIONS`.
         activation_checkpointing: `none`, `selective` or `full`.
         lora: The adapters, if these alone are trained.
@@ -43,6 +44,7 @@ class Step:
     decoder: DecoderConfig
     num_tokens: int
     seq_len: int
+    accumulation: int = 1
     precision: str = "bf16-mixed"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     lora: LoRA | None = None
@@ -311,6 +313,13 @@ def gathered_bytes(step: Step, weights: Iterable[Weight]) -> int:
     return sum(size for in_block, size in sizes if not in_block) + blocks * num_gathered // num_layers
 
 
+def bucket_bytes(step: Step, gradients: int) -> int:
+    """DDP's buckets beside the gradients that accumulate outside of them: with `view`, up to the last micro-batch."""
+    buckets = step.layout.buckets
+    apart = buckets == "copy" or (buckets == "view" and step.accumulation > 1)
+    return gradients if apart else 0
+
+
 def gathered_gradient_bytes(step: Step, block: Iterable[Weight]) -> int:
     """A block's whole gradient before FSDP2 shares it out: as it was computed and as it is reduced."""
     layout = step.layout
@@ -368,7 +377,7 @@ def memory_of(step: Step) -> Memory:
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
-        buckets=gradients * layout.gradient_buckets,
+        buckets=bucket_bytes(step, gradients),
         gathered=gathered_bytes(step, weights),
         activations=kept_activations(step),
         copies=0 if recomputed else copies,

@@ -46,7 +46,8 @@ class Hardware:
         device_memory: Memory of a device in GB (10^9 bytes).
         utilisation: Share of the peak that the model's own FLOPs reach (MFU); recomputation does not count into it.
         peak_teraflops: Dense peak of a device at the precision of its products; 989 is an H100's in bfloat16.
-        decoder: A config.json of Hugging Face to plan with, where model.init_from is not at hand.
+        decoder: What to plan with where model.init_from is not at hand: a config.json of Hugging Face, or a recipe
+            (.yaml) of the same shape.
     """
 
     devices: int | None = None
@@ -71,14 +72,31 @@ class Hardware:
 class PlanCLI(RecipeCLI):
     """Reads a recipe as `fit` does, with the options of `Hardware` beside it, and prints the plan."""
 
+    plan: "Plan"
+
     @classmethod
-    def run(cls, arguments: list[str]) -> "RecipeCLI":
-        """Parse the words after `plan`, and print.
+    def run(cls, arguments: list[str]) -> "PlanCLI":
+        """Print the plan for the words after `plan`.
+
+        Raises:
+            UserError: As `read` does.
+        """
+        cli = cls.read(arguments)
+        print(cli.plan.report())
+        return cli
+
+    @classmethod
+    def read(cls, arguments: list[str]) -> "PlanCLI":
+        """Parse the words after `plan`; hyphens serve in the options of `Hardware` too, as in `--device-memory`.
 
         Raises:
             UserError: If the recipe, an override or an option is wrong, or the devices cannot be divided as it asks.
         """
-        return super().run(["fit", *arguments])
+        spellings = {f"--{f.name.replace('_', '-')}": f"--{f.name}" for f in dataclasses.fields(Hardware)}
+        words = (word.partition("=") for word in arguments)
+        cli = super().run(["fit", *(spellings.get(name, name) + sign + value for name, sign, value in words)])
+        assert isinstance(cli, PlanCLI)
+        return cli
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -103,7 +121,7 @@ class PlanCLI(RecipeCLI):
         self.plan = Plan.of(parts.model, parts.data, parts.budget, recipe.trainer, hardware)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        print(self.plan.report())
+        """Nothing is run."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +132,6 @@ class Plan:
         step: What the memory depends on.
         memory: That of one device.
         rows_per_step: data.global_batch_size.
-        accumulation: Micro-batches of each device in an optimizer step.
         num_steps: Optimizer steps; None if they depend on data that is not there.
         num_flops: FLOPs of the whole run; None likewise.
         hardware: What is planned for.
@@ -124,7 +141,6 @@ class Plan:
     step: Step
     memory: Memory
     rows_per_step: int
-    accumulation: int
     num_steps: int | None
     num_flops: float | None
     hardware: Hardware
@@ -141,12 +157,12 @@ class Plan:
                 plan, or the model's configuration is not at hand.
         """
         layout = layout_of(trainer, hardware.devices, hardware.nodes)
-        accumulation = data.accumulation(layout.num_replicas)
         decoder, notes = decoder_config(module, data, hardware.decoder)
         step = Step(
             decoder=decoder,
             num_tokens=data.micro_batch_size * data.seq_len,
             seq_len=data.seq_len,
+            accumulation=data.accumulation(layout.num_replicas),
             precision=precision(trainer.precision),
             activation_checkpointing=module.activation_checkpointing,
             lora=module.lora,
@@ -167,7 +183,6 @@ class Plan:
             step=step,
             memory=memory_of(step),
             rows_per_step=data.global_batch_size,
-            accumulation=accumulation,
             num_steps=num_steps,
             num_flops=None if num_steps is None else float(per_token) * num_steps * data.tokens_per_step,
             hardware=hardware,
@@ -204,7 +219,7 @@ class Plan:
         tokens_per_step = self.rows_per_step * step.seq_len
         yield (
             f"step          {self.rows_per_step} rows x {step.seq_len:,} = {tokens_per_step:,} tokens: "
-            f"{self.accumulation} x {step.num_tokens // step.seq_len} rows on each of {layout.num_replicas} "
+            f"{step.accumulation} x {step.num_tokens // step.seq_len} rows on each of {layout.num_replicas} "
             f"data-parallel devices"
         )
         if self.num_steps is None:
@@ -241,7 +256,7 @@ class Plan:
         yield _row("total", memory.total) + f" of {room:g}: {'fits' if self.fits else 'does not fit'}"
 
     def _remedy_lines(self) -> Iterator[str]:
-        remedies = smallest_changes(self.step, self.accumulation, int(self.hardware.device_memory * GB))
+        remedies = smallest_changes(self.step, int(self.hardware.device_memory * GB))
         if not remedies:
             yield "nothing that the plan knows makes it fit; it takes more devices, larger ones or a smaller model"
             return
@@ -266,23 +281,23 @@ def _duration(days: float) -> str:
 # ------------------------------------------------------------------------------------------------ what a recipe says
 
 
-def decoder_config(
-    module: DecoderModule, data: StreamingData, config_file: str | None
-) -> tuple[DecoderConfig, list[str]]:
+def decoder_config(module: DecoderModule, data: StreamingData, stand_in: str | None) -> tuple[DecoderConfig, list[str]]:
     """The model to plan for, its vocabulary known, and what had to be assumed.
 
     Args:
         module: Its `initial_config`, or the configuration under its `init_from`.
         data: Its tokenizer decides the vocabulary, if it is there.
-        config_file: A config.json that is read instead.
+        stand_in: A config.json or a recipe that is read instead.
 
     Raises:
         UserError: If a file is missing or wrong, or the tokenizer does not fit the model.
     """
     has_tokenizer = Path(data.tokenizer_folder, "tokenizer.json").is_file()
     num_tokens = Tokenizer.load(data.tokenizer_folder).vocab_size if has_tokenizer else None
-    config = _stated_config(module, config_file)
-    rows, fresh = config.vocab_size, module.init_from is None and config_file is None
+    config = _stated_config(module, stand_in)
+    if module.context is not None:
+        config = module.context.of(config)
+    rows, fresh = config.vocab_size, module.init_from is None and stand_in is None
     if num_tokens is not None:
         if rows is None or (num_tokens > rows and not fresh):
             rows = pad_vocab_size(num_tokens)  # a checkpoint's vocabulary grows
@@ -295,21 +310,31 @@ def decoder_config(
     return config, [] if fresh else [f"{missing} {rows:,} is taken from the model, which may grow by a mask token"]
 
 
-def _stated_config(module: DecoderModule, config_file: str | None) -> DecoderConfig:
-    if config_file is None and module.initial_config is not None:
+def _stated_config(module: DecoderModule, stand_in: str | None) -> DecoderConfig:
+    if stand_in is not None:
+        if not Path(stand_in).is_file():
+            raise UserError(f"{stand_in} (--decoder) does not exist")
+        if Path(stand_in).suffix in (".yaml", ".yml"):
+            return PlanCLI.read(["--config", stand_in, "--devices", "1"]).plan.step.decoder
+        return _read_config_file(Path(stand_in))
+    if module.initial_config is not None:
         return module.initial_config
     folder = Path(module.init_from or "").expanduser()
-    file = Path(config_file) if config_file is not None else folder / CONFIG_FILE
-    if file.is_file():
-        try:
-            content = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{file} is not valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{file} must hold a JSON object, not a {type(content).__name__}")
-        return read_config(content, str(file))[0]
-    if config_file is not None:
-        raise UserError(f"{config_file} (--decoder) does not exist")
+    if (folder / CONFIG_FILE).is_file():
+        return _read_config_file(folder / CONFIG_FILE)
     if not folder.exists():
-        raise UserError(f"model.init_from {folder} does not exist; name its {CONFIG_FILE} with --decoder FILE")
+        raise UserError(
+            f"model.init_from {folder} does not exist; name its {CONFIG_FILE}, or a recipe of its shape, with "
+            f"--decoder FILE"
+        )
     return open_source(folder).config
+
+
+def _read_config_file(file: Path) -> DecoderConfig:
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a JSON object, not a {type(content).__name__}")
+    return read_config(content, str(file))[0]

@@ -15,19 +15,18 @@ Change = tuple[str, dict[str, Any]]
 """Words for the command line, and the fields of `Step` (or of its layout) that they change."""
 
 
-def smallest_changes(step: Step, accumulation: int, capacity: int) -> list[tuple[list[str], Memory]]:
+def smallest_changes(step: Step, capacity: int) -> list[tuple[list[str], Memory]]:
     """The fewest changes to a recipe that bring its memory within `capacity` bytes.
 
     Args:
         step: The recipe's.
-        accumulation: Its micro-batches a step; together with their rows it says how micro-batches can be cut.
         capacity: Bytes of a device.
 
     Returns:
         Command-line options and memory of each way that takes as few changes as possible, each change as mild as
         possible; empty if none is enough.
     """
-    kinds = [options for options in _changes(step, accumulation) if options]
+    kinds = [options for options in _changes(step) if options]
     for count in range(1, len(kinds) + 1):
         found = []
         for chosen in combinations(kinds, count):
@@ -50,11 +49,15 @@ def _apply(step: Step, change: dict[str, Any]) -> Step:
     return dataclasses.replace(step, **rest, layout=dataclasses.replace(step.layout, **(layout or {})))
 
 
-def _changes(step: Step, accumulation: int) -> Iterator[list[Change]]:
+def _changes(step: Step) -> Iterator[list[Change]]:
     """For each kind of change its options, the mildest first."""
     micro_batch = step.num_tokens // step.seq_len
-    sizes = [size for size in range(micro_batch - 1, 0, -1) if accumulation * micro_batch % size == 0]
-    yield [(f"--data.micro_batch_size {size}", {"num_tokens": size * step.seq_len}) for size in sizes]
+    rows = step.accumulation * micro_batch
+    yield [
+        (f"--data.micro_batch_size {size}", {"num_tokens": size * step.seq_len, "accumulation": rows // size})
+        for size in range(micro_batch - 1, 0, -1)
+        if rows % size == 0
+    ]
 
     modes = ("none", "selective", "full")
     stronger = modes[modes.index(step.activation_checkpointing) + 1 :]
@@ -67,7 +70,7 @@ def _changes(step: Step, accumulation: int) -> Iterator[list[Change]]:
             "shard_size": layout.num_devices,
             "param_dtype": gathered_dtype(None, step.precision),
             "reduce_dtype": torch.float32,
-            "gradient_buckets": False,
+            "buckets": None,
         }
         yield [("--config recipes/strategy/fsdp2.yaml", {"layout": sharded})]
     elif layout.fsdp and layout.shard_size < layout.num_replicas:

@@ -1,11 +1,20 @@
 """What a strategy in a recipe means for the devices."""
 
+import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from jsonargparse import Namespace
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meap_lit.errors import UserError
 from meap_lit.layout import Layout, layout_of, precision
+from meap_lit.masking import Constant
+from meap_lit.memory import Step, parameter_bytes, weights_of
+from meap_lit.model import DecoderConfig
+from meap_lit.model.weights import meta_decoder
+from meap_lit.modules import AdamW, MEAPPretraining
+from meap_lit.strategies import Sharded
 
 SHARDED = "meap_lit.strategies.Sharded"
 SHARDED_DEFAULTS = {
@@ -27,9 +36,9 @@ def trainer(strategy="auto", given="32-true", **options) -> Namespace:
 @pytest.mark.parametrize(
     ("strategy", "options", "layout"),
     [
-        ("auto", {}, Layout(16, gradient_buckets=True)),
-        ("ddp", {}, Layout(16, gradient_buckets=True)),
-        ("lightning.pytorch.strategies.DDPStrategy", {"gradient_as_bucket_view": True}, Layout(16)),
+        ("auto", {}, Layout(16, buckets="copy")),
+        ("ddp", {}, Layout(16, buckets="copy")),
+        ("lightning.pytorch.strategies.DDPStrategy", {"gradient_as_bucket_view": True}, Layout(16, buckets="view")),
         (SHARDED, {}, Layout(16, shard_size=16, fsdp=True, reduce_dtype=torch.float32)),
         (SHARDED, {"shard_size": 8}, Layout(16, shard_size=8, fsdp=True, reduce_dtype=torch.float32)),
         (
@@ -53,6 +62,64 @@ def trainer(strategy="auto", given="32-true", **options) -> Namespace:
 )
 def test_strategies(strategy, options, layout):
     assert layout_of(trainer(strategy, **options), 8, 2) == layout
+
+
+# ------------------------------------------------------------------------- against what the strategy really does
+
+LLAMA3 = {"num_kv_heads": 8, "vocab_size": 128_320}
+LLAMA3_8B = DecoderConfig(num_layers=32, num_heads=32, hidden_size=4096, intermediate_size=14336, **LLAMA3)
+LLAMA3_70B = DecoderConfig(num_layers=80, num_heads=64, hidden_size=8192, intermediate_size=28672, **LLAMA3)
+
+
+@pytest.fixture
+def first_rank_of():
+    """A function that makes this process the first of so many, which are not there: collectives do nothing."""
+
+    def start(num_devices: int) -> None:
+        dist.init_process_group("fake", rank=0, world_size=num_devices, store=FakeStore())
+
+    yield start
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("decoder", "nodes", "options"),
+    [
+        (LLAMA3_8B, 1, {}),
+        (LLAMA3_8B, 64, {"shard_size": 8}),
+        (LLAMA3_8B, 64, {}),  # 128,320 rows over 512 devices: rounded up
+        (LLAMA3_70B, 8, {"tensor_parallel_size": 2}),
+        (LLAMA3_70B, 64, {"shard_size": 64}),
+        (LLAMA3_70B, 64, {"shard_size": 16, "tensor_parallel_size": 4}),
+    ],
+)
+def test_a_large_model_is_split_as_planned(first_rank_of, decoder, nodes, options):
+    first_rank_of(8 * nodes)
+    trainer = L.Trainer(
+        strategy=Sharded(**options),
+        accelerator="cpu",
+        devices=8,
+        num_nodes=nodes,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    strategy = trainer.strategy
+    strategy.connect(MEAPPretraining(mask=Constant(0.15), optimizer=AdamW(), decoder=decoder))
+    strategy.setup_environment()
+    model = meta_decoder(decoder, torch.float32)  # no memory
+    strategy.shard(model)
+    layout = layout_of(sharded(**options), 8, nodes)
+    assert strategy.distributed_sampler_kwargs == {"num_replicas": layout.num_replicas, "rank": 0}
+    weights = weights_of(Step(decoder, num_tokens=1, seq_len=1, precision="32-true", layout=layout))
+    assert sum(p.to_local().nbytes for p in model.parameters()) == parameter_bytes(weights, layout)
+
+
+def sharded(**options) -> Namespace:
+    return trainer(SHARDED, **options)
+
+
+# ---------------------------------------------------------------------------------------------- the rest
 
 
 def test_one_device_needs_no_strategy_and_two_that_share_products_read_the_same():

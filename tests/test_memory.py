@@ -172,6 +172,16 @@ def test_gathered_are_the_root_two_blocks_and_in_the_backward_the_gradient_of_on
     assert weight_copies(kept, weights_of(kept)) == 0, "weights are gathered in the dtype of the products"
 
 
+@pytest.mark.parametrize(
+    ("buckets", "accumulation", "apart"),
+    [(None, 4, False), ("copy", 1, True), ("copy", 4, True), ("view", 1, False), ("view", 4, True)],
+)
+def test_ddps_buckets_lie_beside_gradients_that_accumulate(buckets, accumulation, apart):
+    # measured over two processes: benchmarks/results/2026-11-24-cpu-sharding.md
+    memory = memory_of(replace(TOY_STEP, accumulation=accumulation, layout=Layout(2, buckets=buckets)))
+    assert memory.buckets == (memory.gradients if apart else 0)
+
+
 def test_heads_that_do_not_divide_are_named():
     layout = Layout(8, shard_size=1, tensor_parallel_size=8, fsdp=True)
     with pytest.raises(UserError, match=r"decoder\.num_heads 4 cannot be divided among tensor_parallel_size 8"):

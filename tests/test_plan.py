@@ -1,10 +1,12 @@
 """The command `plan`: a recipe's memory and time in text, what would make it fit, and wrong input in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from meap_lit.cli import main
+from meap_lit.plan import PlanCLI
 
 RECIPE = "recipes/pretrain/meap_1.1b.yaml"
 
@@ -46,10 +48,13 @@ def test_overlays_and_overrides_are_followed(capsys):
     assert "gathered weights" in out
 
 
-def test_ddp_holds_no_buckets_with_the_overlay(capsys):
+def test_with_the_overlay_ddps_buckets_hold_the_gradients_if_there_is_nothing_to_accumulate(capsys):
     small = ("--config", "recipes/pretrain/meap_0.1b.yaml", "--devices", 2)
+    overlay = ("--config", "recipes/strategy/ddp.yaml")
+    at_once = ("--data.global_batch_size", 8)
     assert "DDP's buckets" in plan(capsys, *small)
-    assert "DDP's buckets" not in plan(capsys, *small, "--config", "recipes/strategy/ddp.yaml")
+    assert "DDP's buckets" in plan(capsys, *small, *overlay)
+    assert "DDP's buckets" not in plan(capsys, *small, *overlay, *at_once)
 
 
 def test_what_does_not_fit_comes_with_the_smallest_changes(capsys):
@@ -81,6 +86,60 @@ def test_a_dataset_that_is_not_there_leaves_epochs_open(capsys, toy_sft_recipe):
 def test_a_config_file_stands_in_for_a_model_that_is_not_there(capsys, source_folder, toy_sft_recipe):
     away = ("--config", toy_sft_recipe, "--devices", 1, "--model.init_from", "nowhere")
     assert "parameters trained" in plan(capsys, *away, "--decoder", source_folder / "config.json")
+
+
+@pytest.mark.parametrize("recipe", ["released_code", "lora_llama3_8b"])
+def test_a_recipe_of_the_same_shape_stands_in_for_a_model_that_is_not_there(capsys, recipe):
+    words = ("--config", f"recipes/sft/{recipe}.yaml", "--config", "recipes/strategy/fsdp2.yaml", "--devices", 8)
+    out = plan(capsys, *words, "--decoder", "recipes/pretrain/meap_8b.yaml")
+    # Meta-Llama-3-8B's published 8,030,261,248, and 64 more rows of embedding and head, 4,096 wide, for the mask token
+    num_parameters = 8_030_261_248 + 2 * 64 * 4096
+    adapters = recipe.startswith("lora")
+    assert f"{num_parameters:,} {'frozen' if adapters else 'parameters trained'}" in out
+    assert "of 80: fits" in out
+
+
+@pytest.mark.parametrize("words", [["--device-memory", "50"], ["--device-memory=50"]])
+def test_options_are_spelt_with_hyphens_too(capsys, words):
+    assert "of 50: does not fit" in plan(capsys, "--config", RECIPE, "--devices", 8, *words)
+
+
+# ------------------------------------------------------------------------------------- the table of docs/scaling.md
+
+
+def documented() -> list[list[str]]:
+    """Recipe, GPUs, words, GB and time of each row of the table "From 1 to 512 GPUs"."""
+    section = Path("docs/scaling.md").read_text().split("## From 1 to 512 GPUs")[1].split("\n## ")[0]
+    rows = [[cell.strip("` ") for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
+    return [row for row in rows if row[0].endswith(".yaml")]
+
+
+def test_the_table_has_all_sizes_and_numbers_of_devices():
+    rows = {(recipe.split("/")[1], int(devices)) for recipe, devices, *_ in documented()}
+    wanted = {("meap_8b.yaml", 8), ("meap_8b.yaml", 64), ("meap_8b.yaml", 512), ("meap_70b.yaml", 64)}
+    assert rows >= wanted | {("meap_70b.yaml", 512), ("lora_llama3_70b.yaml", 8)}
+
+
+@pytest.mark.parametrize("row", documented(), ids=lambda row: f"{row[0]}-{row[1]}")
+def test_what_the_table_says_fits(capsys, row):
+    recipe, devices, words, gigabytes, time = row
+    stand_in = ["--decoder", f"recipes/pretrain/meap_{'70b' if '70b' in recipe else '8b'}.yaml"]
+    arguments = ["--config", f"recipes/{recipe}", *words.split(), *(stand_in if recipe.startswith("sft") else [])]
+    out = plan(capsys, *arguments)
+    assert f"devices       {devices}, " in out
+    assert f"{gigabytes} of 80: fits" in out
+    assert float(gigabytes) < 0.9 * 80, "a tenth is left free"
+    assert f"time          {time} at 40%" in out if time else "time     " not in out
+
+
+def test_70b_takes_32_devices():
+    words = ["--config", "recipes/pretrain/meap_70b.yaml", "--config", "recipes/strategy/fsdp2.yaml", "--devices", "8"]
+    on_8, on_16 = (PlanCLI.read([*words, "--nodes", str(nodes)]).plan for nodes in (1, 2))
+    assert "nothing that the plan knows makes it fit" in on_8.report()
+    whole = 8 * (on_8.memory.parameters + on_8.memory.gradients + on_8.memory.optimizer)
+    assert f"{whole / 1e9:,.0f} GB" in Path("docs/scaling.md").read_text()
+    remedies = on_16.report().split("fits with\n")[1].splitlines()
+    assert [line.split(": ")[0].strip() for line in remedies if line[:2] == "  "] == ["--trainer.precision bf16-true"]
 
 
 # ---------------------------------------------------------------------------------------------- wrong input
@@ -126,4 +185,7 @@ def test_a_wrong_config_file_is_named(capsys, tmp_path, toy_sft_recipe, content,
 
 def test_a_model_that_is_not_there_is_asked_for(capsys, toy_sft_recipe):
     line = complain(capsys, "--config", toy_sft_recipe, "--devices", 1, "--model.init_from", "nowhere")
-    assert "model.init_from nowhere does not exist; name its config.json with --decoder FILE" in line
+    assert (
+        "model.init_from nowhere does not exist; name its config.json, or a recipe of its shape, with --decoder FILE"
+        in line
+    )

@@ -13,9 +13,9 @@ SMALL = DecoderConfig(
 
 
 def test_changes_are_as_few_and_as_mild_as_possible():
-    step = Step(SMALL, num_tokens=8 * 2048, seq_len=2048, layout=Layout(2, gradient_buckets=True))
+    step = Step(SMALL, num_tokens=8 * 2048, seq_len=2048, accumulation=2, layout=Layout(2, buckets="copy"))
     total = memory_of(step).total
-    ways = smallest_changes(step, accumulation=2, capacity=total * 3 // 4)
+    ways = smallest_changes(step, capacity=total * 3 // 4)
     assert ["--data.micro_batch_size 4"] in [options for options, _ in ways]
     assert all(len(options) == 1 and memory.total <= total * 3 // 4 for options, memory in ways)
     in_quarter = memory_of(replace(step, num_tokens=4 * 2048)).total
@@ -23,9 +23,9 @@ def test_changes_are_as_few_and_as_mild_as_possible():
 
 
 def test_several_changes_are_tried_together_where_one_is_not_enough():
-    step = Step(SMALL, num_tokens=8 * 2048, seq_len=2048, layout=Layout(2, gradient_buckets=True))
+    step = Step(SMALL, num_tokens=8 * 2048, seq_len=2048, layout=Layout(2, buckets="copy"))
     capacity = memory_of(replace(step, num_tokens=2048, activation_checkpointing="full")).total
-    ways = smallest_changes(step, accumulation=1, capacity=capacity)
+    ways = smallest_changes(step, capacity)
     assert [len(options) for options, _ in ways] == [2] * len(ways)
     assert ways
-    assert smallest_changes(step, accumulation=1, capacity=1) == []
+    assert smallest_changes(step, capacity=1) == []
