@@ -23,6 +23,7 @@ class Layout:
         reshard_after_forward: Gathered blocks are given back between forward and backward.
         param_dtype: Dtype of gathered weights; their own if not given.
         reduce_dtype: Dtype in which gradients are reduced; that of the gathered weights if not given.
+        cpu_offload: Parameters, gradients and optimizer states lie in the host's memory.
         buckets: Gradients are reduced in DDP's buckets, which stay: `copy` of the gradients, or `view`, in which the
             gradients lie once they are reduced.
     """
@@ -34,6 +35,7 @@ class Layout:
     reshard_after_forward: bool = True
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+    cpu_offload: bool = False
     buckets: Literal["copy", "view"] | None = None
 
     @property
@@ -133,6 +135,7 @@ def _sharded(num_devices: int, devices: int, options: Mapping[str, Any], precisi
         reshard_after_forward=options["reshard_after_forward"],
         param_dtype=gathered_dtype(options["param_dtype"], precision),
         reduce_dtype=getattr(torch, options["reduce_dtype"] or "float32"),
+        cpu_offload=options["cpu_offload"],
     )
 
 

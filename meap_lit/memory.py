@@ -352,6 +352,8 @@ class Memory:
     copies: int
     loss: int
     backward: int
+    host: int = 0
+    """Of the host's memory, for this device."""
 
     @property
     def total(self) -> int:
@@ -371,6 +373,10 @@ def memory_of(step: Step) -> Memory:
     parameters = parameter_bytes(weights, layout)
     gradients = parameter_bytes(weights, layout, trained_only=True)
     optimizer = optimizer_bytes(weights, layout)
+    host = 0
+    if layout.cpu_offload:
+        host = parameters + gradients + optimizer
+        parameters = gradients = optimizer = 0
     copies = weight_copies(step, weights)
     recomputed = step.activation_checkpointing != "none"
     return Memory(
@@ -383,4 +389,5 @@ def memory_of(step: Step) -> Memory:
         copies=0 if recomputed else copies,
         loss=loss_bytes(step) + (copies if recomputed else 0),
         backward=backward_bytes(step, weights),
+        host=host,
     )

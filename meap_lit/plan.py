@@ -254,6 +254,8 @@ class Plan:
         yield _row("loss in pieces" if at_loss else "backward of a block", max(memory.loss, memory.backward))
         room = self.hardware.device_memory
         yield _row("total", memory.total) + f" of {room:g}: {'fits' if self.fits else 'does not fit'}"
+        if memory.host:
+            yield _row("and in the host's memory, for each device", memory.host)
 
     def _remedy_lines(self) -> Iterator[str]:
         remedies = smallest_changes(self.step, int(self.hardware.device_memory * GB))
@@ -262,7 +264,8 @@ class Plan:
             return
         yield "fits with"
         for options, memory in remedies:
-            yield f"  {' '.join(options)}: {memory.total / GB:.2f} GB"
+            host = f", and {memory.host / GB:.2f} GB of the host's memory for each device" if memory.host else ""
+            yield f"  {' '.join(options)}: {memory.total / GB:.2f} GB{host}"
 
 
 def _row(name: str, size: int) -> str:

@@ -40,6 +40,15 @@ def smallest_changes(step: Step, capacity: int) -> list[tuple[list[str], Memory]
                     break
         if found:
             return found
+    return _offload(step, capacity)
+
+
+def _offload(step: Step, capacity: int) -> list[tuple[list[str], Memory]]:
+    """The last resort, which costs the most time."""
+    if step.layout.fsdp and not step.layout.cpu_offload:
+        memory = memory_of(_apply(step, {"layout": {"cpu_offload": True}}))
+        if memory.total <= capacity:
+            return [(["--trainer.strategy.cpu_offload true"], memory)]
     return []
 
 

@@ -35,6 +35,8 @@ class Sharded(ModelParallelStrategy):
         param_dtype: Dtype in which weights are gathered and used; if not given, bfloat16 with trainer.precision
             bf16-mixed (autocast would keep a copy of its own of every block), else their own.
         reduce_dtype: Dtype in which gradients are reduced; float32 if not given.
+        cpu_offload: Parameters, gradients and optimizer states lie in the host's memory, where the optimizer steps too;
+            blocks come to the device when they are gathered. Slow: for models that fit in no other way.
         save_distributed_checkpoint: A checkpoint is a folder into which every device writes its part; else one file.
         timeout_minutes: How long a device waits for the others before it gives up.
     """
@@ -46,6 +48,7 @@ class Sharded(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         param_dtype: Dtype | None = None,
         reduce_dtype: Dtype | None = None,
+        cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
         timeout_minutes: float = 30.0,
     ) -> None:
@@ -59,6 +62,7 @@ class Sharded(ModelParallelStrategy):
         self.reshard_after_forward = reshard_after_forward
         self.param_dtype = param_dtype
         self.reduce_dtype = reduce_dtype
+        self.cpu_offload = cpu_offload
         self.saving_group: ProcessGroup | None = None
         """The ranks as they talk during a save; as in training if None, and then not beside it."""
 
@@ -68,6 +72,11 @@ class Sharded(ModelParallelStrategy):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise UserError(f"trainer.strategy.{name} must be at least 1, got {size}")
+        if self.num_processes % self.tensor_parallel_size:
+            raise UserError(
+                f"{self.num_processes} devices of a node cannot be divided by trainer.strategy.tensor_parallel_size "
+                f"{self.tensor_parallel_size}; change one of the two"
+            )
         num_devices = self.num_nodes * self.num_processes
         copy = (self.shard_size or 1) * self.tensor_parallel_size
         if num_devices % copy:
@@ -76,6 +85,8 @@ class Sharded(ModelParallelStrategy):
                 f"{self.shard_size or 1} x tensor_parallel_size {self.tensor_parallel_size}; change one of the three"
             )
         self._data_parallel_size = num_devices // self.tensor_parallel_size
+        if self.cpu_offload and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms of gradients are summed where these lie
         super().setup_environment()
         # Lightning's mesh has two dimensions; sharding within copies needs a third, in the same order of ranks
         self._shard_size = self.shard_size or self._data_parallel_size
@@ -108,6 +119,11 @@ class Sharded(ModelParallelStrategy):
         if self.is_global_zero:
             torch.save(checkpoint, path / TRAINER_STATE)
 
+    @property
+    def parameter_device(self) -> torch.device:
+        """Where each part of the weights lies between the steps."""
+        return torch.device("cpu") if self.cpu_offload else self.root_device
+
     def shard(self, decoder: Decoder) -> None:
         """Split `decoder` over the devices, in place."""
         replicated = self._mesh.size(0) > 1
@@ -118,6 +134,7 @@ class Sharded(ModelParallelStrategy):
             reshard_after_forward=self.reshard_after_forward,
             param_dtype=gathered_dtype(self.param_dtype, str(self.precision_plugin.precision)),
             reduce_dtype=getattr(torch, self.reduce_dtype or "float32"),
+            cpu_offload=self.cpu_offload,
         )
 
 

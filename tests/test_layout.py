@@ -23,6 +23,7 @@ SHARDED_DEFAULTS = {
     "reshard_after_forward": True,
     "param_dtype": None,
     "reduce_dtype": None,
+    "cpu_offload": False,
 }
 
 

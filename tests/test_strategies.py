@@ -58,6 +58,7 @@ ONE_FILE = ["--trainer.strategy.save_distributed_checkpoint", "false"]
     ("overlay", "num_devices", "options"),
     [
         ("fsdp2", 2, []),
+        ("fsdp2", 2, ["--trainer.strategy.cpu_offload", "true"]),
         ("hsdp", 4, ["--trainer.strategy.shard_size", "2"]),
         ("fsdp2_tp", 4, []),
     ],

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -76,6 +76,7 @@ def shard(
     reshard_after_forward: bool = True,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    cpu_offload: bool = False,
 ) -> None:
     """Split every block over the devices of the meshes, in place: tensor parallel inside, FSDP2 around it.
 
@@ -87,6 +88,7 @@ def shard(
         reshard_after_forward: Give a block's gathered weights back between forward and backward.
         param_dtype: Dtype in which weights are gathered and used; their own if not given.
         reduce_dtype: Dtype in which gradients are reduced; `param_dtype` if not given.
+        cpu_offload: Parts and their gradients lie in the host's memory; `decoder` must be on the CPU when it trains.
 
     Raises:
         UserError: If the heads cannot be divided, or adapters would have to be.
@@ -97,6 +99,8 @@ def shard(
         "mesh": data_mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
     }
+    if cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=data_mesh.device_type == "cuda")
     for block in _blocks(decoder):
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
     # the loss reads the head after the forward has ended, so what is left to the root stays gathered until the backward

@@ -123,7 +123,7 @@ class DecoderModule(L.LightningModule, ABC):
         strategy = getattr(self._trainer, "strategy", None)
         if isinstance(strategy, Sharded):
             strategy.shard(decoder)
-            device, write = strategy.root_device, write_shard
+            device, write = strategy.parameter_device, write_shard
         allocate(decoder, device)
         names = [name for name, _ in decoder.named_parameters() if source is None or is_adapter(name)]
         init_weights(decoder, names, write)
