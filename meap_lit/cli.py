@@ -36,6 +36,7 @@ models:
   export            write a checkpoint as a Hugging Face folder
   generate          continue prompts with a checkpoint
   evaluate          a task of recipes/eval on a checkpoint, or on two side by side
+  judge             have summaries judged that evaluate wrote
 
 checkpoints of runs:
   checkpoint inspect      say what one holds
@@ -90,6 +91,7 @@ COMMANDS = {
     "export": "meap_lit.export.Export",
     "generate": "meap_lit.evaluation.generate.Generate",
     "evaluate": "meap_lit.evaluation.evaluate.Evaluate",
+    "judge": "meap_lit.evaluation.judge.JudgeSummaries",
     "checkpoint inspect": "meap_lit.checkpoint_commands.Inspect",
     "checkpoint verify": "meap_lit.checkpoint_commands.Verify",
     "checkpoint consolidate": "meap_lit.checkpoint_commands.Consolidate",

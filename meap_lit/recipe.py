@@ -166,7 +166,7 @@ class SaveRecipe(SaveConfigCallback):
         super().__init__(*args, **{**kwargs, "overwrite": True})
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit" and trainer.loggers:  # without one, the log folder is the current one
             super().setup(trainer, pl_module, stage)
             log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
             if trainer.is_global_zero and log_dir is not None:

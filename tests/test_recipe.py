@@ -59,7 +59,8 @@ def test_a_recipe_opens_with_what_it_is_for(recipe):
         assert f"python -m meap_lit fit --config {recipe}" in "\n".join(comment)
         assert "Hardware" in "\n".join(comment)
     if recipe in EVALUATIONS:
-        assert f"python -m meap_lit evaluate --config {recipe}" in "\n".join(comment)
+        command = "judge" if recipe.name == "judge.yaml" else "evaluate"
+        assert f"python -m meap_lit {command} --config {recipe}" in "\n".join(comment)
     if recipe in OVERLAYS:
         assert f"--config {recipe}" in "\n".join(comment)
 

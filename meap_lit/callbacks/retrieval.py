@@ -1,10 +1,12 @@
-"""Retrieval from context, measured at every validation."""
+"""Retrieval from context, measured at validation."""
 
+import time
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 
+from meap_lit.errors import UserError
 from meap_lit.evaluation.retrieval import RetrievalGrid, build_items, plot_grid, score_items
 
 
@@ -14,6 +16,9 @@ class RetrievalProbe(L.Callback):
     The facts are made up (`meap_lit/data/synthetic.py`) and the answer is chosen among the people that the context
     names, so guessing gives `1 / num_options`. It needs no data of the user's and works with any tokenizer.
 
+    A validation goes without it while its share of the time since the training began would exceed `max_share`. The
+    first one never does, since its cost is not known before.
+
     Args:
         lengths: Lengths of the context in tokens, question and answer included; those longer than data.seq_len are
             left out. None asks nothing.
@@ -21,6 +26,7 @@ class RetrievalProbe(L.Callback):
         num_items: Questions for each length and depth.
         num_options: People to choose from.
         batch_size: Sequences scored at once.
+        max_share: Part of the training time that it may take, in (0, 1]; 1 asks at every validation.
         seed: Seed of the questions; the same at every validation.
     """
 
@@ -31,14 +37,20 @@ class RetrievalProbe(L.Callback):
         num_items: int = 8,
         num_options: int = 4,
         batch_size: int = 32,
+        max_share: float = 0.02,
         seed: int = 0,
     ) -> None:
+        if not 0 < max_share <= 1:
+            raise UserError(f"probe.max_share must be in (0, 1], got {max_share:g}; write 0.02 for 2%")
         self.lengths = lengths or []
         self.depths = depths or [0.0, 0.25, 0.5, 0.75, 1.0]
         self.num_items = num_items
         self.num_options = num_options
         self.batch_size = batch_size
+        self.max_share = max_share
         self.seed = seed
+        self._began: float | None = None
+        self._spent_s = self._last_s = 0.0
         self.accuracy: np.ndarray | None = None
         self.figure_path: Path | None = None
 
@@ -48,9 +60,25 @@ class RetrievalProbe(L.Callback):
         self.grid = RetrievalGrid(lengths, tuple(self.depths), self.num_items, self.num_options, self.seed)
         self._items = build_items(self.grid, data.tokenizer) if lengths else []
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = time.monotonic()
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not self._items:
+        if trainer.sanity_checking or not self._items or not self._has_time(trainer):
             return
+        started = time.monotonic()
+        self._probe(trainer, pl_module)
+        self._last_s = time.monotonic() - started
+        self._spent_s += self._last_s
+
+    def _has_time(self, trainer: L.Trainer) -> bool:
+        """Whether one more probe stays within the share; the first rank's clock counts for all."""
+        if self._began is None or self._last_s == 0 or self.max_share == 1:
+            return True
+        share = (self._spent_s + self._last_s) / (time.monotonic() - self._began + self._last_s)
+        return trainer.strategy.broadcast(share <= self.max_share)
+
+    def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with trainer.precision_plugin.forward_context():
             self.accuracy = score_items(pl_module.decoder, self._items, self.grid, batch_size=self.batch_size)
         pl_module.log("val/retrieval_accuracy", float(self.accuracy.mean()), prog_bar=True, sync_dist=True)

@@ -150,7 +150,7 @@ def save(task: Task, results: list[Result], folder: Path) -> None:
     content["results"] = [_summary(result) for result in results]
     if len(results) == 2:
         first, second = results
-        content["difference"] = {metric: difference(first, second, metric)._asdict() for metric in task.metrics}
+        content["difference"] = {metric: difference(first, second, metric)._asdict() for metric in first.metrics}
     (folder / RESULT_FILE).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     figures = task.figures(results)
     for name, figure in figures.items():
@@ -160,16 +160,16 @@ def save(task: Task, results: list[Result], folder: Path) -> None:
 
 def _summary(result: Result) -> dict[str, Any]:
     keys = result.cell_keys
-    tables = {metric: result.table(metric) for metric in result.task.metrics}
-    cells = next(iter(tables.values()))
+    tables = {metric: result.table(metric) for metric in result.metrics}
+    cells = dict.fromkeys(cell for table in tables.values() for cell in table)
     return {
         "label": result.label,
-        "scores": {metric: result.mean(metric)._asdict() for metric in result.task.metrics},
+        "scores": {metric: result.mean(metric)._asdict() for metric in result.metrics},
         "skipped": result.num_skipped,
         "cells": [
             {
                 **dict(zip(keys, cell, strict=True)),
-                **{metric: table[cell]._asdict() for metric, table in tables.items()},
+                **{metric: table[cell]._asdict() for metric, table in tables.items() if cell in table},
             }
             for cell in cells
         ],
@@ -195,7 +195,7 @@ def _log(folder: Path, content: dict[str, Any], figures: "dict[str, Figure]") ->
 def report(task: Task, results: list[Result]) -> str:
     """The tables of one result or of two: each metric over all items, then the headline along each key of the cells."""
     rows = [["", *(result.label for result in results), *(["difference"] if len(results) == 2 else [])]]
-    for metric in task.metrics:
+    for metric in results[0].metrics:
         changes = [_change(difference(results[0], other, metric)) for other in results[1:]]
         rows.append([metric, *(_text(result.mean(metric), task.unit) for result in results), *changes])
     headline = task.metrics[0]
@@ -206,7 +206,8 @@ def report(task: Task, results: list[Result]) -> str:
             for group in alongs[0]:
                 means = [along.get(group, Mean.of([])) for along in alongs]
                 deltas = [f"{means[1].value - means[0].value:+.2f}"] if len(means) == 2 else []
-                rows.append([f"  {group}", *(_text(mean, task.unit) for mean in means), *deltas])
+                name = f"{group:g}" if isinstance(group, float) else str(group)
+                rows.append([f"  {name}", *(_text(mean, task.unit) for mean in means), *deltas])
     for name, value in task.extra(results).items():
         rows.append([name, f"{value:.4g}"])
     widths = [max(len(row[n]) for row in rows if n < len(row) and len(row) > 1) for n in range(len(rows[0]))]
@@ -214,7 +215,7 @@ def report(task: Task, results: list[Result]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
     for result in results:
         skipped = f", {result.num_skipped} skipped as too long" if result.num_skipped else ""
-        lines.append(f"{result.label}: {result.mean().n} items{skipped}")
+        lines.append(f"{result.label}: {len(result.records)} items{skipped}")
     return "\n".join(lines)
 
 

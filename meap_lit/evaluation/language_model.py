@@ -46,6 +46,7 @@ class LanguageModel:
         self.source = open_source(checkpoint)
         self.config = self.source.config
         self.tokenizer = _load_tokenizer(self.source, checkpoint, tokenizer)
+        self._templates: dict[str, ChatTemplate] = {}
         on_gpu = self.device.type == "cuda"
         self.dtype = DTYPES[dtype or "bfloat16"] if dtype or on_gpu else self.source.dtype
 
@@ -79,7 +80,9 @@ class LanguageModel:
 
     def chat_template(self, name: str = "tokenizer") -> ChatTemplate:
         """The chat template of that name, see `ChatTemplate.load`."""
-        return ChatTemplate.load(name, self.tokenizer)
+        if name not in self._templates:
+            self._templates[name] = ChatTemplate.load(name, self.tokenizer)
+        return self._templates[name]
 
     def generate(
         self,

@@ -47,20 +47,20 @@ class Result:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def mean(self, metric: str | None = None) -> Mean:
-        """Over all items; of the headline if no metric is named."""
-        return Mean.of(self._values(metric))
+        """Over all items that have the metric; of the headline if none is named."""
+        return Mean.of(value for _, value in self.scored(metric))
 
     def table(self, metric: str | None = None) -> dict[Cell, Mean]:
         """Mean of each cell; cells in the order of the items, keyed by the values of a record's `cell`."""
         cells: dict[Cell, list[float]] = {}
-        for record, value in zip(self.records, self._values(metric), strict=True):
+        for record, value in self.scored(metric):
             cells.setdefault(tuple(record["cell"].values()), []).append(value)
         return {cell: Mean.of(values) for cell, values in cells.items()}
 
     def along(self, key: str, metric: str | None = None) -> dict[Any, Mean]:
         """Mean by one key of the cells, such as "length", over all others."""
         groups: dict[Any, list[float]] = {}
-        for record, value in zip(self.records, self._values(metric), strict=True):
+        for record, value in self.scored(metric):
             groups.setdefault(record["cell"][key], []).append(value)
         return {group: Mean.of(values) for group, values in groups.items()}
 
@@ -68,9 +68,15 @@ class Result:
     def cell_keys(self) -> list[str]:
         return list(self.records[0]["cell"]) if self.records else []
 
-    def _values(self, metric: str | None) -> list[float]:
+    @property
+    def metrics(self) -> list[str]:
+        """Those metrics of the task that a record has."""
+        return [metric for metric in self.task.metrics if self.scored(metric)]
+
+    def scored(self, metric: str | None = None) -> list[tuple[Record, float]]:
+        """The records that have a score by the metric, and that score."""
         name = metric or self.task.metrics[0]
-        return [record["scores"][name] for record in self.records]
+        return [(record, record["scores"][name]) for record in self.records if name in record["scores"]]
 
 
 class Difference(NamedTuple):
@@ -83,19 +89,25 @@ class Difference(NamedTuple):
 
 
 def difference(first: Result, second: Result, metric: str | None = None, num_draws: int = 10_000) -> Difference:
-    """Paired bootstrap: items are drawn with replacement, each with both scores; percentiles, fixed seed."""
-    name = metric or first.task.metrics[0]
-    scores = {record["id"]: record["scores"][name] for record in first.records}
-    deltas = [record["scores"][name] - scores[record["id"]] for record in second.records if record["id"] in scores]
-    return bootstrap(deltas, num_draws)
+    """Paired bootstrap: groups of items are drawn with replacement, each item with both its scores."""
+    scores = {record["id"]: score for record, score in first.scored(metric)}
+    groups: dict[str, list[float]] = {}
+    for record, score in second.scored(metric):
+        if record["id"] in scores:
+            groups.setdefault(str(record.get("group") or record["id"]), []).append(score - scores[record["id"]])
+    return bootstrap(list(groups.values()), num_draws)
 
 
-def bootstrap(deltas: Sequence[float], num_draws: int = 10_000) -> Difference:
-    """Mean of `deltas` with the 95% interval of the means of samples drawn from them with replacement."""
-    values = np.asarray(deltas, dtype=np.float64)
-    if not len(values):
+def bootstrap(groups: Sequence[Sequence[float]], num_draws: int = 10_000) -> Difference:
+    """Mean of all deltas with the 95% interval of the means that samples of the groups have.
+
+    Groups, such as one question at every position, are drawn with replacement; percentiles, fixed seed.
+    """
+    sums, sizes = np.array([[sum(deltas), len(deltas)] for deltas in groups], dtype=np.float64).reshape(-1, 2).T
+    if not len(sums):
         return Difference(math.nan, math.nan, math.nan, 0)
     generator = np.random.default_rng(0)
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(num_draws)]
+    draws = (generator.integers(len(sums), size=len(sums)) for _ in range(num_draws))
+    means = [sums[drawn].sum() / sizes[drawn].sum() for drawn in draws]
     low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(values.mean()), float(low), float(high), len(values))
+    return Difference(float(sums.sum() / sizes.sum()), float(low), float(high), int(sizes.sum()))

@@ -129,6 +129,7 @@ def predict(
         The record of each item, in their order.
     """
     known = records.read()
+    _wait_for_all()  # all must have read before anybody writes, or they would divide the items differently
     open_items = sorted((item for item in items if item.id not in known), key=lambda item: -item.num_tokens)
     mine = open_items[rank() :: num_ranks()]
     with tqdm(total=len(items), initial=len(items) - len(open_items), desc=task.name, disable=not mine) as bar:
@@ -136,7 +137,7 @@ def predict(
             answers = task.answer(model, batch)
             records.add(
                 [
-                    {"id": item.id, "cell": dict(item.cell), **item.fields, **answer}
+                    {"id": item.id, "group": item.group or item.id, "cell": dict(item.cell), **item.fields, **answer}
                     for item, answer in zip(batch, answers, strict=True)
                 ]
             )

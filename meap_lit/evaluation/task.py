@@ -31,6 +31,8 @@ class Item:
         fields: What the record keeps of the source, named as there.
         input_ids: Tokens that the model reads.
         num_tokens: Positions that the item needs, what is generated included.
+        group: Items of one group ask the same under other circumstances, such as a question at every position; they are
+            drawn together when the uncertainty of a difference is estimated. Each is its own if not given.
     """
 
     id: str
@@ -38,6 +40,7 @@ class Item:
     fields: Mapping[str, Any]
     input_ids: list[int] = field(repr=False)
     num_tokens: int
+    group: str | None = None
 
 
 class Task(ABC):
@@ -70,7 +73,7 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, record: Record) -> dict[str, float]:
-        """The score by each of `metrics` of an item that was answered, from its record alone."""
+        """Scores of an item that was answered, from its record alone: by each of `metrics` that applies to it."""
 
     def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
         """Pictures of one or two results side by side, by the name of their file without ending."""
@@ -105,11 +108,17 @@ class GenerationTask(Task):
         return model.chat_template(self.template).encode_prompt([{"role": "user", "content": prompt}])
 
     def item(
-        self, model: LanguageModel, id: str, cell: Mapping[str, Any], fields: Mapping[str, Any], prompt: str
+        self,
+        model: LanguageModel,
+        id: str,
+        cell: Mapping[str, Any],
+        fields: Mapping[str, Any],
+        prompt: str,
+        group: str | None = None,
     ) -> Item:
         """An item that asks to continue `prompt`."""
         input_ids = self.encode_prompt(model, prompt)
-        return Item(id, cell, fields, input_ids, len(input_ids) + self.max_new_tokens)
+        return Item(id, cell, fields, input_ids, len(input_ids) + self.max_new_tokens, group)
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
         stops = model.chat_template(self.template).stop_token_ids if self.prompt_style == "chat" else ()

@@ -95,6 +95,7 @@ def test_two_checkpoints_stand_side_by_side(recipe, source_folder, tmp_path, cap
     first = content["results"][0]
     assert first["items"][0] | {"pid": 0} == {
         "id": "10-garden",
+        "group": "10-garden",
         "cell": {"length": 10, "word": "garden"},
         "word": "garden",
         "count": 7,
@@ -124,7 +125,8 @@ def test_batches_hold_a_number_of_positions():
 
 def result(scores, name="a"):
     records = [
-        {"id": str(n), "cell": {"length": 10 * (n // 2)}, "scores": {"right": score}} for n, score in enumerate(scores)
+        {"id": str(n), "group": str(n), "cell": {"length": 10 * (n // 2)}, "scores": {"right": score}}
+        for n, score in enumerate(scores)
     ]
     return Result(CountLetters(), name, records)
 
@@ -149,11 +151,21 @@ def test_the_difference_is_paired():
     assert difference(first, first, "right")[:3] == (0, 0, 0)
 
 
+def test_what_belongs_together_is_drawn_together():
+    """Ten questions asked 50 times alike tell no more than ten questions asked once."""
+    deltas = [100.0, 0, 0, 100, 0, 100, 0, 0, 0, 100]
+    once, often = bootstrap([[delta] for delta in deltas]), bootstrap([[delta] * 50 for delta in deltas])
+    assert often == (*once[:3], 500)
+    assert once.value == 40
+    apart = bootstrap([[delta] for delta in deltas * 50])
+    assert apart.high - apart.low < (once.high - once.low) / 5
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     """95% of 400 samples of 40 normal differences with mean 1, in a range of four standard errors."""
     generator = np.random.default_rng(1)
     samples = generator.normal(1.0, 2.0, size=(400, 40))
-    covered = sum(low <= 1.0 <= high for _, low, high, _ in (bootstrap(list(row), 500) for row in samples))
+    covered = sum(low <= 1.0 <= high for _, low, high, _ in (bootstrap(row[:, None], 500) for row in samples))
     assert 0.95 - 0.06 <= covered / 400 <= 0.95 + 0.04
 
 

@@ -1,0 +1,99 @@
+"""The attention weights of a decoder while it reads a sequence, without ever holding all of them.
+
+The decoder computes its attention in one fused call that keeps no weights, and all of them together would not fit:
+51 GB in float32 for 24 layers of 32 heads over 4,096 tokens. So its layers are asked for their queries and keys as they
+go, and the softmax is taken again, a block of queries at a time. What the decoder computes is not changed.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meap_lit.model import Decoder
+
+Observe = Callable[[int, Tensor, Tensor], None]
+"""Called with the number of a layer, its queries [H, T, head_dim] and keys [H_kv, T, head_dim], both rotated."""
+
+PerHead = list[list[float]]
+"""A number for each layer and head, [num_layers, num_heads]."""
+
+
+@torch.no_grad()
+def read(decoder: Decoder, input_ids: Tensor, observe: Observe) -> None:
+    """Let the decoder read one sequence and `observe` each layer's queries and keys, one layer after the other.
+
+    Args:
+        decoder: The model.
+        input_ids: Token ids, [T], int64, on the decoder's device.
+        observe: Called once for each layer.
+    """
+    hooks = [
+        layer.register_forward_pre_hook(partial(_with_observer, number=number, observe=observe))
+        for number, layer in enumerate(decoder.layers)
+    ]
+    try:
+        decoder(input_ids[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _with_observer(layer: nn.Module, inputs: tuple[Any, ...], *, number: int, observe: Observe) -> tuple[Any, ...]:
+    """The inputs of a block with an attention function that tells what it is given."""
+    *others, attend = inputs
+
+    def observed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        observe(number, query[0], key[0])
+        return attend(query, key, value)
+
+    return (*others, observed)
+
+
+def weight_blocks(query: Tensor, key: Tensor, block_size: int) -> Iterator[Tensor]:
+    """Attention weights of `block_size` queries after the other, from the first of the sequence to the last.
+
+    Args:
+        query: Rotated queries of all positions, [H, T, head_dim].
+        key: Rotated keys, [H_kv, T, head_dim].
+        block_size: Queries at a time.
+
+    Yields:
+        Weights of n queries at the last n of S positions, [H, n, S]; S grows to T.
+    """
+    for start in range(0, query.size(1), block_size):
+        stop = min(start + block_size, query.size(1))
+        yield attention_weights(query[:, start:stop], key[:, :stop])
+
+
+def attention_weights(query: Tensor, key: Tensor) -> Tensor:
+    """Causal softmax weights of n queries that stand at the last n of S positions.
+
+    Args:
+        query: Rotated queries, [H, n, head_dim].
+        key: Rotated keys, [H_kv, S, head_dim].
+
+    Returns:
+        Weights, [H, n, S], float32 (float64 for such inputs); rows sum to 1.
+    """
+    (num_kv_heads, num_keys, width), num_queries = key.shape, query.size(1)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    # query heads that share a key head are stacked as further queries of it, so no key is copied
+    stacked = query.to(dtype).unflatten(0, (num_kv_heads, -1)).flatten(1, 2)  # [H_kv, H / H_kv * n, head_dim]
+    scores = (stacked / math.sqrt(width)) @ key.to(dtype).transpose(1, 2)  # [H_kv, H / H_kv * n, S]
+    scores = scores.unflatten(1, (-1, num_queries)).flatten(0, 1)  # [H, n, S]
+    return scores.masked_fill_(~visible(num_queries, num_keys, query.device), -math.inf).softmax(dim=-1)
+
+
+def visible(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """Which of S keys each of n queries at the last n positions sees, [n, S], bool."""
+    positions = torch.arange(num_keys, device=device)
+    return positions <= positions[num_keys - num_queries :, None]
+
+
+def as_record(values: Tensor) -> PerHead:
+    """Values, [num_layers, num_heads], with six digits each."""
+    return [[float(f"{value:.6g}") for value in row] for row in values.tolist()]

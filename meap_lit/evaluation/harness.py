@@ -1,0 +1,241 @@
+"""Checkpoints as models of EleutherAI's lm-evaluation-harness, which knows them as `meap_lit`.
+
+    python -m meap_lit.evaluation.harness run --model meap_lit --model_args checkpoint=runs/quickstart --tasks piqa
+
+is the command line of the harness itself, with all of its tasks and options. Needs pip install 'meap-lit[harness]'.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from meap_lit.errors import UserError
+from meap_lit.evaluation.generation import Sampling
+from meap_lit.evaluation.language_model import Dtype, LanguageModel
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise UserError(f"lm-evaluation-harness is needed for this ({error}): pip install 'meap-lit[harness]'") from error
+
+
+@register_model("meap_lit")
+class HarnessModel(TemplateLM):
+    """A checkpoint, as the harness wants models.
+
+    Texts are tokenized as its own `hf` model does, so that both give the same scores: context and continuation
+    together, after BOS if the tokenizer has one, and cut on the left where they are too long. An unconditional text
+    follows BOS, or EOS if there is no BOS.
+
+    Args:
+        checkpoint: A Hugging Face folder, a .ckpt file or folder, or the folder of a run; or a model that is loaded.
+        tokenizer: Folder of the tokenizer; the checkpoint's own if not given.
+        dtype: Dtype of the weights; if not given, bfloat16 on a GPU, and on a CPU the checkpoint's own.
+        device: Where to compute, such as cpu or cuda:1; auto takes a GPU if there is one.
+        batch_tokens: Positions in one batch at most, padding included, unless a single text needs more.
+        max_gen_toks: Most tokens to generate where a task does not say.
+        batch_size: Not used: batches are limited by their tokens. The harness's command line always gives it.
+        max_batch_size: Not used.
+
+    Raises:
+        UserError: If there is no such checkpoint or device, or no tokenizer that fits.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | LanguageModel,
+        tokenizer: str | None = None,
+        dtype: Dtype | None = None,
+        device: str | None = "auto",
+        batch_tokens: int = 16_384,
+        max_gen_toks: int = 256,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(checkpoint, str):
+            where: Any = torch.device(device) if device and ":" in device else device or "auto"
+            checkpoint = LanguageModel(checkpoint, tokenizer, dtype, where)
+        self.model = checkpoint
+        self.batch_tokens = batch_tokens
+        self.max_gen_toks = max_gen_toks
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.max_seq_len
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.model.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.model.start_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        bos = self.model.tokenizer.bos_token_id
+        start = [] if bos is None or add_special_tokens is False else [bos]
+        return [*start, *self.model.tokenizer.encode(string)]
+
+    def row(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """What the model reads to score a continuation, and the position in it of the first token that counts."""
+        if context == "":
+            return self._cut([self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False))
+        return self._cut(*self._encode_pair(context, continuation))
+
+    def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], int]:
+        # the last token is predicted, not read: a row may have one more than the model has positions
+        row = [*context, *continuation][-(self.max_length + 1) :]
+        return row, max(1, len(row) - len(continuation))
+
+    def score_rows(self, rows: Sequence[tuple[list[int], int]], bar: Any = None) -> list[tuple[float, bool]]:
+        """Summed log-likelihood from the given position of each row on, and whether greedy decoding would go there.
+
+        Args:
+            rows: As `row` returns them.
+            bar: A progress bar to move on by the rows.
+        """
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
+        for indices in self._batches(longest_first, [len(row) for row, _ in rows]):
+            found = self.model.log_probs([rows[index][0] for index in indices], [rows[index][1] for index in indices])
+            for index, (log_probs, is_best) in zip(indices, found, strict=True):
+                scores[index] = float(log_probs.double().sum()), bool(is_best.all())
+            if bar is not None:
+                bar.update(len(indices))
+        return scores
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        rows = [self._cut(context, continuation) for _, context, continuation in requests]
+        with tqdm(total=len(rows), desc="log-likelihoods", disable=disable_tqdm) as bar:
+            scores = self.score_rows(rows, bar)
+        for (texts, _, _), score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, score)
+        return scores
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        rows: list[tuple[list[int], int]] = []
+        owners = []
+        for owner, (text,) in enumerate(request.args for request in requests):
+            ids = self.tok_encode(text, add_special_tokens=False)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
+            pieces = [self._cut(*make_disjoint_window(window)) for window in windows]
+            rows += pieces
+            owners += [owner] * len(pieces)
+        sums = [0.0] * len(requests)
+        with tqdm(total=len(rows), desc="log-likelihoods of texts", disable=disable_tqdm) as bar:
+            for owner, (score, _) in zip(owners, self.score_rows(rows, bar), strict=True):
+                sums[owner] += score
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        texts = [""] * len(requests)
+        groups: dict[str, list[int]] = {}  # those with the same options share batches
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(index)
+        with tqdm(total=len(requests), desc="generation", disable=disable_tqdm) as bar:
+            for members in groups.values():
+                options = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
+                prompts = [self._prompt(requests[index].args[0], options["max_gen_toks"]) for index in members]
+                lengths = [len(prompt) + options["max_gen_toks"] for prompt in prompts]
+                longest_first = sorted(range(len(members)), key=lambda number: -lengths[number])
+                for numbers in self._batches(longest_first, lengths):
+                    answers = self._continue([prompts[number] for number in numbers], options)
+                    for number, answer in zip(numbers, answers, strict=True):
+                        texts[members[number]] = answer
+                    bar.update(len(numbers))
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _prompt(self, context: str, max_gen_toks: int) -> list[int]:
+        room = self.max_length - max_gen_toks
+        if room < 1:
+            raise UserError(f"max_gen_toks {max_gen_toks} leaves no room in the context of {self.max_length} tokens")
+        return (self.tok_encode(context) or [self.prefix_token_id])[-room:]
+
+    def _continue(self, prompts: Sequence[list[int]], options: Mapping[str, Any]) -> list[str]:
+        temperature = options.get("temperature") or 0.0
+        limits: dict[str, Any] = (
+            {name: options.get(name) or None for name in ("top_k", "top_p")} if temperature > 0 else {}
+        )
+        continuations = self.model.generate(
+            prompts,
+            max_new_tokens=options["max_gen_toks"],
+            sampling=Sampling(temperature, **limits),
+            batch_size=len(prompts),
+        )
+        return [
+            _before(self.model.text_after(prompt, continuation), options["until"])
+            for prompt, continuation in zip(prompts, continuations, strict=True)
+        ]
+
+    def _batches(self, indices: Iterable[int], lengths: Sequence[int]) -> Iterable[list[int]]:
+        """Indices, the longest first, in batches of at most `batch_tokens` positions."""
+        batch: list[int] = []
+        for index in indices:
+            if batch and (len(batch) + 1) * lengths[batch[0]] > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+
+def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[str, Any]:
+    """Tasks of the harness, zero-shot, by name; a group gives all of its tasks.
+
+    Args:
+        names: Of tasks and groups.
+        include_path: Folder with further tasks as YAML.
+
+    Raises:
+        UserError: If there is no such task, or its data cannot be had.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"include_path {include_path} is no folder; it holds tasks as YAML of lm-evaluation-harness")
+    # its own tasks are 14,000 files to look through, so only if they are needed
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=include_path)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"lm-evaluation-harness has no task {unknown[0]!r}; the command lm_eval ls tasks lists them")
+    try:
+        tasks = manager.load(list(names))["tasks"]
+    except Exception as error:  # of many libraries: no network, no such data set, no permission, a broken file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"cannot load the tasks {', '.join(names)}: {reason}; data of the harness's tasks is downloaded from the "
+            f"Hugging Face Hub at the first use, and then kept"
+        ) from error
+    for task in tasks.values():
+        task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=0)
+    return tasks
+
+
+def _before(text: str, stops: Iterable[str]) -> str:
+    for stop in stops:
+        text = text.partition(stop)[0] if stop else text
+    return text
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,138 @@
+"""Text to hide something in: documents one after the other, which can be cut after any token, sentence or line."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from meap_lit.data.formats import FORMATS, Span, read_file
+from meap_lit.data.readers import DocumentReader, find_files
+from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.errors import UserError
+
+Boundary = Literal["sentence", "line", "token"]
+"""After what a text may be cut: a period that white space follows, a line break, or any token."""
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+"""A line that means nothing; NVIDIA/RULER, scripts/data/synthetic/niah.py."""
+
+_ENDS = {"sentence": re.compile(r"\.(?=\s|\Z)"), "line": re.compile(r"\n")}
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """A text that can be cut after any of its tokens.
+
+    Args:
+        text: The text.
+        ends: How many characters the first i tokens have, [N + 1] int64, from 0 to all.
+    """
+
+    text: str
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of tokens N."""
+        return len(self.ends) - 1
+
+    def cut(self, index: int, boundary: Boundary) -> int:
+        """The character before token `index`, or before it the last one at which a sentence or line has ended.
+
+        0 if none has. Sentences are looked for in the text, for a token "." is not the period of a sentence in every
+        tokenizer: Llama 2 encodes a lone "." as two other tokens.
+        """
+        position = int(self.ends[index])
+        if boundary == "token":
+            return position
+        stops = self._stops[boundary]
+        return int(stops[np.searchsorted(stops, position, side="right") - 1])
+
+    def index(self, position: int) -> int:
+        """Number of whole tokens in the first `position` characters."""
+        return int(np.searchsorted(self.ends, position, side="right")) - 1
+
+    @cached_property
+    def _stops(self) -> dict[str, np.ndarray]:
+        """For each kind of boundary the characters at which the text may be cut, ascending, the first 0."""
+        return {kind: np.array([0, *(match.end() for match in end.finditer(self.text))]) for kind, end in _ENDS.items()}
+
+
+class Documents:
+    """Texts to make haystacks of. Each is tokenised once, when it is first needed.
+
+    Args:
+        texts: The texts.
+        tokenizer: What counts tokens.
+        name: Where they are from, for messages.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, name: str) -> None:
+        self.name = name
+        self._texts = texts
+        self._backend = tokenizer.copy_backend()
+        self._backend.encode_special_tokens = True
+        self._backend.post_processor = None  # it may trim white space off the offsets
+        self._ends: dict[int, np.ndarray] = {}
+
+    @classmethod
+    def read(cls, path: str, tokenizer: Tokenizer) -> "Documents":
+        """The documents of a file, or of all files in a folder: texts, and field `text` of records.
+
+        Raises:
+            UserError: If there is no such file, or a document cannot be read.
+        """
+        try:
+            files = find_files([path])
+        except UserError as error:
+            raise UserError(f"haystack: {error}") from error
+        reader = DocumentReader(files)
+        texts = []
+        for file, size in zip(files, reader.sizes, strict=True):
+            for entry in read_file(file, FORMATS, Span(0, size), reader.text_field):
+                if isinstance(entry.content, UserError):
+                    raise entry.content
+                texts.append(reader.convert(entry))
+        return cls(texts, tokenizer, path)
+
+    @classmethod
+    def noise(cls, tokenizer: Tokenizer) -> "Documents":
+        """One text of many lines `NOISE`."""
+        return cls([NOISE * 200], tokenizer, "of noise")
+
+    def haystack(self, num_tokens: int, order: random.Random | None = None, repeat: bool = True) -> Haystack:
+        """The documents joined, until there are about `num_tokens` tokens.
+
+        Args:
+            num_tokens: Tokens wanted. There are fewer if the documents have fewer and are not repeated.
+            order: Shuffles the documents; they stay as they are if not given.
+            repeat: Start again at the first document after the last.
+
+        Raises:
+            UserError: If there is no text at all.
+        """
+        numbers = [number for number, text in enumerate(self._texts) if text.strip()]
+        if not numbers:
+            raise UserError(f"haystack {self.name} holds no text")
+        if order is not None:
+            order.shuffle(numbers)
+        texts: list[str] = []
+        ends = [np.zeros(1, dtype=np.int64)]
+        found = num_characters = 0
+        while found < num_tokens and (repeat or len(texts) < len(numbers)):
+            number = numbers[len(texts) % len(numbers)]
+            ends.append(self._token_ends(number) + num_characters)
+            texts.append(self._texts[number])
+            num_characters += len(texts[-1])
+            found += len(ends[-1])
+        return Haystack("".join(texts), np.concatenate(ends))
+
+    def _token_ends(self, number: int) -> np.ndarray:
+        """Where each token of a document ends, in characters, [N] int64."""
+        if number not in self._ends:
+            offsets = self._backend.encode(self._texts[number], add_special_tokens=False).offsets
+            self._ends[number] = np.array([end for _, end in offsets], dtype=np.int64)
+        return self._ends[number]

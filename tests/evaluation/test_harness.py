@@ -1,0 +1,295 @@
+"""Against lm-evaluation-harness itself: its `hf` model on the same folder, its scores of the same answers. Offline."""
+# ruff: noqa: E402  without the harness nothing below can be imported
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
+
+from meap_lit.errors import UserError
+from meap_lit.evaluation.commonsense import Commonsense
+from meap_lit.evaluation.harness import HarnessModel
+from meap_lit.evaluation.language_model import LanguageModel
+from meap_lit.evaluation.result import Result
+from meap_lit.evaluation.runner import batches, choose_items
+
+ARC = [
+    ("What keeps the old river near the market?", ["a stone", "the bright lantern of every garden", "new"], "B"),
+    ("Which lantern is quiet? ", ["every one", "none", "the old"], "A"),
+    ("Where is the garden?", ["under the stone", "near", "a river keeps the market new"], "C"),
+    ("Who finds " + "the quiet river near a bright old stone and " * 40 + "a garden?", ["the old", "river", "a"], "B"),
+]
+BOOLQ = [("the garden is old", "is the garden new", 0), ("every stone is bright", "is every stone bright", 1)]
+WINOGRANDE = [
+    ("the stone is near the river since the _ is old .", "stone", "river", "1"),
+    ("every lantern keeps the garden bright , the _ is new .", "lantern", "garden", "2"),
+]
+HELLASWAG = [
+    (
+        "Gardening",
+        "a river [title] keeps the old",
+        "market. the stone [substeps] is",
+        ["quiet", "new  and old", "a"],
+        "2",
+    ),
+    ("Lanterns", "every garden", "finds a", ["bright lantern", "[step] stone", "market"], "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> str:
+    """Folder of tasks with the YAML of the harness and data of our own; the cache of `datasets` is beside it."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("tasks")
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    rows = {
+        "arc_easy": [
+            {"question": question, "choices": {"text": choices, "label": ["A", "B", "C"]}, "answerKey": answer}
+            for question, choices, answer in ARC
+        ],
+        "boolq": [{"passage": passage, "question": question, "label": label} for passage, question, label in BOOLQ],
+        "winogrande": [
+            {"sentence": sentence, "option1": first, "option2": second, "answer": answer}
+            for sentence, first, second, answer in WINOGRANDE
+        ],
+        "hellaswag": [
+            {"activity_label": activity, "ctx_a": a, "ctx_b": b, "endings": endings, "label": label}
+            for activity, a, b, endings, label in HELLASWAG
+        ],
+    }
+    theirs = Path(lm_eval.__file__).parent / "tasks"
+    files = {
+        "arc_easy": theirs / "arc" / "arc_easy.yaml",
+        "boolq": theirs / "super_glue" / "boolq" / "default.yaml",
+        "winogrande": theirs / "winogrande" / "default.yaml",
+        "hellaswag": theirs / "hellaswag" / "hellaswag.yaml",
+    }
+    for name, content in rows.items():
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in content))
+        (folder / f"{name}.yaml").write_text(
+            f"include: {files[name]}\ntask: own_{name}\ntag: null\ndataset_path: json\ndataset_name: null\n"
+            f"dataset_kwargs: {{data_files: {{test: {data}}}}}\ntraining_split: null\nvalidation_split: null\n"
+            f"test_split: test\n"
+        )
+    (folder / "write.yaml").write_text(
+        f"task: own_write\noutput_type: generate_until\ndataset_path: json\ndoc_to_text: '{{{{question}}}}'\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder}/arc_easy.jsonl}}}}\ntest_split: test\n"
+        f"doc_to_target: answerKey\ngeneration_kwargs: {{until: ['.'], max_gen_toks: 4}}\n"
+        f"metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]\n"
+    )
+    return str(folder)
+
+
+NAMES = ("own_arc_easy", "own_boolq", "own_winogrande", "own_hellaswag")
+
+
+@pytest.fixture(scope="module")
+def bos_folder(source_folder, tmp_path_factory) -> Path:
+    """The model of `source_folder` with rows for a BOS that its tokenizer puts before each text."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("bos")
+    config = LlamaConfig.from_pretrained(source_folder)
+    config.vocab_size = 328
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in source_folder.glob("tokenizer*.json"):
+        shutil.copy(file, folder)
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": "<s>"}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["eos only", "bos"])
+def folder(request, source_folder, bos_folder) -> str:
+    return str(source_folder if request.param == "eos only" else bos_folder)
+
+
+@pytest.fixture(scope="module")
+def ours(folder) -> HarnessModel:
+    return HarnessModel(folder, device="cpu", batch_tokens=900)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    """The harness's own model of the same folder."""
+    pytest.importorskip("accelerate", reason="the hf model of the harness needs accelerate")
+    return get_model("hf")(pretrained=folder, device="cpu", dtype="float32", batch_size=1)
+
+
+def requests(kind, *arguments):
+    return [Instance(kind, {}, each, index) for index, each in enumerate(arguments)]
+
+
+def evaluate(model, tasks):
+    manager = TaskManager(include_path=tasks, include_defaults=False)
+    return simple_evaluate(
+        model=model, tasks=list(NAMES), num_fewshot=0, task_manager=manager, bootstrap_iters=0, log_samples=True
+    )
+
+
+def test_log_likelihoods_are_those_of_the_hf_model(ours, theirs):
+    long = "the old river keeps a new garden near every stone " * 60
+    pairs = [
+        ("the old", " river"),
+        ("the old ", "river"),  # the space moves
+        ("the quiet lantern", " keeps every bright stone"),
+        ("", "the garden"),
+        (long, " market"),  # cut on the left
+        ("the", long),  # longer than the context by itself
+        ("日本", "語"),
+        ("x", "y"),
+    ]
+    pairs = [pair for pair in pairs if len(ours.model.encode(pair[1])) <= ours.max_length]  # theirs asserts so
+    assert len(pairs) == 7
+    assert len(ours.tok_encode(long)) > ours.max_length
+    found = ours.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    expected = theirs.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    for (value, greedy), (other, other_greedy) in zip(found, expected, strict=True):
+        assert value == pytest.approx(other, abs=1e-4)
+        assert greedy == other_greedy
+
+
+def test_greedy_continuations_are_greedy_and_those_of_the_hf_model(ours, theirs):
+    asked = [("the old", {"until": ["\n\n"], "max_gen_toks": 8}), ("a bright new lantern", {"max_gen_toks": 5})]
+    asked += [("every stone", {"until": ["zzz"], "max_gen_toks": 8}), ("stone " * 500, {"max_gen_toks": 8})]
+    found = ours.generate_until(requests("generate_until", *asked), disable_tqdm=True)
+    # theirs gives mask and padding ids a chance, ours never
+    assert found == theirs.generate_until(requests("generate_until", *asked), disable_tqdm=True)
+    assert all(found)
+    text = found[0]
+    cut = ours.generate_until(requests("generate_until", ("the old", {"until": text[1:3], "max_gen_toks": 8})))
+    assert cut == [text[: text.find(text[1:3])]]
+    with pytest.raises(UserError, match="max_gen_toks 400 leaves no room in the context of 400 tokens"):
+        ours.generate_until(requests("generate_until", ("the", {"max_gen_toks": 400})))
+
+
+def test_sampling_is_repeatable(ours):
+    asked = requests("generate_until", ("the old", {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 0}))
+    assert (
+        ours.generate_until(asked)
+        == ours.generate_until(asked)
+        != ours.generate_until(requests("generate_until", ("the old", {})))
+    )
+
+
+def test_rolling_log_likelihoods_are_those_of_the_hf_model(ours, theirs, monkeypatch):
+    monkeypatch.setattr(theirs, "add_bos_token", False)  # it puts BOS before each window and else one more at the start
+    texts = [("the old river",), ("every bright garden " * 200,), ("the",)]
+    found = ours.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True)
+    expected = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    # the first window by hand
+    ids = ours.model.tokenizer.encode("the old river")
+    ((log_probs, _),) = ours.model.log_probs([[ours.prefix_token_id, *ids]], [1])
+    assert found[0] == pytest.approx(float(log_probs.sum()), abs=1e-4)
+
+
+def test_the_harness_gives_both_models_the_same_scores(ours, theirs, tasks):
+    found, expected = evaluate(ours, tasks), evaluate(theirs, tasks)
+    for name in NAMES:
+        assert found["results"][name] == expected["results"][name]
+        for sample, other in zip(found["samples"][name], expected["samples"][name], strict=True):
+            values, others = ([value for value, _ in each["filtered_resps"]] for each in (sample, other))
+            assert values == pytest.approx(others, abs=1e-4)
+
+
+def test_our_command_has_the_scores_of_the_harness(ours, tasks):
+    expected = evaluate(ours, tasks)["results"]
+    task = Commonsense(tasks=NAMES, include_path=tasks)
+    items, num_skipped = choose_items(task, ours.model, "stop")
+    assert (len(items), num_skipped) == (10, 0)
+    records = []
+    for batch in batches(sorted(items, key=lambda item: -item.num_tokens), 500):
+        for item, answer in zip(batch, task.answer(ours.model, batch), strict=True):
+            record = json.loads(json.dumps({"id": item.id, "cell": item.cell, **item.fields, **answer}))
+            records.append({**record, "scores": task.score(record)})
+    result = Result(task, "x", records)
+    accuracy, acc, acc_norm = (result.along("task", metric) for metric in task.metrics)
+    for name in NAMES:
+        has_norm = "acc_norm,none" in expected[name]
+        assert has_norm == (name in acc_norm) == (name in ("own_arc_easy", "own_hellaswag"))
+        assert acc[name].value == pytest.approx(100 * expected[name]["acc,none"])
+        assert accuracy[name].value == pytest.approx(100 * expected[name]["acc_norm,none" if has_norm else "acc,none"])
+    assert task.extra([result])["questions that lost their beginning"] == 1
+
+
+def test_prompts(ours, tasks):
+    """What stands in the records is what the protocol says of each task."""
+    items = {item.id: item for item in Commonsense(tasks=NAMES, include_path=tasks, limit=1).items(ours.model)}
+    assert len(items) == 4
+    question, choices, _ = ARC[0]
+    arc = items["own_arc_easy-0"].fields
+    assert arc["arguments"] == [(f"Question: {question}\nAnswer:", f" {choice}") for choice in choices]
+    assert (arc["gold"], arc["choices"]) == ([1], choices)
+    assert items["own_boolq-0"].fields["arguments"] == [
+        ("the garden is old\nQuestion: is the garden new?\nAnswer:", f" {choice}") for choice in ("no", "yes")
+    ]
+    assert items["own_winogrande-0"].fields["arguments"] == [
+        (f"the stone is near the river since the {option}", " is old .") for option in ("stone", "river")
+    ]
+    assert items["own_winogrande-0"].fields["gold"] == [0]
+    assert items["own_hellaswag-0"].fields["arguments"] == [
+        ("Gardening: a river. keeps the old Market. the stone is", f" {end}") for end in ("quiet", "new and old", "a")
+    ]
+    assert items["own_hellaswag-0"].fields["gold"] == [2]
+    bos = ours.model.tokenizer.bos_token_id
+    rows = [row for item in items.values() for row, _ in item.rows]
+    assert all(row.count(bos) == (bos is not None) and (bos is None or row[0] == bos) for row in rows)
+
+
+def test_the_harness_makes_it_by_name(source_folder, tasks):
+    results = simple_evaluate(
+        model="meap_lit",
+        model_args=f"checkpoint={source_folder},dtype=float32,device=cpu",
+        tasks=["own_boolq", "own_write"],
+        task_manager=TaskManager(include_path=tasks, include_defaults=False),
+        bootstrap_iters=0,
+        limit=2,
+    )
+    assert results["results"]["own_boolq"]["acc,none"] in (0, 0.5, 1)
+    assert results["results"]["own_write"]["exact_match,none"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ()}, "tasks names no task"),
+        ({"tasks": ("own_boolq",), "limit": 0}, "limit must be at least 1, got 0"),
+        ({"tasks": ("own_write",)}, "task own_write is not multiple choice but generate_until; run it with"),
+        ({"tasks": ("own_boolq",), "include_path": "no/where"}, "include_path no/where is no folder"),
+        ({"tasks": ("own_broken",)}, "cannot load the tasks own_broken: .*downloaded from the Hugging Face Hub"),
+    ],
+)
+def test_wrong_options(source_folder, tasks, options, message):
+    (Path(tasks) / "broken.yaml").write_text(
+        (Path(tasks) / "boolq.yaml").read_text().replace("own_boolq", "own_broken").replace("boolq.jsonl", "none.jsonl")
+    )
+    with pytest.raises(UserError, match=message):
+        Commonsense(**{"include_path": tasks, **options}).items(LanguageModel(str(source_folder), device="cpu"))
+
+
+def test_unknown_task(source_folder, monkeypatch, tasks):
+    # its own tasks take ten seconds to find
+    monkeypatch.setattr("meap_lit.evaluation.harness.TaskManager", lambda **_: TaskManager(include_defaults=False))
+    with pytest.raises(UserError, match="lm-evaluation-harness has no task 'arc_esy'; the command lm_eval ls tasks"):
+        Commonsense(tasks=("arc_esy",)).items(LanguageModel(str(source_folder), device="cpu"))
