@@ -31,6 +31,7 @@ TOY_DECODER = [
     *("--model.decoder.num_heads", "2"),
     *("--model.decoder.num_kv_heads", "1"),
     *("--model.decoder.intermediate_size", "64"),
+    *("--model.decoder.vocab_size", "384"),
 ]
 TOY_PRETRAINING = [
     *("--data.seq_len", "192"),
