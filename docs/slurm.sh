@@ -11,4 +11,5 @@
 set -euo pipefail
 : "${1:?name a recipe: --config RECIPE --config OVERLAY}"
 export OMP_NUM_THREADS=1
-srun python -m meap_lit fit "$@" --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"
+# a task that ends with an error ends the others, which would wait for it
+srun --kill-on-bad-exit=1 python -m meap_lit fit "$@" --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"
