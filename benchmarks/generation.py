@@ -1,8 +1,10 @@
 """Evaluated tokens a second: greedy generation by `meap_lit evaluate` against `transformers`' `generate`.
 
 One random Llama, written by transformers, is read by both; prompts of several lengths are continued by the same number
-of tokens, one at a time (batch 1) and as a grid in batches of like length. Both use a key-value cache and their own
-scaled_dot_product_attention; transformers pads on the left, as its documentation asks. The same tokens must come out.
+of tokens: one at a time; as a grid, both in the batches of like length that `evaluate` makes; and as a grid of which
+transformers gets batches of a fixed size in the order of the prompts, as a plain loop over a data set makes them.
+Both use a key-value cache and their own scaled_dot_product_attention; transformers pads on the left, as its
+documentation asks. The same tokens must come out.
 
     python -m benchmarks.generation                                              # a small model on this CPU
     python -m benchmarks.generation --model 1.1b --device cuda --dtype bfloat16 --lengths 1024,2048,3900 --batch 16
@@ -14,7 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +30,12 @@ from meap_lit.checkpoints import open_source
 from meap_lit.errors import UserError
 from meap_lit.evaluation.generation import generate
 from meap_lit.evaluation.runner import batches
-from meap_lit.evaluation.task import Item
 from meap_lit.model import DecoderConfig
 from meap_lit.model.weights import build_decoder
 
 Prompts = list[list[int]]
+Batches = list[list[int]]
+"""Indices of the prompts of each batch."""
 
 
 def benchmark(
@@ -64,23 +68,32 @@ def benchmark(
     generator = torch.Generator().manual_seed(0)
     assert config.vocab_size is not None
     draws = [[int(length * (0.8 + 0.2 * n / per_length)) for n in range(per_length)] for length in lengths]
-    grid = [
-        torch.randint(3, config.vocab_size, (length,), generator=generator).tolist() for row in draws for length in row
-    ]
+    mixed = [length for column in zip(*draws, strict=True) for length in column]  # every length in turn
+    grid = [torch.randint(3, config.vocab_size, (length,), generator=generator).tolist() for length in mixed]
     with tempfile.TemporaryDirectory() as folder:
         ours, peer = _ours(config, folder, device, dtype, new_tokens), _peer(folder, device, dtype, new_tokens)
-        cases = {"one prompt at a time": (grid[:: max(1, len(grid) // 4)], 1), "a grid": (grid, batch)}
+        few = range(0, len(grid), len(grid) // 4 + 1)  # of all lengths
+        alike = _batches_of_like_length(grid, batch, new_tokens)
+        in_order = [list(range(len(grid)))[start : start + batch] for start in range(0, len(grid), batch)]
+        cases = {
+            "one prompt at a time": ([[index] for index in few],) * 2,
+            "a grid": (alike, alike),
+            "a grid, transformers in its order": (alike, in_order),
+        }
         lines = []
-        for name, (prompts, size) in cases.items():
-            room = size * (max(map(len, prompts)) + new_tokens)
-            divided = [[prompts[int(item.id)] for item in group] for group in _divide(prompts, new_tokens, room, size)]
-            shares = _agreement(ours, peer, divided)
-            seconds = _measure({"meap_lit": ours, "transformers": peer}, divided, repetitions, device)
+        for name, (our_batches, peer_batches) in cases.items():
+            passes = {
+                "meap_lit": partial(_pass, ours, grid, our_batches),
+                "transformers": partial(_pass, peer, grid, peer_batches),
+            }
+            shares = _agreement(passes["meap_lit"](), passes["transformers"]())  # this also warms both up
+            seconds = _measure(passes, repetitions, device)
             ratio = statistics.median(b / a for a, b in zip(seconds["meap_lit"], seconds["transformers"], strict=True))
-            total = len(prompts) * new_tokens
-            rates = [f"{total / statistics.median(seconds[who]):,.0f}" for who in ("meap_lit", "transformers")]
+            num_prompts = sum(map(len, our_batches))
+            rates = [num_prompts * new_tokens / statistics.median(seconds[who]) for who in passes]
+            counts = f"{len(our_batches)}, {len(peer_batches)}"
             lines.append(
-                f"| {name} | {len(prompts)} | {len(divided)} | {rates[0]} | {rates[1]} | {ratio:.2f} | {shares} |"
+                f"| {name} | {num_prompts} | {counts} | {rates[0]:,.0f} | {rates[1]:,.0f} | {ratio:.2f} | {shares} |"
             )
     report = "\n".join(
         [
@@ -104,36 +117,38 @@ def benchmark(
         output.write_text(report)
 
 
-def _divide(prompts: Prompts, new_tokens: int, room: int, size: int) -> list[list[Item]]:
-    items = [Item(str(n), {}, {}, prompt, len(prompt) + new_tokens) for n, prompt in enumerate(prompts)]
-    longest_first = sorted(items, key=lambda item: -item.num_tokens)
-    return list(batches(longest_first, room)) if size > 1 else [[item] for item in longest_first]
+def _batches_of_like_length(prompts: Prompts, size: int, new_tokens: int) -> Batches:
+    """The batches of `evaluate`, with room for `size` of the longest prompts."""
+    lengths = [len(prompt) + new_tokens for prompt in prompts]
+    longest_first = sorted(range(len(prompts)), key=lambda index: -lengths[index])
+    return list(batches(longest_first, size * max(lengths), lengths.__getitem__))
 
 
-def _measure(
-    engines: dict[str, Callable[[Prompts], Prompts]], divided: list[Prompts], repetitions: int, device: str
-) -> dict[str, list[float]]:
+def _pass(engine: Callable[[Prompts], Prompts], prompts: Prompts, batches: Batches) -> dict[int, list[int]]:
+    """New tokens of each prompt, by its index."""
+    return {
+        index: new_ids
+        for indices in batches
+        for index, new_ids in zip(indices, engine([prompts[index] for index in indices]), strict=True)
+    }
+
+
+def _measure(passes: Mapping[str, Callable[[], object]], repetitions: int, device: str) -> dict[str, list[float]]:
     """Seconds of each pass over all batches; the engines take turns, in changing order."""
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
     for turn in range(repetitions):
-        for name in sorted(engines, reverse=turn % 2 == 0):
+        for name in sorted(passes, reverse=turn % 2 == 0):
             start = time.perf_counter()
-            for prompts in divided:
-                engines[name](prompts)
+            passes[name]()
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def _agreement(ours: Callable[[Prompts], Prompts], peer: Callable[[Prompts], Prompts], divided: list[Prompts]) -> str:
-    """Share of equal tokens; also warms both up."""
-    pairs = [
-        (a, b)
-        for prompts in divided
-        for one, other in zip(ours(prompts), peer(prompts), strict=True)
-        for a, b in zip(one, other, strict=True)
-    ]
+def _agreement(ours: Mapping[int, list[int]], peers: Mapping[int, list[int]]) -> str:
+    """Share of equal tokens."""
+    pairs = [pair for index in ours for pair in zip(ours[index], peers[index], strict=True)]
     return f"{sum(a == b for a, b in pairs) / len(pairs):.1%}"
 
 

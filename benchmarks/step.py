@@ -25,15 +25,18 @@ from typing import Literal
 import torch
 import yaml
 from jsonargparse import auto_cli
+from torch import Tensor, nn
 
 from meap_lit.callbacks.throughput import peak_flops
 from meap_lit.errors import UserError
 from meap_lit.masking import mask_inputs
 from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
 from meap_lit.model.config import pad_vocab_size
+from meap_lit.model.parallelize import compile_blocks
 from meap_lit.modules import AdamW
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "pretrain"
+RECIPES = Path(__file__).parents[1] / "recipes"
+Model = Literal["small", "quickstart", "10m", "0.1b", "0.3b", "0.5b", "1.1b"]
 SMALL = DecoderConfig(
     num_layers=4,
     num_heads=4,
@@ -43,10 +46,19 @@ SMALL = DecoderConfig(
     vocab_size=2048,
     max_seq_len=256,
 )
+TEN_MILLION = DecoderConfig(
+    num_layers=6,
+    num_heads=6,
+    num_kv_heads=2,
+    hidden_size=384,
+    intermediate_size=1024,
+    vocab_size=4096,
+    max_seq_len=512,
+)
 
 
 def benchmark(
-    model: Literal["small", "0.1b", "0.3b", "0.5b", "1.1b"] = "small",
+    model: Model = "small",
     decoder: DecoderConfig | None = None,
     seq_len: int | None = None,
     micro_batch_size: int = 8,
@@ -60,7 +72,7 @@ def benchmark(
     """Print how long a training step takes with and without masking, and what else it needs.
 
     Args:
-        model: A small model, or one of the paper's ladder as recipes/pretrain has it.
+        model: A small model, the quickstart's, one of 10M parameters, or one of the paper's ladder (recipes/pretrain).
         decoder: Any other model; `model` is then ignored.
         seq_len: Tokens in a row; the model's max_seq_len if not given.
         micro_batch_size: Rows in a step.
@@ -107,10 +119,17 @@ def benchmark(
 
 
 def known_decoder(model: str) -> DecoderConfig:
-    """Sizes as the recipe of that name has them; its vocabulary is the paper's, 32,000 tokens and the mask."""
-    if model == "small":
-        return SMALL
-    base, recipe = (yaml.safe_load((RECIPES / name).read_text()) for name in ("base.yaml", f"meap_{model}.yaml"))
+    """Sizes as the recipe of that name has them; the ladder's vocabulary is the paper's, 32,000 tokens and the mask."""
+    if model in (known := {"small": SMALL, "10m": TEN_MILLION}):
+        return known[model]
+    if model == "quickstart":
+        quickstart = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
+        data = quickstart["data"]["init_args"]
+        tokenizer = next(step["init_args"] for step in data["preparation"] if "vocab_size" in step["init_args"])
+        sizes = quickstart["model"]["init_args"]["decoder"] | {"max_seq_len": data["seq_len"]}
+        return DecoderConfig(**{**sizes, "vocab_size": pad_vocab_size(tokenizer["vocab_size"])})
+    names = ("pretrain/base.yaml", f"pretrain/meap_{model}.yaml")
+    base, recipe = (yaml.safe_load((RECIPES / name).read_text()) for name in names)
     sizes = base["model"]["init_args"]["decoder"] | recipe["model"]["init_args"]["decoder"]
     sizes["max_seq_len"] = base["data"]["init_args"]["seq_len"]  # the recipe refers to it
     return DecoderConfig(**{"vocab_size": pad_vocab_size(32_001), **sizes})
@@ -120,15 +139,26 @@ class TrainingStep:
     """One model, one optimizer and one batch of random tokens; a call is one training step."""
 
     def __init__(
-        self, config: DecoderConfig, seq_len: int, micro_batch_size: int, precision: str, device: torch.device
+        self,
+        config: DecoderConfig,
+        seq_len: int,
+        micro_batch_size: int,
+        precision: str,
+        device: torch.device,
+        compile: bool = False,
     ) -> None:
         assert config.vocab_size is not None
         torch.manual_seed(0)
         self.config, self.seq_len, self.device, self.precision = config, seq_len, device, precision
         with device:
-            self.model = Decoder(config)
+            self.model = self.build()
         self.optimizer = AdamW(lr=1e-4).build(self.model)
-        tokens = torch.randint(0, config.vocab_size - 1, (micro_batch_size, seq_len + 1)).to(device)
+        if compile:
+            self.compile()
+        generator = torch.Generator().manual_seed(0)  # of its own: the same batch whatever a model drew for its weights
+        tokens = torch.randint(0, config.vocab_size - 1, (micro_batch_size, seq_len + 1), generator=generator).to(
+            device
+        )
         self.input_ids, self.labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         self.sample_ids = torch.arange(micro_batch_size, device=device)
         self.num_steps = 0
@@ -136,20 +166,34 @@ class TrainingStep:
     def __call__(self, mask_ratio: float) -> None:
         input_ids = self.mask(mask_ratio)
         with self._autocast():
-            hidden = self.model(input_ids)
-            loss = linear_cross_entropy(hidden, self.model.lm_head.weight, self.labels) / self.labels.numel()
+            loss = self.loss(input_ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_steps += 1
 
-    def mask(self, mask_ratio: float) -> torch.Tensor:
-        mask_token_id = self.model.embed_tokens.num_embeddings - 1
+    def build(self) -> nn.Module:
+        """The model, with random weights."""
+        return Decoder(self.config)
+
+    def compile(self) -> None:
+        """Compile what `fit` compiles with `model.compile`."""
+        assert isinstance(self.model, Decoder)
+        compile_blocks(self.model)
+
+    def loss(self, input_ids: Tensor) -> Tensor:
+        """Mean loss of the batch's labels, scalar, for inputs [B, T]."""
+        assert isinstance(self.model, Decoder)
+        return linear_cross_entropy(self.model(input_ids), self.model.lm_head.weight, self.labels) / self.labels.numel()
+
+    def mask(self, mask_ratio: float) -> Tensor:
+        """The batch's inputs, masked as at the present step, [B, T]."""
+        assert self.config.vocab_size is not None
         return mask_inputs(
             self.input_ids,
             self.sample_ids,
-            mask_token_id=mask_token_id,
+            mask_token_id=self.config.vocab_size - 1,
             mask_ratio=mask_ratio,
             seed=0,
             step=self.num_steps,
@@ -220,7 +264,7 @@ def _measure(step: TrainingStep, mask_ratio: float, repetitions: int, steps: int
         "",
         f"- MEAP / NTP: {meap / ntp:.4f} by the two medians; turn by turn {middle:.4f} in the median, "
         f"{low:.4f} to {high:.4f} in the middle half",
-        f"- masking alone: {masking * 1e3:.2f} ms, {masking / ntp:.2%} of an NTP step",
+        f"- masking alone: {masking * 1e3:.2f} ms, {masking / ntp:.3%} of an NTP step",
     ]
 
 

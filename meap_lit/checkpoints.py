@@ -140,6 +140,7 @@ class Checkpoint(WeightSource):
             dtype=dtype,
             tokenizer_folder=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
             generation=about.get("generation") or {},
+            tokens_seen=about.get("tokens_seen"),
             mask_token_id=about.get("mask_token_id"),
             init_from=init_from,
             base=_open_base(file, init_from) if lora and init_from else None,

@@ -14,7 +14,10 @@ from typing import Any, get_args
 
 from meap_lit.errors import UserError
 
-TOP_LEVEL_KEYS = ("model", "data", "trainer", "budget", "checkpoint", "probe", "seed_everything", "base", "ckpt_path")
+TOP_LEVEL_KEYS = (
+    *("model", "data", "trainer", "budget", "checkpoint", "probe", "hang"),
+    *("seed_everything", "base", "ckpt_path"),
+)
 
 _KEY = re.compile(r'Parser key "([^"]+)": ')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)': ")
@@ -67,7 +70,10 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         where = re.sub(r"\b(\w+)\.\1$", r"\1", where)  # a group is named twice
         return f"{where} must be {_IN_WORDS['dict']}, got {match[1]}"
     elif match := re.match(r"unrecognized arguments: (--[^\s=]+)", core):
-        core += _hint(match[1], options)
+        given, known = match[1], options
+        if not options:  # of a recipe the parser knows too many
+            given, known = given.split(".")[0], [f"--{key}" for key in TOP_LEVEL_KEYS]
+        core += "" if given in known else _hint(given, known)
     elif wanted := _wanted(core):
         given = _GIVEN.search(message)  # the innermost comes first
         return f"{where} must be {wanted}, got {(given and given[1]) or 'nothing'}"
@@ -86,11 +92,13 @@ def check_values(recipe: Mapping[str, Any], groups: Mapping[str, type]) -> None:
     """
     for key, value in recipe.items():
         _refuse_null(value, groups.get(key, object), key)
-    seed, interval = recipe["seed_everything"], recipe["trainer"]["log_every_n_steps"]
+    seed = recipe["seed_everything"]
     if not 0 <= seed < 2**32:  # numpy's limits
         raise UserError(f"seed_everything must be in [0, {2**32 - 1}], got {seed}")
-    if interval is not None and interval < 1:
-        raise UserError(f"trainer.log_every_n_steps must be at least 1, got {interval}")
+    for name, limit in {"log_every_n_steps": 1, "num_nodes": 1, "gradient_clip_val": 0}.items():
+        value = recipe["trainer"].get(name)
+        if value is not None and value < limit:
+            raise UserError(f"trainer.{name} must be at least {limit}, got {value}")
 
 
 def _refuse_null(value: Any, kind: Any, where: str) -> None:

@@ -110,17 +110,24 @@ class RecipeCLI(LightningCLI):
             callbacks.append(StepProgressBar())
         if config["enable_checkpointing"] is False:  # Lightning refuses the callback then
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:  # what Lightning says of its own arguments
+            raise UserError(f"trainer: {error}") from error
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.base = None  # it is part of the resolved recipe now
         config.weights_only = config.weights_only is not False  # no pickle is run from a checkpoint unless asked for
-        config.ckpt_path = _resolve_checkpoint(config)
+        config.ckpt_path = _resolve_checkpoint(config, starts_anew=self.subcommand == "fit")
 
 
-def _resolve_checkpoint(config: Namespace) -> str | None:
+def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
     """The checkpoint that `--ckpt_path` stands for: `last` and the folder of a run for the newest whole one in it.
+
+    With `starts_anew`, `last` is none before the first checkpoint, so that one command starts a run and resumes it.
 
     Raises:
         UserError: If there is none.
@@ -129,6 +136,10 @@ def _resolve_checkpoint(config: Namespace) -> str | None:
     if path in (None, "best", "hpc") or "://" in path:
         return path
     given = _runs_of(config) if path == "last" else Path(path)
+    if path == "last" and starts_anew and not any(given.rglob("step=*.ckpt")):
+        if rank_zero_only.rank == 0:
+            print(f"checkpoint: none yet in {given}, the run starts anew")
+        return None
     found = find_checkpoint(given, "--ckpt_path last" if path == "last" else "--ckpt_path")
     if found != given and rank_zero_only.rank == 0:
         print(f"checkpoint: {found}")

@@ -17,6 +17,7 @@ from meap_lit.errors import UserError
 from meap_lit.integrity import TRAINER_STATE
 from meap_lit.model.decoder import Decoder
 from meap_lit.model.parallelize import shard
+from meap_lit.shards import read_trainer_state
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -63,6 +64,7 @@ class Sharded(ModelParallelStrategy):
         self.param_dtype = param_dtype
         self.reduce_dtype = reduce_dtype
         self.cpu_offload = cpu_offload
+        self.timeout_minutes = timeout_minutes
         self.saving_group: ProcessGroup | None = None
         """The ranks as they talk during a save; as in training if None, and then not beside it."""
 
@@ -72,6 +74,8 @@ class Sharded(ModelParallelStrategy):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise UserError(f"trainer.strategy.{name} must be at least 1, got {size}")
+        if self.timeout_minutes <= 0:
+            raise UserError(f"trainer.strategy.timeout_minutes must be above 0, got {self.timeout_minutes:g}")
         if self.num_processes % self.tensor_parallel_size:
             raise UserError(
                 f"{self.num_processes} devices of a node cannot be divided by trainer.strategy.tensor_parallel_size "
@@ -118,6 +122,18 @@ class Sharded(ModelParallelStrategy):
         dcp.save(states, checkpoint_id=path, process_group=self.saving_group)
         if self.is_global_zero:
             torch.save(checkpoint, path / TRAINER_STATE)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load as Lightning does, once the module has looked at it: Lightning calls the hook when weights are loaded.
+
+        Of shards that hold more than the module, such as more layers, torch would read a part without a word.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.lightning_module is not None
+        is_safe = weights_only is not False
+        state = read_trainer_state(path) if path.is_dir() else torch.load(path, "cpu", mmap=True, weights_only=is_safe)
+        self.lightning_module.on_load_checkpoint(state)
+        return super().load_checkpoint(path, weights_only)
 
     @property
     def parameter_device(self) -> torch.device:

@@ -27,6 +27,20 @@ def test_a_complaint_in_one_line(message, line):
     assert explain(message, ["--output", "--input"]) == line
 
 
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("--hng.timeout_minutes", "; did you mean '--hang'?"),
+        ("--checkpoint.kep", ""),
+        ("--zzz", "; there are --model, "),
+    ],
+)
+def test_an_unknown_option_of_a_recipe(given, hint):
+    line = explain(f"unrecognized arguments: {given} 5")
+    assert line.startswith(f"unrecognized arguments: {given} 5{hint}")
+    assert hint or line.endswith("5")
+
+
 # ------------------------------------------------------------------------------- what the parser lets pass
 
 
@@ -82,6 +96,8 @@ def changed(value, path, recipe=RECIPE):
         ("seed_everything", -1, "seed_everything must be in [0, 4294967295], got -1"),
         ("seed_everything", 2**32, "seed_everything must be in [0, 4294967295], got 4294967296"),
         ("trainer.log_every_n_steps", 0, "trainer.log_every_n_steps must be at least 1, got 0"),
+        ("trainer.num_nodes", 0, "trainer.num_nodes must be at least 1, got 0"),
+        ("trainer.gradient_clip_val", -1.0, "trainer.gradient_clip_val must be at least 0, got -1.0"),
     ],
 )
 def test_a_value_that_the_parser_lets_pass_is_named(path, value, message):

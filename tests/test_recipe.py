@@ -240,17 +240,23 @@ def test_a_checkpoint_cut_short_is_passed_over_and_a_changed_one_refused(runs, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), r"checkpoint .*/runs/toy \(--ckpt_path last\) does not exist"),
-        (
-            ("--checkpoint.dirpath", "docs"),
-            r"docs \(--ckpt_path last\) holds no whole checkpoint \(step=N.ckpt\); name another run or a .ckpt",
-        ),
         (
             ("--trainer.logger", "false"),
             r"--ckpt_path last needs a trainer.logger with save_dir and name; name a run's folder instead",
         ),
     ],
 )
-def test_a_last_checkpoint_that_is_not_there_is_named(toy_recipe, arguments, message):
+def test_a_last_checkpoint_that_cannot_be_looked_for_is_named(toy_recipe, arguments, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         RecipeCLI.run(["fit", "--config", str(toy_recipe), *arguments, "--ckpt_path", "last"])
+
+
+def test_a_last_checkpoint_that_is_not_there_is_named_but_by_fit(toy_recipe, tmp_path):
+    with pytest.raises(UserError, match=r"^checkpoint .*/runs/toy \(--ckpt_path last\) does not exist$"):
+        RecipeCLI.run(["validate", "--config", str(toy_recipe), "--ckpt_path", "last"])
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "step=5.ckpt").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"cut \(--ckpt_path last\) holds no whole checkpoint \(step=N.ckpt\); name"):
+        RecipeCLI.run(
+            ["fit", "--config", str(toy_recipe), "--checkpoint.dirpath", str(tmp_path / "cut"), "--ckpt_path", "last"]
+        )

@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 
 from meap_lit.checkpoints import open_source
+from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.export import Export
+from meap_lit.modules import MEAPPretraining
 from meap_lit.recipe import RecipeCLI
+from tests.callbacks.toy import fork
 from tests.split_model import save_split_model
 
 # heads that two devices can share; a tied embedding; every step is four micro-batches of a device
@@ -109,6 +113,22 @@ def test_a_checkpoint_resumes_on_other_devices(toy_recipe, tmp_path):
     assert_close(weights_of(runs / "version_4"), alone)
 
 
+@pytest.mark.parametrize("form", [[], ["--trainer.strategy.save_distributed_checkpoint", "false"]])
+def test_a_module_can_refuse_a_checkpoint_before_its_weights_are_read(toy_recipe, tmp_path, form):
+    """Weights of another shape, which torch would fail on in its own words."""
+    fit = ["fit", "--config", str(toy_recipe), "--config", "recipes/strategy/fsdp2.yaml", "--trainer.devices", "1"]
+    checkpoints = str(tmp_path / "runs" / "toy" / "version_0")
+    assert fork(lambda: sys.exit(main([*fit, *form, "--budget.max_steps", "1"]))) == [0]
+
+    def refused():
+        with mock.patch.object(MEAPPretraining, "on_load_checkpoint", side_effect=UserError("refused")) as asked:
+            status = main([*fit, *form, "--ckpt_path", checkpoints, "--model.decoder.num_layers", "3"])
+        assert asked.call_args[0][0]["decoder"]["config"]["num_layers"] == 2
+        sys.exit(status)
+
+    assert fork(refused) == [2]
+
+
 def test_shards_are_exported_and_generate(toy_recipe, tmp_path):
     train_on(2, toy_recipe, "--budget.max_steps", "2")
     run, exported = tmp_path / "runs" / "toy" / "version_0", tmp_path / "exported"
@@ -130,9 +150,10 @@ def test_shards_are_exported_and_generate(toy_recipe, tmp_path):
             "1 devices cannot be divided into groups of .*shard_size 3 x tensor_pa",
         ),
         (["--trainer.strategy.shard_size", "0"], "trainer.strategy.shard_size must be at least 1, got 0"),
+        (["--trainer.strategy.timeout_minutes", "0"], "trainer.strategy.timeout_minutes must be above 0, got 0"),
         (
             ["--trainer.strategy.tensor_parallel_size", "2"],
-            "1 devices cannot be divided into .* tensor_parallel_size 2;",
+            "1 devices of a node cannot be divided by .*tensor_parallel_size 2;",
         ),
     ],
 )

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -25,6 +26,8 @@ LAST = "last.ckpt"
 _ASIDE = ".partial-"
 """In the name of a checkpoint that is being written or removed; such a name does not end in .ckpt."""
 
+_SECONDS_PER_DAY = 86_400
+
 
 class Checkpoint(ModelCheckpoint):
     """Keeps the last checkpoints of a run, the final step always among them, and a link `last.ckpt` to the newest.
@@ -32,7 +35,7 @@ class Checkpoint(ModelCheckpoint):
     A checkpoint, file or folder, is written under another name on all ranks, gets its checksums, and takes its own name
     when it is whole. Then `last.ckpt` is put on it, in one step, and only then is an old one removed. A kill at any
     moment leaves the previous checkpoint and nothing that could be taken for a new one; what it leaves aside is removed
-    by the next save.
+    by the next save of a run of the same recipe.
 
     With `asynchronous` a save copies the state to the host's memory, and a thread does all the rest while the training
     goes on. What holds of a checkpoint does not change; a save that fails ends the run a little later, and a new one
@@ -42,7 +45,7 @@ class Checkpoint(ModelCheckpoint):
         every_n_steps: Optimizer steps between checkpoints.
         keep: Number of checkpoints to keep; -1 keeps all.
         milestone_every_n_steps: Checkpoints at multiples of so many steps are never removed.
-        asynchronous: Write while the training goes on; needs memory on the host for one copy of the rank's state.
+        asynchronous: Write while the training goes on; needs memory on the host for one copy of what a rank writes.
         dirpath: Folder; `checkpoints` inside the logger's folder if not given.
     """
 
@@ -65,6 +68,7 @@ class Checkpoint(ModelCheckpoint):
                 f"checkpoint.milestone_every_n_steps must be a multiple of checkpoint.every_n_steps {every_n_steps}, "
                 f"got {milestone_every_n_steps}"
             )
+        _refuse_remote(dirpath)
         super().__init__(
             dirpath=dirpath,
             filename="{step}",
@@ -91,12 +95,13 @@ class Checkpoint(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if "://" in str(self.dirpath):
-            raise UserError(f"checkpoint.dirpath must be a folder of this machine or its network, got {self.dirpath}")
+        _refuse_remote(self.dirpath)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DirectCheckpointIO()
         self._jobs = _Jobs(in_thread=self.asynchronous)
         self._ranks = Ranks(trainer, beside_training=self.asynchronous)
+        if stage == "fit":
+            self._ranks.do(self._make_folder)
         if isinstance(trainer.strategy, Sharded):
             trainer.strategy.saving_group = self._ranks.group
         elif self.asynchronous and isinstance(trainer.strategy, ModelParallelStrategy):
@@ -104,6 +109,17 @@ class Checkpoint(ModelCheckpoint):
                 f"checkpoint.asynchronous needs trainer.strategy meap_lit.strategies.Sharded, got "
                 f"{type(trainer.strategy).__name__}, which saves between training steps only"
             )
+
+    def _make_folder(self) -> None:
+        """Before the training, not at the first save."""
+        assert self.dirpath is not None
+        try:
+            os.makedirs(self.dirpath, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the folder of checkpoints {self.dirpath}: {error.strerror}; name another as "
+                f"checkpoint.dirpath"
+            ) from error
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["dirpath"] == self.dirpath:  # a resume in a new folder keeps no account of the old one
@@ -135,8 +151,9 @@ class Checkpoint(ModelCheckpoint):
             self._remove_leftovers(trainer)
         path, aside = map(Path, trainer.strategy.broadcast((filepath, _aside(Path(filepath)))))
         self._last_global_step_saved = trainer.global_step
-        if self.asynchronous:
-            checkpoint = on_host(checkpoint)
+        if self.asynchronous:  # the ranks of a node share its memory: no copy for those that write nothing
+            writes = trainer.is_global_zero or isinstance(trainer.strategy, Sharded)
+            checkpoint = on_host(checkpoint) if writes else {}
         self._jobs.add(partial(self._write, trainer, checkpoint, path, aside))
 
     def _write(self, trainer: L.Trainer, checkpoint: dict[str, Any], path: Path, aside: Path) -> None:
@@ -172,12 +189,19 @@ class Checkpoint(ModelCheckpoint):
             self._jobs.add(partial(_take_away, Path(filepath)))  # once the newer one is whole
 
     def _remove_leftovers(self, trainer: L.Trainer) -> None:
-        """Remove what killed runs left here, and where this run was resumed from unless a run still writes there."""
+        """Remove what killed runs left here.
+
+        Likewise where this run was resumed from, and in all versions of both, unless a run still writes there: a run
+        that was killed before its first checkpoint is not the one that the next is resumed from.
+        """
         assert self.dirpath is not None
-        for old in Path(self.dirpath).glob(f"*{_ASIDE}*"):
+        here = Path(self.dirpath)
+        resumed_from = Path(trainer.ckpt_path).absolute().parent if trainer.ckpt_path else here
+        for old in here.glob(f"*{_ASIDE}*"):
             _remove(old)
-        if trainer.ckpt_path and "://" not in str(trainer.ckpt_path):
-            for old in Path(trainer.ckpt_path).parent.glob(f"*{_ASIDE}*"):
+        for folder in (here, resumed_from):
+            versions = folder.parent.parent.glob(f"version_*/{folder.name}/*{_ASIDE}*")
+            for old in (*folder.glob(f"*{_ASIDE}*"), *versions):
                 if _is_abandoned(old):
                     _remove(old)
 
@@ -186,10 +210,17 @@ def _aside(path: Path) -> str:
     return f"{path}{_ASIDE}{os.getpid()}@{socket.gethostname()}"
 
 
+def _refuse_remote(dirpath: Any) -> None:
+    if "://" in str(dirpath):
+        raise UserError(f"checkpoint.dirpath must be a folder of this machine or its network, got {dirpath}")
+
+
 def _is_abandoned(path: Path) -> bool:
+    """Whether the process that wrote it is gone; one of another host is taken for gone after a day of silence."""
     pid, _, host = path.name.rpartition(_ASIDE)[2].partition("@")
     if host != socket.gethostname() or not pid.isdigit():
-        return False
+        files = [path, *path.iterdir()] if path.is_dir() else [path]
+        return time.time() - max(file.lstat().st_mtime for file in files) > _SECONDS_PER_DAY
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

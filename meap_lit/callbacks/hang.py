@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import signal
 import socket
 import sys
@@ -110,7 +111,8 @@ class _Watch:
         # a connection of its own: a call that waits would keep the training from the store
         store: Any = dist.distributed_c10d._get_default_store()  # torch's stubs lack `clone`
         self.store = dist.PrefixStore("hang", store.clone())
-        self.store.set_timeout(timedelta(seconds=max(10.0, 2 * self.interval_s)))
+        self.patience_s = max(10.0, 2 * self.interval_s)
+        self.store.set_timeout(timedelta(seconds=self.patience_s))
         self._since = time.monotonic()
         self._stopped = threading.Event()
         self._tell()
@@ -148,6 +150,32 @@ class _Watch:
         return self.me.idle_s < self.timeout_s + self.grace_s
 
     def _read(self) -> dict[int, Whereabouts]:
+        """What each rank last said.
+
+        A thread of its own asks: where the store's process or node stands still, torch's client waits for ever, as even
+        its time-out asks the store to confirm that nobody waits any more.
+
+        Raises:
+            DistError: If the store does not answer.
+        """
+        answers: queue.SimpleQueue[dict[int, Whereabouts] | dist.DistError] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put(self._ask())
+            except dist.DistError as error:
+                answers.put(error)
+
+        threading.Thread(target=ask, name="hang-watch-ask", daemon=True).start()
+        try:
+            answer = answers.get(timeout=self.patience_s)
+        except queue.Empty:
+            raise dist.DistStoreError(f"nothing came in {self.patience_s:g} s") from None
+        if isinstance(answer, dist.DistError):
+            raise answer
+        return answer
+
+    def _ask(self) -> dict[int, Whereabouts]:
         ranks = [rank for rank in range(self.num_ranks) if self.store.check([str(rank)])]
         return {rank: Whereabouts(**json.loads(self.store.get(str(rank)))) for rank in ranks}
 

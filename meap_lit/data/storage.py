@@ -108,12 +108,14 @@ def _get(address: str, file: io.BufferedIOBase, storage: Storage) -> None:
         UserError: If it would not.
     """
     url = urlsplit(address)
-    if url.scheme == "s3":
+    if url.scheme == "s3" and url.netloc:
         _get_s3(address, url.netloc, url.path.lstrip("/"), file, storage)
-    elif url.scheme in REMOTE_SCHEMES:
+    elif url.scheme in REMOTE_SCHEMES and url.netloc:
         _get_by_litdata(address, file, storage)
     else:
-        raise UserError(f"dataset address {address} must begin with one of {', '.join(REMOTE_SCHEMES)} and ://")
+        raise UserError(
+            f"dataset address {address} must begin with one of {', '.join(REMOTE_SCHEMES)} and ://, then name a bucket"
+        )
 
 
 def _get_s3(address: str, bucket: str, key: str, file: io.BufferedIOBase, storage: Storage) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULT_FILE = "result.json"
+_WEIGHTS = (".safetensors", ".distcp")
 
 
 @dataclass(kw_only=True)
@@ -80,6 +82,10 @@ class Evaluate:
         labels = self.label or [label_of(path) for path in self.checkpoint]
         if len(labels) != len(self.checkpoint) or len(set(labels)) != len(labels):
             raise UserError(f"--label must give each checkpoint a name of its own, got {', '.join(labels)}")
+        for option, names in (("label", labels), ("name", [self.name or self.task.name])):
+            for name in names:
+                if name in ("", ".", "..") or Path(name).name != name:
+                    raise UserError(f"--{option} must be the name of a folder, without any above it, got {name!r}")
         start_ranks()
         results = [self._evaluate(path, label) for path, label in zip(self.checkpoint, labels, strict=True)]
         if not is_first_rank():
@@ -100,6 +106,7 @@ class Evaluate:
         settings = {
             "task": describe(self.task),
             "checkpoint": str(model.source.path.resolve()),
+            "weights": state_of(model.source.path),
             "tokenizer": model.tokenizer.fingerprint,
             "dtype": str(model.dtype).removeprefix("torch."),
             "items": fingerprint(items),
@@ -110,6 +117,7 @@ class Evaluate:
         about = {
             **settings,
             "model": dataclasses.asdict(model.config),
+            "tokens_seen": model.source.tokens_seen,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.processor() or "cpu",
             "processes": num_ranks(),
@@ -129,8 +137,16 @@ class Evaluate:
 def label_of(checkpoint: str) -> str:
     """A short name for a checkpoint: its last folders, without what all runs have in common."""
     parts = [part for part in Path(checkpoint).resolve().parts if part not in ("/", "checkpoints", "runs")]
-    named = next((n for n in (1, 2, 3) if not parts[-n].startswith(("version_", "step=", "last."))), 1)
+    named = next((n for n, part in enumerate(parts[::-1], 1) if not part.startswith(("version_", "step=", "last."))), 1)
     return "-".join(part.removesuffix(".ckpt") for part in parts[-named:])
+
+
+def state_of(path: Path) -> str:
+    """Size and age of the weights under `path`: other weights may come to lie where some were."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in _WEIGHTS]
+    stats = [file.stat() for file in files]
+    newest = datetime.fromtimestamp(max(stat.st_mtime for stat in stats), UTC)
+    return f"{sum(stat.st_size for stat in stats):,} bytes of {newest.isoformat(timespec='microseconds')}"
 
 
 def describe(task: Task) -> dict[str, Any]:
@@ -151,9 +167,18 @@ def save(task: Task, results: list[Result], folder: Path) -> None:
     if len(results) == 2:
         first, second = results
         content["difference"] = {metric: difference(first, second, metric)._asdict() for metric in first.metrics}
-    (folder / RESULT_FILE).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        content["differences"] = [
+            {key: group, **difference(first, second, cell={key: group})._asdict()}
+            for key in first.cell_keys
+            for group in first.along(key)
+        ]
+    text = json.dumps(_without_nan(content), indent=1, allow_nan=False, default=str)
+    (folder / RESULT_FILE).write_text(text + "\n", encoding="utf-8")
     figures = task.figures(results)
     for name, figure in figures.items():
+        if len(results) == 2:
+            change = _change(difference(results[0], results[1]), task.unit)
+            figure.supxlabel(f"{task.metrics[0]}, difference: {change}", fontsize=9)
         figure.savefig(folder / f"{name}.png", dpi=120)
     _log(folder, content, figures)
 
@@ -178,6 +203,15 @@ def _summary(result: Result) -> dict[str, Any]:
     }
 
 
+def _without_nan(content: Any) -> Any:
+    """The same with null for numbers that JSON has not, such as the mean of nothing."""
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def _log(folder: Path, content: dict[str, Any], figures: "dict[str, Figure]") -> None:
     """The same for TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
@@ -196,7 +230,7 @@ def report(task: Task, results: list[Result]) -> str:
     """The tables of one result or of two: each metric over all items, then the headline along each key of the cells."""
     rows = [["", *(result.label for result in results), *(["difference"] if len(results) == 2 else [])]]
     for metric in results[0].metrics:
-        changes = [_change(difference(results[0], other, metric)) for other in results[1:]]
+        changes = [_change(difference(results[0], other, metric), task.unit) for other in results[1:]]
         rows.append([metric, *(_text(result.mean(metric), task.unit) for result in results), *changes])
     headline = task.metrics[0]
     for key in results[0].cell_keys:
@@ -205,7 +239,7 @@ def report(task: Task, results: list[Result]) -> str:
             rows.append([f"{headline} by {key}"])
             for group in alongs[0]:
                 means = [along.get(group, Mean.of([])) for along in alongs]
-                deltas = [f"{means[1].value - means[0].value:+.2f}"] if len(means) == 2 else []
+                deltas = [_change(difference(results[0], other, cell={key: group}), task.unit) for other in results[1:]]
                 name = f"{group:g}" if isinstance(group, float) else str(group)
                 rows.append([f"  {name}", *(_text(mean, task.unit) for mean in means), *deltas])
     for name, value in task.extra(results).items():
@@ -220,8 +254,14 @@ def report(task: Task, results: list[Result]) -> str:
 
 
 def _text(mean: Mean, unit: str) -> str:
-    return f"{mean.value:.2f} ± {mean.error:.2f} {unit}".rstrip()
+    digits = _num_digits(unit)
+    return f"{mean.value:.{digits}f} ± {mean.error:.{digits}f} {unit}".rstrip()
 
 
-def _change(change: Difference) -> str:
-    return f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
+def _change(change: Difference, unit: str) -> str:
+    digits = _num_digits(unit)
+    return f"{change.value:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
+
+
+def _num_digits(unit: str) -> int:
+    return 2 if unit == "%" else 4

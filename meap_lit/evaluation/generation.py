@@ -98,19 +98,20 @@ def generate(
         for first in range(0, len(prompts), batch_size):
             indices = longest_first[first : first + batch_size]
             steps = _steps(
-                decoder, prompts, indices, max_new_tokens, sampling, forbidden_token_ids, use_cache=use_cache
+                decoder,
+                prompts,
+                indices,
+                max_new_tokens,
+                sampling,
+                stop_token_ids,
+                forbidden_token_ids,
+                use_cache=use_cache,
             )
-            alive = set(indices)
             for chosen in steps:
-                for index, token_id in zip(indices, chosen, strict=True):
-                    if token_id in stop_token_ids:
-                        alive.discard(index)
-                    if index in alive:
-                        continuations[index].append(token_id)
-                        if on_token is not None:
-                            on_token(index, token_id)
-                if not alive:
-                    break
+                for index, token_id in chosen.items():
+                    continuations[index].append(token_id)
+                    if on_token is not None:
+                        on_token(index, token_id)
     finally:
         decoder.train(was_training)
     return continuations
@@ -147,11 +148,12 @@ def _steps(
     indices: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling,
+    stop_token_ids: Sequence[int],
     forbidden_token_ids: Sequence[int],
     *,
     use_cache: bool,
-) -> Iterator[list[int]]:
-    """The ids chosen for the prompts at `indices`, step after step; ids after a stop token mean nothing."""
+) -> Iterator[dict[int, int]]:
+    """The id chosen for each of the prompts at `indices` that has not stopped, step after step."""
     weight = decoder.embed_tokens.weight
     device = weight.device
     forbidden = torch.tensor(forbidden_token_ids, dtype=torch.int64, device=device)
@@ -161,6 +163,7 @@ def _steps(
     prompt_ids = pad_sequence(rows, batch_first=True).to(device)
     input_ids = F.pad(prompt_ids, (0, max_new_tokens))  # [B, S]
     cache = KVCache(decoder.config, len(rows), input_ids.size(1), device, weight.dtype) if use_cache else None
+    going = dict(enumerate(indices))  # the prompt of each row that has not stopped
     for step in range(max_new_tokens):
         if cache is None or step == 0:
             # padding stands on the right, where no token of the prompt sees it
@@ -170,9 +173,20 @@ def _steps(
             hidden = decoder(input_ids.gather(1, last), last, cache=cache)  # [B, 1, D]
         logits = decoder.logits(hidden[:, 0]).float().index_fill(1, forbidden, -math.inf)  # [B, V]
         chosen = choose_tokens(logits, sampling, [draw.random() for draw in draws])
-        yield chosen.tolist()
+        ids = chosen.tolist()
+        going = {row: index for row, index in going.items() if ids[row] not in stop_token_ids}
+        yield {index: ids[row] for row, index in going.items()}
+        if not going:
+            return
         last = last + 1
         input_ids.scatter_(1, last, chosen[:, None])
+        if 2 * len(going) <= len(ids):  # not at once when one stops, as the cache is copied
+            kept = torch.tensor(list(going), device=device)
+            input_ids, last = input_ids[kept], last[kept]
+            draws = [draws[row] for row in going]
+            going = dict(enumerate(going.values()))
+            if cache is not None:
+                cache.keep(kept)
 
 
 def choose_tokens(logits: Tensor, sampling: Sampling, draws: Sequence[float]) -> Tensor:

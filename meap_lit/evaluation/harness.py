@@ -15,6 +15,7 @@ from tqdm import tqdm
 from meap_lit.errors import UserError
 from meap_lit.evaluation.generation import Sampling
 from meap_lit.evaluation.language_model import Dtype, LanguageModel
+from meap_lit.evaluation.runner import batches
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -104,7 +105,7 @@ class HarnessModel(TemplateLM):
         """
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
-        for indices in self._batches(longest_first, [len(row) for row, _ in rows]):
+        for indices in batches(longest_first, self.batch_tokens, lambda index: len(rows[index][0])):
             found = self.model.log_probs([rows[index][0] for index in indices], [rows[index][1] for index in indices])
             for index, (log_probs, is_best) in zip(indices, found, strict=True):
                 scores[index] = float(log_probs.double().sum()), bool(is_best.all())
@@ -153,7 +154,7 @@ class HarnessModel(TemplateLM):
                 prompts = [self._prompt(requests[index].args[0], options["max_gen_toks"]) for index in members]
                 lengths = [len(prompt) + options["max_gen_toks"] for prompt in prompts]
                 longest_first = sorted(range(len(members)), key=lambda number: -lengths[number])
-                for numbers in self._batches(longest_first, lengths):
+                for numbers in batches(longest_first, self.batch_tokens, lengths.__getitem__):
                     answers = self._continue([prompts[number] for number in numbers], options)
                     for number, answer in zip(numbers, answers, strict=True):
                         texts[members[number]] = answer
@@ -183,17 +184,6 @@ class HarnessModel(TemplateLM):
             _before(self.model.text_after(prompt, continuation), options["until"])
             for prompt, continuation in zip(prompts, continuations, strict=True)
         ]
-
-    def _batches(self, indices: Iterable[int], lengths: Sequence[int]) -> Iterable[list[int]]:
-        """Indices, the longest first, in batches of at most `batch_tokens` positions."""
-        batch: list[int] = []
-        for index in indices:
-            if batch and (len(batch) + 1) * lengths[batch[0]] > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
 
 
 def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[str, Any]:

@@ -88,14 +88,24 @@ class Difference(NamedTuple):
     n: int
 
 
-def difference(first: Result, second: Result, metric: str | None = None, num_draws: int = 10_000) -> Difference:
-    """Paired bootstrap: groups of items are drawn with replacement, each item with both its scores."""
+def difference(
+    first: Result, second: Result, metric: str | None = None, cell: Mapping[str, Any] | None = None
+) -> Difference:
+    """Paired bootstrap: groups of items are drawn with replacement, each item with both its scores.
+
+    Args:
+        first: The baseline.
+        second: What is compared with it.
+        metric: One of the scores; the headline if none is named.
+        cell: Items with these values in their cell only, such as {"length": 4096}.
+    """
+    wanted = (cell or {}).items()
     scores = {record["id"]: score for record, score in first.scored(metric)}
     groups: dict[str, list[float]] = {}
     for record, score in second.scored(metric):
-        if record["id"] in scores:
+        if record["id"] in scores and wanted <= record["cell"].items():
             groups.setdefault(str(record.get("group") or record["id"]), []).append(score - scores[record["id"]])
-    return bootstrap(list(groups.values()), num_draws)
+    return bootstrap(list(groups.values()))
 
 
 def bootstrap(groups: Sequence[Sequence[float]], num_draws: int = 10_000) -> Difference:
@@ -107,7 +117,10 @@ def bootstrap(groups: Sequence[Sequence[float]], num_draws: int = 10_000) -> Dif
     if not len(sums):
         return Difference(math.nan, math.nan, math.nan, 0)
     generator = np.random.default_rng(0)
-    draws = (generator.integers(len(sums), size=len(sums)) for _ in range(num_draws))
-    means = [sums[drawn].sum() / sizes[drawn].sum() for drawn in draws]
+    means = np.empty(num_draws)
+    at_once = max(1, 1_000_000 // len(sums))  # samples; more would take more memory than time
+    for start in range(0, num_draws, at_once):
+        drawn = generator.integers(len(sums), size=(len(means[start : start + at_once]), len(sums)))
+        means[start : start + at_once] = sums[drawn].sum(1) / sizes[drawn].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Difference(float(sums.sum() / sizes.sum()), float(low), float(high), int(sizes.sum()))

@@ -8,9 +8,10 @@ on its batch, so the scores are those of one process.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -24,6 +25,7 @@ SETTINGS_FILE = "settings.json"
 _PART = "predictions.part-*.jsonl"
 
 Overflow = Literal["stop", "skip"]
+T = TypeVar("T")
 
 
 def choose_items(task: Task, model: LanguageModel, on_overflow: Overflow) -> tuple[list[Item], int]:
@@ -80,8 +82,11 @@ class Records:
                         f"another --output or --name, or remove that folder"
                     )
         elif is_first_rank():
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(file, json.dumps(content, indent=1) + "\n")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _write_whole(file, json.dumps(content, indent=1) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write into {folder}: {error.strerror}; choose another --output") from error
 
     def read(self) -> dict[str, Record]:
         """All answers so far, by id."""
@@ -106,8 +111,7 @@ class Records:
         known = self.read()
         records = [known[item.id] for item in items]
         if is_first_rank():
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            _write_whole(self.folder / RECORDS_FILE, "".join(lines))
+            write_records(self.folder / RECORDS_FILE, records)
             for part in self.folder.glob(_PART):
                 part.unlink()
         return records
@@ -133,7 +137,7 @@ def predict(
     open_items = sorted((item for item in items if item.id not in known), key=lambda item: -item.num_tokens)
     mine = open_items[rank() :: num_ranks()]
     with tqdm(total=len(items), initial=len(items) - len(open_items), desc=task.name, disable=not mine) as bar:
-        for batch in batches(mine, batch_tokens):
+        for batch in batches(mine, batch_tokens, lambda item: item.num_tokens):
             answers = task.answer(model, batch)
             records.add(
                 [
@@ -148,11 +152,11 @@ def predict(
     return whole
 
 
-def batches(items: Sequence[Item], batch_tokens: int) -> Iterator[list[Item]]:
-    """Items, the longest first, in batches of at most `batch_tokens` positions."""
-    batch: list[Item] = []
-    for item in items:
-        if batch and (len(batch) + 1) * batch[0].num_tokens > batch_tokens:
+def batches(longest_first: Iterable[T], batch_tokens: int, num_tokens: Callable[[T], int]) -> Iterator[list[T]]:
+    """Whatever has a number of tokens, in batches of at most `batch_tokens` positions, padding included."""
+    batch: list[T] = []
+    for item in longest_first:
+        if batch and (len(batch) + 1) * num_tokens(batch[0]) > batch_tokens:
             yield batch
             batch = []
         batch.append(item)
@@ -164,9 +168,16 @@ def batches(items: Sequence[Item], batch_tokens: int) -> Iterator[list[Item]]:
 
 
 def start_ranks() -> None:
-    """Meet the other processes, if `torchrun` or SLURM's launcher started several."""
+    """Meet the other processes, if `torchrun` started several.
+
+    Raises:
+        UserError: If another launcher did: each would take itself for the only one.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        # who is done waits for the others, however long they take; torchrun ends all if one fails
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not dist.is_initialized():
+        raise UserError("srun started several processes that do not know of each other; let each node run torchrun")
 
 
 def rank() -> int:
@@ -208,6 +219,11 @@ def _cut_broken_line(file: Path) -> None:
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(file, whole)
+
+
+def write_records(file: Path, records: Sequence[Record]) -> None:
+    """Put records into a file, a line each, in the place of what it held."""
+    _write_whole(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def _write_whole(file: Path, text: str) -> None:

@@ -94,18 +94,23 @@ class GenerationTask(Task):
     Args:
         prompt_style: The prompt as plain text that the model continues, or as a user's message in a chat template.
         template: Chat template, as for `prepare chat`; the tokenizer's own by default.
+        system: With a chat template, what the system says first, if it did in training. In the authors' fine-tuning
+            (scitix/MEAP) that is "You are a helpful, excellent and smart assistant."
         max_new_tokens: Most tokens of an answer.
     """
 
     prompt_style: PromptStyle = "raw"
     template: str = "tokenizer"
+    system: str | None = None
     max_new_tokens: int = 64
 
     def encode_prompt(self, model: LanguageModel, prompt: str) -> list[int]:
         """Tokens of a prompt in the task's style."""
         if self.prompt_style == "raw":
             return model.encode(prompt)
-        return model.chat_template(self.template).encode_prompt([{"role": "user", "content": prompt}])
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages.append({"role": "user", "content": prompt})
+        return model.chat_template(self.template).encode_prompt(messages)
 
     def item(
         self,

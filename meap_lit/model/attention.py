@@ -4,6 +4,7 @@ The decoder hands one of these to its layers as `attend(query, key, value) -> y`
 and value [B, H_kv, T, head_dim] and y [B, H, T, head_dim]. All are `scaled_dot_product_attention` underneath.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -112,6 +113,7 @@ class KVCache:
         # zeros, not empty: an unseen value has weight 0, and 0 times a stray NaN is NaN
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.num_groups = config.num_heads // config.num_kv_heads
 
     def attention(self, position_ids: Tensor | None) -> list[Attend]:
         """For each layer the function that stores the keys and values of tokens and attends to what they may see.
@@ -122,14 +124,21 @@ class KVCache:
         """
         if position_ids is None:
             return [partial(_fill, cache=cache) for cache in zip(self.keys, self.values, strict=True)]
-        batch_size, max_len = self.keys.size(1), self.keys.size(3)
-        rows = torch.arange(batch_size, device=position_ids.device)[:, None]  # [B, 1]
-        position_ids = position_ids.expand(batch_size, -1)  # [B, T]
-        seen = position_ids[:, None, :, None] >= torch.arange(max_len, device=position_ids.device)  # [B, 1, T, S]
+        num_slots = int(position_ids.max()) + 1  # what lies behind the longest row so far, no query sees
+        slots = position_ids.expand(self.keys.size(1), -1)[:, None, :, None]  # [B, 1, T, 1]
+        unseen = slots < torch.arange(num_slots, device=position_ids.device)  # [B, 1, T, S]
+        # The mask of all layers: added to the scores, not bool, which SDPA would turn into this in every layer. Query
+        # heads that share a key head stand in it one after the other, see `_extend`.
+        bias = torch.zeros(unseen.shape, device=unseen.device, dtype=self.keys.dtype).masked_fill_(unseen, -math.inf)
+        bias = bias.repeat(1, 1, self.num_groups, 1)  # [B, 1, H / H_kv * T, S]
         return [
-            partial(_extend, cache=cache, slots=(rows, position_ids), seen=seen)
-            for cache in zip(self.keys, self.values, strict=True)
+            partial(_extend, cache=(keys[:, :, :num_slots], values[:, :, :num_slots]), slots=slots, bias=bias)
+            for keys, values in zip(self.keys, self.values, strict=True)
         ]
+
+    def keep(self, rows: Tensor) -> None:
+        """Give up all rows but these, [N] int64."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
 def _fill(query: Tensor, key: Tensor, value: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
@@ -139,13 +148,13 @@ def _fill(query: Tensor, key: Tensor, value: Tensor, cache: tuple[Tensor, Tensor
 
 
 def _extend(
-    query: Tensor, key: Tensor, value: Tensor, cache: tuple[Tensor, Tensor], slots: tuple[Tensor, Tensor], seen: Tensor
+    query: Tensor, key: Tensor, value: Tensor, cache: tuple[Tensor, Tensor], slots: Tensor, bias: Tensor
 ) -> Tensor:
     for stored, new in zip(cache, (key, value), strict=True):  # [B, H_kv, S, head_dim] and [B, H_kv, T, head_dim]
-        stored.transpose(1, 2)[slots] = new.transpose(1, 2).to(stored.dtype)
+        stored.scatter_(2, slots.expand_as(new), new.to(stored.dtype))
     # Query heads that share a key head are stacked as further queries of it: with a mask, SDPA's fused kernels do not
     # group heads on every device, and its fallback copies the whole cache for each query head.
     groups = query.size(1) // key.size(1), query.size(2)
     query = query.unflatten(1, (-1, groups[0])).flatten(2, 3)  # [B, H_kv, H / H_kv * T, head_dim]
-    y = F.scaled_dot_product_attention(query, *cache, attn_mask=seen.repeat(1, 1, groups[0], 1))
+    y = F.scaled_dot_product_attention(query, *cache, attn_mask=bias)
     return y.unflatten(2, groups).flatten(1, 2)  # [B, H, T, head_dim]

@@ -33,7 +33,8 @@ def linear_cross_entropy(
 
     Rows are taken in pieces of at most `MAX_LOGITS` logits. Their gradients are formed in the same pass while the
     piece's logits are at hand and only scaled in the backward, so nothing is computed twice and peak memory does
-    not grow with B * T * V. Without grad mode no gradients are formed.
+    not grow with B * T * V. Without grad mode no gradients are formed. As they are scaled in place, the backward can
+    be taken once; torch raises RuntimeError at a second.
 
     Matrix products run in the autocast dtype, if autocast is on; softmax, sum and the head's gradient accumulate in
     float32. Meant for float32 and bfloat16: in float16 small gradients would underflow before a loss scale meets them.
@@ -85,7 +86,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = grad @ head
             if grad_weight is not None:
-                grad_weight += grad.T @ piece
+                _add_product_(grad_weight, grad, piece)
+            del log_probs, grad  # or they would lie beside those of the next piece
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(row_losses)
         return total, row_losses
@@ -94,9 +96,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
-            None,
-            None,
-        )
+        for saved in (grad_hidden, grad_weight):
+            if saved is not None:
+                saved *= grad  # in place: a scaled copy would be one more tensor as large as the head
+        return grad_hidden, grad_weight, None, None
+
+
+def _add_product_(total: Tensor, grad: Tensor, piece: Tensor) -> None:
+    """Add `grad.T @ piece`, [V, D], to `total` without forming it whole, which would take as much as the head."""
+    if total.dtype == piece.dtype:
+        total.addmm_(grad.T, piece)
+        return
+    rows = max(1, MAX_LOGITS // total.size(1))
+    for part, columns in zip(total.split(rows), grad.split(rows, dim=1), strict=True):
+        part += columns.T @ piece

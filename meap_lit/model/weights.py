@@ -37,6 +37,7 @@ class WeightSource(ABC):
         dtype: What the model is kept in. Tensors may be wider: a checkpoint of training holds float32.
         tokenizer_folder: Folder with the tokenizer.json that belongs to it, if there is one.
         generation: Content of generation_config.json.
+        tokens_seen: Tokens that it was trained on here, where that is known.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class WeightSource(ABC):
     dtype: torch.dtype
     tokenizer_folder: Path | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    tokens_seen: int | None = None
 
     @abstractmethod
     def names(self) -> list[str]:

@@ -212,8 +212,19 @@ class DecoderModule(L.LightningModule, ABC):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse adapters of another model: they would fit it, and mean nothing."""
-        trained_on = checkpoint.get("decoder", {}).get("init_from")
+        """Refuse the weights of another model, and adapters of one: they might fit, and mean nothing."""
+        data = getattr(self._trainer, "datamodule", None)
+        if data is not None and type(data).__qualname__ not in checkpoint:
+            return  # a run of another kind: `Budget` says so
+        about = checkpoint.get("decoder", {})
+        config = dataclasses.asdict(self.config)
+        for name, was in about.get("config", {}).items():
+            if was != config[name] and name != "max_seq_len":
+                raise UserError(
+                    f"the checkpoint's model has decoder.{name} {was}, that of the recipe {config[name]}; leave it "
+                    f"as it was, or start a new run with model.init_from"
+                )
+        trained_on = about.get("init_from")
         now = self.origin.get("init_from")
         if self.lora is not None and trained_on and trained_on != now and Path(trained_on).exists():
             raise UserError(
@@ -226,9 +237,11 @@ class DecoderModule(L.LightningModule, ABC):
         for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=False):
             if state:  # one rank may have gathered it all
                 _name_parameters(state, optimizer, {id(p): name for name, p in self.named_parameters()})
+        data = getattr(self.trainer, "datamodule", None)
         checkpoint["decoder"] = {
             "config": dataclasses.asdict(self.config),
             "mask_token_id": self.mask_token_id,
+            "tokens_seen": None if data is None else data.samples_seen * data.seq_len,
             "lora": None if self.lora is None else dataclasses.asdict(self.lora),
             **self.origin,
         }

@@ -91,6 +91,33 @@ def test_what_a_killed_run_left_elsewhere_is_removed_by_the_run_that_resumes_it(
     assert leftovers(tmp_path / "old") == [alive.name]
 
 
+def test_what_runs_left_that_were_killed_before_their_first_checkpoint_is_removed_by_the_next(tmp_path):
+    def killed():
+        kill_at("os.rename", 1)
+        train(tmp_path / "version_0" / "checkpoints")
+
+    fork(killed)
+    elsewhere = {name: tmp_path / "version_0" / "checkpoints" / f"{name}.ckpt.partial-1@far" for name in "ab"}
+    for path in elsewhere.values():
+        path.mkdir()
+        (path / "meta.pt").touch()
+    for path in (elsewhere["a"], elsewhere["a"] / "meta.pt"):
+        os.utime(path, (0, 0))
+    assert len(leftovers(tmp_path / "version_0" / "checkpoints")) == 3
+    train(tmp_path / "version_1" / "checkpoints")
+    assert leftovers(tmp_path / "version_0" / "checkpoints") == [elsewhere["b"].name]
+
+
+def test_a_rank_that_writes_nothing_copies_nothing_to_the_host(tmp_path):
+    def counted():
+        with mock.patch("meap_lit.callbacks.checkpoint.on_host", side_effect=on_host) as copy:
+            train(tmp_path, num_copies=2, asynchronous=True)
+        raise SystemExit(copy.call_count)
+
+    assert fork(counted, num_ranks=2) == [2, 0]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_is_one_error_and_leaves_the_checkpoint_before(tmp_path, asynchronous):
     def cramped():
@@ -187,10 +214,9 @@ def test_nothing_is_left_of_a_save_that_failed(tmp_path, error):
 
 
 def test_milestones_stay(tmp_path):
-    checkpoint = Checkpoint(every_n_steps=1, keep=2, milestone_every_n_steps=3, dirpath=str(tmp_path / "other"))
-    train(tmp_path, max_steps=8, callbacks=[checkpoint])
-    assert visible(tmp_path / "other") == ["last.ckpt", *(f"step={step}.ckpt" for step in (3, 6, 7, 8))]
-    assert (tmp_path / "other" / "last.ckpt").readlink().name == "step=8.ckpt"
+    train(tmp_path, max_steps=8, every_n_steps=1, keep=2, milestone_every_n_steps=3)
+    assert visible(tmp_path) == ["last.ckpt", *(f"step={step}.ckpt" for step in (3, 6, 7, 8))]
+    assert (tmp_path / "last.ckpt").readlink().name == "step=8.ckpt"
 
 
 @pytest.mark.parametrize(
@@ -213,6 +239,21 @@ def test_wrong_options_are_named(options, message):
     with pytest.raises(UserError) as error:
         Checkpoint(**options)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("s3://bucket/run", "checkpoint.dirpath must be a folder of this machine or its network, got s3://bucket/run"),
+        ("{file}/run", "cannot make the folder of checkpoints {file}/run: Not a directory; name another as checkpoint"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_named_before_the_training(tmp_path, folder, message):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError) as error:
+        train(folder.format(file=file), callbacks=[AfterStep(1, lambda: pytest.fail("it trains"))])
+    assert str(error.value).startswith(message.format(file=file))
 
 
 def test_a_damaged_shard_is_named_before_anything_is_loaded(tmp_path):

@@ -1,8 +1,11 @@
 """A run whose one rank hangs ends, and says which."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,12 +38,11 @@ def test_the_rank_that_is_behind_is_named(after, message):
     assert blame({rank: told(rank) for rank in after}, after, 3) == message
 
 
-def run(recipe, *options):
+def command(recipe, *options):
     command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(recipe)]
     command += ["--config", "recipes/strategy/ddp.yaml", "--trainer.devices", "2", "--data.micro_batch_size", "2"]
     command += ["--hang.timeout_minutes", "0.1", "--trainer.callbacks+=tests.callbacks.interruption.HangAt"]
-    command += ["--trainer.callbacks.rank", "1", "--trainer.callbacks.batch", "5", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return [*command, "--trainer.callbacks.rank", "1", "--trainer.callbacks.batch", "5", *options]
 
 
 @pytest.mark.parametrize(
@@ -54,13 +56,28 @@ def run(recipe, *options):
     ],
 )
 def test_a_run_with_a_hanging_rank_ends(toy_recipe, options, reason):
-    result = run(toy_recipe, *options)
+    result = subprocess.run(command(toy_recipe, *options), capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 1, result.stderr
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     found = re.search(rf"^error: no progress on rank 0 .* for \d+ s \(hang.timeout_minutes 0.1\): {reason}", line)
     assert found, line
     status = Path(f"/proc/{found[1]}/stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z", "the other rank lives on"
+
+
+def test_the_others_end_when_the_process_with_the_store_is_stopped(toy_recipe, tmp_path):
+    """It is rank 0, the process that was started: it stays stopped, and nothing is heard of its store."""
+    options = ["--trainer.callbacks.rank", "0", "--trainer.callbacks.stopped", "true"]
+    with open(tmp_path / "log", "wb") as log:
+        stopped = subprocess.Popen(command(toy_recipe, *options), stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 200
+        while "error: " not in (text := (tmp_path / "log").read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        os.killpg(stopped.pid, signal.SIGKILL)
+        stopped.wait()
+    assert re.search(r"error: no progress on rank 1 .*: the store of rank 0 does not answer \(.*\); look there", text)
 
 
 @pytest.mark.parametrize("minutes", [0, -1])

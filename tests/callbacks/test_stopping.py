@@ -104,4 +104,4 @@ def test_a_second_signal_ends_the_run_at_once(toy_recipe, tmp_path):
     status, log = fit(toy_recipe, *options, log=tmp_path / "log")
     assert status == 130
     assert "stopped after" not in log
-    assert not (tmp_path / "runs" / "toy" / "version_0" / "checkpoints").exists()
+    assert not list((tmp_path / "runs" / "toy" / "version_0" / "checkpoints").iterdir())

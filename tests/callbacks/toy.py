@@ -44,21 +44,19 @@ class Toy(L.LightningModule):
         return torch.optim.AdamW([{"params": vectors, "weight_decay": 0.0}, {"params": matrices}], lr=0.01)
 
 
-def train(folder, *, max_steps=4, num_shards=0, ckpt_path=None, keep=1, asynchronous=False, callbacks=()):
-    """Train with a checkpoint in `folder` every two steps."""
+def train(folder, *, max_steps=4, num_shards=0, num_copies=0, ckpt_path=None, callbacks=(), **saving):
+    """Train with a checkpoint in `folder`, every two steps, one kept, unless `saving` says otherwise."""
     L.seed_everything(0)
+    split = ModelParallelStrategy(num_shards, 1) if num_shards else None
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=num_shards or 1,
-        strategy=ModelParallelStrategy(num_shards, 1) if num_shards else "auto",
+        devices=num_shards or num_copies or 1,
+        strategy=split or ("ddp" if num_copies else "auto"),
         max_steps=max_steps,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[
-            Checkpoint(every_n_steps=2, keep=keep, asynchronous=asynchronous, dirpath=str(folder)),
-            *callbacks,
-        ],
+        callbacks=[Checkpoint(**{"every_n_steps": 2, "keep": 1, "dirpath": str(folder)} | saving), *callbacks],
     )
     trainer.fit(Toy(), ckpt_path=ckpt_path, weights_only=True)
     return trainer

@@ -93,6 +93,7 @@ def test_damaged_json_is_read_again(filled, tmp_path):
         (ADDRESS, {"endpoint_url": "127.0.0.1"}, r"Invalid endpoint: 127.0.0.1; check AWS_ENDPOINT_URL"),
         (ADDRESS, {"endpoint": "x"}, r"unexpected keyword argument 'endpoint'; check .* data.storage_options"),
         ("s3://b*d/object", {}, r"Invalid bucket name .b\*d.*; check the address"),
+        ("s3:///object", {}, "address s3:///object must begin with one of s3, .* and ://, then name a bucket"),
         ("ftp://host/object", {}, "dataset address ftp://host/object must begin with one of s3, gs, r2, azure and ://"),
     ],
 )

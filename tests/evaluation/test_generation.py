@@ -290,3 +290,25 @@ def test_wrong_sampling_is_refused_in_one_line(values: dict[str, float], message
     with pytest.raises(UserError) as error:
         Sampling(**values)  # type: ignore[arg-type]
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_rows_that_have_stopped_are_not_computed(use_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = random_decoder()
+    sampling = Sampling(temperature=1.5)
+    whole = generate(decoder, PROMPTS, max_new_tokens=30, sampling=sampling)
+    stops = {whole[0][2], whole[1][4], whole[2][6]}
+    expected = [list(itertools.takewhile(lambda token_id: token_id not in stops, ids)) for ids in whole]
+    assert len(set(map(len, expected))) > 2, "rows stop at different steps"
+    rows = []
+    forward = decoder.forward
+    monkeypatch.setattr(
+        decoder, "forward", lambda ids, *args, **kwargs: rows.append(len(ids)) or forward(ids, *args, **kwargs)
+    )
+    new_ids = generate(
+        decoder, PROMPTS, max_new_tokens=30, sampling=sampling, stop_token_ids=[*stops], use_cache=use_cache
+    )
+    assert new_ids == expected
+    assert rows[0] == 5
+    assert rows == sorted(rows, reverse=True)
+    assert len(set(rows)) > 1

@@ -6,7 +6,7 @@ import pytest
 from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.evaluation.hallucination import Hallucination, until_stop
-from meap_lit.evaluation.judge import parse_verdict
+from meap_lit.evaluation.judges import parse_verdict
 from meap_lit.evaluation.result import Result
 from meap_lit.evaluation.runner import choose_items
 

@@ -213,13 +213,33 @@ def test_the_harness_gives_both_models_the_same_scores(ours, theirs, tasks):
             assert values == pytest.approx(others, abs=1e-4)
 
 
+def test_a_model_that_knows_is_always_right_and_its_opposite_never(ours, tasks, monkeypatch):
+    task = Commonsense(tasks=NAMES, include_path=tasks)
+    items = task.items(ours.model)
+    right = {tuple(row) for item in items for row, _ in (item.rows[index] for index in item.fields["gold"])}
+
+    def accuracy(of_right, of_wrong):
+        def log_probs(rows, first):
+            values = [of_right if tuple(row) in right else of_wrong for row in rows]
+            return [(torch.tensor([value]), torch.tensor([True])) for value in values]
+
+        monkeypatch.setattr(ours.model, "log_probs", log_probs)
+        answers = task.answer(ours.model, items)
+        scores = [task.score({**item.fields, **answer}) for item, answer in zip(items, answers, strict=True)]
+        return {value for score in scores for value in score.values()}
+
+    assert accuracy(0.0, -1.0) == {100}
+    assert accuracy(-1.0, 0.0) == {0}
+
+
 def test_our_command_has_the_scores_of_the_harness(ours, tasks):
     expected = evaluate(ours, tasks)["results"]
     task = Commonsense(tasks=NAMES, include_path=tasks)
     items, num_skipped = choose_items(task, ours.model, "stop")
     assert (len(items), num_skipped) == (10, 0)
     records = []
-    for batch in batches(sorted(items, key=lambda item: -item.num_tokens), 500):
+    longest_first = sorted(items, key=lambda item: -item.num_tokens)
+    for batch in batches(longest_first, 500, lambda item: item.num_tokens):
         for item, answer in zip(batch, task.answer(ours.model, batch), strict=True):
             record = json.loads(json.dumps({"id": item.id, "cell": item.cell, **item.fields, **answer}))
             records.append({**record, "scores": task.score(record)})

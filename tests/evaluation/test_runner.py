@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,8 +91,12 @@ def test_two_checkpoints_stand_side_by_side(recipe, source_folder, tmp_path, cap
     content = json.loads((folder / "result.json").read_text())
     assert content["difference"]["right"] == {"value": 100.0, "low": 100.0, "high": 100.0, "n": 6}
     assert content["difference"]["near"]["value"] == 0
+    assert content["differences"][:2] == [
+        {"length": 10, "value": 100.0, "low": 100.0, "high": 100.0, "n": 6},
+        {"word": "garden", "value": 100.0, "low": 100.0, "high": 100.0, "n": 1},
+    ]
     assert [result["scores"]["right"]["value"] for result in content["results"]] == [0, 100]
-    assert content["extra"] == {"sum of counts": 66.0}  # 36 and 30
+    assert content["extra"] == {"sum of counts": 66.0, "nothing": None}  # 36 and 30
     first = content["results"][0]
     assert first["items"][0] | {"pid": 0} == {
         "id": "10-garden",
@@ -112,12 +117,13 @@ def test_two_checkpoints_stand_side_by_side(recipe, source_folder, tmp_path, cap
     assert events.Tags()["images"] == ["letters/letters"]
     printed = capsys.readouterr().out
     assert "wrong" in printed.splitlines()[0]
-    assert "+100.00 [+100.00, +100.00]" in printed
+    assert printed.count("+100.00 [+100.00, +100.00]") == 1 + 6  # all items, and each of the words
 
 
 def test_batches_hold_a_number_of_positions():
     items = [Item(str(size), {}, {}, [], size) for size in (50, 20, 19, 18, 5, 5)]
-    assert [[item.num_tokens for item in batch] for batch in batches(items, 40)] == [[50], [20, 19], [18, 5], [5]]
+    found = batches(items, 40, lambda item: item.num_tokens)
+    assert [[item.num_tokens for item in batch] for batch in found] == [[50], [20, 19], [18, 5], [5]]
 
 
 # --------------------------------------------------------------------------------------------------- numbers
@@ -178,6 +184,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         ("/models/Llama-3", "Llama-3"),
         ("/x/runs/meap_0.1b", "meap_0.1b"),
         ("/x/runs/meap_0.1b/version_3", "meap_0.1b-version_3"),
+        ("/checkpoints/last.ckpt", "last"),
         ("/x/runs/meap_0.1b/version_3/checkpoints/step=12.ckpt", "meap_0.1b-version_3-step=12"),
     ],
 )
@@ -199,6 +206,13 @@ def test_a_label_says_which_checkpoint(path, label):
         (["--task.miss", "2"], r"letters/one holds answers for another task.init_args.miss \(1 then, 2 now\); choose"),
         (["--batch_tokens", "0"], "batch_tokens must be at least 1, got 0"),
         (["--label", "a", "b"], "--label must give each checkpoint a name of its own, got a, b"),
+        (["--label", "../x"], r"--label must be the name of a folder, without any above it, got '\.\./x'"),
+        (["--label", ".."], r"--label must be the name of a folder, without any above it, got '\.\.'"),
+        (["--name", "/tmp/x"], "--name must be the name of a folder, without any above it, got '/tmp/x'"),
+        (
+            ["--output", __file__],
+            r"cannot write into .*test_runner\.py/letters/one: Not a directory; choose another",
+        ),
         (["--task.mis", "2"], "CountLetters has no option 'mis'; did you mean 'miss'"),
     ],
 )
@@ -211,7 +225,31 @@ def test_wrong_input_is_one_line(recipe, source_folder, tmp_path, capsys, option
     assert re.search(message, error), error
 
 
+def test_other_weights_in_the_same_place_are_refused(recipe, source_folder, tmp_path, capsys):
+    folder = shutil.copytree(source_folder, tmp_path / "model")
+    command = ["evaluate", "--config", str(recipe), "--checkpoint", str(folder)]
+    assert main(command) == main(command) == 0
+    os.utime(folder / "model.safetensors", (0, 0))
+    assert main(command) == 2
+    message = r"letters/model holds answers for another weights \(.* bytes of 2.* then, .* bytes of 1970-01-01T00:00:00"
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(recipe, source_folder, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder)]) == 2
+    assert "error: srun started several processes that do not know of each other; let" in capsys.readouterr().err
+
+
 def test_long_items_are_left_out_and_counted(recipe, source_folder, capsys):
     options = ["--task.lengths", "[10, 500]", "--on_overflow", "skip", "--label", "short"]
     assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), *options]) == 0
     assert "short: 6 items, 6 skipped as too long" in capsys.readouterr().out
+
+
+def test_the_result_says_how_much_a_run_had_read(recipe, toy_recipe, tmp_path):
+    assert main(["fit", "--config", str(toy_recipe), "--budget.max_steps", "3"]) == 0
+    options = ["--task.lengths", "[10]", "--label", "a"]
+    assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(tmp_path / "runs" / "toy"), *options]) == 0
+    content = json.loads((tmp_path / "out" / "letters" / "a" / "result.json").read_text())
+    assert content["results"][0]["about"]["tokens_seen"] == 3 * 8 * 32

@@ -1,11 +1,13 @@
 """The fused loss against plain cross entropy over the full logits."""
 
 import math
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meap_lit.model import IGNORE_INDEX, linear_cross_entropy, loss
 
@@ -157,14 +159,23 @@ def test_one_gradient_alone(trained: str, pieces: list[int]) -> None:
     assert hidden.grad is None or weight.grad is None
 
 
-def test_backward_twice_adds_up() -> None:
+def test_a_second_backward_is_refused() -> None:
+    """The gradients are scaled in place, so it would find them scaled already."""
     hidden, weight, labels = inputs((3, 7), 8, 20, torch.float64)
     total = linear_cross_entropy(hidden, weight, labels)
     total.backward(retain_graph=True)
-    assert weight.grad is not None
-    once = weight.grad.clone()
-    total.backward()
-    torch.testing.assert_close(weight.grad, 2 * once)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.125, -3.0])
+def test_a_factor_on_the_loss_is_one_on_its_gradients(scale: float, pieces: list[int]) -> None:
+    hidden, weight, labels = inputs((3, 7), 8, 20, torch.float64)
+    leaves = hidden, weight
+    ours = torch.autograd.grad(scale * linear_cross_entropy(hidden, weight, labels), leaves)
+    assert len(pieces) > 1
+    for gradient, expected in zip(ours, torch.autograd.grad(plain(hidden, weight, labels), leaves), strict=True):
+        torch.testing.assert_close(gradient, scale * expected)
 
 
 def test_without_grad_mode_the_value_is_the_same_and_no_gradient_is_formed(pieces: list[int]) -> None:
@@ -242,3 +253,64 @@ class RecordShapes(torch.utils._python_dispatch.TorchDispatchMode):
         if isinstance(result, Tensor) and not function.is_view:
             self.shapes.append(result.shape)
         return result
+
+
+class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the memory of all tensors made under it that are still held, and its peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not function.is_view:
+            self._count(result.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.storages:
+            self.storages[key] = storage.nbytes()
+            weakref.finalize(storage, self.storages.pop, key)
+            self.peak = max(self.peak, self.held())
+
+    def held(self) -> int:
+        return sum(self.storages.values())
+
+
+def test_live_bytes_are_counted() -> None:
+    with LiveBytes() as live:
+        first = torch.zeros(100)  # 400 bytes, and as many again for a moment
+        (first + 1).sum()
+        second = first.view(50, 2)[1:]
+        assert live.held() == 400
+        del first, second
+    assert (live.peak, live.held()) == (804, 0)
+
+
+@pytest.mark.parametrize(("width", "autocast"), [(4096, False), (4096, True)])
+def test_a_large_vocabulary_takes_less_than_two_gigabytes(width: int, autocast: bool) -> None:
+    """128K entries and 8 x 4,096 tokens, beside weights and their gradients; sizes only, nothing is computed."""
+    vocab, tokens = 128 * 1024, 8 * 4096
+    with FakeTensorMode():
+        hidden = torch.empty(tokens, width, requires_grad=True)
+        weight = torch.empty(vocab, width, requires_grad=True)
+        labels = torch.empty(tokens, dtype=torch.int64)
+        with LiveBytes() as live, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            gradients = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels) / tokens, (hidden, weight))
+        assert live.held() == sum(gradient.nbytes for gradient in gradients)
+    beyond = live.peak - 4 * width * vocab
+    assert 4 * width * tokens < beyond < 2e9
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_gradient_that_the_forward_forms_becomes_that_of_the_head(scaled: bool) -> None:
+    """Neither the backward nor the accumulation makes a copy."""
+    hidden, weight, labels = inputs((3, 7), 8, 20, torch.float32)
+    total = linear_cross_entropy(hidden, weight, labels)
+    formed = [saved.data_ptr() for saved in total.grad_fn.saved_tensors]  # type: ignore[union-attr]
+    (total / 21 if scaled else total).backward()
+    assert weight.grad is not None
+    assert weight.grad.data_ptr() in formed

@@ -139,3 +139,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
         run(any_recipe, "--trainer.callbacks+=tests.modules.breakdown.BreakAtStep7")
     checkpoints = tmp_path / "runs" / "toy" / "version_0" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", "step=5.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--model.decoder.num_layers", "1"], "decoder.num_layers 2, that of the recipe 1; leave it as it was"),
+        (["--model.decoder.rope_theta", "5e5"], r"decoder.rope_theta 10000.0, that of the recipe 500000.0; leave it"),
+    ],
+)
+def test_a_resume_with_another_model_is_refused(toy_recipe, change, message):
+    run(toy_recipe, "--budget.max_steps", "2")
+    with pytest.raises(UserError, match=message):
+        run(toy_recipe, *change, "--ckpt_path", "last")
+
+
+def test_shards_of_another_model_are_refused(toy_recipe):
+    """Of shards that hold more layers torch would read a part without a word."""
+    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(toy_recipe), "--budget.max_steps", "2"]
+    command += ["--config", "recipes/strategy/fsdp2.yaml", "--trainer.devices", "1", "--ckpt_path", "last"]
+    first, again = (
+        subprocess.run([*command, *change], capture_output=True, text=True, timeout=200, check=False)
+        for change in ([], ["--model.decoder.num_layers", "1"])
+    )
+    assert first.returncode == 0, first.stderr
+    assert "checkpoint: none yet in " in first.stdout
+    assert again.returncode == 2
+    assert "decoder.num_layers 2, that of the recipe 1; leave it as it was" in again.stderr.splitlines()[-1]
