@@ -116,7 +116,8 @@ class _Watch:
         self._since = time.monotonic()
         self._stopped = threading.Event()
         self._tell()
-        threading.Thread(target=self._run, name="hang-watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="hang-watch", daemon=True)
+        self._thread.start()
 
     def mark(self, where: str) -> None:
         self.me.marks += 1
@@ -125,6 +126,7 @@ class _Watch:
 
     def stop(self) -> None:
         self._stopped.set()
+        self._thread.join(self.patience_s)  # a call of the store under way while Python ends would abort the process
 
     def _tell(self) -> None:
         self.me.idle_s = time.monotonic() - self._since
