@@ -1,9 +1,9 @@
 """Our training step beside those of peers: transformers, and LitGPT where it is installed.
 
 Every contender trains a model of the same shapes on the same random batch in the same precision with the same
-optimizer: (mask, ours only,) forward, loss, backward, clip, AdamW. Each does so as its own documentation has it for
-speed: transformers' Llama or Qwen3 with SDPA and its own loss, LitGPT's GPT with its chunked loss, both with and
-without torch.compile. All take turns in one process, in rotating order. Memory is the peak of a process of its own.
+optimizer: (mask, ours only,) forward, loss, backward, clip, fused AdamW. transformers' Llama or Qwen3 runs with SDPA
+and its own loss, LitGPT's GPT with the chunked loss of its `pretrain`, both with and without torch.compile of the whole
+model. All take turns in one process, in rotating order. Memory is the peak of a process of its own.
 
     python -m benchmarks.peers                                                    # the quickstart's model on this CPU
     python -m benchmarks.peers --model 1.1b --device cuda --precision bf16 --micro_batch_size 4
