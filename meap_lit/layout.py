@@ -19,7 +19,7 @@ class Layout:
         num_devices: All devices of the run.
         shard_size: Data-parallel devices that share one copy of the weights; 1 if each has its own.
         tensor_parallel_size: Devices that share a matrix product.
-        fsdp: Weights are gathered block by block (FSDP2).
+        fsdp: Weights are gathered block by block (FSDP2; FSDP1 is counted like it).
         reshard_after_forward: Gathered blocks are given back between forward and backward.
         param_dtype: Dtype of gathered weights; their own if not given.
         reduce_dtype: Dtype in which gradients are reduced; that of the gathered weights if not given.
@@ -49,7 +49,7 @@ class Layout:
         num_copies = self.num_replicas // self.shard_size
         copies = "a copy" if num_copies == 1 else f"{num_copies} copies"
         tensor = f" x {self.tensor_parallel_size} (tensor parallel)" if self.tensor_parallel_size > 1 else ""
-        return f"{copies} of the model over {self.shard_size} (FSDP2){tensor} devices"
+        return f"{copies} of the model over {self.shard_size} (FSDP){tensor} devices"
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,16 @@ def layout_of(trainer: Namespace, devices: int | None = None, nodes: int | None 
         if num_devices > 1:
             raise UserError(f"trainer.strategy SingleDeviceStrategy is for one device, not for {num_devices}")
         return Layout()
-    if name != "Sharded":
+    if name not in ("Sharded", "FlatSharded"):
         raise UserError(
-            f"trainer.strategy {name} is not known to plan; it knows auto, ddp, SingleDeviceStrategy and "
-            f"meap_lit.strategies.Sharded"
+            f"trainer.strategy {name} is not known to plan; it knows auto, ddp, SingleDeviceStrategy, and of "
+            f"meap_lit.strategies Sharded and FlatSharded"
         )
     return _sharded(num_devices, int(devices), options, precision(trainer.precision))
 
 
 def _sharded(num_devices: int, devices: int, options: Mapping[str, Any], precision: str) -> Layout:
-    tensor, shard_size = options["tensor_parallel_size"], options["shard_size"]
+    tensor, shard_size = options.get("tensor_parallel_size", 1), options["shard_size"]
     for key, value in (("tensor_parallel_size", tensor), ("shard_size", shard_size)):
         if value is not None and value < 1:
             raise UserError(f"trainer.strategy.{key} must be at least 1, got {value}")
@@ -135,7 +135,7 @@ def _sharded(num_devices: int, devices: int, options: Mapping[str, Any], precisi
         reshard_after_forward=options["reshard_after_forward"],
         param_dtype=gathered_dtype(options["param_dtype"], precision),
         reduce_dtype=getattr(torch, options["reduce_dtype"] or "float32"),
-        cpu_offload=options["cpu_offload"],
+        cpu_offload=options.get("cpu_offload", False),
     )
 
 

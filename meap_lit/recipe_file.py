@@ -22,7 +22,7 @@ def lineage(path: Path) -> list[Path]:
     """The recipe at `path` and all that it is based on, the most basic first.
 
     Raises:
-        UserError: If a file is missing, is not YAML, or is based on itself.
+        UserError: If a file is missing, is a folder, is not YAML, or is based on itself.
     """
     chain: list[Path] = []
     while True:
@@ -30,6 +30,10 @@ def lineage(path: Path) -> list[Path]:
             raise UserError(f"recipe {path} is based on itself")
         if not path.is_file():
             named_by = f" (named as base by {chain[0]})" if chain else ""
+            if path.is_dir():
+                files = sorted(path.glob("*.yaml"))
+                inside = f"name a file in it, such as {files[0]}" if files else "no .yaml lies in it"
+                raise UserError(f"recipe {path} is a folder{named_by}; {inside}")
             raise UserError(f"recipe {path} does not exist{named_by}; the recipes of this project lie in recipes/")
         chain.insert(0, path)
         try:

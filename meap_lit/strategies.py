@@ -4,19 +4,27 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from meap_lit.errors import UserError
 from meap_lit.integrity import TRAINER_STATE
 from meap_lit.model.decoder import Decoder
-from meap_lit.model.parallelize import shard
+from meap_lit.model.parallelize import flatten, shard, split
 from meap_lit.shards import read_trainer_state
 
 Dtype = Literal["float32", "bfloat16"]
@@ -129,11 +137,16 @@ class Sharded(ModelParallelStrategy):
         Of shards that hold more than the module, such as more layers, torch would read a part without a word.
         """
         path = Path(self.broadcast(checkpoint_path))
+        self._show_to_module(path, weights_only)
+        return super().load_checkpoint(path, weights_only)
+
+    def _show_to_module(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+        """What the checkpoint holds, shards aside."""
         assert self.lightning_module is not None
         is_safe = weights_only is not False
         state = read_trainer_state(path) if path.is_dir() else torch.load(path, "cpu", mmap=True, weights_only=is_safe)
         self.lightning_module.on_load_checkpoint(state)
-        return super().load_checkpoint(path, weights_only)
+        return state
 
     @property
     def parameter_device(self) -> torch.device:
@@ -152,6 +165,134 @@ class Sharded(ModelParallelStrategy):
             reduce_dtype=getattr(torch, self.reduce_dtype or "float32"),
             cpu_offload=self.cpu_offload,
         )
+
+
+class FlatSharded(Sharded):
+    """FSDP1, for comparison: as `Sharded`, but the weights of a block are cut as one long vector.
+
+    PyTorch has deprecated it in favour of FSDP2. Checkpoints are those of `Sharded`, and each goes on from the other's.
+    GPUs only: torch does not support FSDP1 on the CPU, though it works there as far as the tests need it.
+
+    Args:
+        shard_size: Devices that share one copy of the weights, at least 2; all of them if not given.
+        reshard_after_forward: As for `Sharded`.
+        param_dtype: As for `Sharded`.
+        reduce_dtype: As for `Sharded`.
+        save_distributed_checkpoint: As for `Sharded`.
+        timeout_minutes: As for `Sharded`.
+    """
+
+    def __init__(
+        self,
+        shard_size: int | None = None,
+        reshard_after_forward: bool = True,
+        param_dtype: Dtype | None = None,
+        reduce_dtype: Dtype | None = None,
+        save_distributed_checkpoint: bool = True,
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        super().__init__(
+            shard_size=shard_size,
+            reshard_after_forward=reshard_after_forward,
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            timeout_minutes=timeout_minutes,
+        )
+
+    def setup_environment(self) -> None:
+        self._check_devices()
+        super().setup_environment()
+        num_copies = self._data_parallel_size // self._shard_size
+        sizes = (self._shard_size,) if num_copies == 1 else (num_copies, self._shard_size)
+        self._mesh = init_device_mesh(
+            self.root_device.type, sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :]
+        )
+
+    def _check_devices(self) -> None:
+        if self.root_device.type == "cpu":
+            raise UserError("trainer.strategy FlatSharded (fsdp.yaml) needs GPUs; use fsdp2.yaml")
+        if self.shard_size == 1 or self.num_nodes * self.num_processes == 1:
+            raise UserError(
+                "trainer.strategy FlatSharded (fsdp.yaml) needs at least 2 devices to share the weights; "
+                "use single.yaml or ddp.yaml"
+            )
+
+    def shard(self, decoder: Decoder) -> None:
+        """Split `decoder` over the devices, in place; it is flattened once it is filled (`setup`)."""
+        split(decoder, self._mesh)
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Build the optimizer while parameters have shapes to sort them by, flatten them, and hand it the new ones."""
+        super().setup(trainer)
+        module = self.lightning_module
+        assert module is not None
+        assert isinstance(module.decoder, Decoder)
+        self.model, replaced = flatten(
+            module,
+            module.decoder,
+            self._mesh,
+            self.root_device,
+            reshard_after_forward=self.reshard_after_forward,
+            param_dtype=gathered_dtype(self.param_dtype, str(self.precision_plugin.precision)),
+            reduce_dtype=getattr(torch, self.reduce_dtype or "float32"),
+        )
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [replaced[parameter] for parameter in group["params"]]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self._save_distributed_checkpoint:
+            return super().lightning_module_state_dict()
+        assert self.model is not None
+        return self._gather(get_model_state_dict(self.model))
+
+    def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        assert self.model is not None
+        return self._gather(get_optimizer_state_dict(self.model, optimizer))
+
+    def _gather(self, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` whole, in the host's memory of the first rank; empty on the others.
+
+        Tensor by tensor: torch's own `offload_to_cpu` frees what it hands out, where the parts are on the CPU.
+        """
+
+        def gather(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: gather(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return [gather(item) for item in value]
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if isinstance(whole, torch.Tensor):
+                return whole.cpu() if self.is_global_zero else None
+            return whole
+
+        gathered = gather(state)
+        return gathered if self.is_global_zero else {}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load what `Sharded` writes, or one file; Lightning's way knows no FSDP1."""
+        path = Path(self.broadcast(checkpoint_path))
+        state = self._show_to_module(path, weights_only)
+        assert self.model is not None
+        assert self.lightning_module is not None
+        options = StateDictOptions(full_state_dict=path.is_file(), strict=self.lightning_module.strict_loading)
+        weights = state.pop("state_dict") if path.is_file() else get_model_state_dict(self.model)
+        if path.is_dir():
+            dcp.load({"state_dict": weights}, checkpoint_id=path)
+        set_model_state_dict(self.model, weights, options=options)
+        for number, optimizer in enumerate(self.optimizers):
+            if path.is_file():
+                moments = state["optimizer_states"][number]
+            else:
+                moments = get_optimizer_state_dict(self.model, optimizer)
+                dcp.load({f"optimizer_{number}": moments}, checkpoint_id=path)
+            set_optimizer_state_dict(self.model, optimizer, moments, options=options)
+        return state
 
 
 def gathered_dtype(param_dtype: Dtype | None, precision: str) -> torch.dtype | None:

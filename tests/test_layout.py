@@ -17,6 +17,8 @@ from meap_lit.modules import AdamW, MEAPPretraining
 from meap_lit.strategies import Sharded
 
 SHARDED = "meap_lit.strategies.Sharded"
+FLAT_SHARDED = "meap_lit.strategies.FlatSharded"
+FLAT_SHARDED_OPTIONS = {"shard_size": 8, "reshard_after_forward": True, "param_dtype": None, "reduce_dtype": None}
 SHARDED_DEFAULTS = {
     "shard_size": None,
     "tensor_parallel_size": 1,
@@ -42,6 +44,7 @@ def trainer(strategy="auto", given="32-true", **options) -> Namespace:
         ("lightning.pytorch.strategies.DDPStrategy", {"gradient_as_bucket_view": True}, Layout(16, buckets="view")),
         (SHARDED, {}, Layout(16, shard_size=16, fsdp=True, reduce_dtype=torch.float32)),
         (SHARDED, {"shard_size": 8}, Layout(16, shard_size=8, fsdp=True, reduce_dtype=torch.float32)),
+        (FLAT_SHARDED, FLAT_SHARDED_OPTIONS, Layout(16, shard_size=8, fsdp=True, reduce_dtype=torch.float32)),
         (
             SHARDED,
             {"given": "bf16-mixed"},

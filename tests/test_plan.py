@@ -43,7 +43,7 @@ def test_a_recipe_of_the_paper_on_eight_devices(capsys):
 def test_overlays_and_overrides_are_followed(capsys):
     shard = ("--config", "recipes/strategy/hsdp.yaml", "--devices", 8, "--nodes", 2)
     out = plan(capsys, "--config", RECIPE, *shard, "--data.micro_batch_size", 2)
-    assert "16, 2 copies of the model over 8 (FSDP2) devices" in out
+    assert "16, 2 copies of the model over 8 (FSDP) devices" in out
     assert "8 x 2 rows on each of 16 data-parallel devices" in out
     assert "gathered weights" in out
 

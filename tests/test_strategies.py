@@ -13,6 +13,7 @@ from meap_lit.errors import UserError
 from meap_lit.export import Export
 from meap_lit.modules import MEAPPretraining
 from meap_lit.recipe import RecipeCLI
+from meap_lit.strategies import FlatSharded
 from tests.callbacks.toy import fork
 from tests.split_model import save_split_model
 
@@ -25,6 +26,7 @@ MODEL = [
     "--model.decoder.tie_embeddings",
     "true",
 ]
+CLIPPED = [*MODEL, "--trainer.gradient_clip_val", "0.1"]  # so low that every step is
 
 
 def train(recipe, *overrides):
@@ -42,6 +44,18 @@ def train_on(num_devices, recipe, *overrides, overlay="fsdp2"):
     assert result.returncode == 0, result.stderr
     assert "clean validation loss" in result.stdout
     return result.stdout
+
+
+def train_forked(num_devices, recipe, *overrides, overlay="fsdp"):
+    """Real processes; FSDP1 on the CPU, too, which a user would be told to do without."""
+    words = ["fit", "--config", str(recipe), "--config", f"recipes/strategy/{overlay}.yaml"]
+    words += ["--trainer.devices", str(num_devices), "--data.micro_batch_size", "1", *overrides]
+
+    def fit():
+        with mock.patch.object(FlatSharded, "_check_devices"):
+            sys.exit(main(words))
+
+    assert fork(fit, num_devices, timeout=120) == [0] * num_devices
 
 
 def weights_of(run):
@@ -68,8 +82,8 @@ ONE_FILE = ["--trainer.strategy.save_distributed_checkpoint", "false"]
     ],
 )
 def test_pretraining_is_the_same_on_any_devices(toy_recipe, tmp_path, overlay, num_devices, options):
-    alone = train(toy_recipe, *MODEL)
-    train_on(num_devices, toy_recipe, *MODEL, *options, *ONE_FILE, overlay=overlay)
+    alone = train(toy_recipe, *CLIPPED)
+    train_on(num_devices, toy_recipe, *CLIPPED, *options, *ONE_FILE, overlay=overlay)
     assert_close(weights_of(tmp_path / "runs" / "toy" / "version_1"), alone)
 
 
@@ -86,6 +100,18 @@ def test_fine_tuning_is_the_same_on_any_devices(toy_sft_recipe, prepared, tmp_pa
     alone = train(toy_sft_recipe, *source)
     train_on(num_devices, toy_sft_recipe, *source, *options, *ONE_FILE, overlay=overlay)
     assert_close(weights_of(tmp_path / "runs" / "toy" / "version_1"), alone)
+
+
+@pytest.mark.parametrize(("num_devices", "options"), [(2, []), (4, ["--trainer.strategy.shard_size", "2"])])
+def test_fsdp1_pretraining_is_the_same_on_any_devices(toy_recipe, tmp_path, num_devices, options):
+    train_forked(num_devices, toy_recipe, *CLIPPED, *options, *ONE_FILE)
+    assert_close(weights_of(tmp_path / "runs" / "toy" / "version_0"), train(toy_recipe, *CLIPPED))
+
+
+def test_fsdp1_fine_tuning_is_the_same_on_any_devices(toy_sft_recipe, tmp_path):
+    options = ["--model.activation_checkpointing", "selective", "--trainer.strategy.reshard_after_forward", "false"]
+    train_forked(2, toy_sft_recipe, *options, *ONE_FILE)
+    assert_close(weights_of(tmp_path / "runs" / "toy" / "version_0"), train(toy_sft_recipe))
 
 
 def test_adapters_are_the_same_on_any_devices(toy_sft_recipe, tmp_path):
@@ -111,6 +137,23 @@ def test_a_checkpoint_resumes_on_other_devices(toy_recipe, tmp_path):
     assert_close(train(toy_recipe, *MODEL, *checkpoint(2, 10)), alone)
     train_on(2, toy_recipe, *MODEL, *ONE_FILE, *checkpoint(0, 5))
     assert_close(weights_of(runs / "version_4"), alone)
+
+
+def test_a_checkpoint_resumes_with_fsdp1_and_from_it(toy_recipe, tmp_path):
+    """1 alone -> FSDP1 in shards -> FSDP2 in shards -> FSDP1 in one file -> 1 alone."""
+    runs = tmp_path / "runs" / "toy"
+    options = [*MODEL, "--checkpoint.every_n_steps", "3", "--budget.max_steps", "15"]
+
+    def checkpoint(version, step):
+        return ["--ckpt_path", str(runs / f"version_{version}" / "checkpoints" / f"step={step}.ckpt")]
+
+    alone = train(toy_recipe, *options)
+    train_forked(2, toy_recipe, *options, *checkpoint(0, 3))
+    assert (runs / "version_1" / "checkpoints" / "step=6.ckpt" / ".metadata").is_file(), "a folder of shards"
+    train_forked(2, toy_recipe, *options, *checkpoint(1, 6), overlay="fsdp2")
+    train_forked(2, toy_recipe, *options, *ONE_FILE, *checkpoint(2, 9))
+    assert_close(weights_of(runs / "version_3"), alone)
+    assert_close(train(toy_recipe, *options, *checkpoint(3, 12)), alone)
 
 
 @pytest.mark.parametrize("form", [[], ["--trainer.strategy.save_distributed_checkpoint", "false"]])
@@ -161,3 +204,33 @@ def test_devices_that_do_not_divide_are_named(toy_recipe, options, message):
     overlay = ["--config", "recipes/strategy/fsdp2.yaml", "--trainer.devices", "1"]
     with pytest.raises(UserError, match=message):
         RecipeCLI.run(["fit", "--config", str(toy_recipe), *overlay, *options])
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "message"),
+    [
+        ("cpu", [], r"FlatSharded \(fsdp.yaml\) needs GPUs; use fsdp2.yaml"),
+        (
+            "cuda",
+            [],
+            r"FlatSharded \(fsdp.yaml\) needs at least 2 devices to share the weights; use single",
+        ),
+        ("cuda", ["--trainer.strategy.shard_size", "1"], "needs at least 2 devices to share the weights"),
+    ],
+)
+def test_fsdp1_says_which_devices_it_needs(toy_recipe, device, options, message):
+    fit = ["fit", "--config", str(toy_recipe), "--config", "recipes/strategy/fsdp.yaml", "--trainer.devices", "1"]
+    where = mock.patch.object(FlatSharded, "root_device", torch.device(device))
+    with where, pytest.raises(UserError, match=message):
+        RecipeCLI.run([*fit, *options])
+
+
+def test_fsdp1_splits_no_adapters(toy_sft_recipe):
+    fit = ["fit", "--config", str(toy_sft_recipe), "--config", "recipes/strategy/fsdp.yaml", "--trainer.devices", "1"]
+
+    def refused():
+        with mock.patch.object(FlatSharded, "_check_devices"), pytest.raises(UserError, match=r"use fsdp2.yaml with"):
+            RecipeCLI.run([*fit, "--model.lora.rank", "4"])
+        sys.exit(7)
+
+    assert fork(refused) == [7]
