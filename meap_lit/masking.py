@@ -8,7 +8,6 @@ sample gets the same mask on CPU and GPU, for any split of the batch, and after 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -37,7 +36,8 @@ def mask_inputs(
     mask_ratio: float,
     seed: int,
     step: int,
-    protected_ids: Sequence[int] = (),
+    span_len: int = 1,
+    protected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Replace a random share of the input tokens by the mask token.
 
@@ -50,8 +50,9 @@ def mask_inputs(
         mask_ratio: Share P of the positions to mask, in [0, 1). At 0 `input_ids` itself is returned.
         seed: Seed of the run; its low 64 bits count.
         step: Optimizer step; every visit of a sample draws anew.
-        protected_ids: Ids that are never masked, for example BOS and EOS. A row with fewer than
-            `num_masked(P, T)` other tokens has all of those masked.
+        span_len: Length of the runs of neighbouring positions that are masked together; see `sample_positions`.
+        protected: Which ids are never masked, [V], bool, on the device of `input_ids`; none if not given. A row with
+            fewer than `num_masked(P, T)` other tokens has all of those masked.
 
     Returns:
         Masked ids, [B, T], and the input mask that chose them, [B, T], bool.
@@ -64,20 +65,24 @@ def mask_inputs(
     count = num_masked(mask_ratio, input_ids.size(1))
     if count == 0:
         return input_ids, torch.zeros_like(input_ids, dtype=torch.bool)
-    eligible = torch.ones_like(input_ids, dtype=torch.bool)
-    for token_id in protected_ids:
-        eligible &= input_ids != token_id
+    eligible = torch.ones_like(input_ids, dtype=torch.bool) if protected is None else ~protected[input_ids]
     counts = torch.full_like(sample_ids, count)
-    input_mask = sample_positions(eligible, counts, sample_ids, seed=seed, step=step)
+    input_mask = sample_positions(eligible, counts, sample_ids, seed=seed, step=step, span_len=span_len)
     return input_ids.masked_fill(input_mask, mask_token_id), input_mask
 
 
-def sample_positions(eligible: Tensor, counts: Tensor, sample_ids: Tensor, *, seed: int, step: int) -> Tensor:
+def sample_positions(
+    eligible: Tensor, counts: Tensor, sample_ids: Tensor, *, seed: int, step: int, span_len: int = 1
+) -> Tensor:
     """Draw `counts[b]` of the eligible positions of each row, uniformly and without replacement.
 
     Every position gets a pseudo-random key; the smallest keys of the row are taken. The hash is one-to-one, so no
     two keys of a row are equal and the choice does not depend on how a device breaks ties. Nothing here waits for
     the device.
+
+    With `span_len` above 1 whole spans are drawn. Each row is closed to a ring and cut into spans from a drawn place
+    on, so that its ends are drawn as often as its middle. Example, 8 positions, spans of 3, from position 2 on:
+    2 3 4 | 5 6 7 | 0 1. If 0 1 is drawn first and 5 6 7 next, a count of 4 takes 0 1 5 6.
 
     Args:
         eligible: Positions that may be drawn, [B, T], bool.
@@ -85,19 +90,40 @@ def sample_positions(eligible: Tensor, counts: Tensor, sample_ids: Tensor, *, se
         sample_ids: Identity of each row's sample, [B], int64.
         seed: Seed of the run; its low 64 bits count.
         step: Optimizer step.
+        span_len: Length of the spans, at least 1. The last one that a row draws is taken in part.
 
     Returns:
         The drawn positions, [B, T], bool.
     """
     seq_len = eligible.size(1)
     position = torch.arange(seq_len, device=eligible.device)  # [T]
-    row = _fold(_fold(_fold(_START, seed), step), sample_ids)  # [B]
-    keys = _hash(row[:, None] ^ _hash(position))  # [B, T], below 2**32
-    keys = keys.masked_fill(~eligible, 2**32)
+    row = _fold(_fold(_fold(_START, seed), step), sample_ids)[:, None]  # [B, 1]
+    if span_len > 1:
+        start = _hash(row ^ _hash(_UINT32)) % seq_len  # [B, 1], drawn as the key of a position that no row has
+        position = (position - start) % seq_len  # [B, T], on the ring
+    keys = _hash(row ^ _hash(position // span_len))  # [B, T], below 2**32, one for each span
+    keys = (keys * seq_len + position).masked_fill(~eligible, seq_len << 32)
     counts = torch.minimum(counts, eligible.sum(dim=1))  # [B]
     ordered = keys.sort(dim=1).values
     threshold = ordered.gather(1, (counts - 1).clamp(min=0)[:, None])  # [B, 1], largest key that is taken
     return (keys <= threshold) & (counts > 0)[:, None]
+
+
+def rare_ids(counts: Tensor, share: float) -> Tensor:
+    """Which token ids are the rarest, such that together they make up at most a share of the tokens.
+
+    Args:
+        counts: How often each id stands in the data, [V], int64. Ids that are equally rare are taken together or not at
+            all.
+        share: The share, in [0, 1). At 0 these are the ids that do not occur.
+
+    Returns:
+        The rare ids, [V], bool.
+    """
+    ascending = counts.sort().values
+    last_as_rare = torch.searchsorted(ascending, counts, right=True) - 1  # [V]
+    tokens = ascending.cumsum(0)[last_as_rare]  # [V], of each id and all that are not more frequent
+    return tokens <= round(share * int(counts.sum()), 9)
 
 
 _START = 0x9E3779B9  # any constant but 0, which the hash maps to itself

@@ -147,7 +147,10 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
 
 
 def _runs_of(config: Namespace) -> Path:
-    """The folder that holds what earlier runs of a recipe saved: `checkpoint.dirpath`, or the logger's name."""
+    """The folder that holds what earlier runs of a recipe saved: `checkpoint.dirpath`, or the logger's name.
+
+    A logger with a `version` of the recipe's own, such as the seed, has that one run.
+    """
     if config.checkpoint.dirpath is not None:
         return Path(config.checkpoint.dirpath)
     loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
@@ -155,7 +158,13 @@ def _runs_of(config: Namespace) -> Path:
     save_dir, name = getattr(about, "save_dir", None), getattr(about, "name", None)
     if not save_dir or not name:
         raise UserError("--ckpt_path last needs a trainer.logger with save_dir and name; name a run's folder instead")
-    return Path(save_dir, name)
+    version = getattr(about, "version", None)
+    return Path(save_dir, name) if version is None else Path(save_dir, name, _version_folder(version))
+
+
+def _version_folder(version: int | str) -> str:
+    """The folder of a run as Lightning's loggers name it."""
+    return version if isinstance(version, str) else f"version_{version}"
 
 
 def _as_user_error(error: Exception) -> Exception:

@@ -18,17 +18,26 @@ from meap_lit.masking import (
     WarmupHold,
     mask_inputs,
     num_masked,
+    rare_ids,
     sample_positions,
 )
 
 MASK = 999
 
 
-def draw(rows: int, seq_len: int, count: int, *, seed: int = 0, step: int = 0, first_sample: int = 0) -> Tensor:
+def draw(
+    rows: int, seq_len: int, count: int, *, seed: int = 0, step: int = 0, first_sample: int = 0, span_len: int = 1
+) -> Tensor:
     """`count` positions of each of `rows` consecutive samples, all positions eligible, [rows, seq_len], bool."""
     eligible = torch.ones(rows, seq_len, dtype=torch.bool)
     sample_ids = torch.arange(first_sample, first_sample + rows)
-    return sample_positions(eligible, torch.full((rows,), count), sample_ids, seed=seed, step=step)
+    counts = torch.full((rows,), count)
+    return sample_positions(eligible, counts, sample_ids, seed=seed, step=step, span_len=span_len)
+
+
+def ids(*protected: int, vocab_size: int = 101) -> Tensor:
+    """The look-up of protected ids, [vocab_size], bool."""
+    return torch.isin(torch.arange(vocab_size), torch.tensor(protected))
 
 
 # ------------------------------------------------------------------------------------------------ how many
@@ -115,7 +124,7 @@ def test_protected_ids_are_never_masked() -> None:
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, 5, (200, 30), generator=generator)
     _, input_mask = mask_inputs(
-        input_ids, torch.arange(200), mask_token_id=MASK, mask_ratio=0.3, seed=0, step=0, protected_ids=(1, 2)
+        input_ids, torch.arange(200), mask_token_id=MASK, mask_ratio=0.3, seed=0, step=0, protected=ids(1, 2)
     )
     protected = (input_ids == 1) | (input_ids == 2)
     assert protected.any()
@@ -126,7 +135,7 @@ def test_protected_ids_are_never_masked() -> None:
 def test_too_few_eligible_tokens_are_all_masked() -> None:
     input_ids = torch.tensor([[1, 1, 5, 1, 6, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1], [5, 5, 5, 5, 5, 5, 5, 5]])
     masked, input_mask = mask_inputs(
-        input_ids, torch.arange(3), mask_token_id=MASK, mask_ratio=0.5, seed=0, step=0, protected_ids=(1,)
+        input_ids, torch.arange(3), mask_token_id=MASK, mask_ratio=0.5, seed=0, step=0, protected=ids(1)
     )
     assert masked[0].tolist() == [1, 1, MASK, 1, MASK, 1, 1, 1]
     assert masked[1].tolist() == [1] * 8
@@ -146,10 +155,107 @@ def test_more_masks_contain_fewer() -> None:
     assert torch.equal(few & many, few)
 
 
+# ------------------------------------------------------------------------------------------------ spans
+
+
+def spans(row: Tensor) -> list[list[int]]:
+    """Runs of neighbouring drawn positions of a row, its end and its beginning taken for neighbours."""
+    drawn = set(row.nonzero().flatten().tolist())
+    starts = [position for position in drawn if (position - 1) % len(row) not in drawn]
+    runs = []
+    for start in starts:
+        run = [start]
+        while (run[-1] + 1) % len(row) in drawn:
+            run.append((run[-1] + 1) % len(row))
+        runs.append(run)
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "count", "span_len"), [(60, 9, 3), (60, 10, 3), (64, 9, 3), (50, 7, 5), (48, 1, 4)]
+)
+def test_whole_spans_are_drawn(seq_len: int, count: int, span_len: int) -> None:
+    """All but the last drawn and the one that closes the ring have their length."""
+    chosen = draw(200, seq_len, count, span_len=span_len)
+    assert chosen.sum(dim=1).tolist() == [count] * 200
+    for row in chosen:
+        runs = spans(row)
+        shorter = (count % span_len > 0) + 2 * (seq_len % span_len > 0)
+        assert sum(len(run) % span_len > 0 for run in runs) <= shorter, runs
+        assert len(runs) <= math.ceil(count / span_len) + (seq_len % span_len > 0)
+    if span_len == 3 and count == 9:
+        assert any(len(spans(row)) == 3 for row in chosen), "spans stand alone, not only beside each other"
+
+
+def test_golden_spans() -> None:
+    """Frozen, as the single positions are."""
+    cases = {
+        (0, 0, 0): [7, 11, 12, 13, 14, 15, 16, 17, 18],
+        (42, 1000, 123_456_789): [1, 2, 3, 4, 37, 38, 39, 40, 57],
+        (-1, 7, -5): [16, 52, 53, 54, 55, 60, 61, 62, 63],
+    }
+    for (seed, step, sample_id), expected in cases.items():
+        chosen = draw(1, 64, 9, seed=seed, step=step, first_sample=sample_id, span_len=4)
+        assert chosen[0].nonzero().flatten().tolist() == expected, (seed, step, sample_id)
+
+
+@pytest.mark.parametrize("span_len", [1, 64, 100])
+def test_a_span_as_long_as_the_row_is_one_window_anywhere(span_len: int) -> None:
+    chosen = draw(400, 64, 9, span_len=span_len)
+    if span_len == 1:
+        assert max(len(spans(row)) for row in chosen) > 1
+        return
+    assert all(len(spans(row)) == 1 for row in chosen)
+    assert chosen.any(dim=0).all(), "every position is drawn in some row"
+
+
+@pytest.mark.parametrize(("seq_len", "count", "span_len"), [(32, 5, 3), (30, 8, 4), (16, 2, 10)])
+def test_positions_at_the_ends_are_drawn_as_often_as_others(seq_len: int, count: int, span_len: int) -> None:
+    rows = 20_000
+    drawn = draw(rows, seq_len, count, span_len=span_len).sum(dim=0)
+    share = count / seq_len
+    assert (drawn - rows * share).abs().max().item() < 5 * math.sqrt(rows * share * (1 - share))
+
+
+def test_protected_tokens_interrupt_a_span() -> None:
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, 5, (200, 30), generator=generator)
+    _, input_mask = mask_inputs(
+        input_ids, torch.arange(200), mask_token_id=MASK, mask_ratio=0.3, seed=0, step=0, protected=ids(1), span_len=4
+    )
+    assert not (input_mask & (input_ids == 1)).any()
+    assert input_mask.sum(dim=1).tolist() == [9] * 200
+
+
+# ------------------------------------------------------------------------------------------------ rare tokens
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (0.0, [3]),  # what does not occur
+        (0.07, [3]),  # ids 1 and 4 are equally rare and 4 of 50 together; one alone would fit
+        (0.08, [1, 3, 4]),
+        (0.13, [1, 3, 4]),
+        (0.14, [1, 3, 4, 5]),
+        (0.5, [0, 1, 3, 4, 5]),
+        (0.99, [0, 1, 3, 4, 5]),
+    ],
+)
+def test_rare_ids_make_up_at_most_their_share(share: float, expected: list[int]) -> None:
+    counts = torch.tensor([13, 2, 30, 0, 2, 3])
+    assert rare_ids(counts, share).nonzero().flatten().tolist() == expected
+
+
+def test_share_of_rare_ids_is_not_a_matter_of_rounding() -> None:
+    assert rare_ids(torch.tensor([29, 71]), 0.29).tolist() == [True, False]  # 0.29 * 100 is 28.999999999999996
+
+
 # ------------------------------------------------------------------------------------------------ pure function
 
 
-def test_mask_does_not_depend_on_how_the_batch_is_split() -> None:
+@pytest.mark.parametrize("span_len", [1, 3])
+def test_mask_does_not_depend_on_how_the_batch_is_split(span_len: int) -> None:
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(0, 50, (8, 64), generator=generator)
     sample_ids = torch.randint(0, 2**40, (8,), generator=generator)
@@ -162,7 +268,8 @@ def test_mask_does_not_depend_on_how_the_batch_is_split() -> None:
             mask_ratio=0.15,
             seed=3,
             step=11,
-            protected_ids=(0, 1),
+            protected=ids(0, 1),
+            span_len=span_len,
         )[0]
 
     rows = torch.arange(8)
@@ -206,8 +313,8 @@ def test_no_global_random_state_is_touched() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("seed", "step"), [(0, 0), (2**63 + 5, 190_000), (-3, 17)])
-def test_cuda_draws_the_same_mask(seed: int, step: int) -> None:
+@pytest.mark.parametrize(("seed", "step", "span_len"), [(0, 0, 1), (2**63 + 5, 190_000, 1), (-3, 17, 4)])
+def test_cuda_draws_the_same_mask(seed: int, step: int, span_len: int) -> None:
     generator = torch.Generator().manual_seed(2)
     input_ids = torch.randint(0, 100, (16, 4096), generator=generator)
     sample_ids = torch.randint(-(2**62), 2**62, (16,), generator=generator)
@@ -220,7 +327,8 @@ def test_cuda_draws_the_same_mask(seed: int, step: int) -> None:
             mask_ratio=0.15,
             seed=seed,
             step=step,
-            protected_ids=(3,),
+            protected=ids(3).to(device),
+            span_len=span_len,
         )[0].cpu()
 
     assert torch.equal(mask("cuda"), mask("cpu"))
@@ -228,12 +336,17 @@ def test_cuda_draws_the_same_mask(seed: int, step: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_masking_never_waits_for_the_device() -> None:
+@pytest.mark.parametrize("span_len", [1, 3])
+def test_masking_never_waits_for_the_device(span_len: int) -> None:
     input_ids = torch.zeros(4, 4096, dtype=torch.int64, device="cuda")
     sample_ids = torch.arange(4, device="cuda")
+    protected = ids(2, 3).cuda()
+    key = {"seed": 0, "step": 0}
     torch.cuda.set_sync_debug_mode("error")
     try:
-        mask_inputs(input_ids, sample_ids, mask_token_id=1, mask_ratio=0.15, seed=0, step=0, protected_ids=(2, 3))
+        mask_inputs(
+            input_ids, sample_ids, mask_token_id=1, mask_ratio=0.15, **key, protected=protected, span_len=span_len
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

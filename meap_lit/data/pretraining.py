@@ -1,10 +1,16 @@
 """The LitData streaming datamodule for pretraining."""
 
+import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from meap_lit.data.datamodule import StreamingData
-from meap_lit.data.streaming import TokenBlocks, TrainStream, ValidationStream
+from meap_lit.data.streaming import TokenBlocks, TrainStream, ValidationStream, check_vocabulary
 from meap_lit.errors import UserError
+
+COUNTED_TOKENS = 4_000_000
+"""Training tokens that `PretrainingData.token_counts` counts: enough for a share of rare ones, read in seconds."""
 
 
 class PretrainingData(StreamingData):
@@ -24,17 +30,36 @@ class PretrainingData(StreamingData):
     def mean_span(self) -> float:
         return self.seq_len
 
+    def token_counts(self) -> Tensor:
+        """How often each token id stands in the first rows of the run, about `COUNTED_TOKENS` tokens, [V] int64.
+
+        A run begins with chunks from all over its datasets, so these rows speak for the others. They are the same on
+        every device and after a resume, and of a dataset in object storage they lie in chunks that the start needs too.
+        """
+        stream = self._train_stream(start=0)
+        sources, samples, _ = stream.order.visits(0, -(-COUNTED_TOKENS // self.seq_len))
+        # each row once, in the order of storage, however often a small dataset is gone through
+        rows, times = np.unique(np.stack([sources, samples], axis=1), axis=0, return_counts=True)
+        counts = np.zeros(stream.vocab_size, dtype=np.int64)
+        for (source, sample), number in zip(rows.tolist(), times.tolist(), strict=True):
+            tokens = stream.sources[source][sample]  # [T + 1]
+            check_vocabulary(tokens, stream.vocab_size, stream.sources[source].path)
+            np.add.at(counts, tokens[:-1].numpy(), number)
+        return torch.from_numpy(counts)
+
     def train_dataloader(self) -> DataLoader:
-        stream = TrainStream(
+        return self._loader(self._train_stream(self.samples_seen), self.num_workers)
+
+    def _train_stream(self, start: int) -> TrainStream:
+        return TrainStream(
             [self._open(path, "train") for path in self.datasets],
             list(self.datasets.values()),
             seed=self.seed,
             shard=self.shard,
             micro_batch_size=self.micro_batch_size,
-            start=self.samples_seen,
+            start=start,
             vocab_size=self.tokenizer.vocab_size,
         )
-        return self._loader(stream, self.num_workers)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         if not self.paths_with_val:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from meap_lit.data.streaming import Batch
 from meap_lit.errors import UserError
-from meap_lit.masking import MaskSchedule, mask_inputs
+from meap_lit.masking import MaskSchedule, check_ratio, mask_inputs, rare_ids
 from meap_lit.model import linear_cross_entropy
 from meap_lit.modules.base import DecoderModule
 
@@ -24,7 +24,10 @@ class MEAPPretraining(DecoderModule):
             authors' released code does.
         mask_cycle: Number of optimizer steps after which the drawn sets repeat; the released code has 51. Never, if
             not given.
+        span_len: Length in tokens of the spans that are masked together; 1 draws single tokens, as the paper does.
         protect: Special tokens that are never masked.
+        protect_rare: The rarest tokens, which together make up at most this share of the training tokens, are never
+            masked. They are counted in the rows that the run trains on first.
         **kwargs: As for `DecoderModule`.
     """
 
@@ -33,29 +36,43 @@ class MEAPPretraining(DecoderModule):
         mask: MaskSchedule,
         mask_scope: Literal["sequence", "batch"] = "sequence",
         mask_cycle: int | None = None,
+        span_len: int = 1,
         protect: list[Literal["bos", "eos"]] | None = None,
+        protect_rare: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if mask_cycle is not None and mask_cycle < 1:
             raise UserError(f"model.mask_cycle must be at least 1, got {mask_cycle}")
+        if span_len < 1:
+            raise UserError(f"model.span_len must be at least 1, got {span_len}")
+        check_ratio("model.protect_rare", protect_rare)
         self.mask = mask
         self.mask_scope = mask_scope
         self.mask_cycle = mask_cycle
+        self.span_len = span_len
         self.protect = protect or []
-        self.protected_ids: list[int] = []
+        self.protect_rare = protect_rare
+        self.protected: Tensor | None = None
+        """Which ids are never masked, [V], bool; known when a run starts. No buffer: ranks would send it every step."""
         self.register_buffer("_step_loss", torch.zeros(()), persistent=False)
 
     @property
     def plain_override(self) -> str | None:
         return "--model.mask.ratio 0" if getattr(self.mask, "ratio", 0) > 0 else None
 
-    def configure_model(self) -> None:
-        super().configure_model()
-        data = getattr(self._trainer, "datamodule", None)
-        if data is not None:
-            ids = {"bos": data.tokenizer.bos_token_id, "eos": data.tokenizer.eos_token_id}
-            self.protected_ids = [ids[name] for name in self.protect if ids[name] is not None]
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule
+        if not (self.protect or self.protect_rare):
+            return
+        if data is None:
+            raise UserError("model.protect and model.protect_rare need a datamodule, which knows the tokens")
+        protected = torch.zeros(data.tokenizer.vocab_size, dtype=torch.bool)
+        ids = {"bos": data.tokenizer.bos_token_id, "eos": data.tokenizer.eos_token_id}
+        protected[[ids[name] for name in self.protect if ids[name] is not None]] = True
+        if self.protect_rare:
+            protected |= rare_ids(data.token_counts(), self.protect_rare)
+        self.protected = protected.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         input_ids, input_mask = self.mask_batch(batch)
@@ -74,7 +91,8 @@ class MEAPPretraining(DecoderModule):
             mask_ratio=self.mask(step, self.trainer.max_steps),
             seed=self.seed,
             step=step % self.mask_cycle if self.mask_cycle else step,
-            protected_ids=self.protected_ids,
+            span_len=self.span_len,
+            protected=self.protected,
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -1,8 +1,10 @@
 import shutil
 
 import pytest
+import torch
 
 from meap_lit.data.pretraining import PretrainingData
+from meap_lit.data.streaming import Shard
 from meap_lit.data.text import PrepareText
 from meap_lit.errors import UserError
 from meap_lit.recipe import RecipeCLI
@@ -41,6 +43,53 @@ def test_the_number_of_validation_rows_can_be_bounded(toy_recipe):
     cli = fit(toy_recipe, "--data.val_samples", "3", "--budget.max_steps", "1")
     assert cli.model.val_loss.weight == 0, "reset after use"
     assert len(cli.datamodule.val_dataloader()) == 1  # 3 rows in batches of 4
+
+
+@pytest.fixture
+def data(prepared, other, monkeypatch):
+    """A mix that was set up, in rows of 32 tokens, on one device."""
+    monkeypatch.setattr(PretrainingData, "shard", Shard())
+    data = PretrainingData({prepared.dataset: 3, other: 1}, prepared.tokenizer, seq_len=32, micro_batch_size=4)
+    data.setup("fit")
+    return data
+
+
+def test_tokens_are_counted_in_the_first_rows_of_the_run(data, monkeypatch):
+    monkeypatch.setattr("meap_lit.data.pretraining.COUNTED_TOKENS", 32 * 40)
+    stream = iter(data._train_stream(start=0))
+    tokens = torch.cat([next(stream)["input_ids"] for _ in range(10)])
+    expected = torch.zeros(data.tokenizer.vocab_size, dtype=torch.int64)
+    for token in tokens.flatten().tolist():
+        expected[token] += 1
+    assert torch.equal(data.token_counts(), expected)
+
+
+def test_counts_do_not_depend_on_device_micro_batch_or_resume(data, prepared, other, monkeypatch):
+    monkeypatch.setattr("meap_lit.data.pretraining.COUNTED_TOKENS", 32 * 40)
+    again = PretrainingData({prepared.dataset: 3, other: 1}, prepared.tokenizer, seq_len=32, micro_batch_size=8)
+    again.setup("fit")
+    fingerprints = {path: manifest.fingerprint for path, manifest in data.manifests.items()}
+    again.load_state_dict({"step": 5, "samples": 1280, "rows": data.row_settings, "datasets": fingerprints})
+    expected = data.token_counts()
+    monkeypatch.setattr(PretrainingData, "shard", Shard(rank=1, num_replicas=2))
+    assert torch.equal(again.token_counts(), expected)
+
+
+def test_rows_of_a_small_dataset_count_as_often_as_they_are_seen(data, prepared, monkeypatch):
+    data = PretrainingData(prepared.dataset, prepared.tokenizer, seq_len=32)
+    data.setup("fit")
+    rows = data.steps_in(data.global_batch_size)
+    monkeypatch.setattr("meap_lit.data.pretraining.COUNTED_TOKENS", 32 * rows)
+    once = data.token_counts()
+    monkeypatch.setattr("meap_lit.data.pretraining.COUNTED_TOKENS", 3 * 32 * rows)
+    assert torch.equal(data.token_counts(), 3 * once)
+    assert once.sum() == 32 * rows
+
+
+def test_a_token_outside_the_vocabulary_is_named_when_counted(data, monkeypatch):
+    monkeypatch.setattr(data.tokenizer, "vocab_size", 5)
+    with pytest.raises(UserError, match=r"holds token id \d+, outside the model's vocabulary of 5;"):
+        data.token_counts()
 
 
 def test_preparation_makes_what_is_missing_and_only_that(toy_recipe, prepared, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 from types import SimpleNamespace
 
 import lightning as L
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from meap_lit.data.pretraining import PretrainingData
+from meap_lit.data.streaming import TokenBlocks
+from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.export import Export
 from meap_lit.masking import Constant, WarmupHold, num_masked
@@ -150,6 +153,42 @@ def test_the_schedule_is_followed_by_optimizer_step(prepared, tmp_path):
     assert losses[4] != plain_losses[4]
 
 
+def test_spans_are_masked(prepared, tmp_path):
+    module, _ = fit(prepared, mask=Constant(0.25), max_steps=1, span_len=4, tmp_path=tmp_path)
+    _, input_mask = module.mask_batch({"input_ids": torch.full((50, 32), 7), "sample_ids": torch.arange(50)})
+    assert input_mask.sum(dim=1).tolist() == [8] * 50
+    starts = (input_mask & ~input_mask.roll(1, dims=1)).sum(dim=1)
+    assert starts.max() == 2, "two spans of 4, or one of 8"
+
+
+def test_special_and_rare_tokens_are_never_masked(prepared, tmp_path):
+    protect = {"protect": ["eos"], "protect_rare": 0.1}
+    module, _ = fit(prepared, mask=Constant(0.5), max_steps=1, tmp_path=tmp_path, **protect)
+    blocks = TokenBlocks(f"{prepared.dataset}/train", 32)
+    rows = torch.stack([blocks[number][:-1] for number in range(len(blocks))])
+    counts = Counter(rows.flatten().tolist())
+    eos = Tokenizer.load(prepared.tokenizer).eos_token_id
+    protected = set(module.protected.nonzero().flatten().tolist())
+    share = sum(counts[token] for token in protected) / rows.numel()  # EOS is one of the rare here
+    next_share = min(counts[token] for token in counts.keys() - protected) / rows.numel()
+    assert 0.02 < share < 0.11, "the run counts a few epochs and a part of one"
+    assert share + next_share > 0.09
+    _, input_mask = module.mask_batch({"input_ids": rows, "sample_ids": torch.arange(len(rows))})
+    assert input_mask.any()
+    assert not protected & set(rows[input_mask].tolist())
+    module.protect_rare = 0.0
+    module.on_fit_start()
+    assert module.protected.nonzero().flatten().tolist() == [eos]
+
+
+@pytest.mark.parametrize("options", [{"protect": ["eos"]}, {"protect_rare": 0.1}])
+def test_protected_tokens_need_the_data(options):
+    module = MEAPPretraining(decoder=TOY, mask=Constant(0.15), optimizer=AdamW(), **options)
+    module._trainer = SimpleNamespace(datamodule=None)
+    with pytest.raises(UserError, match=r"^model.protect and model.protect_rare need a datamodule"):
+        module.on_fit_start()
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
 def test_the_split_into_micro_batches_changes_nothing(prepared, tmp_path, micro_batch_size):
     whole, _ = fit(prepared, mask=Constant(0.15), micro_batch_size=8, tmp_path=tmp_path)
@@ -227,6 +266,9 @@ def test_what_a_run_logs(toy_recipe, tmp_path):
         (["--model.mask_token_id", "999"], r"mask_token_id 999 is outside the vocabulary of 320"),
         (["--trainer.gradient_clip_algorithm", "value"], r"gradient_clip_algorithm value is not supported; use norm"),
         (["--model.mask_cycle", "0"], r"mask_cycle must be at least 1, got 0"),
+        (["--model.span_len", "0"], r"^model.span_len must be at least 1, got 0$"),
+        (["--model.protect_rare", "10"], r"^model.protect_rare must be in \[0, 1\), got 10; write 0.1 for 10%$"),
+        (["--model.protect_rare", "-0.1"], r"^model.protect_rare must be in \[0, 1\), got -0.1$"),
         (["--data.micro_batch_size", "3"], r"global_batch_size 8 cannot be divided by .* 3 x 1 devices = 3"),
     ],
 )
