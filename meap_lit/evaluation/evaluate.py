@@ -230,8 +230,9 @@ def report(task: Task, results: list[Result]) -> str:
     """The tables of one result or of two: each metric over all items, then the headline along each key of the cells."""
     rows = [["", *(result.label for result in results), *(["difference"] if len(results) == 2 else [])]]
     for metric in results[0].metrics:
-        changes = [_change(difference(results[0], other, metric), task.unit) for other in results[1:]]
-        rows.append([metric, *(_text(result.mean(metric), task.unit) for result in results), *changes])
+        unit = task.unit_of(metric)
+        changes = [_change(difference(results[0], other, metric), unit) for other in results[1:]]
+        rows.append([metric, *(_text(result.mean(metric), unit) for result in results), *changes])
     headline = task.metrics[0]
     for key in results[0].cell_keys:
         alongs = [result.along(key) for result in results]

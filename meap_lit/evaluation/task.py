@@ -54,8 +54,14 @@ class Task(ABC):
     metrics: ClassVar[tuple[str, ...]]
     """Names of the scores of an item; the first is the headline."""
     unit: ClassVar[str] = "%"
-    """Of the headline."""
+    """Of the scores."""
+    other_units: ClassVar[Mapping[str, str]] = {}
+    """Of those scores that have another, by the name of the metric."""
     higher_is_better: ClassVar[bool] = True
+
+    def unit_of(self, metric: str) -> str:
+        """Unit of a score."""
+        return self.other_units.get(metric, self.unit)
 
     @abstractmethod
     def items(self, model: LanguageModel) -> list[Item]:
