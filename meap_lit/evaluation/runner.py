@@ -1,8 +1,9 @@
 """Asks a model every item of a task and keeps each answer on disk at once, so that a killed run goes on where it was.
 
-Items of like length share a batch, the longest first. Several processes (`torchrun`) divide the items among them; each
-writes a file of its own, and the first puts all together when everybody is done. What a model answers does not depend
-on its batch, so the scores are those of one process.
+Items of like length share a batch, the longest first, and with them items that begin alike, of which the model reads
+the beginning once. Several processes (`torchrun`) divide the items among them; each writes a file of its own, and the
+first puts all together when everybody is done. What a model answers does not depend on its batch, so the scores are
+those of one process.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,12 +19,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from meap_lit.errors import UserError
+from meap_lit.evaluation.generation import common_beginning
 from meap_lit.evaluation.language_model import LanguageModel
 from meap_lit.evaluation.task import Item, Record, Task
 
 RECORDS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
 _PART = "predictions.part-*.jsonl"
+
+_LIKENESS = 1 / 8
+"""Items that share a batch out of the order of their lengths differ in length by this share at most, which is padding,
+and have this share of their ids in common at least, which is not read again."""
 
 Overflow = Literal["stop", "skip"]
 T = TypeVar("T")
@@ -134,10 +141,12 @@ def predict(
     """
     known = records.read()
     _wait_for_all()  # all must have read before anybody writes, or they would divide the items differently
-    open_items = sorted((item for item in items if item.id not in known), key=lambda item: -item.num_tokens)
-    mine = open_items[rank() :: num_ranks()]
+    open_items = alike_together([item for item in items if item.id not in known])
+    rounds = batches(open_items, batch_tokens, lambda item: item.num_tokens, num_ranks())
+    shares = (_share(batch, rank(), num_ranks()) for batch in rounds)
+    mine = [batch for batch in shares if batch]
     with tqdm(total=len(items), initial=len(items) - len(open_items), desc=task.name, disable=not mine) as bar:
-        for batch in batches(mine, batch_tokens, lambda item: item.num_tokens):
+        for batch in mine:
             answers = task.answer(model, batch)
             records.add(
                 [
@@ -152,16 +161,45 @@ def predict(
     return whole
 
 
-def batches(longest_first: Iterable[T], batch_tokens: int, num_tokens: Callable[[T], int]) -> Iterator[list[T]]:
-    """Whatever has a number of tokens, in batches of at most `batch_tokens` positions, padding included."""
+def alike_together(items: Sequence[Item]) -> list[Item]:
+    """Longest first, but an item that begins like others of about its length stands beside the longest of them."""
+    runs: list[list[Item]] = []
+    rest = sorted(items, key=lambda item: -item.num_tokens)
+    while rest:
+        num_alike = sum(item.num_tokens >= (1 - _LIKENESS) * rest[0].num_tokens for item in rest)
+        # in the order of their ids an item has most in common with its neighbours
+        alike, rest = sorted(rest[:num_alike], key=lambda item: item.input_ids), rest[num_alike:]
+        runs.append(alike[:1])
+        for item, following in pairwise(alike):
+            if common_beginning(item.input_ids, following.input_ids) < _LIKENESS * following.num_tokens:
+                runs.append([])
+            runs[-1].append(following)
+    return list(chain(*sorted(runs, key=lambda run: -max(item.num_tokens for item in run))))
+
+
+def batches(
+    ordered: Iterable[T], batch_tokens: int, num_tokens: Callable[[T], int], num_ranks: int = 1
+) -> Iterator[list[T]]:
+    """Whatever has a number of tokens, in batches of at most `batch_tokens` positions, padding included.
+
+    With several ranks, batches that they are to divide evenly, each so many positions.
+    """
     batch: list[T] = []
-    for item in longest_first:
-        if batch and (len(batch) + 1) * num_tokens(batch[0]) > batch_tokens:
+    longest = 0
+    for item in ordered:
+        longest = max(longest, num_tokens(item))
+        num_rows = -(-(len(batch) + 1) // num_ranks)
+        if num_rows > 1 and num_rows * longest > batch_tokens:
             yield batch
-            batch = []
+            batch, longest = [], num_tokens(item)
         batch.append(item)
     if batch:
         yield batch
+
+
+def _share(batch: list[T], rank: int, num_ranks: int) -> list[T]:
+    """Of a batch for all ranks, the neighbours that one of them answers."""
+    return batch[rank * len(batch) // num_ranks : (rank + 1) * len(batch) // num_ranks]
 
 
 # ------------------------------------------------------------------------------------------------ processes

@@ -104,13 +104,13 @@ class Decoder(nn.Module):
         Args:
             input_ids: Token ids, [B, T], int64, with T up to `config.max_seq_len`.
             position_ids: Positions of the tokens, [T] or [B, T], int64; 0 to T-1 if not given.
-            documents: For packed rows: tokens attend within their document only. Whole rows if not given.
+            documents: For packed rows: tokens attend within their document only. Whole rows if not given. With a
+                cache, which holds one document a row: see `KVCache.attention`.
             cache: For generation: tokens attend to those stored at positions up to their own, and are stored.
 
         Returns:
             Hidden states after the final norm, [B, T, D].
         """
-        assert documents is None or cache is None, "a cache holds one document a row"
         attention = self._attention(position_ids, documents, cache)
         if position_ids is None:
             position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
@@ -127,7 +127,7 @@ class Decoder(nn.Module):
     ) -> list[Attend]:
         """The attention function of each layer."""
         if cache is not None:
-            return cache.attention(position_ids)
+            return cache.attention(position_ids, documents)
         attend = causal_attention if documents is None else partial(packed_attention, documents=documents)
         return [attend] * len(self.layers)
 

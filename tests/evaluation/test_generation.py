@@ -1,6 +1,7 @@
 """Continuations against a plain loop over whole rows, and the choice of a token against transformers."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.generation import Sampling, choose_tokens, generate
+from meap_lit.evaluation import generation
+from meap_lit.evaluation.generation import Sampling, choose_tokens, common_beginning, generate
 from meap_lit.model import Decoder, DecoderConfig
 
 VOCAB_SIZE = 64
@@ -170,6 +172,107 @@ def test_bfloat16(autocast: bool) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         cached = generate(decoder, PROMPTS, max_new_tokens=3)
         assert cached == generate(decoder, PROMPTS, max_new_tokens=3, use_cache=False)
+
+
+# ------------------------------------------------------------------------------------------- common beginnings
+
+
+def prefix_tree(seed: int, size: int = 9) -> list[list[int]]:
+    """Prompts of which each goes on from a random place of an earlier one, some from its end or with nothing new."""
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 20))]]
+    while len(prompts) < size:
+        origin = rng.choice(prompts)
+        kept = origin[: rng.choice((rng.randint(0, len(origin)), len(origin)))]
+        prompts.append([*kept, *(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(not kept, 8)))])
+    rng.shuffle(prompts)
+    return prompts
+
+
+TREES = {
+    **{f"random {seed}": prefix_tree(seed) for seed in range(6)},
+    "all the same": [[3, 4, 5]] * 4,
+    "each the beginning of another": [[7, 8, 9, 10][:length] for length in (3, 1, 4, 2)],
+    "the same single token": [[2], [2], [2, 3]],
+    "some with nothing in common": [[1, 2, 3, 4], [9, 9], [1, 2, 3, 5], [30]],
+}
+
+
+@pytest.mark.parametrize("prompts", TREES.values(), ids=TREES.keys())
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1, "qk_norm": True}], ids=["grouped", "one key head"])
+def test_a_common_beginning_is_read_once_and_changes_nothing(prompts, changes, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = random_decoder(max_seq_len=80, **changes)
+    monkeypatch.setattr(generation, "_ROW_COST", 0)
+    monkeypatch.setattr("meap_lit.model.attention._BLOCK_SIZE", 3)
+    shapes, logits = [], []
+    forward, head = decoder.forward, decoder.logits
+    monkeypatch.setattr(
+        decoder, "forward", lambda ids, *args, **kwargs: shapes.append(ids.shape) or forward(ids, *args, **kwargs)
+    )
+    monkeypatch.setattr(decoder, "logits", lambda hidden: logits.append(head(hidden)) or logits[-1])
+    new_ids = generate(decoder, prompts, max_new_tokens=10, batch_size=len(prompts))
+    first_logits = logits[0]
+    assert new_ids == [plain_greedy(decoder, prompt, 10) for prompt in prompts]
+
+    beginnings = {tuple(prompt[: end + 1]) for prompt in prompts for end in range(len(prompt))}
+    num_repeated = len(prompts) - len(set(map(tuple, prompts)))  # of a prompt that was there, the last token is read
+    assert shapes[0] == (1, len(beginnings) + num_repeated)
+    with torch.no_grad():
+        alone = [head(forward(torch.tensor([prompt]))[0, -1]) for prompt in sorted(prompts)]
+    torch.testing.assert_close(first_logits, torch.stack(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_common_beginnings_with_sampling_stops_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, prompts = random_decoder(max_seq_len=80), prefix_tree(0, size=12)
+    sampling = Sampling(temperature=1.5, seed=4)
+    options = {"max_new_tokens": 12, "sampling": sampling, "stop_token_ids": range(0, VOCAB_SIZE, 9)}
+    expected = generate(decoder, prompts, batch_size=1, use_cache=False, **options)
+    assert 0 in map(len, expected), "none stops at once"
+    assert len(set(map(len, expected))) > 2
+    monkeypatch.setattr(generation, "_ROW_COST", 0)
+    for batch_size in (1, 2, 5, 12):
+        assert generate(decoder, prompts, batch_size=batch_size, **options) == expected, batch_size
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("autocast", [True, False])
+def test_common_beginnings_in_bfloat16(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, prompts = random_decoder(qk_norm=True), TREES["some with nothing in common"]
+    if not autocast:
+        decoder.bfloat16()
+    monkeypatch.setattr(generation, "_ROW_COST", 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        cached = generate(decoder, prompts, max_new_tokens=3)
+        assert cached == generate(decoder, prompts, max_new_tokens=3, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shape"),
+    [
+        ([[1] * 200, [2] * 200], (2, 200)),  # nothing in common, nothing to pad
+        ([[1] * 200, [1] * 80 + [2] * 120], (2, 200)),  # 320 to be read, and 128 for two rows
+        ([[1] * 200, [1] * 140 + [2] * 60], (1, 260)),
+        ([[1] * 200, [2] * 60], (1, 260)),  # what matters is how much need not be read: here padding
+        ([[1] * 200], (1, 200)),
+    ],
+)
+def test_prompts_with_little_in_common_are_one_padded_batch(prompts, shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = random_decoder(max_seq_len=201)
+    shapes = []
+    forward = decoder.forward
+    monkeypatch.setattr(
+        decoder, "forward", lambda ids, *args, **kwargs: shapes.append(ids.shape) or forward(ids, *args, **kwargs)
+    )
+    assert generate(decoder, prompts, max_new_tokens=1) == [plain_greedy(decoder, prompt, 1) for prompt in prompts]
+    assert shapes[0] == shape
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([1, 2], [1, 2], 2), ([2, 1], [1, 2], 0), ([], [1], 0)],
+)
+def test_common_beginning_by_hand(first, second, expected) -> None:
+    assert common_beginning(first, second) == expected
 
 
 def test_no_prompts() -> None:

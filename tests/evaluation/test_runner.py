@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from meap_lit.cli import main
 from meap_lit.evaluation.evaluate import Evaluate, label_of
 from meap_lit.evaluation.result import Mean, Result, bootstrap, difference
-from meap_lit.evaluation.runner import batches
+from meap_lit.evaluation.runner import _share, alike_together, batches
 from meap_lit.evaluation.task import Item
 from tests.evaluation.toy_task import CountLetters
 
@@ -124,6 +124,47 @@ def test_batches_hold_a_number_of_positions():
     items = [Item(str(size), {}, {}, [], size) for size in (50, 20, 19, 18, 5, 5)]
     found = batches(items, 40, lambda item: item.num_tokens)
     assert [[item.num_tokens for item in batch] for batch in found] == [[50], [20, 19], [18, 5], [5]]
+
+
+def test_a_batch_is_as_long_as_the_longest_in_it():
+    assert list(batches([9, 10, 9, 9, 3, 3, 4], 30, int)) == [[9, 10, 9], [9, 3, 3], [4]]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_ranks_divide_each_batch_evenly(num_ranks):
+    sizes = sorted(np.random.default_rng(0).integers(1, 45, 100).tolist(), reverse=True)
+    for count in (0, 1, 5, 100):
+        rounds = list(batches(sizes[:count], 40, int, num_ranks))
+        shares = [[_share(batch, rank, num_ranks) for rank in range(num_ranks)] for batch in rounds]
+        assert [size for batch in shares for share in batch for size in share] == sizes[:count]
+        for batch in shares:
+            assert max(map(len, batch)) - min(map(len, batch)) <= 1
+            assert all(len(share) <= 1 or len(share) * max(share) <= 40 for share in batch)
+
+
+def test_what_begins_alike_stands_together():
+    """Two texts of 80 tokens, each ended in three ways, among others of about that length."""
+    first, second = [1] * 80, [2] * 80
+    rows = {
+        "a1": [*first, 5, 6, 7],
+        "x": [3] * 84,
+        "b1": [*second, 5, 6],
+        "a2": [*first, 9],
+        "y": [4] * 82,
+        "b2": [*second, 5],
+        "short": [*first[:60], 8],  # shorter by more than an eighth
+        "a3": first,
+        "shorter": [*first[:59], 8],
+    }
+    items = [Item(name, {}, {}, row, len(row)) for name, row in rows.items()]
+    found = [item.id for item in alike_together(items)]
+    assert found == ["x", "a3", "a1", "a2", "b2", "b1", "y", "short", "shorter"]
+    assert alike_together([]) == []
+
+
+def test_without_common_beginnings_the_longest_comes_first():
+    items = [Item(str(n), {}, {}, [n, *[0] * (n % 7)], 100 + n % 7) for n in range(40)]
+    assert alike_together(items) == sorted(items, key=lambda item: -item.num_tokens)
 
 
 # --------------------------------------------------------------------------------------------------- numbers

@@ -319,6 +319,36 @@ def test_right_padded_rows_with_a_cache_are_the_rows_alone() -> None:
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("block_size", [1, 4, 256])
+@pytest.mark.parametrize("name", ["llama", "one key-value head", "no grouping", "yarn", "qwen2 tied", "qwen3"])
+def test_rows_with_a_common_beginning_are_the_rows_alone(name: str, block_size: int, monkeypatch) -> None:
+    """Read without padding, and what a row has in common with the one above only there; then they go on."""
+    monkeypatch.setattr("meap_lit.model.attention._BLOCK_SIZE", block_size)
+    torch.manual_seed(0)
+    model = Decoder(CONFIGS[name])
+    first, second = torch.randint(0, VOCAB_SIZE, (2, 12)).tolist()
+    rows = [first, first[:7] + second[:9], first[:7] + second[:3], second, second[:11] + first[:1]]
+    beginnings = [0, 7, 9, 0, 11]
+    cache = cache_for(model, len(rows), 20)
+    ends = [row[start:] for row, start in zip(rows, beginnings, strict=True)]
+    position_ids = [
+        position for row, start in zip(rows, beginnings, strict=True) for position in range(start, len(row))
+    ]
+    with torch.no_grad():
+        hidden = model(
+            torch.tensor([[token for end in ends for token in end]]),
+            torch.tensor(position_ids),
+            documents=Documents(tuple(map(len, ends))),
+            cache=cache,
+        )
+        lengths = torch.tensor([[len(row)] for row in rows])
+        following = model(torch.full((len(rows), 1), 5), lengths, cache=cache)
+        for row, start, end, after in zip(rows, beginnings, hidden[0].split([*map(len, ends)]), following, strict=True):
+            alone = model(torch.tensor([[*row, 5]]))[0]
+            torch.testing.assert_close(end, alone[start:-1], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(after, alone[-1:], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_cache_under_bf16_autocast_stays_close_to_float32() -> None:
     torch.manual_seed(0)
