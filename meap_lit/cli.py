@@ -37,6 +37,7 @@ models:
   generate          continue prompts with a checkpoint
   evaluate          a task of recipes/eval on a checkpoint, or on two side by side
   judge             have summaries judged that evaluate wrote
+  report            what finished runs and their evaluations found, as one folder
 
 checkpoints of runs:
   checkpoint inspect      say what one holds
@@ -92,6 +93,7 @@ COMMANDS = {
     "generate": "meap_lit.evaluation.generate.Generate",
     "evaluate": "meap_lit.evaluation.evaluate.Evaluate",
     "judge": "meap_lit.evaluation.judge.JudgeSummaries",
+    "report": "meap_lit.report.command.Report",
     "checkpoint inspect": "meap_lit.checkpoint_commands.Inspect",
     "checkpoint verify": "meap_lit.checkpoint_commands.Verify",
     "checkpoint consolidate": "meap_lit.checkpoint_commands.Consolidate",

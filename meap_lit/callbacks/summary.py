@@ -1,25 +1,102 @@
-"""The lines that a run ends with."""
+"""What a run ends with: lines for its user, and a file for those who compare runs."""
 
+import json
 import math
+import os
+import platform
+import shlex
+import subprocess
 import sys
-from typing import TypeVar
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
 
 import lightning as L
+import torch
 
+import meap_lit
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.callbacks.throughput import Throughput
 
 C = TypeVar("C", bound=L.Callback)
 
+SUMMARY_FILE = "summary.json"
+
 
 class RunSummary(L.Callback):
-    """Prints what a finished run reached, where it lies, and what to do next."""
+    """Prints what a finished run reached, where it lies, and what to do next; keeps its cost in `summary.json`."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = time.monotonic()
+        self._first_step: int | None = None  # a run that had spent its budget makes no step
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._first_step = trainer.global_step
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
         if trainer.is_global_zero:
+            if trainer.loggers and log_dir and self._first_step is not None:
+                cost = measure(trainer, time.monotonic() - self._began, self._first_step)
+                Path(log_dir, SUMMARY_FILE).write_text(json.dumps(cost, indent=1) + "\n", encoding="utf-8")
             print("\n" + "\n".join(summarise(trainer, log_dir)), file=sys.stdout)
+
+
+def measure(trainer: L.Trainer, seconds: float, first_step: int) -> dict[str, Any]:
+    """What a run took, where, and with what; of a resumed run, the part since then.
+
+    Args:
+        trainer: At the end of the run.
+        seconds: Wall time from the start of training to its end: validation, probes and checkpoints included.
+        first_step: Optimizer step at which this part began.
+    """
+    data, device = trainer.datamodule, trainer.strategy.root_device
+    throughput = _callback(trainer, Throughput)
+    memory = trainer.callback_metrics.get("memory/gigabytes")
+    return {
+        "seconds": round(seconds, 3),
+        "first_step": first_step,
+        "last_step": trainer.global_step,
+        "tokens": (trainer.global_step - first_step) * data.tokens_per_step,
+        "tokens_per_second": throughput.tokens_per_second(data.tokens_per_step) if throughput is not None else None,
+        "peak_memory_bytes": None if memory is None else round(float(memory) * 1e9),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "devices": trainer.world_size,
+        "nodes": trainer.num_nodes,
+        "threads": torch.get_num_threads(),
+        "cpu_cores": os.cpu_count(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": {
+            "meap_lit": meap_lit.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "lightning", "litdata", "tokenizers", "numpy")},
+            "cuda": torch.version.cuda,
+        },
+        "command": shlex.join(["python", "-m", "meap_lit", *sys.argv[1:]]),
+        "git_commit": _git_commit(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux, where `platform.processor` is empty
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this package lies in, with `-dirty` if files differ from it; None outside of one."""
+    folder = Path(meap_lit.__file__).parent.parent
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git here, or a slow disk: nothing that should end a run
+        return None
+    return found.stdout.strip() or None
 
 
 def summarise(trainer: L.Trainer, log_dir: str | None) -> list[str]:

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 COLOURS = ("#F0496E", "#EBB839", "#0CD79F")
 """0, 50 and 100% in heat maps of retrieval (opencompass/opencompass, NeedleBench)."""
 
-LINES = ("#4C6EF5", "#F76707", "#2F9E44", "#9C36B5")
+LINES = ("#4C6EF5", "#F76707", "#2F9E44", "#9C36B5", "#E03131", "#0C8599", "#868E96", "#5F3DC4")
+
+_PANELS_IN_A_ROW = 3
 
 
 def heat_maps(
@@ -23,7 +25,7 @@ def heat_maps(
     y_label: str,
     title: str = "",
 ) -> "Figure":
-    """Heat maps of percentages side by side, all from 0 to 100.
+    """Heat maps of percentages side by side, three in a row, all from 0 to 100.
 
     Args:
         panels: Values in [0, 100] under the title of each panel, [num_rows, num_columns]; NaN stays white.
@@ -37,9 +39,14 @@ def heat_maps(
     from matplotlib.figure import Figure
 
     width, height = 1.2 + 0.75 * len(columns), 1.6 + 0.45 * len(rows)
-    figure = Figure(figsize=(1.3 + width * len(panels), height), layout="constrained")
+    across = min(len(panels), _PANELS_IN_A_ROW)
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(1.3 + width * across, height * down), layout="constrained")
     colours = LinearSegmentedColormap.from_list("retrieval", COLOURS)
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    grid = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    all_axes = grid[: len(panels)]
     for number, (axes, (name, values)) in enumerate(zip(all_axes, panels.items(), strict=True)):
         image = axes.imshow(values, vmin=0, vmax=100, cmap=colours, aspect="auto")
         for row, column in np.argwhere(~np.isnan(values)):
@@ -47,10 +54,10 @@ def heat_maps(
         axes.set_xticks(range(len(columns)), [_label(column) for column in columns])
         axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
         axes.set_xlabel(x_label)
-        if number == 0:
+        if number % across == 0:
             axes.set_ylabel(y_label)
         axes.set_title(name)
-    figure.colorbar(image, ax=all_axes, label="%")
+    figure.colorbar(image, ax=list(all_axes), label="%")
     if title:
         figure.suptitle(title)
     return figure
@@ -65,6 +72,7 @@ def curves(
     levels: Mapping[str, float] | None = None,
     log_x: bool = False,
     y_range: tuple[float, float] | None = None,
+    faint: Mapping[str, Sequence[Mapping[Any, float]]] | None = None,
 ) -> "Figure":
     """Lines over a common axis.
 
@@ -76,6 +84,7 @@ def curves(
         levels: Values to draw as dashed lines, such as bounds.
         log_x: Logarithmic x.
         y_range: Limits of y.
+        faint: Thin lines in the colour of a line, such as the seeds that it is the mean of.
     """
     from matplotlib.figure import Figure
 
@@ -84,6 +93,8 @@ def curves(
     for number, (name, points) in enumerate(lines.items()):
         colour = LINES[number % len(LINES)]
         axes.plot(list(points), list(points.values()), marker="o", markersize=4, label=name, color=colour)
+        for thin in (faint or {}).get(name, ()):
+            axes.plot(list(thin), list(thin.values()), linewidth=0.8, alpha=0.35, color=colour)
     for name, level in (levels or {}).items():
         axes.axhline(level, linestyle="--", linewidth=1, color="grey")
         axes.annotate(name, (1.0, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)

@@ -99,13 +99,28 @@ def difference(
         metric: One of the scores; the headline if none is named.
         cell: Items with these values in their cell only, such as {"length": 4096}.
     """
+    return bootstrap(paired_deltas(first.scored(metric), second.scored(metric), cell))
+
+
+def paired_deltas(
+    first: Sequence[tuple[Record, float]],
+    second: Sequence[tuple[Record, float]],
+    cell: Mapping[str, Any] | None = None,
+) -> list[list[float]]:
+    """Second minus first of the items that both have, by groups of items that are drawn together.
+
+    Args:
+        first: Records and scores of the baseline.
+        second: Those that are compared with it.
+        cell: Items with these values in their cell only.
+    """
     wanted = (cell or {}).items()
-    scores = {record["id"]: score for record, score in first.scored(metric)}
+    scores = {record["id"]: score for record, score in first}
     groups: dict[str, list[float]] = {}
-    for record, score in second.scored(metric):
+    for record, score in second:
         if record["id"] in scores and wanted <= record["cell"].items():
             groups.setdefault(str(record.get("group") or record["id"]), []).append(score - scores[record["id"]])
-    return bootstrap(list(groups.values()))
+    return list(groups.values())
 
 
 def bootstrap(groups: Sequence[Sequence[float]], num_draws: int = 10_000) -> Difference:
@@ -113,14 +128,47 @@ def bootstrap(groups: Sequence[Sequence[float]], num_draws: int = 10_000) -> Dif
 
     Groups, such as one question at every position, are drawn with replacement; percentiles, fixed seed.
     """
-    sums, sizes = np.array([[sum(deltas), len(deltas)] for deltas in groups], dtype=np.float64).reshape(-1, 2).T
+    sums, sizes = _sums_and_sizes(groups)
     if not len(sums):
         return Difference(math.nan, math.nan, math.nan, 0)
+    means = _sample_means(sums, sizes, num_draws, np.random.default_rng(0))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Difference(float(sums.sum() / sizes.sum()), float(low), float(high), int(sizes.sum()))
+
+
+def bootstrap_seeds(seeds: Sequence[Sequence[Sequence[float]]], num_draws: int = 10_000) -> Difference:
+    """The same over seeds: these are drawn with replacement, and groups of items within each seed that is drawn.
+
+    Every seed counts alike. Of one seed this is `bootstrap`, whose interval says nothing of other seeds.
+
+    Args:
+        seeds: For each seed its groups of deltas, at least one.
+        num_draws: Number of samples.
+    """
+    if len(seeds) == 1:
+        return bootstrap(seeds[0], num_draws)
     generator = np.random.default_rng(0)
+    chosen = generator.integers(len(seeds), size=(num_draws, len(seeds)))
+    totals, values, n = np.zeros(num_draws), [], 0
+    for number, groups in enumerate(seeds):
+        sums, sizes = _sums_and_sizes(groups)
+        draws = np.nonzero(chosen == number)[0]  # a draw comes as often as it has this seed
+        np.add.at(totals, draws, _sample_means(sums, sizes, len(draws), generator))
+        values.append(sums.sum() / sizes.sum())
+        n += int(sizes.sum())
+    low, high = np.quantile(totals / len(seeds), [0.025, 0.975])
+    return Difference(float(np.mean(values)), float(low), float(high), n)
+
+
+def _sums_and_sizes(groups: Sequence[Sequence[float]]) -> np.ndarray:
+    return np.array([[sum(deltas), len(deltas)] for deltas in groups], dtype=np.float64).reshape(-1, 2).T
+
+
+def _sample_means(sums: np.ndarray, sizes: np.ndarray, num_draws: int, generator: np.random.Generator) -> np.ndarray:
+    """Means of samples of as many groups as there are, drawn with replacement, [num_draws]."""
     means = np.empty(num_draws)
     at_once = max(1, 1_000_000 // len(sums))  # samples; more would take more memory than time
     for start in range(0, num_draws, at_once):
         drawn = generator.integers(len(sums), size=(len(means[start : start + at_once]), len(sums)))
         means[start : start + at_once] = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(sums.sum() / sizes.sum()), float(low), float(high), int(sizes.sum()))
+    return means

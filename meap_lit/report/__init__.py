@@ -1,0 +1,1 @@
+"""The report on finished runs and evaluations: `command.py` reads and writes, the rest is what it is made of."""

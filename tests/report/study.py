@@ -1,0 +1,89 @@
+"""Runs and results as the commands leave them, with numbers that a test chooses."""
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from meap_lit.integrity import checksums, seal, write_file
+
+TOKENS_PER_STEP = 4 * 8
+DECODER = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "hidden_size": 2, "intermediate_size": 2}
+
+
+def recipe(name, seed=1, ratio=0.0, *, init_from=None, fine_tuning=False, mask=None, **values):
+    """A resolved recipe; `values` are dotted keys with `__` for the dot, such as trainer__devices."""
+    config = {
+        "seed_everything": seed,
+        "trainer": {"precision": "32-true", "devices": "auto", "logger": {"init_args": {"name": name}}},
+        "model": {
+            "class_path": "meap_lit.modules.MEAPPretraining",
+            "init_args": {
+                "seed": seed,
+                "mask": mask or {"class_path": "meap_lit.masking.Constant", "init_args": {"ratio": ratio}},
+                "init_from": init_from,
+            },
+        },
+        "data": {
+            "class_path": "meap_lit.data.pretraining.PretrainingData",
+            "init_args": {"datasets": "data/text", "seed": seed, "seq_len": 8, "global_batch_size": 4},
+        },
+        "budget": {"max_steps": 30},
+        "probe": {"num_options": 4},
+        "ckpt_path": None,
+    }
+    if fine_tuning:
+        config["model"]["class_path"] = "meap_lit.modules.MEAPFineTuning"
+        del config["model"]["init_args"]["mask"]
+        config["data"]["init_args"]["duplication"] = {"mask_ratio": ratio}
+    for key, value in values.items():
+        *parents, last = key.split("__")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    return config
+
+
+def write_run(folder: Path, config, losses=(3.0, 2.0, 1.0), accuracies=(), *, first_step=10, summary=None) -> Path:
+    """A run that validated every ten steps and saved after the last."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_scalar("throughput/tokens_per_second", 1000.0, 0)
+        for tag, values in (("val/loss", losses), ("val/retrieval_accuracy", accuracies)):
+            for number, value in enumerate(values):
+                writer.add_scalar(tag, value, first_step + 10 * number - 1)  # Lightning counts the steps before
+    content = {
+        "state_dict": {"decoder.x": torch.zeros(1)},
+        "decoder": {"config": {**DECODER, "vocab_size": 8}},
+        "PretrainingData": {"datasets": {"data/text": "f" * 64}},
+    }
+    path = folder / "checkpoints" / "step=30.ckpt"
+    write_file(content, path)
+    seal(path, checksums(path))
+    if summary:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def write_result(folder: Path, run: Path, scores, *, task="key_value", metric="accuracy", step=30, **changes) -> Path:
+    """A result of `evaluate` in NAME/LABEL; `scores` by the id of the item, or (id, group, cell)."""
+    items = []
+    for key, score in scores.items():
+        name, group, cell = key if isinstance(key, tuple) else (key, None, {})
+        items.append({"id": name, "group": group, "cell": dict(cell), "scores": {metric: score}})
+    about = {
+        "task": {"class_path": "some.Task", "init_args": {"seed": 0}},
+        "checkpoint": str((run / "checkpoints" / f"step={step}.ckpt").resolve()),
+        "items": "0" * 64,
+        "tokens_seen": step * TOKENS_PER_STEP,
+        "device": "cpu",
+        "versions": {"torch": "2"},
+    }
+    result = {"label": folder.name, "scores": {metric: {}}, "items": items, "about": {**about, **changes}}
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"task": task, "unit": "%", "results": [result]}))
+    return folder

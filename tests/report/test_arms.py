@@ -1,0 +1,111 @@
+import pytest
+
+from meap_lit.errors import UserError
+from meap_lit.report.arms import describe, find_studies
+from meap_lit.report.runs import find_runs
+from tests.report.study import recipe, write_run
+
+
+def studies_of(folder, *configs):
+    for number, config in enumerate(configs):
+        write_run(folder / f"{number:02}", config)
+    return find_studies(find_runs([str(folder)]))
+
+
+def test_runs_that_differ_in_seed_and_machine_are_one_arm(tmp_path):
+    (study,) = studies_of(
+        tmp_path,
+        recipe("ntp_s1", 1, 0),
+        recipe("ntp_s2", 2, 0.0, trainer__devices=2, data__init_args__num_workers=4),
+        recipe("meap_s1", 1, 0.15),
+        recipe("meap_s2", 2, 0.15, model__init_args__compile=True),
+        recipe("meap_s3", 3, 0.15),
+    )
+    ntp, meap = study.arms
+    assert [(arm.name, list(arm.runs)) for arm in study.arms] == [("ntp", ["1", "2"]), ("meap", ["1", "2", "3"])]
+    assert ntp.is_plain
+    assert ntp.baseline is None
+    assert meap.baseline is ntp
+    assert study.paper_arm is meap
+    assert describe(meap.differs_from(ntp)) == "mask.ratio 0.15"
+    assert [seed for seed, _, _ in meap.pairs(ntp)] == ["1", "2"]
+    assert study.title == "Pretraining, 66 parameters"
+
+
+def test_ablation_and_variants(tmp_path):
+    (study,) = studies_of(
+        tmp_path,
+        *(recipe(f"p{ratio}", 1, ratio) for ratio in (0.15, 0, 0.05)),
+        recipe("released", 1, 0.15, model__init_args__mask_scope="batch"),
+        recipe("ramp", 1, mask={"class_path": "meap_lit.masking.Linear", "init_args": {"end": 0.15}}),
+    )
+    assert [arm.name for arm in study.arms] == ["p0", "p0.05", "p0.15", "released", "ramp"]
+    assert [arm.name for arm in study.ablation] == ["p0.05", "p0.15"]
+    assert study.paper_arm.name == "p0.15"
+    assert [arm.name for arm in study.paper_arm.rivals] == ["p0.05"]
+    ramp = study.arms[-1]
+    assert ramp.ratio is None
+    assert not ramp.is_plain
+
+
+def test_equal_names_are_told_apart(tmp_path):
+    recipes = [recipe("run", 1, 0), recipe("run", 1, 0.1), recipe("run", 1, 0.1, budget__max_steps=9)]
+    (study,) = studies_of(tmp_path, *recipes)
+    assert sorted(arm.name for arm in study.arms) == ["run P=0", "run P=0.1 (1)", "run P=0.1 (2)"]
+
+
+def test_each_arm_is_compared_with_the_nearest_plain_one(tmp_path):
+    long = {"budget__max_steps": 60}
+    (study,) = studies_of(
+        tmp_path,
+        *(recipe("ntp", 1, 0), recipe("ntp_long", 1, 0, **long)),
+        *(recipe("meap", 1, 0.15), recipe("meap_long", 1, 0.15, **long)),
+    )
+    assert {arm.name: arm.baseline.name for arm in study.masked} == {"meap": "ntp", "meap_long": "ntp_long"}
+
+
+def test_fine_tuning_is_grouped_by_the_arm_that_it_started_from(tmp_path):
+    starts = [recipe("ntp", 1, 0), recipe("ntp", 2, 0), recipe("meap", 1, 0.15), recipe("meap", 2, 0.15)]
+    tuned = [
+        recipe(f"sft_{number}", 1, ratio, fine_tuning=True, init_from=str(tmp_path / f"{number:02}"))
+        for number in range(4)
+        for ratio in (0, 0.1)
+    ]
+    pretraining, of_ntp, of_meap = studies_of(tmp_path, *starts, *tuned)
+    assert pretraining.title.startswith("Pretraining")
+    assert [study.title for study in (of_ntp, of_meap)] == ["Fine-tuning of ntp", "Fine-tuning of meap"]
+    for study in (of_ntp, of_meap):
+        plain, masked = study.arms
+        # the second run started from seed 2 and has seed 1 itself
+        assert list(plain.runs) == list(masked.runs) == ["1", "2/1"]
+        assert study.paper_arm is masked
+        assert masked.baseline is plain
+        assert describe(masked.differs_from(plain)) == "duplication.mask_ratio 0.1"
+
+
+def test_continued_pretraining_is_plain_only_if_it_began_plain(tmp_path):
+    starts = [recipe("ntp", 1, 0), recipe("meap", 1, 0.15)]
+    longer = [
+        recipe(f"{name}_32k", 1, ratio, init_from=str(tmp_path / f"{number:02}"))
+        for number, (name, ratio) in enumerate((("ntp", 0), ("meap", 0)))
+    ]
+    _, study = studies_of(tmp_path, *starts, *longer)
+    assert study.title.startswith("Continued pretraining")
+    assert [(arm.name, arm.is_plain) for arm in study.arms] == [("ntp_32k", True), ("meap_32k", False)]
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ([recipe("a", 1, 0), recipe("b", 1, 0)], "have the same recipe and seed 1; leave one of them out"),
+        ([recipe("a", 1, 0.15), recipe("a", 2, 0.15)], "no baseline (model.mask Constant 0) for the pretraining of a"),
+        (
+            [recipe("a", 1, 0.1, fine_tuning=True, init_from="hf/model")],
+            "no baseline (data.duplication.mask_ratio 0) for the fine-tuning of a; name its runs too",
+        ),
+    ],
+)
+def test_wrong_studies(tmp_path, configs, message):
+    with pytest.raises(UserError) as error:
+        studies_of(tmp_path, *configs)
+    assert message in str(error.value)

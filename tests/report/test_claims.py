@@ -1,0 +1,57 @@
+import math
+
+import pytest
+
+from meap_lit.report.arms import find_studies
+from meap_lit.report.claims import CLAIMS, find, verdict
+from meap_lit.report.evaluations import find_evaluations
+from meap_lit.report.runs import find_runs
+from tests.report.study import recipe, write_result, write_run
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "num_seeds", "margin", "says"),
+    [
+        (0.1, 2.0, 3, 0.0, "supported"),
+        (0.0, 2.0, 3, 0.0, "not supported: the interval includes 0"),
+        (-1.0, 2.0, 3, 0.0, "not supported: the interval includes 0"),
+        (-2.0, -0.1, 3, 0.0, "not supported: the interval lies below 0, on the other side"),
+        (-0.9, 0.5, 2, 1.0, "supported"),
+        (-1.5, 0.5, 2, 1.0, "not supported: the interval includes -1"),
+        (-2.0, -1.5, 2, 1.0, "not supported: the interval lies below -1, on the other side"),
+        (0.1, 2.0, 1, 0.0, "supported (one seed: says nothing of other seeds)"),
+        (math.nan, math.nan, 1, 0.0, "not tested at this scale: one seed has no interval"),
+    ],
+)
+def test_verdicts(low, high, num_seeds, margin, says):
+    assert verdict(low, high, num_seeds, margin) == says
+
+
+def test_findings_of_a_study(tmp_path):
+    for arm, ratio, accuracies in (("ntp", 0, (0.2, 0.4, 0.6)), ("meap", 0.15, (0.6, 0.7, 0.8))):
+        for seed in (1, 2):
+            run = write_run(tmp_path / f"runs/{arm}_{seed}", recipe(arm, seed, ratio), accuracies=accuracies)
+            score = 100.0 if ratio else 0.0
+            write_result(tmp_path / f"out/needle/{arm}_{seed}", run, {"a": score, "b": score}, task="needle")
+    runs = find_runs([str(tmp_path / "runs")])
+    evaluations, _ = find_evaluations([str(tmp_path / "out")], runs)
+    found = {finding.claim: finding for finding in find(find_studies(runs), evaluations)}
+    needle = found["retrieval from context is better (needle in a haystack)"]
+    assert needle.ours == "needle: 0.00 to 100.00"
+    assert (needle.difference, needle.verdict) == ("+100.00 [+100.00, +100.00]", "supported")
+    emergence = found["retrieval emerges after fewer tokens"]
+    assert emergence.ours == "probe: 960/960 to 320/320 tokens"
+    assert (emergence.difference, emergence.verdict) == ("-640 [-640, -640]", "supported")
+    speed = found["masking costs no time in pretraining"]
+    assert (speed.difference, speed.verdict) == ("+0.0 [+0.0, +0.0]", "supported")
+    assert found["multi-document QA: better after fine-tuning"].verdict == "not tested at this scale"
+    assert len(found) == len(CLAIMS) + 4
+
+
+def test_a_claim_is_about_the_arm_with_the_papers_ratio(tmp_path):
+    for name, ratio in (("ntp", 0), ("meap", 0.3)):
+        run = write_run(tmp_path / f"runs/{name}", recipe(name, 1, ratio))
+        write_result(tmp_path / f"out/needle/{name}", run, {"a": 100.0 * ratio}, task="needle")
+    runs = find_runs([str(tmp_path / "runs")])
+    evaluations, _ = find_evaluations([str(tmp_path / "out")], runs)
+    assert {finding.verdict for finding in find(find_studies(runs), evaluations)} == {"not tested at this scale"}

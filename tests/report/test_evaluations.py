@@ -1,0 +1,86 @@
+import json
+
+import pytest
+
+from meap_lit.errors import UserError
+from meap_lit.evaluation.result import bootstrap_seeds
+from meap_lit.report.arms import find_studies
+from meap_lit.report.evaluations import check_items, compare, find_evaluations
+from meap_lit.report.runs import find_runs
+from tests.report.study import recipe, write_result, write_run
+
+
+@pytest.fixture
+def two_arms(tmp_path):
+    """Folders of the runs of two arms with two seeds each, by name."""
+    return {
+        f"{arm}_{seed}": write_run(tmp_path / f"runs/{arm}_{seed}/version_0", recipe(arm, seed, ratio))
+        for arm, ratio in (("ntp", 0), ("meap", 0.15))
+        for seed in (1, 2)
+    }
+
+
+def test_difference_of_two_seeds(two_arms, tmp_path):
+    first, second = (("gold", 0),), (("gold", 1),)
+    ntp = {("a", "q", first): 0.0, ("b", "q", second): 0.0, ("c", None, first): 100.0}
+    better = dict.fromkeys(ntp, 100.0)
+    out = tmp_path / "evaluations/kv"
+    for seed in (1, 2):
+        write_result(out / f"ntp_{seed}", two_arms[f"ntp_{seed}"], ntp)
+    write_result(out / "meap_1", two_arms["meap_1"], better)
+    write_result(out / "meap_2", two_arms["meap_2"], ntp)
+    runs = find_runs([str(tmp_path / "runs")])
+    found, num_others = find_evaluations([str(tmp_path / "evaluations")], runs)
+    assert num_others == 0
+    baseline, arm = find_studies(runs)[0].arms
+    change, num_seeds = compare(found["kv"], arm, baseline)
+    assert num_seeds == 2
+    assert change.value == pytest.approx((200 / 3 + 0) / 2)
+    assert change == bootstrap_seeds([[[100.0, 100.0], [0.0]], [[0.0, 0.0], [0.0]]])
+    at_start, _ = compare(found["kv"], arm, baseline, cell={"gold": 0})
+    assert at_start.value == pytest.approx((50 + 0) / 2)
+    assert compare(found["kv"], arm, baseline, metric="other") is None
+    assert found["kv"][arm.runs["1"].path].along("gold") == {0: 100, 1: 100}
+    assert found["kv"][baseline.runs["1"].path].along("gold") == {0: 50, 1: 0}
+
+
+def test_newest_checkpoint_counts_and_others_are_left_out(two_arms, tmp_path):
+    out, run = tmp_path / "evaluations", two_arms["ntp_1"]
+    write_result(out / "kv/old", run, {"a": 1.0}, step=20)
+    newest = write_result(out / "kv/new", run, {"a": 2.0})
+    write_result(out / "kv/older", run, {"a": 3.0}, step=10)
+    write_result(out / "kv/stranger", tmp_path / "elsewhere", {"a": 4.0})
+    pair = json.loads((newest / "result.json").read_text())
+    pair["results"] *= 2
+    (out / "kv/a--b").mkdir()
+    (out / "kv/a--b/result.json").write_text(json.dumps(pair))
+    runs = find_runs([str(tmp_path / "runs")])
+    found, num_others = find_evaluations([str(out)], runs)
+    assert [evaluation.path.parent for evaluation in found["kv"].values()] == [newest]
+    assert num_others == 1
+
+
+def test_runs_that_were_moved_are_known_by_their_names(two_arms, tmp_path):
+    write_result(tmp_path / "evaluations/kv/x", tmp_path / "other/machine/runs/meap_1/version_0", {"a": 1.0})
+    runs = find_runs([str(tmp_path / "runs")])
+    found, num_others = find_evaluations([str(tmp_path / "evaluations")], runs)
+    assert list(found["kv"]) == [two_arms["meap_1"]]
+    assert num_others == 0
+
+
+def test_other_items_do_not_compare(two_arms, tmp_path):
+    out = tmp_path / "evaluations/kv"
+    write_result(out / "a", two_arms["ntp_1"], {"a": 1.0})
+    write_result(out / "b", two_arms["meap_1"], {"a": 1.0}, items="1" * 64)
+    found, _ = find_evaluations([str(tmp_path / "evaluations")], find_runs([str(tmp_path / "runs")]))
+    with pytest.raises(UserError, match=r"evaluation kv asked other items in .*b/result.json than in .*a/result.json"):
+        check_items(list(found["kv"].values()))
+
+
+def test_wrong_evaluations(two_arms, tmp_path):
+    runs = find_runs([str(tmp_path / "runs")])
+    with pytest.raises(UserError, match="missing is no folder; name the one that evaluate wrote to"):
+        find_evaluations([str(tmp_path / "missing")], runs)
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(UserError, match=r"result.json is not a result of evaluate \(KeyError\('results'\)\)"):
+        find_evaluations([str(tmp_path)], runs)

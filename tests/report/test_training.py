@@ -1,0 +1,63 @@
+import pytest
+
+from meap_lit.report import training
+from meap_lit.report.arms import find_studies
+from meap_lit.report.blocks import Table
+from meap_lit.report.runs import LOSS, find_runs
+from tests.report.study import recipe, write_run
+
+
+@pytest.fixture
+def study(tmp_path):
+    write_run(tmp_path / "a1", recipe("ntp", 1, 0), (3, 2.5, 1.0), (0.2, 0.49, 0.5))
+    write_run(tmp_path / "a2", recipe("ntp", 2, 0), (3, 2.5, 2.0), (0.2, 0.3, 0.4))
+    write_run(
+        tmp_path / "b1",
+        recipe("meap", 1, 0.15),
+        (3, 2.5, 0.5),
+        (0.7, 0.4, 0.6),
+        summary={"seconds": 30.0, "first_step": 0},
+    )
+    write_run(
+        tmp_path / "b2",
+        recipe("meap", 2, 0.15),
+        (3, 2.5, 2.5),
+        (0.2, 0.6, 0.7),
+        summary={"seconds": 40.0, "first_step": 0},
+    )
+    return find_studies(find_runs([str(tmp_path)]))[0]
+
+
+def rows(blocks):
+    (table,) = (block for block in blocks if isinstance(block, Table))
+    return {row[0]: row[1:] for row in table.rows}
+
+
+def test_loss(study):
+    table = rows(training.loss_section(study))
+    assert table["ntp"] == ["1.5000", "1: 1.0000, 2: 2.0000", ""]
+    # deltas -0.5 and 0.5: standard error 0.5, quantile 12.7062
+    assert table["meap"] == ["1.5000", "1: 0.5000, 2: 2.5000", "+0.0000 [-6.3531, +6.3531]"]
+    assert training.mean_lines(study, LOSS)["ntp"] == {320: 3, 640: 2.5, 960: 1.5}
+
+
+def test_retrieval_emerges_at_the_first_validation_with_half(study):
+    ntp, meap = study.arms
+    assert training.emergence(ntp) == {"1": 960, "2": None}
+    assert training.emergence(meap) == {"1": 320, "2": 640}
+    assert training.emergence_difference(meap) is None  # a run of the baseline never did
+    table = rows(training.emergence_section(study))
+    assert table["ntp"] == ["1: 960, 2: never", "", "", "45.0"]
+    assert table["meap"] == ["1: 320, 2: 640", "480", "no pair of seeds, or one that never did", "65.0"]
+
+
+def test_cost(study):
+    table = rows(training.cost_section(study))
+    assert table["ntp"] == ["not recorded", "1,000", "not recorded"]
+    assert table["meap"] == ["35", "1,000 (x 1.000)", "not recorded"]
+
+
+def test_runs_without_probe_have_no_section_of_it(tmp_path):
+    write_run(tmp_path / "a", recipe("ntp", 1, 0))
+    (study,) = find_studies(find_runs([str(tmp_path)]))
+    assert training.emergence_section(study) == []
