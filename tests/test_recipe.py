@@ -11,8 +11,9 @@ from meap_lit.recipe import RecipeCLI
 from meap_lit.recipe_file import lineage
 
 RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml"))
-OVERLAYS = [path for path in RECIPES if path.parent.name == "strategy"]
-EVALUATIONS = [path for path in RECIPES if path.parent.name == "eval"]
+OVERLAYS = [path for path in RECIPES if path.parent.name in ("strategy", "variant")]
+VARIANTS = [path for path in OVERLAYS if path.parent.name == "variant"]
+EVALUATIONS = [path for path in RECIPES if path.parent.name in ("eval", "eval_cpu", "eval_gpu")]
 RUNNABLE = [path for path in RECIPES if path.name != "base.yaml" and path not in (*OVERLAYS, *EVALUATIONS)]
 EXTENSIONS = [path for path in RUNNABLE if path.name.startswith("extend_")]
 
@@ -38,6 +39,7 @@ TOY_PRETRAINING = [
     *("--budget.max_tokens", "null"),
     *("--probe.lengths", "[192]"),
     *("--probe.num_items", "1"),
+    *("--probe.filler", "null"),
 ]
 TOY_FINE_TUNING = [
     *("--data.seq_len", "400"),
@@ -81,6 +83,19 @@ def test_a_pretraining_recipe_runs_at_toy_size(recipe, prepared, source_folder, 
     config = cli.model.decoder.config
     assert (config.num_layers, config.max_seq_len) == (2 if extends else 1, 192)
     assert config.rope_theta == 640_000 or not extends
+
+
+@pytest.mark.parametrize("recipe", VARIANTS, ids=str)
+def test_a_variant_of_the_study_differs_in_its_masks_only(recipe, prepared, tmp_path):
+    words = ["--data.datasets", prepared.dataset, "--data.tokenizer", prepared.tokenizer]
+    words += ["--trainer.logger.init_args.save_dir", str(tmp_path), *TOY, *TOY_PRETRAINING, *TOY_DECODER]
+    cli = RecipeCLI.run(["fit", "--config", "recipes/study/cpu.yaml", "--config", str(recipe), *words])
+    assert cli.trainer.global_step == 2
+    assert cli.trainer.logger.name == recipe.stem
+    variant = yaml.safe_load(recipe.read_text())
+    assert variant.keys() == {"model", "trainer"}
+    assert variant["model"]["init_args"].keys() <= {"mask", "mask_scope", "span_len", "protect_rare"}
+    assert max(cli.model.mask(step, 2) for step in range(10_000)) == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize("recipe", [path for path in RUNNABLE if path.parent.name == "sft"], ids=str)

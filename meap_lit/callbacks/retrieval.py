@@ -28,6 +28,7 @@ class RetrievalProbe(L.Callback):
         batch_size: Sequences scored at once.
         max_share: Part of the training time that it may take, in (0, 1]; 1 asks at every validation.
         seed: Seed of the questions; the same at every validation.
+        filler: File or folder of text whose sentences surround the facts; made up if not given.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class RetrievalProbe(L.Callback):
         batch_size: int = 32,
         max_share: float = 0.02,
         seed: int = 0,
+        filler: str | None = None,
     ) -> None:
         if not 0 < max_share <= 1:
             raise UserError(f"probe.max_share must be in (0, 1], got {max_share:g}; write 0.02 for 2%")
@@ -49,6 +51,7 @@ class RetrievalProbe(L.Callback):
         self.batch_size = batch_size
         self.max_share = max_share
         self.seed = seed
+        self.filler = filler
         self._began: float | None = None
         self._spent_s = self._last_s = 0.0
         self.accuracy: np.ndarray | None = None
@@ -57,7 +60,7 @@ class RetrievalProbe(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule
         lengths = tuple(length for length in self.lengths if length <= data.seq_len)
-        self.grid = RetrievalGrid(lengths, tuple(self.depths), self.num_items, self.num_options, self.seed)
+        self.grid = RetrievalGrid(lengths, tuple(self.depths), self.num_items, self.num_options, self.seed, self.filler)
         self._items = build_items(self.grid, data.tokenizer) if lengths else []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -14,10 +14,15 @@ learn this within minutes on a CPU. (With words between, "Anna lives in Oslo", t
 
 import json
 import random
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count as count_up
 from pathlib import Path
+from textwrap import shorten
 
 from meap_lit.data.preparation import Preparation
+from meap_lit.data.readers import DocumentReader, find_files
 from meap_lit.errors import UserError
 
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Hugo", "Maria", "Peter")
@@ -64,8 +69,50 @@ def filler_sentence(rng: random.Random) -> str:
     return f"The {rng.choice(_ADJECTIVES)} {first} {rng.choice(_VERBS)} {rng.choice(_PREPOSITIONS)} the {second}."
 
 
+class Filler:
+    """Sentences that tell nothing of the facts: made up, or those of texts, in their order from a random place on.
+
+    Args:
+        sentences: Sentences of texts; made up if there are none.
+    """
+
+    def __init__(self, sentences: Sequence[str] = ()) -> None:
+        self.sentences = sentences
+
+    @classmethod
+    def read(cls, path: str) -> "Filler":
+        """The sentences of a file, or of all files in a folder, of 20 to 100 characters; longer ones are cut.
+
+        Raises:
+            UserError: If there is no such file, or it has no sentence.
+        """
+        pieces = (piece for text in DocumentReader(find_files([path])) for piece in _SENTENCE_END.split(text))
+        sentences = [shorten(piece, 100, placeholder="") for piece in pieces]
+        sentences = [sentence for sentence in sentences if len(sentence) >= 20]
+        if not sentences:
+            raise UserError(f"filler {path} holds no sentence")
+        return cls(sentences)
+
+    def draw(self, rng: random.Random) -> Iterator[str]:
+        """Sentences without end; `rng` is advanced."""
+        if not self.sentences:
+            while True:
+                yield filler_sentence(rng)
+        for number in count_up(rng.randrange(len(self.sentences))):
+            yield self.sentences[number % len(self.sentences)]
+
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
+
+
 def document(
-    rng: random.Random, *, num_facts: int, num_mentions: int, question_share: float, filler_share: float
+    rng: random.Random,
+    *,
+    num_facts: int,
+    num_mentions: int,
+    question_share: float,
+    filler_share: float,
+    filler: Filler | None = None,
 ) -> str:
     """Text of one document.
 
@@ -79,23 +126,26 @@ def document(
         num_mentions: Statements for each fact, on average.
         question_share: Chance that a restatement follows a question.
         filler_share: Chance that a sentence of filler stands before a statement.
+        filler: Where that is from; made up if not given.
     """
     facts = draw_facts(rng, num_facts)
+    filler_sentences = (filler or Filler()).draw(rng)
     num_restatements = num_facts * (num_mentions - 1)
     sentences = [OPENING]
     for number, fact in enumerate([*facts, *rng.choices(facts, k=num_restatements)]):
         if rng.random() < filler_share:
-            sentences.append(filler_sentence(rng))
+            sentences.append(next(filler_sentences))
         if number >= num_facts and rng.random() < question_share:
             sentences.append(fact.question)
         sentences.append(fact.statement)
     return " ".join(sentences)
 
 
-def instructions(count: int, seed: int = 0) -> list[dict[str, str]]:
+def instructions(count: int, seed: int = 0, filler: Filler | None = None) -> list[dict[str, str]]:
     """Records of an instruction set in the same world, in Alpaca's fields; `data/instructions.jsonl` holds 400.
 
-    Half ask for one fact of the input, half for all of them in turn, which makes the longer answers.
+    Half ask for one fact of the input, half for all of them in turn, which makes the longer answers. One sentence of
+    filler stands in the inputs of the former; in all, if `filler` says where it is from.
     """
     records = []
     for number in range(count):
@@ -103,8 +153,8 @@ def instructions(count: int, seed: int = 0) -> list[dict[str, str]]:
         facts = draw_facts(rng, rng.randint(3, 4))
         asked = facts if number % 2 else [rng.choice(facts)]
         sentences = [fact.statement for fact in facts]
-        if len(asked) == 1:
-            sentences.insert(rng.randint(0, len(sentences)), filler_sentence(rng))
+        if len(asked) == 1 or filler is not None:
+            sentences.insert(rng.randint(0, len(sentences)), next((filler or Filler()).draw(rng)))
         records.append(
             {
                 "instruction": "Who sings where?" if number % 2 else asked[0].question,
@@ -128,6 +178,7 @@ class FactCorpus(Preparation):
         num_mentions: Statements for each fact of a document, on average.
         question_share: Share of the restatements that follow a question.
         filler_share: Sentences of filler for each statement, in [0, 1].
+        filler: File or folder of text whose sentences are the filler, as they follow each other; made up if not given.
         num_files: Files that the documents are spread over.
     """
 
@@ -138,20 +189,22 @@ class FactCorpus(Preparation):
     num_mentions: int = 5
     question_share: float = 0.15
     filler_share: float = 0.1
+    filler: str | None = None
     num_files: int = 4
 
     def make(self, folder: Path) -> str:
         self._check()
+        filler = Filler() if self.filler is None else Filler.read(self.filler)
         num_characters = 0
         for index in range(self.num_files):
             with open(folder / f"facts-{index:03}.jsonl", "w", encoding="utf-8") as file:
                 for number in range(index, self.num_documents, self.num_files):
-                    text = self._document(number)
+                    text = self._document(number, filler)
                     num_characters += len(text)
                     file.write(json.dumps({"text": text}) + "\n")
         return f"corpus {self.output}: {self.num_documents:,} documents, {num_characters / 1e6:.1f} MB"
 
-    def _document(self, number: int) -> str:
+    def _document(self, number: int, filler: Filler | None = None) -> str:
         rng = random.Random(f"{self.seed}/{number}")  # seeding by text is the same in every process and version
         return document(
             rng,
@@ -159,6 +212,7 @@ class FactCorpus(Preparation):
             num_mentions=self.num_mentions,
             question_share=self.question_share,
             filler_share=self.filler_share,
+            filler=filler,
         )
 
     def _check(self) -> None:
@@ -173,3 +227,27 @@ class FactCorpus(Preparation):
                 f"facts must satisfy 1 <= min_facts <= max_facts <= {len(NAMES)}, "
                 f"got min_facts {self.min_facts} and max_facts {self.max_facts}"
             )
+
+
+@dataclass(kw_only=True)
+class FactInstructions(Preparation):
+    """Write questions on facts of a text, and their answers, in Alpaca's fields, as a .jsonl file.
+
+    Args:
+        output: Folder to make.
+        num_records: Number of questions.
+        seed: The same seed and numbers give the same file, byte for byte.
+        filler: File or folder of text, of which each question has a sentence among its facts; made up if not given.
+    """
+
+    num_records: int = 400
+    seed: int = 0
+    filler: str | None = None
+
+    def make(self, folder: Path) -> str:
+        if self.num_records < 1:
+            raise UserError(f"num_records must be at least 1, got {self.num_records}")
+        records = instructions(self.num_records, self.seed, None if self.filler is None else Filler.read(self.filler))
+        lines = [json.dumps(record) + "\n" for record in records]
+        (folder / "instructions.jsonl").write_text("".join(lines), encoding="utf-8")
+        return f"instructions {self.output}: {len(lines):,} questions"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from meap_lit.data.synthetic import NAMES, OPENING, draw_facts, filler_sentence
+from meap_lit.data.synthetic import NAMES, OPENING, Filler, draw_facts
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 
@@ -35,6 +35,7 @@ class RetrievalGrid:
         num_items: Items for each length and depth.
         num_options: People in the context, the right one included.
         seed: Seed of all items.
+        filler: File or folder of text whose sentences surround the facts; made up if not given.
     """
 
     lengths: tuple[int, ...]
@@ -42,6 +43,7 @@ class RetrievalGrid:
     num_items: int = 20
     num_options: int = 4
     seed: int = 0
+    filler: str | None = None
 
     def __post_init__(self) -> None:
         for depth in self.depths:
@@ -90,10 +92,11 @@ def build_items(grid: RetrievalGrid, tokenizer: Tokenizer) -> list[RetrievalItem
     """All items of the grid: lengths outermost, then depths. The same grid and tokenizer give the same items.
 
     Raises:
-        UserError: If a length has no room for the facts and the question.
+        UserError: If a length has no room for the facts and the question, or `filler` cannot be read.
     """
+    filler = Filler() if grid.filler is None else Filler.read(grid.filler)
     return [
-        _build_item(grid, length, depth, random.Random(f"{grid.seed}/{length}/{depth}/{index}"), tokenizer)
+        _build_item(grid, length, depth, random.Random(f"{grid.seed}/{length}/{depth}/{index}"), tokenizer, filler)
         for length in grid.lengths
         for depth in grid.depths
         for index in range(grid.num_items)
@@ -101,7 +104,7 @@ def build_items(grid: RetrievalGrid, tokenizer: Tokenizer) -> list[RetrievalItem
 
 
 def _build_item(
-    grid: RetrievalGrid, length: int, depth: float, rng: random.Random, tokenizer: Tokenizer
+    grid: RetrievalGrid, length: int, depth: float, rng: random.Random, tokenizer: Tokenizer, filler: Filler
 ) -> RetrievalItem:
     facts = draw_facts(rng, grid.num_options)
     answer = rng.randrange(grid.num_options)
@@ -112,12 +115,13 @@ def _build_item(
     def num_tokens(sentence: str) -> int:
         return len(tokenizer.encode(" " + sentence))
 
-    filler: list[str] = []
+    padding: list[str] = []
+    sentences = filler.draw(rng)
     room = length - sum(map(num_tokens, [OPENING, needle.statement, *others, question]))
     while room > 0:
-        filler.append(filler_sentence(rng))
-        room -= num_tokens(filler[-1])
-    surroundings = others + filler
+        padding.append(next(sentences))
+        room -= num_tokens(padding[-1])
+    surroundings = others + padding
     rng.shuffle(surroundings)
 
     while True:  # the room above is an estimate and filled to the brim: take filler out until the item fits
@@ -126,12 +130,12 @@ def _build_item(
         size = len(context_ids) + max(map(len, options))
         if size <= length:
             return RetrievalItem(length, depth, text, needle.statement, context_ids, options, answer)
-        if not filler:
+        if not padding:
             raise UserError(
                 f"retrieval length {length} has no room for {grid.num_options} facts and a question; "
                 f"make it at least {size}, or lower num_options"
             )
-        surroundings.remove(filler.pop())
+        surroundings.remove(padding.pop())
 
 
 def _insert(needle: str, surroundings: list[str], depth: float) -> list[str]:

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from meap_lit.data.synthetic import (
     OPENING,
     PLACES,
     FactCorpus,
+    FactInstructions,
+    Filler,
     document,
     draw_facts,
     filler_sentence,
@@ -155,3 +158,68 @@ def test_an_instruction_is_answered_by_its_input():
     single = [record for record in records if record["instruction"] != "Who sings where?"]
     assert len(single) == 20
     assert all(f"In {QUESTION.match(record['instruction'])[1]} " in record["output"] for record in single)
+
+
+# ---------------------------------------------------------------------------------------------------- filler
+
+TEXT = (
+    "First comes this sentence, which is long enough. Too short. "
+    + "And then another one, which\nhas a break inside! " * 2
+)
+TEXT += "A heading without an end\n\n" + "word " * 40
+
+
+def test_filler_is_the_sentences_of_a_text_in_their_order(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    sentences = Filler.read(str(tmp_path)).sentences
+    assert sentences[0] == "First comes this sentence, which is long enough."
+    assert sentences[1:3] == ["And then another one, which has a break inside!"] * 2
+    assert sentences[3] == "A heading without an end"
+    assert sentences[4] == " ".join(["word"] * 20)  # cut at a word, before the hundredth character
+    drawn = list(islice(Filler(sentences).draw(random.Random(0)), 12))
+    start = sentences.index(drawn[0]) if drawn[0] != sentences[1] else 1 + (drawn[1] != sentences[2])
+    assert drawn == [sentences[(start + number) % 5] for number in range(12)]
+
+
+def test_a_corpus_in_real_text_states_the_same_kind_of_facts(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    corpus = FactCorpus(
+        output=str(tmp_path / "corpus"),
+        num_documents=20,
+        filler=str(tmp_path / "text.txt"),
+        filler_share=1.0,
+        num_files=1,
+    )
+    corpus.run()
+    documents = read_documents(tmp_path / "corpus")
+    assert all("which" in text for text in documents)
+    for text in documents:
+        stated: dict[str, str] = {}
+        for place, name in STATEMENT.findall(text):
+            assert stated.setdefault(place, name) == name
+        assert stated
+
+
+@pytest.mark.parametrize(("content", "message"), [("Short.", "holds no sentence"), (None, "no_file")])
+def test_filler_without_a_sentence(tmp_path, content, message):
+    path = tmp_path / "no_file.txt"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        FactCorpus(output=str(tmp_path / "corpus"), filler=str(path)).run()
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_questions_in_real_text_are_answered_by_their_input(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    FactInstructions(output=str(tmp_path / "asked"), num_records=30, filler=str(tmp_path / "text.txt")).run()
+    records = [json.loads(line) for line in (tmp_path / "asked" / "instructions.jsonl").read_text().splitlines()]
+    assert len(records) == 30
+    for record in records:
+        stated = STATEMENT.findall(record["input"])
+        answered = STATEMENT.findall(record["output"])
+        assert set(answered) <= set(stated)
+        assert len(answered) in (1, len(stated))
+        assert re.search("sentence|another|heading|word", record["input"])
+    with pytest.raises(UserError, match="num_records must be at least 1, got 0"):
+        FactInstructions(output=str(tmp_path / "none"), num_records=0).run()
