@@ -6,7 +6,9 @@ Only the standard library is imported at the top, so that `--help` answers at on
 import dataclasses
 import importlib
 import logging
+import os
 import re
+import select
 import sys
 import warnings
 from collections.abc import Sequence
@@ -55,14 +57,14 @@ RECIPE_COMMANDS = (*TRAINER_COMMANDS, "plan")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it went well, 2 after wrong input (one line on stderr), 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
     try:
-        if arguments[0] in RECIPE_COMMANDS:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(USAGE, end="")
+        elif arguments[0] in RECIPE_COMMANDS:
             _run_trainer(arguments)
         else:
             _run_command(arguments)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -75,9 +77,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        return 141  # who read the output, such as head, has enough: what a shell says of SIGPIPE
     finally:
         _close_process_group()
     return 0
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads what is printed any more. If so, what is left to be written goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+    return True
 
 
 def _one_line(error: UserError) -> str:

@@ -284,3 +284,14 @@ def test_a_missing_checkpoint_is_named(capsys, toy_recipe):
 def test_a_run_needs_a_budget(capsys, toy_recipe):
     toy_recipe.write_text(toy_recipe.read_text().replace("max_steps: 12, ", ""))
     assert "budget.max_tokens" in complain(capsys, "fit", "--config", toy_recipe)
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    # what is printed fits into a pipe's buffer, so the reader must be gone before
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from meap_lit.cli import main; sys.exit(main(['--help']))"
+    result = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert result.returncode == 141
+    assert result.stderr == ""

@@ -36,6 +36,40 @@ def test_torchrun(toy_recipe, tmp_path):
     assert_like_one_process(toy_recipe, tmp_path / "runs" / "toy" / "version_0")
 
 
+SRUN = """\
+#!/usr/bin/env bash
+# Starts the tasks of a job as srun does, on one machine: what SLURM tells a task is in its environment.
+[ "$1" = --kill-on-bad-exit=1 ] && shift || exit 64
+for task in $(seq 0 $((SLURM_NTASKS - 1))); do
+    export SLURM_PROCID=$task SLURM_NODEID=$((task / SLURM_NTASKS_PER_NODE))
+    SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE)) "$@" &
+done
+status=0
+for task in $(jobs -p); do wait "$task" || status=$?; done
+exit $status
+"""
+
+
+def test_the_slurm_script_with_two_nodes_of_a_stand_in_for_srun(toy_recipe, tmp_path):
+    (tmp_path / "bin").mkdir()
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    job = {"JOB_ID": "4711", "JOB_NAME": "meap", "NNODES": "2", "NTASKS": "2", "NTASKS_PER_NODE": "1"}
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_NODELIST": "127.0.0.1"}
+    environment |= {f"SLURM_{name}": value for name, value in job.items()} | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["bash", "docs/slurm.sh", *arguments(toy_recipe, "--config", "recipes/strategy/ddp.yaml")[1:]]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "MEMBER: 2/2" in result.stderr, "both tasks are of one run"
+    assert result.stdout.count("clean validation loss") == 1
+    assert_like_one_process(toy_recipe, tmp_path / "runs" / "toy" / "version_0")
+    without_recipe = subprocess.run(["bash", "docs/slurm.sh"], capture_output=True, text=True, check=False)
+    assert without_recipe.returncode != 0
+    assert "name a recipe: --config RECIPE --config OVERLAY" in without_recipe.stderr
+
+
 @pytest.fixture
 def two_hosts():
     """Two network namespaces that see each other and nothing else: their names, interfaces and addresses."""

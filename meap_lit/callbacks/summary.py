@@ -1,5 +1,6 @@
 """What a run ends with: lines for its user, and a file for those who compare runs."""
 
+import dataclasses
 import json
 import math
 import os
@@ -76,6 +77,9 @@ def measure(trainer: L.Trainer, seconds: float, first_step: int) -> dict[str, An
         },
         "command": shlex.join(["python", "-m", "meap_lit", *sys.argv[1:]]),
         "git_commit": _git_commit(),
+        # what checkpoints say too: a run can be reported where they are not, since they are large
+        "decoder": dataclasses.asdict(trainer.lightning_module.decoder.config),
+        "datasets": data.state_dict()["datasets"],
     }
 
 

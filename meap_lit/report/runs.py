@@ -1,4 +1,4 @@
-"""Finished runs as they lie on disk: recipe, curves, checkpoint, and what they logged of their cost."""
+"""Finished runs as they lie on disk: recipe, curves, model, and what they logged of their cost."""
 
 import json
 import pickle
@@ -39,17 +39,15 @@ class Run:
         path: Its folder.
         config: Content of config.yaml.
         curves: What was logged, by TensorBoard's tag.
-        checkpoint: Its newest checkpoint.
         folders: Its own, those of the runs that it was resumed from, and that of its checkpoints.
-        decoder: What the checkpoint says of the model.
-        datasets: Fingerprint of each dataset, by its path, as the checkpoint has them.
+        decoder: The model, as the newest checkpoint or the summary has it.
+        datasets: Fingerprint of each dataset, by its path, from there too.
         summaries: What the callback `RunSummary` left; one for each part of a run that was resumed.
     """
 
     path: Path
     config: dict[str, Any]
     curves: dict[str, list[Point]]
-    checkpoint: Path
     folders: tuple[Path, ...]
     decoder: dict[str, Any] = field(default_factory=dict)
     datasets: dict[str, str] = field(default_factory=dict)
@@ -191,11 +189,16 @@ def _open(parts: list[Path], config: dict[str, Any]) -> Run:
     dirpath = (config.get("checkpoint") or {}).get("dirpath")
     folders = [Path(dirpath)] if dirpath and Path(dirpath).is_dir() else parts
     checkpoint = next(filter(None, map(newest_checkpoint, folders)), None)
-    if checkpoint is None:
-        raise UserError(f"run {path} has no whole checkpoint (checkpoints/step=N.ckpt); leave it out of --runs")
     summaries = tuple(_read_summary(part) for part in reversed(parts))
-    run = Run(path, config, curves, checkpoint, (*parts, checkpoint.parent), summaries=summaries)
-    return _with_checkpoint(run)
+    run = Run(path, config, curves, (*parts, *([checkpoint.parent] if checkpoint else [])), summaries=summaries)
+    if checkpoint is not None:
+        return _with_checkpoint(run, checkpoint)
+    if "decoder" not in summaries[-1]:
+        raise UserError(
+            f"run {path} has neither a whole checkpoint (checkpoints/step=N.ckpt) nor a {SUMMARY_FILE}, which a run "
+            f"that has ended has; leave it out of --runs"
+        )
+    return replace(run, decoder=summaries[-1]["decoder"], datasets=summaries[-1]["datasets"])
 
 
 def _read_curves(path: Path) -> dict[str, list[Point]]:
@@ -218,8 +221,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _with_checkpoint(run: Run) -> Run:
-    file = run.checkpoint
+def _with_checkpoint(run: Run, file: Path) -> Run:
     try:
         # mapped, so that no weight is read
         content = (

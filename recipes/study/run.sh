@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
 # The study of one size: every arm with every seed, what each model can do, fine-tuning, and the report. What was broken
 # off goes on where it was, and what is done is passed over, so that the same line may be given again and again.
-#   bash recipes/study/run.sh cpu
-#   ARMS="ntp mask_0.15" SEEDS=1 bash recipes/study/run.sh gpu       # a part of it
-# An arm is ntp, mask_P for a mask ratio P, or a recipe in recipes/study/variant. JOBS runs go on side by side, each on one
-# core; PYTHON names the interpreter.
+#   bash recipes/study/run.sh cpu                                      # half an hour on two cores
+#   ARMS="batch_masks spans protect_rare decay" bash recipes/study/run.sh cpu
+#   ARMS=mask_0.15 SEEDS=1 TUNED= bash recipes/study/run.sh gpu        # a part of it, no fine-tuning
+# An arm is ntp, mask_P for a mask ratio P, or a recipe in recipes/study/variant; OPTIONS go to every pretraining run, with
+# SUFFIX its name has an ending. JOBS runs go on side by side, each on one core; PYTHON names the interpreter.
 set -euo pipefail
 SIZE=${1:?name a size: cpu or gpu}
 PYTHON=${PYTHON:-python}
-SEEDS=${SEEDS:-"1 2 3"}
-ARMS=${ARMS:-"ntp mask_0.05 mask_0.10 mask_0.15 mask_0.20 warmup decay batch_masks spans protect_rare"}
-TUNED=${TUNED:-"ntp mask_0.15"}
+SEEDS=${SEEDS:-"1 2"}
+ARMS=${ARMS-"ntp mask_0.05 mask_0.10 mask_0.15 mask_0.20 warmup"}
+TUNED=${TUNED-"ntp mask_0.15"}
+OPTIONS=${OPTIONS:-}
+SUFFIX=${SUFFIX:-}
 JOBS=${JOBS:-$([ "$SIZE" = cpu ] && echo 2 || echo 1)}
 [ "$SIZE" != cpu ] || export OMP_NUM_THREADS=1
-export SIZE PYTHON
+export SIZE PYTHON OPTIONS SUFFIX
 
 meap_lit() { "$PYTHON" -m meap_lit "$@"; }
 
@@ -22,15 +25,17 @@ evaluate() { # TASK RUN LABEL
 }
 
 pretrain() { # ARM SEED
-    local run="runs/study_$SIZE/$1/seed_$2" arm=()
+    local name="$1$SUFFIX" arm=()
+    local run="runs/study_$SIZE/$name/seed_$2"
     case $1 in
         ntp) ;;
-        mask_*) arm=(--model.mask.ratio "${1#mask_}" --trainer.logger.name "$1") ;;
+        mask_*) arm=(--model.mask.ratio "${1#mask_}") ;;
         *) arm=(--config "recipes/study/variant/$1.yaml") ;;
     esac
+    # shellcheck disable=SC2086 # several options
     [ -e "$run/summary.json" ] || meap_lit fit --config "recipes/study/$SIZE.yaml" "${arm[@]}" --seed_everything "$2" \
-        --ckpt_path last --trainer.enable_progress_bar false
-    for task in "recipes/study/eval_$SIZE"/*.yaml; do evaluate "$task" "$run" "$1-seed_$2"; done
+        $OPTIONS --trainer.logger.name "$name" --ckpt_path last --trainer.enable_progress_bar false
+    for task in "recipes/study/eval_$SIZE"/*.yaml; do evaluate "$task" "$run" "$name-seed_$2"; done
 }
 
 tune() { # WAY ARM SEED
@@ -45,8 +50,9 @@ export -f meap_lit evaluate pretrain tune
 each() { xargs -r -P "$JOBS" -L 1 bash -euc "$1"' "$@"' _; }
 
 # the data is made once, before two runs would make it at the same time
-meap_lit fit --config "recipes/study/$SIZE.yaml" --budget.max_steps 1 --trainer.logger.save_dir "runs/study_${SIZE}_data"
+# shellcheck disable=SC2086 # several options
+meap_lit fit --config "recipes/study/$SIZE.yaml" $OPTIONS --budget.max_steps 1 --trainer.logger.save_dir runs/data_of_study
 for seed in $SEEDS; do for arm in $ARMS; do echo "$arm $seed"; done; done | each pretrain
 for seed in $SEEDS; do for arm in $TUNED; do for way in ntp concat separate; do echo "$way $arm $seed"; done; done; done |
     each tune
-meap_lit report --runs "runs/study_$SIZE" "runs/study_${SIZE}_sft" --evaluations "evaluations/study_$SIZE" --output report
+meap_lit report --runs "runs/study_$SIZE"* --evaluations "evaluations/study_$SIZE" --output report

@@ -1,4 +1,5 @@
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,3 +109,16 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     (line,) = complain("--runs", str(tmp_path / "taken"))
     assert line.startswith(f"error: no run found under --runs {tmp_path / 'taken'}")
+
+
+def test_runs_and_results_moved_elsewhere_without_their_checkpoints_give_the_same_report(trained, report, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(trained.runs, moved / "runs", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(trained.evaluations, moved / "evaluations")
+    away = trained.runs.rename(trained.runs.with_name("away"))
+    try:
+        words = ["--runs", str(moved / "runs"), "--evaluations", str(moved / "evaluations")]
+        assert main(["report", *words, "--output", str(tmp_path / "report")]) == 0
+    finally:
+        away.rename(trained.runs)
+    assert (tmp_path / "report/report.md").read_text() == (report / "report.md").read_text()

@@ -39,7 +39,7 @@ def test_a_run_that_was_resumed_with_its_budget_spent_keeps_its_checkpoint(tmp_p
     write_run(second, recipe("a", ckpt_path=str(checkpoint)), losses=())
     (second / "checkpoints" / "step=30.ckpt").unlink()
     (run,) = find_runs([str(tmp_path)])
-    assert (run.path, run.checkpoint) == (second, checkpoint)
+    assert (run.path, run.folders[-1]) == (second, checkpoint.parent)
     assert run.holds(checkpoint.resolve())
     assert run.tokens == 960
 
@@ -95,7 +95,7 @@ def foreign_checkpoint(folder):
         (lambda folder: folder.rmdir(), "is no folder"),
         (lambda folder: None, "no run found under"),
         (no_validation, "a has no validation yet (val/loss); let it finish"),
-        (no_checkpoint, "a has no whole checkpoint"),
+        (no_checkpoint, "a has neither a whole checkpoint (checkpoints/step=N.ckpt) nor a summary.json"),
         (no_recipe, "is not the recipe of a run"),
         (foreign_checkpoint, "step=31.ckpt is damaged, has code in it, or is not one of meap_lit"),
     ],
