@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from meap_lit.data.formats import DIVISIBLE, FORMATS, RECORD_FORMATS, Entry, Format, Span, has_suffix, read_file
+from meap_lit.data.preparation import RECORD_FILE
 from meap_lit.errors import UserError
 
 Item = TypeVar("Item")
@@ -258,7 +259,9 @@ def _files_in(folder: Path, wanted: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".") and has_suffix(Path(name), wanted)]
+        # what a preparation step says of a folder is no input
+        named = [name for name in names if not name.startswith(".") and name != RECORD_FILE]
+        files += [Path(parent, name) for name in named if has_suffix(Path(name), wanted)]
     return files
 
 

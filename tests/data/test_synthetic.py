@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from meap_lit.data.chat import PrepareChat
 from meap_lit.data.synthetic import (
     NAMES,
     OPENING,
@@ -223,3 +224,17 @@ def test_questions_in_real_text_are_answered_by_their_input(tmp_path):
         assert re.search("sentence|another|heading|word", record["input"])
     with pytest.raises(UserError, match="num_records must be at least 1, got 0"):
         FactInstructions(output=str(tmp_path / "none"), num_records=0).run()
+
+
+def test_a_folder_of_questions_is_an_input_as_it_is(tmp_path, prepared):
+    FactInstructions(output=str(tmp_path / "asked"), num_records=10).run()
+    template = Path(__file__).parents[2] / "data/instructions.jinja"
+    PrepareChat(
+        input=[str(tmp_path / "asked")],
+        tokenizer=prepared.tokenizer,
+        template=str(template),
+        output=str(tmp_path / "chat"),
+        num_workers=1,
+    ).run()
+    manifest = json.loads((tmp_path / "chat/manifest.json").read_text())
+    assert [Path(source["path"]).name for source in manifest["sources"]] == ["instructions.jsonl"]
