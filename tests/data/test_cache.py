@@ -58,7 +58,11 @@ def chunk_sizes(folder):
 
 
 def held_on_disk(cache_dir):
-    return sum(size for _, size, _ in cache_module._files(cache_dir))
+    """Bytes of all chunks. Under the cache's own lock, since files come and go while they are counted."""
+    with open(cache_dir / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # one that is renamed meanwhile is met under either name
+        return sum({str(path).removesuffix(".part"): size for _, size, path in cache_module._files(cache_dir)}.values())
 
 
 def train_stream(blocks):
