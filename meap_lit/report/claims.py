@@ -254,6 +254,11 @@ def _emergence_test(arm: Arm) -> list[Tested]:
         for seeds in (before, after)
     )
     change = emergence_difference(arm)
+    late = [seed for seed, tokens in after.items() if tokens is None and before.get(seed) is not None]
+    if late:
+        word = "seed" if len(late) == 1 else "seeds"
+        where = f"where the baseline did, this arm never reached half in {word} {', '.join(late)}"
+        return [(f"probe: {ours} tokens", "", f"{NOT_SUPPORTED}: {where}")]
     if change is None:
         return [(f"probe: {ours} tokens", "", f"{NOT_TESTED}: a run never reached half, or no seed is in common")]
     # fewer is what the paper's direction is

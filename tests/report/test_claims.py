@@ -55,3 +55,13 @@ def test_a_claim_is_about_the_arm_with_the_papers_ratio(tmp_path):
     runs = find_runs([str(tmp_path / "runs")])
     evaluations, _ = find_evaluations([str(tmp_path / "out")], runs)
     assert {finding.verdict for finding in find(find_studies(runs), evaluations)} == {"not tested at this scale"}
+
+
+def test_retrieval_that_never_emerges_where_that_of_the_baseline_does_is_a_verdict(tmp_path):
+    accuracies = {("ntp", 1): (0.2, 0.6), ("meap", 1): (0.2, 0.3), ("ntp", 2): (0.2, 0.6), ("meap", 2): (0.6, 0.7)}
+    for (arm, seed), values in accuracies.items():
+        ratio = 0.15 if arm == "meap" else 0.0
+        write_run(tmp_path / f"{arm}_{seed}", recipe(arm, seed, ratio), accuracies=values)
+    found = {finding.claim: finding for finding in find(find_studies(find_runs([str(tmp_path)])), {})}
+    emergence = found["retrieval emerges after fewer tokens"]
+    assert emergence.verdict == "not supported: where the baseline did, this arm never reached half in seed 1"
