@@ -74,7 +74,12 @@ class PythonText(Preparation):
     def _texts(self) -> Iterator[tuple[str, str, str]]:
         """Name, kind and text of each file."""
         if self.prose:
-            for path in find_files(self.prose):
+            try:
+                paths = find_files(self.prose)
+            except UserError as error:
+                hint = "put text there, or leave it out with prose: [] in the recipe"
+                raise UserError(f"prose of {self.output}: {error}; {hint}") from error
+            for path in paths:
                 for number, text in enumerate(DocumentReader([path])):
                     yield f"{path.name}:{number}" if number else path.name, "prose", text
         room = parse_bytes(self.max_bytes, "max_bytes")
