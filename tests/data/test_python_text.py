@@ -85,7 +85,7 @@ def test_installed_packages_are_read_if_asked_for():
     [
         ({"held_out_share": 5}, "held_out_share must be in (0, 1), got 5; write 0.05 for 5%"),
         ({"max_bytes": "much"}, "max_bytes must be a size in KB, MB, GB, TB such as 64MB, got 'much'"),
-        ({"prose": ["no_such_folder"]}, "no_such_folder does not exist; put text there, or leave it out with prose: []"),
+        ({"prose": ["no_such_folder"]}, "no_such_folder does not exist; put text there, or leave it out with prose"),
         ({"max_bytes": "1KB"}, "change held_out_share"),
     ],
 )
