@@ -1,5 +1,6 @@
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_report_of_real_runs(report, prepared):
 def test_no_path_of_this_machine_is_in_it(report, prepared, trained):
     for name in ("report.md", "report.html"):
         text = (report / name).read_text()
-        for path in (prepared.dataset, str(trained.runs), str(Path.cwd()), "/tmp/"):
+        for path in (prepared.dataset, str(trained.runs), str(Path.cwd()), f"{tempfile.gettempdir()}/"):
             assert path not in text
 
 
