@@ -28,7 +28,7 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from benchmarks.step import environment, known_decoder
+from benchmarks.step import environment, known_decoder, publish
 from meap_lit.data.synthetic import filler_sentence
 from meap_lit.data.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
@@ -145,10 +145,7 @@ def benchmark(
             "",
         ]
     )
-    print(report)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report)
+    publish(report, output)
 
 
 def _random_prompts(config: DecoderConfig, lengths: tuple[int, ...], per_length: int) -> Prompts:

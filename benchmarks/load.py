@@ -20,7 +20,7 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from benchmarks.step import environment, known_decoder
+from benchmarks.step import environment, known_decoder, publish
 from meap_lit.checkpoints import DTYPES, build_decoder, open_source
 from meap_lit.data.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
@@ -72,10 +72,7 @@ def benchmark(
             "",
         ]
     )
-    print(report)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report)
+    publish(report, output)
 
 
 def _write_model(folder: Path, config: DecoderConfig, dtype: torch.dtype, max_shard_size: str) -> dict[str, Path]:

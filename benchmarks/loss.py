@@ -22,7 +22,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from benchmarks.fresh import Growth, in_fresh_process
-from benchmarks.step import environment
+from benchmarks.step import environment, publish
 from meap_lit.errors import UserError
 from meap_lit.model import linear_cross_entropy
 
@@ -94,10 +94,7 @@ def benchmark(
             "",
         ]
     )
-    print(report)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report)
+    publish(report, output)
 
 
 def measure(way: str, vocab_size: int, num_tokens: int, hidden_size: int, bf16: bool) -> tuple[int, float]:

@@ -26,7 +26,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.step import environment, known_decoder
+from benchmarks.step import environment, known_decoder, publish
 from meap_lit.data.chunks import ChatIndex
 from meap_lit.data.order import Visit
 from meap_lit.data.packed import RowReader
@@ -115,10 +115,7 @@ def benchmark(
             "",
         ]
     )
-    print(report)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report)
+    publish(report, output)
 
 
 def _ratio(seconds: dict[str, list[float]]) -> float:

@@ -29,7 +29,7 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 
 from benchmarks.fresh import Growth, in_fresh_process
-from benchmarks.step import Model, TrainingStep, environment, known_decoder
+from benchmarks.step import Model, TrainingStep, environment, known_decoder, publish
 from meap_lit.errors import UserError
 from meap_lit.model import DecoderConfig
 from meap_lit.model.hf import family, write_config
@@ -103,10 +103,7 @@ def benchmark(
             "",
         ]
     )
-    print(report)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report)
+    publish(report, output)
 
 
 def _versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ import tokenizers
 from jsonargparse import auto_cli
 
 from benchmarks.fresh import in_fresh_process
-from benchmarks.step import environment
+from benchmarks.step import environment, publish
 from meap_lit.data.manifest import Manifest
 from meap_lit.data.readers import DocumentReader, find_files
 from meap_lit.data.tokenizer import Tokenizer, TrainTokenizer
@@ -97,10 +97,7 @@ def benchmark(
             "",
         ]
     )
-    print(report)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report)
+    publish(report, output)
 
 
 def _row(name: str, rates: list[float], prepared: list[float]) -> str:

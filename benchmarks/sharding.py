@@ -25,7 +25,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.step import environment
+from benchmarks.step import environment, publish
 from meap_lit.data.text import PrepareText
 from meap_lit.data.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
@@ -126,10 +126,7 @@ def benchmark(
             "",
         ]
     )
-    print(report)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report)
+    publish(report, output)
 
 
 # --------------------------------------------------------------------------------------------------- the runs

@@ -19,7 +19,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import auto_cli
 
-from benchmarks.step import environment
+from benchmarks.step import environment, publish
 from meap_lit.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -74,10 +74,7 @@ def benchmark(
             "",
         ]
     )
-    print(report)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report)
+    publish(report, output)
 
 
 def shown_help() -> float:

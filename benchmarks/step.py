@@ -27,6 +27,7 @@ import yaml
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 
+from meap_lit.callbacks.summary import processor
 from meap_lit.callbacks.throughput import peak_flops
 from meap_lit.errors import UserError
 from meap_lit.masking import mask_inputs
@@ -112,10 +113,7 @@ def benchmark(
             "",
         ]
     )
-    print(report)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report)
+    publish(report, output)
 
 
 def known_decoder(model: str) -> DecoderConfig:
@@ -277,20 +275,19 @@ def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def publish(report: str, output: Path | None) -> None:
+    """Print a report, and write it to `output` if that is given."""
+    print(report)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(report)
+
+
 def environment(device: str) -> list[str]:
-    lines = [f"- date: {datetime.date.today()}", f"- CPU: {_cpu_name()}, {torch.get_num_threads()} thread(s)"]
+    lines = [f"- date: {datetime.date.today()}", f"- CPU: {processor()}, {torch.get_num_threads()} thread(s)"]
     if device == "cuda":
         lines.append(f"- GPU: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     return [*lines, f"- torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"]
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def measure(trainer: L.Trainer, seconds: float, first_step: int) -> dict[str, An
         "tokens": (trainer.global_step - first_step) * data.tokens_per_step,
         "tokens_per_second": throughput.tokens_per_second(data.tokens_per_step) if throughput is not None else None,
         "peak_memory_bytes": None if memory is None else round(float(memory) * 1e9),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "devices": trainer.world_size,
         "nodes": trainer.num_nodes,
         "threads": torch.get_num_threads(),
@@ -83,7 +83,8 @@ def measure(trainer: L.Trainer, seconds: float, first_step: int) -> dict[str, An
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")  # of Linux, where `platform.processor` is empty
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
