@@ -27,13 +27,13 @@ import yaml
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 
-from meap_lit.callbacks.summary import processor
 from meap_lit.callbacks.throughput import peak_flops
 from meap_lit.errors import UserError
+from meap_lit.host import processor
 from meap_lit.masking import mask_inputs
 from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
 from meap_lit.model.config import pad_vocab_size
-from meap_lit.model.parallelize import compile_blocks
+from meap_lit.model.parallelize import checkpoint_and_compile
 from meap_lit.modules import AdamW
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -178,7 +178,7 @@ class TrainingStep:
     def compile(self) -> None:
         """Compile what `fit` compiles with `model.compile`."""
         assert isinstance(self.model, Decoder)
-        compile_blocks(self.model)
+        checkpoint_and_compile(self.model, "none", compile=True)
 
     def loss(self, input_ids: Tensor) -> Tensor:
         """Mean loss of the batch's labels, scalar, for inputs [B, T]."""

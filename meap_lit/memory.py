@@ -38,7 +38,7 @@ class Step:
         lora: The adapters, if these alone are trained.
         packed: Rows hold several documents.
         layout: The devices.
-        fused_norm: RMSNorm is one kernel, as on GPUs; a CPU keeps what its parts leave.
+        on_cpu: The device is a CPU, where logits are widened before their softmax, and dropout keeps factors, no bytes.
     """
 
     decoder: DecoderConfig
@@ -50,7 +50,7 @@ class Step:
     lora: LoRA | None = None
     packed: bool = False
     layout: Layout = field(default_factory=Layout)
-    fused_norm: bool = True
+    on_cpu: bool = False
 
     @property
     def numerics(self) -> Numerics:
@@ -146,13 +146,9 @@ def optimizer_bytes(weights: Iterable[Weight], layout: Layout) -> int:
 # ----------------------------------------------------------------------------------------------- activations
 
 
-def norm_activations(num_rows: int, width: int, dtype: torch.dtype, *, fused: bool, trained: bool) -> int:
-    """What RMSNorm keeps of `num_rows` rows: the input and 1 / rms; out of separate operations in float32, and then
-    also the normalised input, for the gradient of its weight.
-    """
-    if fused:
-        return num_rows * (width * dtype.itemsize + FLOAT32)
-    return num_rows * FLOAT32 * (width * (2 if trained else 1) + 1)
+def norm_activations(num_rows: int, width: int, dtype: torch.dtype) -> int:
+    """What RMSNorm keeps of `num_rows` rows: the input and 1 / rms."""
+    return num_rows * (width * dtype.itemsize + FLOAT32)
 
 
 def block_activations(step: Step) -> int:
@@ -161,11 +157,10 @@ def block_activations(step: Step) -> int:
     With n tokens, widths D (residual), Q and K (all query, all key heads), F (SwiGLU), s bytes in matrix products:
 
     - two norms over D, and with qk_norm one over the heads of query and of key;
-    - inputs of q, k, v and of gate, up: n D s each under autocast, which casts for each anew; else the one output of
-      the norm that they share;
+    - the outputs of the two norms, which q, k, v and gate, up share as input: n D s each;
     - attention: query, key, value and output, n (2 Q + 2 K) s, and the logsumexp of each score row, 4 n H. The output
       is also o's input; of packed rows the outputs are joined, n Q s more;
-    - SwiGLU: gate, silu(gate), up and their product, which is down's input: 4 n F s.
+    - SwiGLU: gate, up and their product, which is down's input: 3 n F s.
 
     Frozen weights keep no input. An adapter keeps its own and its inner activation; with dropout, the dropped input of
     each and its mask. Rotary positions keep cosine and sine only, once for all layers (`kept_activations`).
@@ -176,29 +171,23 @@ def block_activations(step: Step) -> int:
     hidden, inner = config.hidden_size, config.intermediate_size // part
     heads, kv_heads = config.num_heads // part, config.num_kv_heads // part
     query, key = heads * config.head_width, kv_heads * config.head_width
-    trained = step.lora is None
     keep_input = set(PROJECTIONS if step.lora is None else step.lora.targets)
 
-    kept = 2 * norm_activations(n, hidden, step.numerics.residual, fused=step.fused_norm, trained=trained)
+    kept = 2 * norm_activations(n, hidden, step.numerics.residual)
     if config.qk_norm:
-        # under autocast the norm's input is bfloat16 and its weight float32, which the fused kernel refuses
-        fused = step.fused_norm and step.gathered_dtype == step.numerics.products
-        for num_heads in (heads, kv_heads):
-            kept += norm_activations(
-                n * num_heads, config.head_width, step.numerics.products, fused=fused, trained=trained
-            )
+        kept += norm_activations(n * (heads + kv_heads), config.head_width, step.numerics.products)
     dropout = step.lora is not None and step.lora.dropout > 0
-    own_input = dropout or step.numerics.residual != step.numerics.products
     for readers in ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}):
         num_readers = len(readers & keep_input)
-        kept += n * hidden * size * (num_readers if own_input else min(1, num_readers))
+        kept += n * hidden * size * (num_readers if dropout else min(1, num_readers))
     kept += n * (2 * query + 2 * key) * size + n * heads * FLOAT32
     kept += n * query * size * ((step.packed or dropout) and "o_proj" in keep_input)
-    kept += n * inner * size * (4 if "down_proj" in keep_input else 3)
+    kept += n * inner * size * (3 if "down_proj" in keep_input else 2)
     if step.lora is not None:
         kept += len(keep_input) * n * step.lora.rank * size
         widths = {"o_proj": query, "down_proj": inner}
-        kept += sum(n * widths.get(name, hidden) for name in keep_input) * dropout  # a byte of the mask each
+        mask = size if step.on_cpu else 1
+        kept += sum(n * widths.get(name, hidden) for name in keep_input) * dropout * mask
     return kept
 
 
@@ -206,7 +195,7 @@ def checkpointed_activations(step: Step) -> int:
     """What is kept of one block that is computed again in the backward: its input, n D.
 
     `selective` also keeps the results of matrix products, n (Q + 2 K + 2 D + 2 F) s, and of attention, n Q s and the
-    logsumexp (`parallelize.checkpoint_activations`); each adapter adds its two results.
+    logsumexp (`parallelize.checkpoint_and_compile`); each adapter adds its two results.
     """
     config, n, size = step.decoder, step.num_tokens, step.numerics.products.itemsize
     kept = n * config.hidden_size * step.numerics.residual.itemsize
@@ -228,9 +217,7 @@ def kept_activations(step: Step) -> int:
     config, n = step.decoder, step.num_tokens
     block = block_activations(step) if step.activation_checkpointing == "none" else checkpointed_activations(step)
     angles = 2 * config.head_width * FLOAT32 * (n if step.packed else step.seq_len)
-    norm = norm_activations(
-        n, config.hidden_size, step.numerics.residual, fused=step.fused_norm, trained=step.lora is None
-    )
+    norm = norm_activations(n, config.hidden_size, step.numerics.residual)
     return config.num_layers * block + angles + norm + n * torch.int64.itemsize
 
 
@@ -264,11 +251,11 @@ def loss_bytes(step: Step) -> int:
     num_rows = min(step.num_tokens, max(1, MAX_LOGITS // config.vocab_size))
     piece = num_rows * config.vocab_size
     narrow = size < FLOAT32
-    widened = FLOAT32 if narrow and not step.fused_norm else 0
+    widened = FLOAT32 if narrow and step.on_cpu else 0
     before = FLOAT32 + (size if narrow else 0) if num_rows < step.num_tokens else 0
     softmax = piece * (before + size + FLOAT32 + widened)
     product = piece * (FLOAT32 + (size if narrow else 0)) + head * size * trained
-    held = step.num_tokens * config.hidden_size * step.numerics.residual.itemsize + head * FLOAT32 * trained
+    held = step.num_tokens * config.hidden_size * size + head * FLOAT32 * trained
     held += head * size if _head_dtype(step) != step.numerics.products else 0
     return held + max(softmax, product)
 

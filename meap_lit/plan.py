@@ -168,7 +168,7 @@ class Plan:
             lora=module.lora,
             packed=isinstance(data, FineTuningData),
             layout=layout,
-            fused_norm=trainer.accelerator != "cpu",
+            on_cpu=trainer.accelerator == "cpu",
         )
         prepared = all(Path(path, MANIFEST_FILE).is_file() for path in data.datasets)
         needs_data = budget.max_epochs is not None or step.packed

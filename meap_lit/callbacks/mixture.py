@@ -5,6 +5,8 @@ from typing import Any
 
 import lightning as L
 
+from meap_lit.logged import host_number, is_logged
+
 
 class Mixture(L.Callback):
     """Logs the share of the tokens trained on so far that came from each dataset, as `mix/NAME`, if there are several.
@@ -22,12 +24,12 @@ class Mixture(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         data = trainer.datamodule
-        is_logged = trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps
-        if len(data.datasets) == 1 or not is_logged or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        at_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if len(data.datasets) == 1 or not at_step_end or not is_logged(trainer, trainer.global_step):
             return
         counts = trainer.train_dataloader.dataset.order.count_by_source(data.samples_seen)
         self.shares = dict(zip(short_names(list(data.datasets)), (counts / counts.sum()).tolist(), strict=True))
-        pl_module.log_dict({f"mix/{name}": share for name, share in self.shares.items()})
+        pl_module.log_dict({f"mix/{name}": host_number(share) for name, share in self.shares.items()})
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from meap_lit.callbacks.ranks import Ranks
 from meap_lit.errors import UserError
+from meap_lit.logged import is_logged
 
 
 class StopOnNonFiniteLoss(L.Callback):
     """Stops the run when the loss is no longer a number, and keeps such a model out of every checkpoint.
 
     The loss is looked at where it lies: the first bad step is kept on the device and read only where the host waits
-    anyway, at logging, validation and saving.
+    anyway, at steps that are logged, at validation and at saving.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -27,9 +28,9 @@ class StopOnNonFiniteLoss(L.Callback):
         loss: Tensor = outputs["loss"]
         is_new = ~torch.isfinite(loss) & (self._first_bad_step < 0)
         step = batch_idx // trainer.accumulate_grad_batches + 1
-        self._first_bad_step = torch.where(is_new, step, self._first_bad_step)
-        waits_anyway = trainer.world_size == 1 and pl_module.device.type == "cpu"
-        if trainer.global_step % trainer.log_every_n_steps == 0 or waits_anyway:
+        self._first_bad_step.masked_fill_(is_new, step)
+        at_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if at_step_end and is_logged(trainer, trainer.global_step):
             self._check(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

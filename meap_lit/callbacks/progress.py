@@ -1,4 +1,4 @@
-"""The progress bar: optimizer steps, loss and tokens per second."""
+"""The progress bar: optimizer steps, and the figures that were logged last."""
 
 import sys
 from typing import Any
@@ -7,12 +7,18 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+SHOWN = {"train/loss": "loss", "throughput/tokens_per_second": "tokens/s"}
+"""What is shown of the training, under shorter names; Lightning reads a `prog_bar` metric at every batch."""
+
 
 class StepProgressBar(TQDMProgressBar):
-    """Lightning's bar, counting optimizer steps of the whole run instead of micro-batches of an epoch."""
+    """Lightning's bar, counting optimizer steps of the whole run instead of micro-batches of an epoch.
+
+    It moves on at steps that are logged, where the figures are at hand.
+    """
 
     def __init__(self) -> None:
-        # a log file gets a line now and then, not one for every step
+        # a log file gets a line now and then
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else 100)
 
     @property
@@ -20,6 +26,8 @@ class StepProgressBar(TQDMProgressBar):
         return self.trainer.max_steps
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        every = trainer.log_every_n_steps
+        self._refresh_rate = -(-self.refresh_rate // every) * every
         super().on_train_start(trainer, *args)
         self._begin(trainer)  # a resumed run begins no epoch
 
@@ -44,6 +52,8 @@ class StepProgressBar(TQDMProgressBar):
         return Tqdm(disable=True)  # a validation within a run is a matter of seconds
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float]:
-        metrics = super().get_metrics(trainer, pl_module)
+        logged = trainer.callback_metrics
+        metrics = {shown: logged[name].item() for name, shown in SHOWN.items() if name in logged}
+        metrics |= super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return {name.removeprefix("train/"): value for name, value in metrics.items()}
+        return metrics

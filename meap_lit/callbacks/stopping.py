@@ -36,6 +36,8 @@ class StopOnSignal(L.Callback):
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._on_signal)  # Lightning's teardown puts the earlier handlers back
+            # and at every micro-batch of several ranks Lightning would ask them all, waiting for their devices
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:

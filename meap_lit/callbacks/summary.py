@@ -20,6 +20,7 @@ import meap_lit
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.callbacks.throughput import Throughput
+from meap_lit.host import processor
 
 C = TypeVar("C", bound=L.Callback)
 
@@ -81,14 +82,6 @@ def measure(trainer: L.Trainer, seconds: float, first_step: int) -> dict[str, An
         "decoder": dataclasses.asdict(trainer.lightning_module.decoder.config),
         "datasets": data.state_dict()["datasets"],
     }
-
-
-def processor() -> str:
-    """Name of this machine's processor."""
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux, where `platform.processor` is empty
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _git_commit() -> str | None:

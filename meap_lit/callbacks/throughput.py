@@ -9,9 +9,11 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
+from meap_lit.logged import host_number, is_logged
+
 
 class Throughput(L.Callback):
-    """Logs speed at the Trainer's logging interval, over the steps since the last one; validation is left out.
+    """Logs speed at the steps that are logged, over those since the last one; validation is left out.
 
     `throughput/mfu` is the share of the device's peak that the model's own FLOPs make up (`DecoderConfig.
     flops_per_token`); it is absent where the peak is not known, as on a CPU. Lightning's `ThroughputMonitor` counts
@@ -30,23 +32,24 @@ class Throughput(L.Callback):
     ) -> None:
         steps = trainer.global_step - self._step
         at_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not at_step_end or steps == 0:
+        if not at_step_end or steps == 0 or not is_logged(trainer, trainer.global_step):
             return
         data = trainer.datamodule
-        metrics = {"throughput/tokens_seen": float(data.samples_seen * data.seq_len)}
-        if trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps:
-            seconds = self._elapsed()
-            self._train_seconds += seconds
-            self._train_steps += steps
-            rate = steps * data.tokens_per_step / seconds
-            self._start_window(trainer)
-            metrics |= {"throughput/tokens_per_second": rate, "memory/gigabytes": _memory(trainer)}
-            flops = rate * pl_module.config.flops_per_token(data.mean_span, frozen=pl_module.lora is not None)
-            metrics["throughput/model_teraflops_per_second"] = flops / 1e12
-            if self._peak_flops:
-                metrics["throughput/mfu"] = flops / self._peak_flops
-            pl_module.log("tokens/s", rate, prog_bar=True, logger=False)
-        pl_module.log_dict(metrics)
+        seconds = self._elapsed()
+        self._train_seconds += seconds
+        self._train_steps += steps
+        rate = steps * data.tokens_per_step / seconds
+        flops = rate * pl_module.config.flops_per_token(data.mean_span, frozen=pl_module.lora is not None)
+        self._start_window(trainer)
+        metrics = {
+            "throughput/tokens_seen": data.samples_seen * data.seq_len,
+            "throughput/tokens_per_second": rate,
+            "throughput/model_teraflops_per_second": flops / 1e12,
+            "memory/gigabytes": _memory(trainer),
+        }
+        if self._peak_flops:
+            metrics["throughput/mfu"] = flops / self._peak_flops
+        pl_module.log_dict({name: host_number(value) for name, value in metrics.items()})
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause = time.perf_counter()

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from meap_lit.model.norm import matmul_dtype
+
 IGNORE_INDEX = -100
 """Label of a position that is not supervised, as in `torch.nn.functional.cross_entropy`."""
 
@@ -62,31 +64,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, grad_enabled: bool) -> tuple[Tensor, Tensor]:
         device = hidden.device
-        matmul_dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+        dtype = matmul_dtype(hidden)
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        head = weight.to(matmul_dtype)  # once, not for each piece
+        head = weight.to(dtype)  # once, not for each piece
         grad_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if grad_enabled and ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=sum_dtype, device=device)
         row_losses = torch.empty(len(labels), dtype=torch.float32, device=device)
         rows = max(1, MAX_LOGITS // weight.size(0))
         for start in range(0, hidden.size(0), rows):
-            piece, target = hidden[start : start + rows].to(matmul_dtype), labels[start : start + rows]
+            piece, target = hidden[start : start + rows].to(dtype), labels[start : start + rows]
             log_probs = F.log_softmax(F.linear(piece, head), dim=-1, dtype=sum_dtype)  # [rows, V]
-            total += F.nll_loss(log_probs, target, ignore_index=IGNORE_INDEX, reduction="sum")
-            row_losses[start : start + rows] = F.nll_loss(
-                log_probs, target, ignore_index=IGNORE_INDEX, reduction="none"
-            )
+            losses = F.nll_loss(log_probs, target, ignore_index=IGNORE_INDEX, reduction="none")
+            row_losses[start : start + rows] = losses
+            total += losses.sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = log_probs.exp_()  # [rows, V], softmax less one-hot, and 0 where not supervised
+            grad = log_probs.exp_()  # [rows, V], softmax less one-hot
             grad[torch.arange(len(target), device=device), target.clamp(min=0)] -= 1.0
-            grad *= (target != IGNORE_INDEX)[:, None]
-            grad = grad.to(matmul_dtype)
+            grad = grad.to(dtype)
+            supervised = (target != IGNORE_INDEX)[:, None]  # taken into account where rows are D long, not V
             if grad_hidden is not None:
-                grad_hidden[start : start + rows] = grad @ head
+                grad_hidden[start : start + rows] = grad @ head * supervised
             if grad_weight is not None:
-                _add_product_(grad_weight, grad, piece)
+                _add_product_(grad_weight, grad, piece * supervised)
             del log_probs, grad  # or they would lie beside those of the next piece
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(row_losses)

@@ -7,12 +7,11 @@ is handed block by block to the older FSDP1 where that is asked for.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -31,6 +30,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from meap_lit.errors import UserError
 from meap_lit.model.decoder import Block, Decoder
 from meap_lit.model.lora import LoRALinear
+from meap_lit.model.norm import RMSNorm, rms_norm
 
 # ---------------------------------------------------------------------------------------- memory and speed
 
@@ -46,25 +46,31 @@ _SAVED = {
 """Operations whose results `selective` keeps: those that take time."""
 
 
-def checkpoint_activations(decoder: Decoder, mode: Literal["selective", "full"]) -> None:
-    """Keep less of the forward for the backward and compute the rest of it again, in place.
+def checkpoint_and_compile(
+    decoder: Decoder, activation_checkpointing: Literal["none", "selective", "full"], compile: bool
+) -> None:
+    """Keep less of every block's forward for the backward, and compile it, in place.
 
     `full` keeps one hidden state a block and costs one more forward, about a third of a step's time. `selective` keeps
     the results of matrix products and attention and repeats what is cheap: norms, rotations, the SwiGLU's product.
     The forward is replaced, not the block, so that parameters keep their names. The second forward repeats the random
     state of the first, for the dropout of adapters.
     """
-    options: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, list(_SAVED))
+    selective = partial(create_selective_checkpoint_contexts, list(_SAVED))
     for block in _blocks(decoder):
-        block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+        if activation_checkpointing == "selective":  # inside of what is compiled: it chooses among operations
+            block.forward = _checkpointed(block.forward, context_fn=selective)  # type: ignore[method-assign]
+        if compile:
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        if activation_checkpointing == "full":  # around it: what packed rows leave to Python breaks no graph of it
+            block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
 
 
-def compile_blocks(decoder: Decoder) -> None:
-    """Compile every block, in place; the first is compiled, the others find it in the cache."""
-    for block in _blocks(decoder):
-        block.compile()
+def _checkpointed(forward: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    def run(*args: Any) -> Tensor:  # no `partial`, which the compiler does not look into
+        return checkpoint(forward, *args, use_reentrant=False, **options)
+
+    return run
 
 
 def _blocks(decoder: Decoder) -> Iterator[Block]:
@@ -135,13 +141,14 @@ def _split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
         plan |= {"self_attn.o_proj": by_input(), "mlp.down_proj": by_input()}
         parallelize_module(block, mesh, plan)
         for norm in (block.self_attn.q_norm, block.self_attn.k_norm):
-            if isinstance(norm, nn.RMSNorm):
+            if isinstance(norm, RMSNorm):
                 norm.forward = partial(_norm_of_some_heads, norm, mesh)  # type: ignore[method-assign]
 
 
-def _norm_of_some_heads(norm: nn.RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:
+def _norm_of_some_heads(norm: RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:
     """The norm of a device's own heads; its weight is one for all heads, so its gradient is summed over the devices."""
-    return F.rms_norm(x, norm.normalized_shape, _SumGradient.apply(norm.weight, mesh), norm.eps)
+    assert norm.eps is not None
+    return rms_norm(x, _SumGradient.apply(norm.weight, mesh), norm.eps)
 
 
 class _SumGradient(torch.autograd.Function):

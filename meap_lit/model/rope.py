@@ -1,9 +1,11 @@
 """Rotary position embeddings (arXiv 2104.09864), in the half-split layout of Hugging Face checkpoints."""
 
 import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from meap_lit.model.config import DecoderConfig, RopeScaling
 
@@ -71,6 +73,28 @@ def rope_angles(config: DecoderConfig, position_ids: Tensor) -> tuple[Tensor, Te
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the heads in `x`, [B, H, T, head_dim], by angles that broadcast to it; dtype is kept."""
+    return _Rotation.apply(x, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is the rotation back, in as few passes, where autograd would take the halves apart and pad each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, -1), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: Literal[1, -1]) -> Tensor:
     half = x.size(-1) // 2
-    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos + rotated * sin).to(x.dtype)
+    first, second, sin = x[..., :half], x[..., half:], sin[..., :half]  # both halves of sin are the same
+    y = x * cos  # in float32
+    y[..., :half].addcmul_(second, sin, value=-direction)
+    y[..., half:].addcmul_(first, sin, value=direction)
+    return y.to(x.dtype)

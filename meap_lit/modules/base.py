@@ -17,10 +17,12 @@ from torchmetrics import MeanMetric
 from meap_lit.checkpoints import open_source, vocab_size_for
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from meap_lit.logged import host_number, is_logged
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig
 from meap_lit.model.config import Context, pad_vocab_size
+from meap_lit.model.float8 import MULTIPLE, use_float8
 from meap_lit.model.lora import LoRA, add_lora, is_adapter
-from meap_lit.model.parallelize import checkpoint_activations, clip_grad_norm, compile_blocks, write_shard
+from meap_lit.model.parallelize import checkpoint_and_compile, clip_grad_norm, write_shard
 from meap_lit.model.weights import WeightSource, allocate, copy_whole, init_weights, load_weights, meta_decoder
 from meap_lit.modules.optimizer import AdamW
 from meap_lit.strategies import Sharded
@@ -39,6 +41,9 @@ class DecoderModule(L.LightningModule, ABC):
         activation_checkpointing: Keep less for the backward and compute it anew: `full` keeps one hidden state a block,
             `selective` also the results of matrix products and attention.
         compile: Compile each block (torch.compile); takes a minute at the start.
+        float8: Compute the linear layers of the blocks in float8 (`meap_lit/model/float8.py`). Weights and checkpoints
+            stay as they are, so a resume may change it. Needs torchao and a GPU of compute capability 8.9 or newer, and
+            `compile: true` and trainer.precision bf16-mixed to be of use. Not run on a GPU so far.
         seed: Seed of the masks.
         mask_token_id: Id of the mask token; taken from the data's tokenizer if not given.
     """
@@ -52,6 +57,7 @@ class DecoderModule(L.LightningModule, ABC):
         lora: LoRA | None = None,
         activation_checkpointing: Literal["none", "selective", "full"] = "none",
         compile: bool = False,
+        float8: bool = False,
         seed: int = 0,
         mask_token_id: int | None = None,
     ) -> None:
@@ -62,11 +68,14 @@ class DecoderModule(L.LightningModule, ABC):
         self.initial_config = decoder
         if context is not None and init_from is None:
             raise UserError("model.context goes with model.init_from; of random weights state it in model.decoder")
+        if float8 and lora is not None:
+            raise UserError("model.float8 does not go with model.lora; leave one of the two out")
         self.init_from = init_from
         self.context = context
         self.lora = lora
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks = compile
+        self.float8 = float8
         self.seed = seed
         self.mask_token_id = mask_token_id
         self.decoder: Decoder | None = None
@@ -116,10 +125,9 @@ class DecoderModule(L.LightningModule, ABC):
         device, write = torch.get_default_device(), copy_whole
         if self.lora is not None:
             add_lora(decoder, self.lora)
-        if self.activation_checkpointing != "none":
-            checkpoint_activations(decoder, self.activation_checkpointing)
-        if self.compile_blocks:
-            compile_blocks(decoder)
+        if self.float8:  # layers are replaced before anything is put around them
+            self._use_float8(decoder)
+        checkpoint_and_compile(decoder, self.activation_checkpointing, self.compile_blocks)
         strategy = getattr(self._trainer, "strategy", None)
         if isinstance(strategy, Sharded):
             strategy.shard(decoder)
@@ -130,6 +138,20 @@ class DecoderModule(L.LightningModule, ABC):
         if source is not None:
             load_weights(decoder, source, first_new_token=self.origin["first_new_token"], write=write)
         self.decoder = decoder
+
+    def _use_float8(self, decoder: Decoder) -> None:
+        data, strategy = (getattr(self._trainer, name, None) for name in ("datamodule", "strategy"))
+        if isinstance(strategy, Sharded) and strategy.tensor_parallel_size > 1:
+            raise UserError(
+                f"model.float8 does not go with trainer.strategy.tensor_parallel_size {strategy.tensor_parallel_size}; "
+                f"set that to 1 or leave model.float8 out"
+            )
+        if data is not None and data.micro_batch_size * data.seq_len % MULTIPLE:
+            raise UserError(
+                f"model.float8 needs micro-batches of a multiple of {MULTIPLE} tokens, got data.micro_batch_size "
+                f"{data.micro_batch_size} x data.seq_len {data.seq_len}; change one of the two"
+            )
+        use_float8(decoder, torch.get_default_device() if strategy is None else strategy.root_device)
 
     def _choose_config(self, source: WeightSource | None, tokenizer: Tokenizer | None) -> DecoderConfig:
         if source is None:
@@ -172,6 +194,11 @@ class DecoderModule(L.LightningModule, ABC):
 
     # ---------------------------------------------------------------------------------------------- optimizer
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Mark what earlier steps logged as old; Lightning would write it again where a run is stopped between two."""
+        for metric in self.trainer.fit_loop.epoch_loop._results.values():
+            metric.has_reset = True
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         assert self.decoder is not None
         optimizer = self.optimizer.build(self.decoder)
@@ -185,11 +212,12 @@ class DecoderModule(L.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global norm and log it, computing it once."""
+        """Clip the global norm and log it where that is due, computing it once."""
         limit = math.inf if gradient_clip_val is None else gradient_clip_val
         norm = clip_grad_norm(self.parameters(), limit)
-        self.log("train/grad_norm", norm)
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        if is_logged(self.trainer, self.global_step + 1):
+            self.log("train/grad_norm", norm)
+            self.log("train/lr", host_number(optimizer.param_groups[0]["lr"]))
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 

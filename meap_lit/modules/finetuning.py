@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from meap_lit.data.packed import PackedBatch
+from meap_lit.errors import UserError
+from meap_lit.logged import host_number, is_logged
 from meap_lit.model import linear_cross_entropy
 from meap_lit.modules.base import DecoderModule
 
@@ -24,6 +26,11 @@ class MEAPFineTuning(DecoderModule):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if self.compile_blocks and self.activation_checkpointing == "selective":
+            raise UserError(  # attention to packed rows is left to Python, which no compiler chooses operations in
+                "model.compile compiles nothing of packed rows with model.activation_checkpointing selective; "
+                "take full or none"
+            )
         self.register_buffer("_step_sums", torch.zeros(2), persistent=False)
 
     def configure_model(self) -> None:
@@ -66,14 +73,15 @@ class MEAPFineTuning(DecoderModule):
         """Log the losses of the whole optimizer step, at its last micro-batch. Nothing here waits for the GPU."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        answer, masked = self._step_sums * self.num_replicas  # `sync_dist` takes the mean over devices
-        num_masked = batch["num_masked"]
-        self.log("train/loss", (answer + masked) / batch["num_labels"], prog_bar=True, sync_dist=True)
-        self.log("train/answer_loss", answer / (batch["num_labels"] - num_masked), sync_dist=True)
-        if num_masked:
-            self.log("train/masked_loss", masked / num_masked, sync_dist=True)
-        data = self.trainer.datamodule
-        self.log("data/copies", float(batch["num_copies"]))
-        self.log("data/masked_tokens", float(num_masked))
-        self.log("data/share_of_real_tokens", batch["num_tokens"] / data.tokens_per_step)
+        if is_logged(self.trainer, self.global_step + 1):
+            answer, masked = self._step_sums * self.num_replicas  # `sync_dist` takes the mean over devices
+            num_masked = batch["num_masked"]
+            self.log("train/loss", (answer + masked) / batch["num_labels"], sync_dist=True)
+            self.log("train/answer_loss", answer / (batch["num_labels"] - num_masked), sync_dist=True)
+            if num_masked:
+                self.log("train/masked_loss", masked / num_masked, sync_dist=True)
+            data = self.trainer.datamodule
+            self.log("data/copies", host_number(batch["num_copies"]))
+            self.log("data/masked_tokens", host_number(num_masked))
+            self.log("data/share_of_real_tokens", host_number(batch["num_tokens"] / data.tokens_per_step))
         self._step_sums.zero_()

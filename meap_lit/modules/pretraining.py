@@ -7,6 +7,7 @@ from torch import Tensor
 
 from meap_lit.data.streaming import Batch
 from meap_lit.errors import UserError
+from meap_lit.logged import host_number, is_logged
 from meap_lit.masking import MaskSchedule, check_ratio, mask_inputs, rare_ids
 from meap_lit.model import linear_cross_entropy
 from meap_lit.modules.base import DecoderModule
@@ -111,8 +112,10 @@ class MEAPPretraining(DecoderModule):
         """Log the mean loss of the whole optimizer step, at its last micro-batch. Nothing here waits for the GPU."""
         accumulation = self.trainer.accumulate_grad_batches
         self._step_loss += loss.detach() / accumulation
-        if (batch_idx + 1) % accumulation == 0:
-            self.log("train/loss", self._step_loss.clone(), prog_bar=True, sync_dist=True)
-            self.log("mask/ratio", self.mask(self.global_step, self.trainer.max_steps))
+        if (batch_idx + 1) % accumulation:
+            return
+        if is_logged(self.trainer, self.global_step + 1):
+            self.log("train/loss", self._step_loss.clone(), sync_dist=True)
+            self.log("mask/ratio", host_number(self.mask(self.global_step, self.trainer.max_steps)))
             self.log("mask/realised_ratio", input_mask.float().mean())
-            self._step_loss.zero_()
+        self._step_loss.zero_()

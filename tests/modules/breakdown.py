@@ -1,4 +1,4 @@
-"""A callback that breaks the model during a run, as a fault on a device would."""
+"""Callbacks that break the model during a run, as a fault on a device would, or end it early."""
 
 import lightning as L
 import torch
@@ -11,3 +11,10 @@ class BreakAtStep7(L.Callback):
         if trainer.global_step == 7:
             with torch.no_grad():
                 pl_module.decoder.norm.weight.fill_(torch.inf)
+
+
+class StopAtStep7(L.Callback):
+    """Ends the run after its seventh step, as `trainer.max_time` may."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step >= 7

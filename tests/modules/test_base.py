@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meap_lit.errors import UserError
 from meap_lit.model import Decoder, DecoderConfig
@@ -123,6 +124,32 @@ def test_two_processes_train_as_one(any_recipe, tmp_path):
     state = torch.load(path, weights_only=True)["state_dict"]
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(state[f"decoder.{name}"], tensor, atol=1e-5, rtol=1e-4)
+
+
+def scalars(folder):
+    """What TensorBoard holds of a run, speed and memory aside: {tag: {step: value}}; Lightning counts from 0."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("train/", "data/", "mask/", "val/"))]
+    tags.append("throughput/tokens_seen")
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+
+
+def test_a_step_is_logged_alike_however_many_are(any_recipe, tmp_path):
+    run(any_recipe)
+    run(any_recipe, "--trainer.log_every_n_steps", "5")
+    runs = tmp_path / "runs" / "toy"
+    every, some = scalars(runs / "version_0"), scalars(runs / "version_1")
+    assert some == {tag: {step: value for step, value in every[tag].items() if step in (4, 9, 11)} for tag in every}
+    assert all(some.values())
+
+
+def test_what_was_logged_is_not_logged_again_where_a_run_is_stopped(any_recipe, tmp_path):
+    stop = "--trainer.callbacks+=tests.modules.breakdown.StopAtStep7"
+    run(any_recipe, "--trainer.log_every_n_steps", "5", stop)
+    found = scalars(tmp_path / "runs" / "toy" / "version_0")
+    assert list(found["train/loss"]) == [4]
+    assert list(found["throughput/tokens_seen"]) == [4]
 
 
 def test_bf16_autocast_trains(any_recipe):
