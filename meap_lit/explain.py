@@ -36,12 +36,13 @@ _IN_WORDS = {
 }
 
 
-def explain(message: str, options: Iterable[str] = ()) -> str:
+def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type] | None = None) -> str:
     """Condense a complaint of jsonargparse, which nests one sentence a level, and add what may have been meant.
 
     Args:
         message: The complaint.
         options: The options that there are, such as `--seed`, if they are few.
+        groups: The classes that take the values of a recipe's keys without a class_path, such as `trainer`.
 
     Example: `Parser key "data": Does not validate against ... Problem with given class_path 'm.Data': Option
     'global_batch' is not accepted - Expected ...` becomes `data: m.Data has no option 'global_batch'; did you mean
@@ -62,18 +63,17 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         names = [name for name, value in vars(importlib.import_module(match[1])).items() if inspect.isclass(value)]
         core = f"class_path {match[1]}.{match[2]} does not exist{_hint(match[2], names)}"
     elif match := re.search(r"does not accept option '([^']+)'", core):
-        first = match[1].split(".")[0]
-        core = f"there is no key '{match[1]}'" + ("" if first in TOP_LEVEL_KEYS else _hint(first, TOP_LEVEL_KEYS))
+        core = f"there is no key '{match[1]}'{_key_hint(match[1], groups or {})}"
     elif re.search(r"arguments are required: .*\.model", core):
         core += "; name a recipe with --config"
+    elif match := re.match(r"the following arguments are required: [\w., ]+\w", core):
+        core = match[0]  # of a class; what follows says that the value is nothing else that may stand there
     elif match := re.match(r"Unable to load config \"([^\"]*)\"", core):
         where = re.sub(r"\b(\w+)\.\1$", r"\1", where)  # a group is named twice
         return f"{where} must be {_IN_WORDS['dict']}, got {match[1]}"
-    elif match := re.match(r"unrecognized arguments: (--[^\s=]+)", core):
-        given, known = match[1], options
-        if not options:  # of a recipe the parser knows too many
-            given, known = given.split(".")[0], [f"--{key}" for key in TOP_LEVEL_KEYS]
-        core += "" if given in known else _hint(given, known)
+    elif match := re.match(r"unrecognized arguments: --([^\s=]+)", core):
+        # of a recipe the parser knows too many options
+        core += _hint(f"--{match[1]}", options) if options else _key_hint(match[1], groups or {}, "--")
     elif wanted := _wanted(core):
         given = _GIVEN.search(message)  # the innermost comes first
         return f"{where} must be {wanted}, got {(given and given[1]) or 'nothing'}"
@@ -164,11 +164,23 @@ def _parameters(kind: type) -> dict[str, inspect.Parameter]:
             parameters = {**own, **parameters}
             if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in own.values()):
                 break
-    return {name: p for name, p in parameters.items() if name != "self" and p.kind is not p.VAR_KEYWORD}
+    return {
+        name: p for name, p in parameters.items() if name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
 
 
-def _hint(given: str, known: Iterable[str]) -> str:
+def _key_hint(key: str, groups: Mapping[str, type], dashes: str = "") -> str:
+    """What may have been meant by a key of a recipe that there is not, such as `trainer.devics`."""
+    first, _, rest = key.partition(".")
+    if first not in TOP_LEVEL_KEYS:
+        return _hint(first, TOP_LEVEL_KEYS, dashes)
+    name, known = rest.partition(".")[0], _parameters(groups.get(first, object))
+    return "" if name in known else _hint(name, known, f"{dashes}{first}.")
+
+
+def _hint(given: str, known: Iterable[str], before: str = "") -> str:
+    """The nearest of what is known, or all of it, each with the text that stands `before` it."""
     close = difflib.get_close_matches(given, list(known), n=1)
     if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; there are {', '.join(known)}" if list(known) else ""
+        return f"; did you mean '{before}{close[0]}'?"
+    return f"; there are {', '.join(before + name for name in known)}" if list(known) else ""

@@ -1,11 +1,15 @@
 """A recipe: one YAML file that composes model, data, mask schedule and trainer into a run."""
 
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -26,7 +30,9 @@ from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.stopping import StopOnSignal
 from meap_lit.errors import UserError
 from meap_lit.explain import check_values, explain
+from meap_lit.host import keep_freed_memory
 from meap_lit.integrity import find_checkpoint
+from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.recipe_file import RecipeFile
 
 # `--budget.max_step` is a mistake, not short for `--budget.max_steps`
@@ -34,6 +40,12 @@ PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": F
 
 CALLBACKS = {"budget": Budget, "checkpoint": Checkpoint, "probe": RetrievalProbe, "hang": StopOnHang}
 """Those that a recipe gives options to, under a top-level key of its own."""
+
+GROUPS = {"trainer": L.Trainer, **CALLBACKS}
+"""The classes that take the values of a top-level key without a class_path."""
+
+MODULES = {"text": MEAPPretraining, "chat": MEAPFineTuning}
+"""What trains on datasets of each kind."""
 
 
 class RecipeCLI(LightningCLI):
@@ -95,8 +107,8 @@ class RecipeCLI(LightningCLI):
         parser.set_defaults({"seed_everything": 0})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
-        check_values(self.config[self.config.subcommand].as_dict(), {"trainer": L.Trainer, **CALLBACKS})
+        self.config = parser.parse_args(_nest_nulls(args))
+        check_values(self.config[self.config.subcommand].as_dict(), GROUPS)
 
     def _parse_ckpt_path(self) -> None:
         """The recipe says what is run; Lightning would let a checkpoint's hyper-parameters override it."""
@@ -122,6 +134,34 @@ class RecipeCLI(LightningCLI):
         config.base = None  # it is part of the resolved recipe now
         config.weights_only = config.weights_only is not False  # no pickle is run from a checkpoint unless asked for
         config.ckpt_path = _resolve_checkpoint(config, starts_anew=self.subcommand == "fit")
+
+    def instantiate_classes(self) -> None:
+        for options in _options_of_loggers(self.config[self.subcommand]):
+            _make_log_folder(options)
+        super().instantiate_classes()
+        _check_pair(self.model, self.datamodule)
+        if isinstance(self.trainer.accelerator, CPUAccelerator):
+            keep_freed_memory()
+
+
+def _nest_nulls(words: Sequence[str]) -> list[str]:
+    """The words of a command, with `--model.decoder.vocab_size null` written as `--model.decoder={vocab_size: null}`.
+
+    jsonargparse (4.53) hands a value on to a class within a class as text, in which null has become the word None.
+    """
+    nested: list[str] = []
+    for word in words:
+        starts = word.startswith("--")
+        option, _, value = word.partition("=") if starts else (nested[-1] if nested else "", "", word)
+        group, *keys = option.replace(".init_args", "").split(".")
+        if group in ("--model", "--data") and len(keys) > 1 and re.search(r"\bnull\b", value):
+            if not starts:
+                nested.pop()
+            for key in reversed(keys[1:]):
+                value = f"{{{key}: {value}}}"
+            word = f"{group}.{keys[0]}={value}"
+        nested.append(word)
+    return nested
 
 
 def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
@@ -153,18 +193,55 @@ def _runs_of(config: Namespace) -> Path:
     """
     if config.checkpoint.dirpath is not None:
         return Path(config.checkpoint.dirpath)
-    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-    about = getattr(loggers[0], "init_args", None) if loggers else None
-    save_dir, name = getattr(about, "save_dir", None), getattr(about, "name", None)
+    options = next(iter(_options_of_loggers(config)), Namespace())
+    save_dir, name, version = options.get("save_dir"), options.get("name"), options.get("version")
     if not save_dir or not name:
         raise UserError("--ckpt_path last needs a trainer.logger with save_dir and name; name a run's folder instead")
-    version = getattr(about, "version", None)
     return Path(save_dir, name) if version is None else Path(save_dir, name, _version_folder(version))
 
 
 def _version_folder(version: int | str) -> str:
     """The folder of a run as Lightning's loggers name it."""
     return version if isinstance(version, str) else f"version_{version}"
+
+
+def _options_of_loggers(config: Namespace) -> list[Namespace]:
+    """What a recipe gives to each of its loggers."""
+    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+    return [getattr(logger, "init_args", None) or Namespace() for logger in loggers]
+
+
+def _make_log_folder(options: Namespace) -> None:
+    """Make the folder that a logger writes into, before any data is prepared.
+
+    Raises:
+        UserError: If it is an address, or nothing can be written there.
+    """
+    if not options.get("save_dir"):
+        return
+    key, folder = "trainer.logger.save_dir", Path(options.save_dir)
+    if "://" in options.save_dir:
+        raise UserError(
+            f"{key} must be a folder of this machine or its network, got {options.save_dir}; name one, such as runs, "
+            f"and copy it there when the run has ended"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder of logs {folder}: {error.strerror}; name another as {key}") from error
+    of_name = folder / (options.get("name") or "")
+    if not os.access(of_name if of_name.is_dir() else folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into the folder of logs {folder}; name another as {key}")
+
+
+def _check_pair(model: L.LightningModule, data: L.LightningDataModule | None) -> None:
+    """Raise `UserError` if the model is given data of the other kind, before any of it is prepared."""
+    fitting = MODULES.get(getattr(data, "kind", ""))
+    if fitting is not None and not isinstance(model, fitting) and isinstance(model, tuple(MODULES.values())):
+        raise UserError(
+            f"model.class_path {type(model).__name__} does not train on the rows of data.class_path "
+            f"{type(data).__name__}; set model.class_path to meap_lit.modules.{fitting.__name__}, or change the data"
+        )
 
 
 def _as_user_error(error: Exception) -> Exception:
@@ -175,7 +252,7 @@ def _as_user_error(error: Exception) -> Exception:
             return cause
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, ArgumentError | MisconfigurationException):
-        return UserError(explain(str(error)))
+        return UserError(explain(str(error), groups=GROUPS))
     return error
 
 

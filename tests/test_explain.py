@@ -21,6 +21,11 @@ from meap_lit.explain import check_values, explain
             "budget must be a mapping ({key: value}), got null",
         ),
         ("unrecognized arguments: --outptu x", "unrecognized arguments: --outptu x; did you mean '--output'?"),
+        (
+            "Parser key \"trainer.logger\": Errors: - Problem with given class_path 'm.Logger': the following "
+            "arguments are required: save_dir - Expected a <class 'bool'> Given value type: <class 'Namespace'>",
+            "trainer.logger: the following arguments are required: save_dir",
+        ),
     ],
 )
 def test_a_complaint_in_one_line(message, line):
@@ -31,14 +36,20 @@ def test_a_complaint_in_one_line(message, line):
     ("given", "hint"),
     [
         ("--hng.timeout_minutes", "; did you mean '--hang'?"),
-        ("--checkpoint.kep", ""),
+        ("--budget.stps", "; did you mean '--budget.steps'?"),
+        ("--budget.zzz", "; there are --budget.steps, --budget.every"),
+        ("--budget.steps.first", ""),
         ("--zzz", "; there are --model, "),
     ],
 )
 def test_an_unknown_option_of_a_recipe(given, hint):
-    line = explain(f"unrecognized arguments: {given} 5")
+    line = explain(f"unrecognized arguments: {given} 5", groups={"budget": Group})
     assert line.startswith(f"unrecognized arguments: {given} 5{hint}")
     assert hint or line.endswith("5")
+    key, meant = given.removeprefix("--"), hint.replace("--", "")
+    assert explain(f"Parser does not accept option '{key}'", groups={"budget": Group}).startswith(
+        f"there is no key '{key}'{meant}"
+    )
 
 
 # ------------------------------------------------------------------------------- what the parser lets pass

@@ -1,5 +1,8 @@
 """Every recipe of the project is parsed, and runs at toy size."""
 
+import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -180,6 +183,68 @@ def test_interpolation_follows_an_override():
     assert changed["model"]["init_args"]["seed"] == changed["data"]["init_args"]["seed"] == 7
 
 
+@pytest.mark.parametrize(
+    ("words", "decoder"),
+    [
+        ("--model.decoder.head_dim null", "{head_dim: null}"),
+        ("--model.decoder.head_dim=null --model.decoder.num_layers 3", "{head_dim: null, num_layers: 3}"),
+        ("--model.init_args.decoder.head_dim null --model.decoder.head_dim 16", "{head_dim: 16}"),
+        ("--model.decoder.vocab_size 384 --model.init_args.decoder.vocab_size=null", "{vocab_size: null}"),
+        (
+            "--model.decoder.rope_scaling '{type: yarn, factor: 2.0, attention_factor: null}'",
+            "{rope_scaling: {type: yarn, factor: 2.0}}",
+        ),
+        (
+            "--model.decoder.rope_scaling.type yarn --model.decoder.rope_scaling.factor 2.0 "
+            "--model.decoder.rope_scaling.attention_factor null --model.mask_cycle null",
+            "{rope_scaling: {type: yarn, factor: 2.0}}",
+        ),
+    ],
+)
+def test_null_on_the_command_line_is_that_of_a_file(tmp_path, words, decoder):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(f"model: {{init_args: {{decoder: {decoder}}}}}\n")
+    recipe = ("--config", "recipes/quickstart.yaml")
+    changed = resolve(*recipe, *shlex.split(words))
+    assert changed == resolve(*recipe, "--config", str(overlay))
+    if "head_dim" in decoder:
+        assert changed != resolve(*recipe)
+
+
+@pytest.mark.parametrize(
+    ("save_dir", "message"),
+    [
+        (
+            "s3://bucket/x",
+            "trainer.logger.save_dir must be a folder of this machine or its network, got s3://bucket/x; name one, "
+            "such as runs, and copy it there when the run has ended",
+        ),
+        (
+            "{file}",
+            "cannot make the folder of logs {file}: File exists; name another as trainer.logger.save_dir",
+        ),
+        (
+            "{file}/below",
+            "cannot make the folder of logs {file}/below: Not a directory; name another as trainer.logger.save_dir",
+        ),
+        (
+            "{locked}",
+            "cannot write into the folder of logs {locked}; name another as trainer.logger.save_dir",
+        ),
+    ],
+)
+def test_where_logs_cannot_be_written_is_named_before_anything_is_made(
+    toy_recipe, tmp_path, monkeypatch, save_dir, message
+):
+    places = {"file": tmp_path / "file", "locked": tmp_path / "locked"}
+    places["file"].touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != places["locked"] and access(path, mode))
+    words = ["--trainer.logger.save_dir", save_dir.format(**places), "--data.datasets", "nowhere"]
+    with pytest.raises(UserError, match=f"^{re.escape(message.format(**places))}$"):
+        RecipeCLI.run(["fit", "--config", str(toy_recipe), *words])
+
+
 def test_a_second_recipe_overrides_the_first(tmp_path):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("trainer: {devices: 4}\nmodel: {init_args: {mask: {init_args: {ratio: 0.1}}}}\n")
@@ -207,6 +272,33 @@ def test_a_broken_recipe_is_named(tmp_path, content, message):
     (tmp_path / "a.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
         lineage(tmp_path / "a.yaml")
+
+
+def test_a_model_and_data_that_do_not_go_together_are_named(toy_recipe, toy_sft_recipe):
+    content, chat = yaml.safe_load(toy_recipe.read_text()), yaml.safe_load(toy_sft_recipe.read_text())
+    toy_recipe.write_text(yaml.safe_dump(content | {"data": chat["data"]}))
+    message = (
+        "model.class_path MEAPPretraining does not train on the rows of data.class_path FineTuningData; set "
+        "model.class_path to meap_lit.modules.MEAPFineTuning, or change the data"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        RecipeCLI.run(["fit", "--config", str(toy_recipe), "--model.protect_rare", "0.05"])
+    toy_sft_recipe.write_text(yaml.safe_dump(chat | {"data": content["data"]}))
+    with pytest.raises(UserError, match=r"^model\.class_path MEAPFineTuning does not .* to meap_lit.modules.MEAPPretr"):
+        RecipeCLI.run(["fit", "--config", str(toy_sft_recipe)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--checkpoint.asynchronus true", "unrecognized arguments: .* true; did you mean '--checkpoint.asynchronous'?"),
+        ("--trainer.devics 2", "unrecognized arguments: .* 2; did you mean '--trainer.devices'?"),
+        ("--checkpoint '{asynchronus: true}'", "there is no key .*; did you mean 'checkpoint.asynchronous'?"),
+    ],
+)
+def test_a_misspelt_option_of_a_group_is_named_with_what_was_meant(toy_recipe, words, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?") + "$"):
+        RecipeCLI.run(["fit", "--config", str(toy_recipe), *shlex.split(words)])
 
 
 # ---------------------------------------------------------------------------------------------- --ckpt_path

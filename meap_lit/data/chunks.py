@@ -2,7 +2,7 @@
 
 Documents of text are stored as one line of tokens, which a reader cuts into blocks of any length. Conversations are
 stored as samples: `input_ids`, 1-D, and `answers`, [num_answers, 3], the positions start <= stop <= end of each answer
-(see `templates.Answer`). Their sizes stand in a table beside the chunks, so that packing reads no token.
+(see `duplication.Answer`). Their sizes stand in a table beside the chunks, so that packing reads no token.
 
 LitData's own `optimize` is not used: it deletes files that are not its own, and a killed run of it can be taken for
 a whole one. Its writer alone does neither, and one writer makes the layout independent of who tokenised.

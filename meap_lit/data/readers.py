@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, NoReturn, TypeVar
 
 from meap_lit.data.formats import DIVISIBLE, FORMATS, RECORD_FORMATS, Entry, Format, Span, has_suffix, read_file
 from meap_lit.data.preparation import RECORD_FILE
@@ -220,7 +220,8 @@ def find_files(
         formats: Formats that may be named: `FORMATS`, those of documents, if not given, or `RECORD_FORMATS`.
 
     Raises:
-        UserError: If an input names nothing, or a file of an ending that is neither known nor in `suffixes`.
+        UserError: If an input names nothing, a folder that cannot be listed, or a file of an ending that is neither
+            known nor in `suffixes`.
     """
     formats = FORMATS if formats is None else formats
     wanted = [suffix if suffix.startswith(".") else f".{suffix}" for suffix in suffixes or formats]
@@ -256,8 +257,12 @@ def _expand(name: str, wanted: Sequence[str], formats: Mapping[str, Format]) -> 
 
 
 def _files_in(folder: Path, wanted: Sequence[str]) -> list[Path]:
+    def refuse(error: OSError) -> NoReturn:
+        reason = f"cannot list folder {error.filename}: {error.strerror}"
+        raise UserError(f"{reason}; give this user access, or name other input") from error
+
     files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         # what a preparation step says of a folder is no input
         named = [name for name in names if not name.startswith(".") and name != RECORD_FILE]

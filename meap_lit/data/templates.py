@@ -31,10 +31,6 @@ from meap_lit.data.named_templates import NAMED
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 
-Answer = tuple[int, int, int]
-"""Token positions start <= stop <= end: [start, stop) is what the assistant says, [stop, end) the special tokens that
-close it."""
-
 
 @dataclass(frozen=True)
 class EncodedChat:
@@ -42,7 +38,8 @@ class EncodedChat:
     several parts of a turn or none."""
 
     input_ids: list[int]
-    answers: list[Answer]
+    answers: list[tuple[int, int, int]]
+    """Start, stop and end of each, as in `duplication.Answer`, which would bring torch into all that prepares data."""
 
 
 class ChatTemplate:
@@ -296,7 +293,7 @@ def _replace(value: Any, key: str, old: Any, new: Any) -> Any:
     return value
 
 
-def _to_tokens(span: tuple[int, int], tokens: _Tokens, text: str) -> Answer | None:
+def _to_tokens(span: tuple[int, int], tokens: _Tokens, text: str) -> tuple[int, int, int] | None:
     """The tokens that begin within a span of characters; blank ones after the closing tokens are left out."""
     starts = [start for start, _ in tokens.offsets]
     start, end = bisect_left(starts, span[0]), bisect_left(starts, span[1])

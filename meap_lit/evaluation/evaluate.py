@@ -28,6 +28,7 @@ from meap_lit.evaluation.runner import (
     start_ranks,
 )
 from meap_lit.evaluation.task import Task
+from meap_lit.host import processor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,7 +120,7 @@ class Evaluate:
             "model": dataclasses.asdict(model.config),
             "tokens_seen": model.source.tokens_seen,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.processor() or "cpu",
+            "device": _name_of(model.device),
             "processes": num_ranks(),
             "versions": {
                 "meap_lit": __version__,
@@ -132,6 +133,11 @@ class Evaluate:
     def _device(self) -> torch.device:
         device = choose_device(self.device)
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
+
+
+def _name_of(device: torch.device) -> str:
+    """The name of a GPU or of the processor, as the summary of a run has it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def label_of(checkpoint: str) -> str:

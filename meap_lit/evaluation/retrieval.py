@@ -7,8 +7,9 @@ people are drawn anew for every item. Any tokenizer and any decoder will do; not
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING
 
@@ -95,8 +96,17 @@ def build_items(grid: RetrievalGrid, tokenizer: Tokenizer) -> list[RetrievalItem
         UserError: If a length has no room for the facts and the question, or `filler` cannot be read.
     """
     filler = Filler() if grid.filler is None else Filler.read(grid.filler)
+    num_tokens = cache(lambda sentence: len(tokenizer.encode(" " + sentence)))  # many come again
     return [
-        _build_item(grid, length, depth, random.Random(f"{grid.seed}/{length}/{depth}/{index}"), tokenizer, filler)
+        _build_item(
+            grid,
+            length,
+            depth,
+            random.Random(f"{grid.seed}/{length}/{depth}/{index}"),
+            tokenizer,
+            filler,
+            num_tokens,
+        )
         for length in grid.lengths
         for depth in grid.depths
         for index in range(grid.num_items)
@@ -104,17 +114,19 @@ def build_items(grid: RetrievalGrid, tokenizer: Tokenizer) -> list[RetrievalItem
 
 
 def _build_item(
-    grid: RetrievalGrid, length: int, depth: float, rng: random.Random, tokenizer: Tokenizer, filler: Filler
+    grid: RetrievalGrid,
+    length: int,
+    depth: float,
+    rng: random.Random,
+    tokenizer: Tokenizer,
+    filler: Filler,
+    num_tokens: Callable[[str], int],
 ) -> RetrievalItem:
     facts = draw_facts(rng, grid.num_options)
     answer = rng.randrange(grid.num_options)
     needle = facts[answer]
     others = [fact.statement for index, fact in enumerate(facts) if index != answer]
     question = f"{needle.question} {needle.prompt}"
-
-    def num_tokens(sentence: str) -> int:
-        return len(tokenizer.encode(" " + sentence))
-
     padding: list[str] = []
     sentences = filler.draw(rng)
     room = length - sum(map(num_tokens, [OPENING, needle.statement, *others, question]))
@@ -126,15 +138,17 @@ def _build_item(
 
     while True:  # the room above is an estimate and filled to the brim: take filler out until the item fits
         text = " ".join([OPENING, *_insert(needle.statement, surroundings, depth), question])
-        context_ids, options = _encode_options(text, [fact.name for fact in facts], tokenizer)
-        size = len(context_ids) + max(map(len, options))
-        if size <= length:
-            return RetrievalItem(length, depth, text, needle.statement, context_ids, options, answer)
-        if not padding:
-            raise UserError(
-                f"retrieval length {length} has no room for {grid.num_options} facts and a question; "
-                f"make it at least {size}, or lower num_options"
-            )
+        # what is too long with one option need not be encoded with the others
+        if not padding or 1 + len(tokenizer.encode(f"{text} {facts[0].name}")) <= length:
+            context_ids, options = _encode_options(text, [fact.name for fact in facts], tokenizer)
+            size = len(context_ids) + max(map(len, options))
+            if size <= length:
+                return RetrievalItem(length, depth, text, needle.statement, context_ids, options, answer)
+            if not padding:
+                raise UserError(
+                    f"retrieval length {length} has no room for {grid.num_options} facts and a question; "
+                    f"make it at least {size}, or lower num_options"
+                )
         surroundings.remove(padding.pop())
 
 
@@ -153,10 +167,11 @@ def _encode_options(text: str, options: list[str], tokenizer: Tokenizer) -> tupl
     """
     # prepared documents have no BOS, and begin after the EOS of the document before
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    wholes = [[start, *tokenizer.encode(f"{text} {option}")] for option in options]
-    columns = zip([start, *tokenizer.encode(text)], *wholes, strict=False)
-    context_ids = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
-    return context_ids, [whole[len(context_ids) :] for whole in wholes]
+    encoded = tokenizer.encode_batch([text, *(f"{text} {option}" for option in options)])
+    rows = [[start, *ids] for ids in encoded]
+    columns = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    context_ids = [column[0] for column in columns]
+    return context_ids, [row[len(context_ids) :] for row in rows[1:]]
 
 
 # -------------------------------------------------------------------------------------------------- scoring

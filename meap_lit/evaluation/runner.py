@@ -21,7 +21,7 @@ from tqdm import tqdm
 from meap_lit.errors import UserError
 from meap_lit.evaluation.generation import common_beginning
 from meap_lit.evaluation.language_model import LanguageModel
-from meap_lit.evaluation.task import Item, Record, Task
+from meap_lit.evaluation.task import GenerationTask, Item, Record, Task
 
 RECORDS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -49,9 +49,10 @@ def choose_items(task: Task, model: LanguageModel, on_overflow: Overflow) -> tup
     num_skipped = len(items) - len(fitting)
     if num_skipped and (on_overflow == "stop" or not fitting):
         longest = max(item.num_tokens for item in items)
+        included = ", answer included" if isinstance(task, GenerationTask) else ""
         raise UserError(
             f"{num_skipped} of {len(items)} items of {task.name} are longer than the context of {model.checkpoint}, "
-            f"{context} tokens: the longest needs {longest}, answer included; make the task shorter"
+            f"{context} tokens: the longest needs {longest}{included}; make the task shorter"
             + ("" if not fitting else ", or leave them out with --on_overflow skip")
         )
     return fitting, num_skipped

@@ -152,7 +152,13 @@ def _events(folder: Path) -> list[Path]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path / CONFIG_FILE} is damaged or cut short ({reason}); leave the run out of --runs"
+        ) from error
     parts = [config.get(part) if isinstance(config, dict) else None for part in ("model", "data", "trainer")]
     if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path / CONFIG_FILE} is not the recipe of a run: it has no model, data and trainer")
@@ -218,7 +224,15 @@ def _read_curves(path: Path) -> dict[str, list[Point]]:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     file = path / SUMMARY_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{file} is damaged or cut short ({error}); remove it to report the run without its cost, or leave the run "
+            f"out of --runs"
+        ) from error
 
 
 def _with_checkpoint(run: Run, file: Path) -> Run:

@@ -1,5 +1,8 @@
+import errno
 import gzip
 import json
+import os
+import re
 import sys
 
 import pyarrow
@@ -59,6 +62,23 @@ def test_input_that_names_nothing(tmp_path):
         find_files([str(tmp_path / "*.txt")])
     with pytest.raises(UserError, match="no input named"):
         find_files([])
+
+
+@pytest.mark.parametrize("locked", ["", "b/locked"])
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch, locked):
+    (tmp_path / "b" / "locked").mkdir(parents=True)
+    write(tmp_path / "a.txt", b"a")
+    scandir = os.scandir
+
+    def refuse(path):
+        if path == str(tmp_path / locked):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # a mode does not keep root out
+    message = f"cannot list folder {tmp_path / locked}: Permission denied; give this user access, or name other input"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        find_files([str(tmp_path)])
 
 
 def test_named_file_of_unknown_ending(tmp_path):

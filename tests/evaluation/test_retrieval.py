@@ -91,6 +91,15 @@ def test_tokens_spell_the_text_and_the_people(tokenizer, items):
     assert num_tokens == {1} or max(num_tokens) > 3  # the two tokenizers: both cases occur
 
 
+def test_an_option_is_encoded_with_the_text_before_it(tokenizer, items):
+    for item in items:
+        text = [tokenizer.eos_token_id, *tokenizer.encode(item.text)]
+        for option in item.options:
+            whole = item.context_ids + option
+            assert whole == [tokenizer.eos_token_id, *tokenizer.encode(item.text + tokenizer.decode(option))]
+        assert item.context_ids == text[: len(item.context_ids)]
+
+
 def test_options_are_the_people_of_the_context_and_the_answer_is_the_needle(tokenizer, items):
     for item in items:
         context = item.text[: item.text.rindex("Who sings")]

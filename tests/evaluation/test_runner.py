@@ -14,9 +14,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meap_lit.cli import main
+from meap_lit.errors import UserError
 from meap_lit.evaluation.evaluate import Evaluate, label_of
+from meap_lit.evaluation.key_value import KeyValueRetrieval
+from meap_lit.evaluation.language_model import LanguageModel
 from meap_lit.evaluation.result import Mean, Result, bootstrap, difference
-from meap_lit.evaluation.runner import _share, alike_together, batches
+from meap_lit.evaluation.runner import _share, alike_together, batches, choose_items
 from meap_lit.evaluation.task import Item
 from tests.evaluation.toy_task import CountLetters
 
@@ -243,7 +246,7 @@ def test_a_label_says_which_checkpoint(path, label):
             ["--task.lengths", "[10, 500]"],
             "6 of 12 items of letters are longer than the context of .*, 400 tokens: the",
         ),
-        (["--task.lengths", "[500]", "--on_overflow", "skip"], "6 of 6 items .* needs 500, answer .*the task shorter$"),
+        (["--task.lengths", "[500]", "--on_overflow", "skip"], "6 of 6 items .* needs 500; make the task shorter$"),
         (["--task.miss", "2"], r"letters/one holds answers for another task.init_args.miss \(1 then, 2 now\); choose"),
         (["--batch_tokens", "0"], "batch_tokens must be at least 1, got 0"),
         (["--label", "a", "b"], "--label must give each checkpoint a name of its own, got a, b"),
@@ -264,6 +267,14 @@ def test_wrong_input_is_one_line(recipe, source_folder, tmp_path, capsys, option
     assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), *label, *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(message, error), error
+
+
+def test_what_is_generated_counts_in_the_length_of_an_item(source_folder):
+    task = KeyValueRetrieval(num_pairs=20, num_sets=1, max_new_tokens=30)
+    model = LanguageModel(str(source_folder))
+    longest = max(len(item.input_ids) for item in task.items(model)) + 30
+    with pytest.raises(UserError, match=f"the longest needs {longest}, answer included; make the task shorter"):
+        choose_items(task, model, "stop")
 
 
 def test_other_weights_in_the_same_place_are_refused(recipe, source_folder, tmp_path, capsys):
@@ -288,9 +299,12 @@ def test_long_items_are_left_out_and_counted(recipe, source_folder, capsys):
     assert "short: 6 items, 6 skipped as too long" in capsys.readouterr().out
 
 
-def test_the_result_says_how_much_a_run_had_read(recipe, toy_recipe, tmp_path):
+def test_the_result_says_how_much_a_run_had_read_and_on_what_it_was_evaluated(recipe, toy_recipe, tmp_path):
     assert main(["fit", "--config", str(toy_recipe), "--budget.max_steps", "3"]) == 0
     options = ["--task.lengths", "[10]", "--label", "a"]
     assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(tmp_path / "runs" / "toy"), *options]) == 0
     content = json.loads((tmp_path / "out" / "letters" / "a" / "result.json").read_text())
-    assert content["results"][0]["about"]["tokens_seen"] == 3 * 8 * 32
+    about = content["results"][0]["about"]
+    assert about["tokens_seen"] == 3 * 8 * 32
+    (summary,) = (tmp_path / "runs" / "toy").rglob("summary.json")
+    assert about["device"] == json.loads(summary.read_text())["device"]

@@ -89,6 +89,17 @@ def foreign_checkpoint(folder):
     torch.save({"state_dict": {}}, write_run(folder / "a", recipe("a")) / "checkpoints/step=31.ckpt")
 
 
+def cut_summary(folder):
+    run = write_run(folder / "a", recipe("a"), summary={"seconds": 1.0, "first_step": 0})
+    content = (run / "summary.json").read_text()
+    (run / "summary.json").write_text(content[: len(content) // 2])
+
+
+def cut_recipe(folder):
+    write_run(folder / "a", recipe("a"))
+    (folder / "a/config.yaml").write_text('model: {class_path: "meap')
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -97,6 +108,8 @@ def foreign_checkpoint(folder):
         (no_validation, "a has no validation yet (val/loss); let it finish"),
         (no_checkpoint, "a has neither a whole checkpoint (checkpoints/step=N.ckpt) nor a summary.json"),
         (no_recipe, "is not the recipe of a run"),
+        (cut_recipe, "a/config.yaml is damaged or cut short (while scanning a quoted scalar"),
+        (cut_summary, "a/summary.json is damaged or cut short (Expecting property name"),
         (foreign_checkpoint, "step=31.ckpt is damaged, has code in it, or is not one of meap_lit"),
     ],
 )
