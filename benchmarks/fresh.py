@@ -1,10 +1,13 @@
 """Work measured in a process of its own, which nothing before it has warmed, filled or fragmented."""
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from meap_lit.errors import UserError
 
@@ -19,22 +22,55 @@ def in_fresh_process(work: Callable[[], Result]) -> Result:
         RuntimeError: If the process ends without a result.
     """
     # tensors from 64 KiB on are mapped, and given back when freed, so that a peak is one of live tensors
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(work, sender))
-    process.start()
-    sender.close()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     try:
-        return receiver.recv()
-    except EOFError:
-        raise RuntimeError("a process of the benchmark ended without a result; its error is above") from None
+        worker = Worker(partial(partial, work))
     finally:
-        process.join()
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+    with worker:
+        return worker()
 
 
-def _send(work: Callable[[], Any], sender: Any) -> None:
-    sender.send(work())
+class Worker(Generic[Result]):
+    """A process started for it, which makes something to call and calls it whenever this is called.
+
+    Args:
+        make: Called once in the process; it is pickled, what it makes is not, and each result of that is.
+    """
+
+    def __init__(self, make: Callable[[], Callable[[], Result]]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(make, theirs))
+        self._process.start()
+        theirs.close()
+
+    def __call__(self) -> Result:
+        """What the process returns.
+
+        Raises:
+            RuntimeError: If it ends without a result.
+        """
+        try:
+            self._connection.send(None)
+            return self._connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise RuntimeError("a process of the benchmark ended without a result; its error is above") from None
+
+    def __enter__(self) -> "Worker[Result]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._process.join()
+
+
+def _serve(make: Callable[[], Callable[[], Any]], connection: Connection) -> None:
+    work = make()
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.recv()
+            connection.send(work())
 
 
 class Growth:

@@ -3,7 +3,8 @@
 Every contender trains a model of the same shapes on the same random batch in the same precision with the same
 optimizer: (mask, ours only,) forward, loss, backward, clip, fused AdamW. transformers' Llama or Qwen3 runs with SDPA
 and its own loss, LitGPT's GPT with the chunked loss of its `pretrain`, both with and without torch.compile of the whole
-model. All take turns in one process, in rotating order. Memory is the peak of a process of its own.
+model. Each lives in a process of its own, ours with the allocator set as `fit` sets it on a CPU, and all take turns, in
+rotating order. Memory is the peak of one more process.
 
     python -m benchmarks.peers                                                    # the quickstart's model on this CPU
     python -m benchmarks.peers --model 1.1b --device cuda --precision bf16 --micro_batch_size 4
@@ -11,13 +12,14 @@ model. All take turns in one process, in rotating order. Memory is the peak of a
 LitGPT pins versions that do not go with ours; `pip install --no-deps litgpt` is enough here.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -28,9 +30,10 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 
-from benchmarks.fresh import Growth, in_fresh_process
+from benchmarks.fresh import Growth, Worker, in_fresh_process
 from benchmarks.step import Model, TrainingStep, environment, known_decoder, publish
 from meap_lit.errors import UserError
+from meap_lit.host import keep_freed_memory
 from meap_lit.model import DecoderConfig
 from meap_lit.model.hf import family, write_config
 
@@ -243,18 +246,36 @@ class Timings:
 
 
 def measure(contenders: Sequence[Contender], mask_ratio: float, repetitions: int) -> list[Timings]:
-    """Let all take turns in this process, each turn beginning with the next of them."""
-    steps = [contender() for contender in contenders]
+    """Let all take turns, each in a process of its own, each turn beginning with the next of them."""
     timings = [Timings() for _ in contenders]
-    for step in steps:
-        step.seconds(step, mask_ratio, times=3)  # compilation, caches, optimizer states
-    for turn in range(repetitions):
-        for number in range(len(steps)):
-            number = (turn + number) % len(steps)
-            start = time.process_time()
-            timings[number].wall.append(steps[number].seconds(steps[number], mask_ratio))
-            timings[number].cpu.append(time.process_time() - start)
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(partial(_timed_step, each, mask_ratio))) for each in contenders]
+        for turn in range(-1, repetitions):  # the first compiles, and fills caches and optimizer states
+            for number in range(len(workers)):
+                number = (turn + number) % len(workers)
+                wall, cpu = workers[number]()
+                if turn >= 0:
+                    timings[number].wall.append(wall)
+                    timings[number].cpu.append(cpu)
     return timings
+
+
+def _timed_step(contender: Contender, mask_ratio: float) -> Callable[[], tuple[float, float]]:
+    """A call takes two steps, and returns the seconds of the second by the clock and by the processor."""
+    if contender.name == "meap_lit" and contender.device == "cpu":
+        keep_freed_memory()
+    step = contender()
+
+    def turn() -> tuple[float, float]:
+        step(mask_ratio)  # others had the caches
+        start = time.process_time()
+        wall = step.seconds(step, mask_ratio)
+        cpu = time.process_time() - start
+        if contender.device == "cuda":
+            torch.cuda.empty_cache()  # the memory of activations, for the next
+        return wall, cpu
+
+    return turn
 
 
 def table(contenders: Sequence[Contender], timings: Sequence[Timings], peaks: Sequence[int]) -> list[str]:
