@@ -57,6 +57,9 @@ TEN_MILLION = DecoderConfig(
     max_seq_len=512,
 )
 
+NUM_PROFILED = 5
+"""Steps that are profiled."""
+
 
 def benchmark(
     model: Model = "small",
@@ -66,8 +69,10 @@ def benchmark(
     mask_ratio: float = 0.15,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: Literal["cpu", "cuda"] = "cpu",
+    compile: bool = False,
     repetitions: int = 40,
     steps: int = 1,
+    profile: int = 0,
     output: Path | None = None,
 ) -> None:
     """Print how long a training step takes with and without masking, and what else it needs.
@@ -80,12 +85,16 @@ def benchmark(
         mask_ratio: P of the MEAP steps.
         precision: `bf16` is autocast with float32 weights and optimizer states, as Lightning's bf16-mixed.
         device: Where to run.
+        compile: Compile the blocks.
         repetitions: Number of turns; each times NTP once and MEAP once.
         steps: Steps in one timing. More than 1 lets a GPU's queue hide launches, as in a real run.
+        profile: How many operations to list by the time that they take in a MEAP step; none if 0.
         output: Markdown file to write the result to as well.
     """
-    if repetitions < 2 or steps < 1 or micro_batch_size < 1:
-        raise UserError("--repetitions must be at least 2, --steps and --micro_batch_size at least 1")
+    if repetitions < 2 or steps < 1 or micro_batch_size < 1 or profile < 0:
+        raise UserError(
+            "--repetitions must be at least 2, --steps and --micro_batch_size at least 1, --profile at least 0"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
     config = decoder or known_decoder(model)
@@ -93,7 +102,7 @@ def benchmark(
         raise UserError("--decoder.vocab_size must be given")
     seq_len = seq_len or config.max_seq_len
     config = dataclasses.replace(config, max_seq_len=seq_len)
-    trainer = TrainingStep(config, seq_len, micro_batch_size, precision, torch.device(device))
+    trainer = TrainingStep(config, seq_len, micro_batch_size, precision, torch.device(device), compile)
 
     name = "custom" if decoder else model
     report = "\n".join(
@@ -107,10 +116,11 @@ def benchmark(
             f"{config.num_kv_heads} key-value heads, {config.hidden_size} wide, {config.intermediate_size} MLP, "
             f"vocabulary {config.vocab_size:,})",
             f"- {micro_batch_size} rows of {seq_len:,} tokens a step, P = {mask_ratio:g}; "
-            f"{repetitions} turns, {steps} step(s) of each kind in a turn",
+            f"{repetitions} turns, {steps} step(s) of each kind in a turn{', compiled' if compile else ''}",
             "",
             *_measure(trainer, mask_ratio, repetitions, steps),
             "",
+            *(_profile(trainer, mask_ratio, profile) if profile else []),
         ]
     )
     publish(report, output)
@@ -263,6 +273,31 @@ def _measure(step: TrainingStep, mask_ratio: float, repetitions: int, steps: int
         f"- MEAP / NTP: {meap / ntp:.4f} by the two medians; turn by turn {middle:.4f} in the median, "
         f"{low:.4f} to {high:.4f} in the middle half",
         f"- masking alone: {masking * 1e3:.2f} ms, {masking / ntp:.3%} of an NTP step",
+    ]
+
+
+def _profile(step: TrainingStep, mask_ratio: float, num_rows: int) -> list[str]:
+    """The operations that take most time, on the device where it is a GPU, else on the CPU."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if step.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        step.seconds(step, mask_ratio, times=NUM_PROFILED)
+    kind = "device" if step.device.type == "cuda" else "cpu"
+    milliseconds = {
+        event: getattr(event, f"self_{kind}_time_total") / 1e3 / NUM_PROFILED for event in profiler.key_averages()
+    }
+    costliest = sorted(milliseconds, key=milliseconds.__getitem__, reverse=True)[:num_rows]
+    total = sum(milliseconds.values())
+    return [
+        "| operation | share | ms in a step | calls in a step |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| `{event.key}` | {milliseconds[event] / total:.1%} | {milliseconds[event]:.2f} "
+            f"| {event.count / NUM_PROFILED:g} |"
+            for event in costliest
+        ),
+        "",
     ]
 
 

@@ -28,6 +28,17 @@ def test_report(precision: Literal["fp32", "bf16"], tmp_path: Path, capsys: pyte
     assert "- masking alone: " in report
 
 
+def test_the_costliest_operations_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark(decoder=TOY, micro_batch_size=2, repetitions=2, profile=40)
+    table = capsys.readouterr().out.split("| operation")[1].splitlines()[2:]
+    rows = [line.strip("| ").split(" | ") for line in table if line]
+    assert len(rows) == 40
+    times = [float(row[2]) for row in rows]
+    assert times == sorted(times, reverse=True)
+    calls = {row[0]: float(row[3]) for row in rows}
+    assert calls["`aten::mm`"] == 3 * 7 + 2  # seven of the block; the head, whose own gradient `addmm_` adds
+
+
 @pytest.mark.parametrize(
     ("model", "num_parameters"),
     [("0.1b", 122_407_680), ("0.3b", 324_060_160), ("0.5b", 480_953_344), ("1.1b", 1_175_816_192)],
