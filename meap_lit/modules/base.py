@@ -40,7 +40,7 @@ class DecoderModule(L.LightningModule, ABC):
         lora: Train low-rank adapters on these projections and nothing else.
         activation_checkpointing: Keep less for the backward and compute it anew: `full` keeps one hidden state a block,
             `selective` also the results of matrix products and attention.
-        compile: Compile each block (torch.compile); takes a minute at the start.
+        compile: Compile the blocks (torch.compile), which delays the first step.
         float8: Compute the linear layers of the blocks in float8 (`meap_lit/model/float8.py`). Weights and checkpoints
             stay as they are, so a resume may change it. Needs torchao and a GPU of compute capability 8.9 or newer, and
             `compile: true` and trainer.precision bf16-mixed to be of use. Not run on a GPU so far.
