@@ -1,7 +1,6 @@
 """`python -m meap_lit checkpoint ...`: look at the checkpoints of runs, check them, and make one file of shards."""
 
 import os
-import pickle
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from meap_lit.errors import UserError
-from meap_lit.integrity import checksums, find_checkpoint, recorded, seal, verify, write_file
+from meap_lit.integrity import check, checksums, find_checkpoint, read_file, recorded, seal, verify, write_file
 from meap_lit.shards import read_index, read_shards, read_trainer_state, weights_in
 
 
@@ -40,13 +39,15 @@ class Verify:
 
 @dataclass(kw_only=True)
 class Inspect:
-    """Say what a checkpoint holds; no weights are read.
+    """Say what a checkpoint holds.
 
     Args:
         checkpoint: A .ckpt file or folder, or the folder of a run, which stands for its newest checkpoint.
+        verify: Hash the checkpoint and compare it with its checksums; false compares sizes only.
     """
 
     checkpoint: str
+    verify: bool = True
 
     def run(self) -> None:
         """Print a table.
@@ -55,6 +56,7 @@ class Inspect:
             UserError: If there is no checkpoint, or it cannot be read.
         """
         path = find_checkpoint(self.checkpoint)
+        check(path, hashes=self.verify)
         rows = describe(path)
         width = max(map(len, rows))
         print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
@@ -67,10 +69,12 @@ class Consolidate:
     Args:
         checkpoint: A folder of shards, or the folder of a run, which stands for its newest checkpoint.
         output: The file to write, ending in .ckpt. All of the checkpoint passes through memory.
+        verify: Hash the checkpoint and compare it with its checksums; false compares sizes only.
     """
 
     checkpoint: str
     output: str
+    verify: bool = True
 
     def run(self) -> None:
         """Write the file.
@@ -85,7 +89,7 @@ class Consolidate:
             raise UserError(f"--output {output} must end in .ckpt; Lightning takes no other file for a checkpoint")
         if output.exists():
             raise UserError(f"--output {output} exists already; remove it or name another")
-        verify(path)
+        check(path, hashes=self.verify)
         checkpoint = read_shards(path)
         aside = output.with_name(f"{output.name}.partial-{os.getpid()}")
         try:
@@ -136,12 +140,9 @@ _Weights = dict[str, tuple[int, torch.dtype]]
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], _Weights, str]:
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise UserError(f"checkpoint {path} is damaged, or has code in it and so is not read") from error
-    if not isinstance(content, dict) or not {"state_dict", "global_step"} <= content.keys():
-        raise UserError(f"{path} is no checkpoint of a run: it has no state_dict and global_step in it")
+    content = read_file(path)
+    if "global_step" not in content:
+        raise UserError(f"{path} is no checkpoint of a run: it has no global_step in it")
     return content, {name: (tensor.numel(), tensor.dtype) for name, tensor in content["state_dict"].items()}, "one file"
 
 

@@ -3,7 +3,6 @@
 Only safetensors and checkpoints without code are read, and on opening no more than their headers.
 """
 
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
-from meap_lit.integrity import SHARDS_INDEX, newest_checkpoint
+from meap_lit.integrity import SHARDS_INDEX, check, newest_checkpoint, read_file
 from meap_lit.model.config import DecoderConfig, RopeScaling, pad_vocab_size
 from meap_lit.model.hf import family
 from meap_lit.model.hf_folder import CONFIG_FILE, PICKLED, WEIGHTS_FILE, HFFolder, foreign_format, pickle_refusal
@@ -30,20 +29,22 @@ _MAX_MAPPED = 128 << 20
 """Bytes read from a mapped checkpoint before it is mapped anew, which gives their memory back."""
 
 
-def open_source(path: str | Path) -> WeightSource:
-    """The weights under `path`.
+def open_source(path: str | Path, verify: bool = True) -> WeightSource:
+    """Open the weights under `path`.
 
     Args:
         path: A folder of Hugging Face (config.json and safetensors), a checkpoint file (.ckpt), the folder of a run
             (`runs/NAME/version_0`), or the folder above (`runs/NAME`), which stands for its newest run with a
             checkpoint.
+        verify: Compare a checkpoint of a run with the hashes that it carries; if not, with their sizes only. Hugging
+            Face's folders carry none.
 
     Raises:
         UserError: If there is nothing of the kind, it is damaged, or it is of a model that the decoder is not.
     """
     path = Path(path).expanduser()
     if path.is_file() or (path / SHARDS_INDEX).is_file():
-        return Checkpoint.open(_behind_link(path))
+        return Checkpoint.open(_behind_link(path), verify)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
     if (path / CONFIG_FILE).is_file():
@@ -51,7 +52,7 @@ def open_source(path: str | Path) -> WeightSource:
     newest = newest_checkpoint(path)
     if newest is None:
         raise UserError(_what_it_is(path))
-    return Checkpoint.open(newest)
+    return Checkpoint.open(newest, verify)
 
 
 def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
@@ -115,12 +116,14 @@ class Checkpoint(WeightSource):
     state: "_MappedState | _ShardedState" = field(repr=False)
 
     @classmethod
-    def open(cls, file: Path) -> "Checkpoint":
-        """Read all but the weights.
+    def open(cls, file: Path, verify: bool = True) -> "Checkpoint":
+        """Read all but the weights, which are only compared with their checksums.
 
         Raises:
             UserError: If it is damaged, not ours, or needs a model that is not there.
         """
+        _refuse_format(file)
+        check(file, hashes=verify)
         state = _ShardedState(file) if file.is_dir() else _MappedState(file)
         try:
             about = state.about
@@ -143,7 +146,7 @@ class Checkpoint(WeightSource):
             tokens_seen=about.get("tokens_seen"),
             mask_token_id=about.get("mask_token_id"),
             init_from=init_from,
-            base=_open_base(file, init_from) if lora and init_from else None,
+            base=_open_base(file, init_from, verify) if lora and init_from else None,
             lora=lora,
             first_new_token=about.get("first_new_token"),
             state=state,
@@ -192,9 +195,9 @@ def _decoder_config(content: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**{**content, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
-def _open_base(file: Path, init_from: str) -> WeightSource:
+def _open_base(file: Path, init_from: str, verify: bool) -> WeightSource:
     try:
-        return open_source(init_from)
+        return open_source(init_from, verify)
     except UserError as error:
         raise UserError(
             f"checkpoint {file} holds adapters, of another model: {error}; put that model back in its place"
@@ -223,7 +226,9 @@ class _MappedState:
         return tensor
 
     def _map(self) -> None:
-        content = _load(self.file)
+        content = read_file(self.file)
+        if "decoder" not in content:
+            raise UserError(f"checkpoint {self.file} is not one of meap_lit: it has no decoder in it")
         self.about = content["decoder"]
         self.tensors = {
             key.removeprefix(_PREFIX): tensor
@@ -252,19 +257,9 @@ class _ShardedState:
         return read_weight(self.folder, _PREFIX + name)
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _refuse_format(file: Path) -> None:
+    """Refuse a file of weights that is not a checkpoint of a run."""
     if file.suffix in PICKLED:
         raise UserError(pickle_refusal(file))
     if file.suffix == ".safetensors":
         raise UserError(f"{file} is a file of weights; name the folder that also holds its {CONFIG_FILE}")
-    try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{file} is no checkpoint, or has code in it and so is not read") from error
-    except (EOFError, RuntimeError) as error:
-        raise UserError(f"{file} is damaged or cut short, or no checkpoint at all") from error
-    except OSError as error:
-        raise UserError(f"cannot read checkpoint {file}: {error.strerror}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict) or "decoder" not in content:
-        raise UserError(f"checkpoint {file} is not one of meap_lit: it has no decoder in it")
-    return content

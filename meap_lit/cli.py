@@ -164,7 +164,7 @@ def _command_parser(command: type, prog: str) -> Any:
         parser.add_argument(
             f"--{f.name}", type=str, nargs="+", required=required, default=None, help=help_of.get(f.name)
         )
-    switches = [f for f in dataclasses.fields(command) if f.type is bool]
+    switches = [f for f in dataclasses.fields(command) if f.type is bool and f.default is False]
     for f in switches:
         parser.add_argument(f"--{f.name}", action="store_true", help=help_of.get(f.name))
     # a group of its own would repeat the description

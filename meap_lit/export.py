@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ class Export(Preparation):
             pretraining and for adapters alone.
         max_shard_size: Size of a weights file, such as 5GB; a shard is in memory while it is written.
         adapter_only: Write only the LoRA adapters, in the format of PEFT.
+        verify: Hash the checkpoint of a run and compare it with its checksums; false compares sizes only.
     """
 
     checkpoint: str
@@ -48,10 +49,11 @@ class Export(Preparation):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     max_shard_size: str = "5GB"
     adapter_only: bool = False
+    verify: bool = field(default=True, compare=False)
 
     def make(self, folder: Path) -> str:
         shard_bytes = parse_bytes(self.max_shard_size, "max_shard_size")
-        source = open_source(self.checkpoint)
+        source = open_source(self.checkpoint, self.verify)
         if self.adapter_only:
             return self._make_adapter(folder, source, DTYPES[self.dtype or "float32"])
         dtype = DTYPES[self.dtype] if self.dtype else source.dtype

@@ -330,7 +330,7 @@ def _stated_config(module: DecoderModule, stand_in: str | None) -> DecoderConfig
             f"model.init_from {folder} does not exist; name its {CONFIG_FILE}, or a recipe of its shape, with "
             f"--decoder FILE"
         )
-    return open_source(folder).config
+    return open_source(folder, verify=False).config
 
 
 def _read_config_file(file: Path) -> DecoderConfig:

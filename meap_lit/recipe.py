@@ -116,8 +116,8 @@ class RecipeCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         callbacks = [*callbacks, Throughput(), Mixture(), StopOnNonFiniteLoss(), RunSummary(), StopOnSignal()]
         checkpoint = self.config[self.subcommand].ckpt_path
-        if checkpoint not in (None, "best", "hpc") and "://" not in checkpoint:
-            callbacks.append(VerifyCheckpoint(checkpoint))
+        if checkpoint not in (None, "best", "hpc"):
+            callbacks.append(VerifyCheckpoint(checkpoint, hashes=self.config[self.subcommand].checkpoint.verify))
         if config["enable_progress_bar"] is not False:
             callbacks.append(StepProgressBar())
         if config["enable_checkpointing"] is False:  # Lightning refuses the callback then
@@ -132,7 +132,9 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.base = None  # it is part of the resolved recipe now
-        config.weights_only = config.weights_only is not False  # no pickle is run from a checkpoint unless asked for
+        if config.weights_only is False:
+            raise UserError("weights_only false would run code from a checkpoint, which is never done; leave it out")
+        config.weights_only = True
         config.ckpt_path = _resolve_checkpoint(config, starts_anew=self.subcommand == "fit")
 
     def instantiate_classes(self) -> None:
@@ -173,8 +175,10 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
         UserError: If there is none.
     """
     path = config.ckpt_path
-    if path in (None, "best", "hpc") or "://" in path:
+    if path in (None, "best", "hpc"):
         return path
+    if "://" in path:
+        raise UserError(f"--ckpt_path {path} is an address, which cannot be verified; copy the checkpoint here first")
     given = _runs_of(config) if path == "last" else Path(path)
     if path == "last" and starts_anew and not any(given.rglob("step=*.ckpt")):
         if rank_zero_only.rank == 0:

@@ -1,11 +1,13 @@
-"""A checkpoint in shards, as torch.distributed.checkpoint writes it, read by one process without running its code.
+"""A checkpoint in shards, as torch.distributed.checkpoint writes it, read without running its code.
 
-torch reads the index with pickle and values that are no tensors with `weights_only=False`; here the index may name only
-the classes that an index consists of, and values are read like the tensors.
+torch reads the index with pickle and values that are not tensors with `weights_only=False`. Here the index may name
+only the classes that an index consists of, and values are read like the tensors. Every path that reads shards comes
+through this module: one process that wants the whole or one weight, and the ranks of a run that resumes.
 """
 
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from meap_lit.errors import UserError
@@ -48,18 +51,21 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     """
     file = folder / TRAINER_STATE
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise UserError(f"checkpoint file {file} is damaged, or has code in it and so is not read") from error
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read checkpoint file {file}: {error.strerror}") from error
+    except Exception as error:  # a damaged archive may fail in any way
+        raise UserError(f"checkpoint file {file} is damaged, or has code in it and so is not read") from error
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint file {file} is damaged: it holds a {type(state).__name__}")
+    return state
 
 
 def read_index(folder: Path) -> Metadata:
     """Names, shapes and dtypes of what the shards hold, and where.
 
     Raises:
-        UserError: If it is damaged or has code in it.
+        UserError: If it is damaged, has code in it, names files outside the folder, or announces more than they hold.
     """
     file = folder / SHARDS_INDEX
     try:
@@ -69,9 +75,58 @@ def read_index(folder: Path) -> Metadata:
         raise UserError(f"cannot read checkpoint file {file}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle may fail in any way
         raise UserError(f"checkpoint file {file} is damaged, or has code in it and so is not read ({error})") from error
-    if not isinstance(index, Metadata) or not isinstance(index.planner_data, dict):
-        raise UserError(f"checkpoint file {file} is no index of shards")
+    if not isinstance(index, Metadata) or not _is_consistent(index):
+        raise UserError(f"checkpoint file {file} is not an index of shards, or is damaged")
+    outside = next(
+        (place for place in index.storage_data.values() if not _SHARD_NAME.fullmatch(place.relative_path)), None
+    )
+    if outside is not None:
+        raise UserError(
+            f"checkpoint file {file} names a file that is not one of its shards: {outside.relative_path!r:.80}"
+        )
+    announced = sum(
+        about.size.numel() * about.properties.dtype.itemsize
+        for about in index.state_dict_metadata.values()
+        if isinstance(about, TensorStorageMetadata)
+    )
+    held = sum(
+        (folder / name).stat().st_size
+        for name in {place.relative_path for place in index.storage_data.values()}
+        if (folder / name).is_file()
+    )
+    if announced > held:
+        raise UserError(
+            f"checkpoint file {file} announces {announced} bytes of tensors, its shards hold {held}; it is damaged"
+        )
     return index
+
+
+_SHARD_NAME = re.compile(r"__\d+_\d+\.distcp")
+"""As torch names the files of a checkpoint; a path in its place would be read wherever it leads."""
+
+
+def _is_consistent(index: Metadata) -> bool:
+    """Whether the parts of an index have the types that torch gives them; a damaged pickle may hold anything."""
+    return (
+        isinstance(index.planner_data, dict)
+        and isinstance(index.state_dict_metadata, dict)
+        and isinstance(index.storage_data, dict)
+        and index.planner_data.keys() >= index.state_dict_metadata.keys()
+        and all(isinstance(path, tuple) and path for path in index.planner_data.values())
+        and all(
+            isinstance(place, _StorageInfo) and isinstance(place.relative_path, str) and not place.transform_descriptors
+            for place in index.storage_data.values()
+        )
+        and all(
+            isinstance(about, BytesStorageMetadata)
+            or (
+                isinstance(about, TensorStorageMetadata)
+                and isinstance(about.size, torch.Size)
+                and isinstance(about.properties.dtype, torch.dtype)
+            )
+            for about in index.state_dict_metadata.values()
+        )
+    )
 
 
 def read_shards(folder: Path) -> dict[str, Any]:
@@ -101,6 +156,17 @@ def read_shards(folder: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def refuse_code(folder: Path) -> None:
+    """Read all of a checkpoint that may hold code, which is all but its tensors.
+
+    Raises:
+        UserError: If it is damaged or has code in it.
+    """
+    read_trainer_state(folder)
+    values = read_index(folder).state_dict_metadata.items()
+    _read_into({name: None for name, about in values if isinstance(about, BytesStorageMetadata)}, folder)
+
+
 def read_weight(folder: Path, name: str) -> Tensor:
     """One weight, by its name in the module.
 
@@ -117,13 +183,36 @@ def read_weight(folder: Path, name: str) -> Tensor:
     return weight
 
 
+def load_shards(states: dict[str, Any], folder: Path) -> None:
+    """Fill `states` in place from the shards, each rank its own part; all ranks of a run call it together.
+
+    Args:
+        states: Nested state dicts of tensors and plain values, such as `{"state_dict": get_model_state_dict(module)}`.
+        folder: The checkpoint.
+
+    Raises:
+        UserError: If it is damaged, has code in it, or lacks what `states` names.
+    """
+    try:
+        dcp.load(states, storage_reader=_Reader(folder), planner=_Planner())
+    except dcp.api.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, UserError):
+            raise cause from error
+        has_code = isinstance(cause, pickle.UnpicklingError)
+        reason = "one is damaged, or has code in it" if has_code else " ".join(str(cause).split())
+        raise UserError(f"the shards of checkpoint {folder} cannot be read: {reason:.200}") from error
+
+
 def _read_into(flat: dict[str, Any], folder: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is meant
             dcp.load(flat, storage_reader=_Reader(folder), planner=_Planner(flatten_state_dict=False), no_dist=True)
     except (dcp.api.CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"the shards of checkpoint {folder} cannot be read: one is damaged or missing") from error
+        raise UserError(
+            f"the shards of checkpoint {folder} cannot be read: one is missing, damaged, or has code in it"
+        ) from error
 
 
 def weights_in(index: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -172,4 +261,12 @@ class _Reader(dcp.FileSystemReader):
 
 class _Planner(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        loaded = torch.load(value, weights_only=True)
+        if not self.flatten_state_dict:
+            self.original_state_dict[read_item.dest_index.fqn] = loaded
+            return
+        # torch puts the value in its place, and unpickles it without restriction: give it what was read with
+        clean = io.BytesIO()
+        torch.save(loaded, clean)
+        clean.seek(0)
+        super().load_bytes(read_item, clean)

@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from meap_lit.errors import UserError
-from meap_lit.integrity import TRAINER_STATE
+from meap_lit.integrity import TRAINER_STATE, read_file
 from meap_lit.model.decoder import Decoder
 from meap_lit.model.parallelize import flatten, shard, split
-from meap_lit.shards import read_trainer_state
+from meap_lit.shards import load_shards, read_trainer_state
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -132,19 +132,48 @@ class Sharded(ModelParallelStrategy):
             torch.save(checkpoint, path / TRAINER_STATE)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load as Lightning does, once the module has looked at it: Lightning calls the hook when weights are loaded.
+        """Load one file as Lightning does, and shards by our reader, since torch's own runs what is pickled in them.
 
-        Of shards that hold more than the module, such as more layers, torch would read a part without a word.
+        The module looks at the checkpoint first; Lightning calls the hook after the weights are loaded. Of shards that
+        hold more than the module, such as more layers, torch would read a part without a word.
         """
         path = Path(self.broadcast(checkpoint_path))
-        self._show_to_module(path, weights_only)
-        return super().load_checkpoint(path, weights_only)
+        state = self._show_to_module(path)
+        if path.is_file():
+            return super().load_checkpoint(path, weights_only=True)
+        self._load_shards(path)
+        return state
 
-    def _show_to_module(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
-        """What the checkpoint holds, shards aside."""
+    def _load_shards(self, path: Path) -> None:
+        """Fill the module and the optimizers, each rank its part."""
+        assert self.model is not None
         assert self.lightning_module is not None
-        is_safe = weights_only is not False
-        state = read_trainer_state(path) if path.is_dir() else torch.load(path, "cpu", mmap=True, weights_only=is_safe)
+        options = StateDictOptions(strict=self.lightning_module.strict_loading)
+        weights = get_model_state_dict(self.model)
+        self._read({"state_dict": weights}, path)
+        self._set_weights(weights, options)
+        for number, optimizer in enumerate(self.optimizers):
+            moments = get_optimizer_state_dict(self.model, optimizer)
+            self._read({f"optimizer_{number}": moments}, path)
+            set_optimizer_state_dict(self.model, optimizer, moments, options=options)
+
+    def _set_weights(self, weights: dict[str, Any], options: StateDictOptions) -> None:
+        assert self.model is not None
+        self.model.load_state_dict(weights, strict=options.strict)
+
+    def _read(self, states: dict[str, Any], path: Path) -> None:
+        try:
+            load_shards(states, path)
+        except UserError:
+            if self.is_global_zero:
+                raise
+            # rank 0 says it for all, and Lightning kills it when a process that it started fails
+            raise SystemExit(2 if self.local_rank == 0 else 0) from None
+
+    def _show_to_module(self, path: Path) -> dict[str, Any]:
+        """Return what the checkpoint holds, the shards aside, after the module has looked at it."""
+        assert self.lightning_module is not None
+        state = read_trainer_state(path) if path.is_dir() else read_file(path)
         self.lightning_module.on_load_checkpoint(state)
         return state
 
@@ -275,24 +304,23 @@ class FlatSharded(Sharded):
         return gathered if self.is_global_zero else {}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load what `Sharded` writes, or one file; Lightning's way knows no FSDP1."""
+        """Load what `Sharded` writes, or one file, which Lightning cannot load into FSDP1."""
         path = Path(self.broadcast(checkpoint_path))
-        state = self._show_to_module(path, weights_only)
+        state = self._show_to_module(path)
+        if path.is_dir():
+            self._load_shards(path)
+            return state
         assert self.model is not None
         assert self.lightning_module is not None
-        options = StateDictOptions(full_state_dict=path.is_file(), strict=self.lightning_module.strict_loading)
-        weights = state.pop("state_dict") if path.is_file() else get_model_state_dict(self.model)
-        if path.is_dir():
-            dcp.load({"state_dict": weights}, checkpoint_id=path)
-        set_model_state_dict(self.model, weights, options=options)
-        for number, optimizer in enumerate(self.optimizers):
-            if path.is_file():
-                moments = state["optimizer_states"][number]
-            else:
-                moments = get_optimizer_state_dict(self.model, optimizer)
-                dcp.load({f"optimizer_{number}": moments}, checkpoint_id=path)
+        options = StateDictOptions(full_state_dict=True, strict=self.lightning_module.strict_loading)
+        self._set_weights(state.pop("state_dict"), options)
+        for optimizer, moments in zip(self.optimizers, state["optimizer_states"], strict=False):
             set_optimizer_state_dict(self.model, optimizer, moments, options=options)
         return state
+
+    def _set_weights(self, weights: dict[str, Any], options: StateDictOptions) -> None:
+        assert self.model is not None
+        set_model_state_dict(self.model, weights, options=options)
 
 
 def gathered_dtype(param_dtype: Dtype | None, precision: str) -> torch.dtype | None:

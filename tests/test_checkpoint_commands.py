@@ -19,10 +19,16 @@ def shards(tmp_path_factory):
     return folder
 
 
-def complain(capsys, *arguments):
+def complain(capsys, *arguments, notes=()):
+    """The error of a command, after the given notes."""
     assert main(["checkpoint", *map(str, arguments)]) == 2
-    [line] = capsys.readouterr().err.splitlines()
+    *others, line = capsys.readouterr().err.splitlines()
+    assert others == list(notes)
     return line
+
+
+def unverified(path):
+    return f"note: checkpoint {path} carries no checksums, so its content is not verified"
 
 
 def test_shards_of_two_ranks_become_one_file_that_goes_on_as_they_would(shards, tmp_path, capsys):
@@ -110,7 +116,7 @@ def test_no_code_is_run_from_shards(shards, tmp_path, capsys, name, command):
     (path / "checksums.json").unlink()
     (path / name).write_bytes(pickle.dumps(Harm(), protocol=2))
     output = ["--output", tmp_path / "one.ckpt"] if command == "consolidate" else []
-    line = complain(capsys, command, "--checkpoint", path, *output)
+    line = complain(capsys, command, "--checkpoint", path, *output, notes=[unverified(path)])
     assert line.startswith(f"error: checkpoint file {path}/{name} is damaged, or has code in it and so is not read")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -138,5 +144,5 @@ def test_what_is_one_file_or_has_no_checksums_is_named(tmp_path, capsys):
     line = complain(capsys, "verify", "--checkpoint", path)
     assert line == f"error: checkpoint {path} was written without checksums; nothing can be said of its content"
     torch.save({"weights": 1}, path)
-    line = complain(capsys, "inspect", "--checkpoint", path)
-    assert line == f"error: {path} is no checkpoint of a run: it has no state_dict and global_step in it"
+    line = complain(capsys, "inspect", "--checkpoint", path, notes=[unverified(path)])
+    assert line == f"error: {path} is not a checkpoint: it has no state_dict in it"

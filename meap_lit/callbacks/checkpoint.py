@@ -19,7 +19,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from meap_lit.callbacks.ranks import Ranks
 from meap_lit.errors import UserError
-from meap_lit.integrity import checksums, seal, verify, write_file
+from meap_lit.integrity import check, checksums, read_file, seal, write_file
+from meap_lit.shards import refuse_code
 from meap_lit.strategies import Sharded
 
 LAST = "last.ckpt"
@@ -47,6 +48,8 @@ class Checkpoint(ModelCheckpoint):
         milestone_every_n_steps: Checkpoints at multiples of so many steps are never removed.
         asynchronous: Write while the training goes on; needs memory on the host for one copy of what a rank writes.
         dirpath: Folder; `checkpoints` inside the logger's folder if not given.
+        verify: Hash the checkpoint that a run resumes from, or starts from (`model.init_from`), before it is read;
+            false compares sizes only.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Checkpoint(ModelCheckpoint):
         milestone_every_n_steps: int | None = None,
         asynchronous: bool = False,
         dirpath: str | None = None,
+        verify: bool = True,
     ) -> None:
         if every_n_steps < 1:
             raise UserError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
@@ -81,6 +85,7 @@ class Checkpoint(ModelCheckpoint):
         )
         self.milestone_every_n_steps = milestone_every_n_steps
         self.asynchronous = asynchronous
+        self.verify = verify
         self._jobs = _Jobs(in_thread=False)
         self._last_saved: str | None = None
 
@@ -334,14 +339,16 @@ class DirectCheckpointIO(TorchCheckpointIO):
 class VerifyCheckpoint(L.Callback):
     """Compares a checkpoint with its checksums before anything is loaded from it; each file is hashed by one rank.
 
-    A checkpoint that was written without checksums passes.
+    A checkpoint that was written without checksums passes with a word, unless it has code in it.
 
     Args:
         path: A .ckpt file or a folder of shards.
+        hashes: Compare hashes; if not, sizes only.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, hashes: bool = True) -> None:
         self.path = Path(path)
+        self.hashes = hashes
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         ranks = Ranks(trainer)
@@ -353,4 +360,11 @@ class VerifyCheckpoint(L.Callback):
                 f"checkpoint {self.path} (--ckpt_path) is a folder of shards, and trainer.strategy reads one file; "
                 f"make one of it: python -m meap_lit checkpoint consolidate --checkpoint {self.path} --output FILE.ckpt"
             )
-        ranks.do(lambda: verify(self.path, ranks.rank, ranks.number))
+        ranks.do(lambda: self._check(ranks))
+
+    def _check(self, ranks: Ranks) -> None:
+        check(self.path, self.hashes, ranks.rank, ranks.number)
+        if (
+            ranks.rank == 0
+        ):  # Lightning's own strategies run what is pickled in shards, and end in a traceback elsewhere
+            refuse_code(self.path) if self.path.is_dir() else read_file(self.path)

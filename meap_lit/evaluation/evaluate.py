@@ -55,6 +55,7 @@ class Evaluate:
         tokenizer: Folder of the tokenizer; the checkpoint's own if not given.
         dtype: Dtype of the weights; if not given, bfloat16 on a GPU, and on a CPU the checkpoint's own.
         device: Where to compute; auto takes a GPU if there is one.
+        verify: Hash the checkpoint of a run and compare it with its checksums; false compares sizes only.
         base: Recipe that this one starts from, relative to its folder.
     """
 
@@ -68,6 +69,7 @@ class Evaluate:
     tokenizer: str | None = None
     dtype: Dtype | None = None
     device: Device = "auto"
+    verify: bool = True
     base: str | None = None
 
     def run(self) -> None:
@@ -102,7 +104,8 @@ class Evaluate:
         return Path(self.output, self.name or self.task.name, label)
 
     def _evaluate(self, checkpoint: str, label: str) -> Result:
-        model = LanguageModel(checkpoint, self.tokenizer, self.dtype, self._device())
+        verify = self.verify and is_first_rank()
+        model = LanguageModel(checkpoint, self.tokenizer, self.dtype, self._device(), verify)
         items, num_skipped = choose_items(self.task, model, self.on_overflow)
         settings = {
             "task": describe(self.task),

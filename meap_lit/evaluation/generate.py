@@ -30,6 +30,7 @@ class Generate:
         batch_size: Prompts continued at once.
         dtype: Dtype of the weights; if not given, bfloat16 on a GPU, and on a CPU the checkpoint's own.
         device: Where to compute; auto takes a GPU if there is one.
+        verify: Hash the checkpoint of a run and compare it with its checksums; false compares sizes only.
     """
 
     checkpoint: str
@@ -47,6 +48,7 @@ class Generate:
     batch_size: int = 8
     dtype: Dtype | None = None
     device: Device = "auto"
+    verify: bool = True
 
     def run(self) -> None:
         """Print the continuations.
@@ -56,7 +58,7 @@ class Generate:
         """
         texts = self._texts()
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.seed)
-        model = LanguageModel(self.checkpoint, self.tokenizer, self.dtype, self.device)
+        model = LanguageModel(self.checkpoint, self.tokenizer, self.dtype, self.device, self.verify)
         stop_token_ids: tuple[int, ...] = ()
         if self.chat:
             template = model.chat_template(self.template)

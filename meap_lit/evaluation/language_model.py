@@ -29,6 +29,7 @@ class LanguageModel:
         tokenizer: Folder of the tokenizer; the checkpoint's own if not given.
         dtype: Dtype of the weights; if not given, bfloat16 on a GPU, and on a CPU the checkpoint's own.
         device: Where to compute; auto takes a GPU if there is one.
+        verify: Compare a checkpoint of a run with its hashes; if not, with their sizes only.
 
     Raises:
         UserError: If there is no such checkpoint or device, or no tokenizer that fits.
@@ -40,10 +41,11 @@ class LanguageModel:
         tokenizer: str | None = None,
         dtype: Dtype | None = None,
         device: Device | torch.device = "auto",
+        verify: bool = True,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device if isinstance(device, torch.device) else choose_device(device)
-        self.source = open_source(checkpoint)
+        self.source = open_source(checkpoint, verify)
         self.config = self.source.config
         self.tokenizer = _load_tokenizer(self.source, checkpoint, tokenizer)
         self._templates: dict[str, ChatTemplate] = {}

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from meap_lit.callbacks.ranks import Ranks
 from meap_lit.checkpoints import open_source, vocab_size_for
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
@@ -111,7 +112,7 @@ class DecoderModule(L.LightningModule, ABC):
             return
         data = getattr(self._trainer, "datamodule", None)
         tokenizer = None if data is None else data.tokenizer
-        source = None if self.init_from is None else open_source(self.init_from)
+        source = self._open_source()
         self.config = self._choose_config(source, tokenizer)
         self._adopt_mask_token(tokenizer)
         if data is not None and data.longest_input > self.config.max_seq_len:
@@ -138,6 +139,15 @@ class DecoderModule(L.LightningModule, ABC):
         if source is not None:
             load_weights(decoder, source, first_new_token=self.origin["first_new_token"], write=write)
         self.decoder = decoder
+
+    def _open_source(self) -> WeightSource | None:
+        """Open what the weights come from, once the first rank has verified it for all."""
+        if self.init_from is None or self._trainer is None:
+            return None if self.init_from is None else open_source(self.init_from)
+        path, ranks = self.init_from, Ranks(self._trainer)
+        verify = getattr(self._trainer.checkpoint_callback, "verify", True) and ranks.rank == 0
+        ranks.do(lambda: bool(open_source(path, verify)))
+        return open_source(path, verify=False)
 
     def _use_float8(self, decoder: Decoder) -> None:
         data, strategy = (getattr(self._trainer, name, None) for name in ("datamodule", "strategy"))

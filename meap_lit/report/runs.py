@@ -1,7 +1,6 @@
 """Finished runs as they lie on disk: recipe, curves, model, and what they logged of their cost."""
 
 import json
-import pickle
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,12 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 import yaml
 
 from meap_lit.callbacks.summary import SUMMARY_FILE
 from meap_lit.errors import UserError
-from meap_lit.integrity import newest_checkpoint
+from meap_lit.integrity import newest_checkpoint, read_file
 from meap_lit.model import DecoderConfig
 from meap_lit.shards import read_trainer_state
 
@@ -236,16 +234,11 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def _with_checkpoint(run: Run, file: Path) -> Run:
+    content = read_trainer_state(file) if file.is_dir() else read_file(file)  # mapped, so that no weight is read
     try:
-        # mapped, so that no weight is read
-        content = (
-            read_trainer_state(file)
-            if file.is_dir()
-            else torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        )
         decoder = content["decoder"]["config"]
-    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:
-        raise UserError(f"checkpoint {file} is damaged, has code in it, or is not one of meap_lit") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {file} is not one of meap_lit: it has no decoder in it") from error
     data = next((value for value in content.values() if isinstance(value, dict) and "datasets" in value), {})
     return replace(run, decoder=decoder, datasets=data.get("datasets", {}))
 

@@ -110,7 +110,7 @@ def cut_recipe(folder):
         (no_recipe, "is not the recipe of a run"),
         (cut_recipe, "a/config.yaml is damaged or cut short (while scanning a quoted scalar"),
         (cut_summary, "a/summary.json is damaged or cut short (Expecting property name"),
-        (foreign_checkpoint, "step=31.ckpt is damaged, has code in it, or is not one of meap_lit"),
+        (foreign_checkpoint, "step=31.ckpt is not one of meap_lit: it has no decoder in it"),
     ],
 )
 def test_wrong_runs(tmp_path, spoil, message):
