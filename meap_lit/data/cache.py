@@ -15,7 +15,6 @@ Processes share a cache through locks on its files, which the system takes back 
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import time
 import weakref
@@ -26,7 +25,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
-from meap_lit.data.chunks import INDEX_FILE, check_chunk, chunk_problem
+from meap_lit.data.chunks import INDEX_FILE, check_chunk, chunk_problem, parse_index
 from meap_lit.data.storage import Storage
 from meap_lit.errors import UserError
 
@@ -44,7 +43,7 @@ class LocalChunks:
 
     def __init__(self, path: str) -> None:
         self.folder = path
-        self._chunks = json.loads(Path(path, INDEX_FILE).read_bytes())["chunks"]
+        self._chunks = parse_index(Path(path, INDEX_FILE).read_bytes(), path)["chunks"]
         self._verified: set[int] = set()
 
     def ensure(self, number: int) -> None:
@@ -74,7 +73,7 @@ class CachedChunks:
         self.storage = storage
         self.root = Path(storage.cache_dir or "~/.cache/meap_lit").expanduser()
         index = storage.read(f"{address}/{INDEX_FILE}")
-        self._chunks = json.loads(index)["chunks"]
+        self._chunks = parse_index(index, address)["chunks"]
         # another index, another folder: what was fetched for older data of this address is never taken for it
         name = hashlib.sha256(f"{address}\n".encode() + index).hexdigest()[:32]
         self.folder = str(self.root / name)

@@ -12,9 +12,11 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import zipfile
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,9 @@ class Split:
     tokens: int
     fingerprint: str
     """Hex SHA-256 of what is stored, tokens and answers, and of its layout in chunks."""
+    files: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """Hex SHA-256 of each file that describes the chunks, by its name; the index has those of the chunks themselves.
+    Empty in a dataset of manifest version 1."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +128,8 @@ class ChunkWriter(ABC):
             chunk[SHA256] = _sha256(self.folder / chunk["filename"])
         (self.folder / INDEX_FILE).write_text(json.dumps(index, sort_keys=True))
         piece.unlink()
-        split = Split(self.num_documents, self.num_tokens, fingerprint)
-        check_index(index, split, str(self.folder))
-        check_chunk_files(self.folder, index)
+        split = Split(self.num_documents, self.num_tokens, fingerprint, files=hash_files(self.folder))
+        check_chunk_files(self.folder, check_index((self.folder / INDEX_FILE).read_bytes(), split, str(self.folder)))
         return split
 
 
@@ -175,7 +179,7 @@ class ChatWriter(ChunkWriter):
             answer_tokens=np.stack([stop - start, end - stop], axis=1),
         )
         return ChatSplit(
-            **dataclasses.asdict(split),
+            **dataclasses.asdict(split) | {"files": hash_files(self.folder)},
             answers=len(start),
             answer_tokens=int((end - start).sum()),
             longest=max(self._num_tokens),
@@ -207,10 +211,20 @@ class ChatIndex:
         """
         chunk_sizes = [documents for documents, _ in _layout(index)]
         try:
+            # written without compression: an archive that unpacks to more than it is was made to fill the memory
+            unpacked = sum(entry.file_size for entry in zipfile.ZipFile(io.BytesIO(table)).infolist())
+            if unpacked > len(table):
+                raise ValueError(f"its {len(table)} bytes unpack to {unpacked}")
             with np.load(io.BytesIO(table), allow_pickle=False) as arrays:
                 result = cls(arrays["num_tokens"], arrays["num_answers"], arrays["answer_tokens"], chunk_sizes)
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{folder}/{SAMPLES_FILE} is damaged: {error}; prepare the dataset anew") from error
+            dims = (result.num_tokens.ndim, result.num_answers.ndim, result.answer_tokens.shape[1:])
+            if dims != (1, 1, (2,)) or any(
+                array.dtype != np.int32 for array in (result.num_tokens, result.num_answers)
+            ):
+                raise ValueError("its arrays have other shapes or types")
+        except Exception as error:  # a damaged archive may fail in any way
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}/{SAMPLES_FILE} is damaged: {reason:.200}; prepare the dataset anew") from error
         found, expected = len(result.num_tokens), sum(chunk_sizes)
         if found != expected or result.num_answers.sum() != len(result.answer_tokens):
             raise UserError(
@@ -220,22 +234,114 @@ class ChatIndex:
         return result
 
 
-def check_index(index: dict[str, Any], split: Split, folder: str) -> None:
-    """Compare the index of a chunk folder with what was written.
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the files that describe the chunks in `folder`, by their names."""
+    return {name: _sha256(folder / name) for name in (INDEX_FILE, SAMPLES_FILE) if (folder / name).is_file()}
+
+
+def check_hash(content: bytes, files: Mapping[str, str], file: str) -> None:
+    """Compare the content of a describing file with its hash in the manifest, if that has one.
+
+    Args:
+        content: What the file holds.
+        files: `Split.files`.
+        file: Address of the file; its last part is its name in `files`.
 
     Raises:
-        UserError: If they differ, or it is no index.
+        UserError: If they differ.
     """
-    try:
-        unit = "tokens" if index["config"]["item_loader"] == "TokensLoader" else "documents"
-        found = sum(tokens if unit == "tokens" else documents for documents, tokens in _layout(index))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}/{INDEX_FILE} is damaged; prepare the dataset anew") from error
+    name = file.rpartition("/")[2]
+    if files and hashlib.sha256(content).hexdigest() != files.get(name):
+        raise UserError(f"{file} is damaged: it has another SHA-256 than the manifest says; {_MEND}")
+
+
+_MEND = "copy the dataset again or prepare it anew"
+
+
+def check_index(content: bytes, split: Split, folder: str) -> dict[str, Any]:
+    """Parse the index of a chunk folder and compare it with what was written.
+
+    Raises:
+        UserError: If they differ, or it is not an index that this package writes.
+    """
+    check_hash(content, split.files, f"{folder}/{INDEX_FILE}")
+    index = parse_index(content, folder)
+    unit = "tokens" if index["config"]["item_loader"] == "TokensLoader" else "documents"
+    found = sum(tokens if unit == "tokens" else documents for documents, tokens in _layout(index))
     expected = getattr(split, unit)
     if found != expected:
         raise UserError(
             f"{folder}/{INDEX_FILE} lists {found} {unit}, the manifest {expected}; prepare the dataset anew"
         )
+    return index
+
+
+def parse_index(content: bytes, folder: str) -> dict[str, Any]:
+    """Parse the index of a chunk folder and check that nothing in it leads elsewhere.
+
+    LitData joins the names of chunks to its folder, and unpickles samples whose `data_format` says so. Only plain names
+    and tensors pass.
+
+    Raises:
+        UserError: If it is damaged, or not an index that this package writes.
+    """
+    where = f"{folder}/{INDEX_FILE}"
+    try:
+        index = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged: {error}; {_MEND}") from error
+    try:
+        chunks, config = index["chunks"], index["config"]
+        names = [chunk["filename"] for chunk in chunks]
+        is_whole = bool(chunks) and len(set(names)) == len(names) and all(map(_is_chunk, chunks))
+        is_whole &= config["item_loader"] in ("TokensLoader", "PyTreeLoader")
+        is_whole &= config["item_loader"] != "TokensLoader" or all(_is_count(chunk["dim"]) for chunk in chunks)
+        formats = config["data_format"]
+        is_whole &= _is_plain_spec(json.loads(config["data_spec"])[1], len(formats))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} is damaged; {_MEND}") from error
+    outside = next((name for name in names if not isinstance(name, str) or not _CHUNK_NAME.fullmatch(name)), None)
+    if outside is not None:
+        raise UserError(
+            f"{where} names a chunk {outside!r:.80}, which is not a plain file name such as chunk-0-0.bin; {_MEND}"
+        )
+    foreign = next((name for name in formats if not isinstance(name, str) or not _DATA_FORMAT.fullmatch(name)), None)
+    if foreign is not None:
+        raise UserError(
+            f"{where} stores samples as {foreign!r:.80}; only tensors are read, as meap_lit prepare writes them"
+        )
+    if not is_whole or any(config.get(name, "") is not None for name in ("compression", "encryption")):
+        raise UserError(f"{where} is damaged, or not made by meap_lit prepare; {_MEND}")
+    return index
+
+
+_CHUNK_NAME = re.compile(r"[A-Za-z0-9_-]+\.bin")
+_DATA_FORMAT = re.compile(r"tensor|no_header_tensor:(15|16|20)")
+"""LitData's serializers of tensors; the numbers are its own for int32 and uint16."""
+
+
+def _is_chunk(chunk: dict[str, Any]) -> bool:
+    sha256 = chunk.get(SHA256, "0" * 64)
+    return (
+        _is_count(chunk["chunk_bytes"])
+        and _is_count(chunk["chunk_size"])
+        and (chunk["dim"] is None or _is_count(chunk["dim"]))
+        and re.fullmatch("[0-9a-f]{64}", sha256) is not None
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_plain_spec(spec: dict[str, Any], num_leaves: int) -> bool:
+    """Whether LitData puts `num_leaves` values back together as one tensor or a dict of them, and as nothing else."""
+    leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
+    if num_leaves == 1:
+        return spec == leaf
+    keys = json.loads(spec["context"])
+    is_dict = spec["type"] == "builtins.dict" and sorted(keys) == ["answers", "input_ids"]
+    return is_dict and num_leaves == 2 and spec["children_spec"] == [leaf, leaf]
 
 
 def check_chunk_files(folder: Path, index: dict[str, Any]) -> None:

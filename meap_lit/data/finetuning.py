@@ -38,9 +38,9 @@ class FineTuningData(StreamingData):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.indexes = {
-            (path, split): load_samples(path, split, self.storage)
+            (path, name): load_samples(path, name, self.storage, split.files)
             for path, manifest in self.manifests.items()
-            for split in manifest.splits
+            for name, split in manifest.splits.items()
         }
         for (path, split), index in self.indexes.items():
             longest = int(index.num_tokens.max())

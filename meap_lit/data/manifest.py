@@ -3,26 +3,34 @@
 import dataclasses
 import hashlib
 import json
+import re
+import sys
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType, UnionType
 from typing import Any, Literal
 
 from meap_lit.data.chunks import (
     INDEX_FILE,
     SAMPLES_FILE,
+    SHA256,
     ChatIndex,
     ChatSplit,
     Split,
     check_chunk_files,
+    check_hash,
     check_index,
+    parse_index,
 )
 from meap_lit.data.storage import Storage
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
-VERSION = 1
+VERSION = 2
+"""Since 2 the manifest has the hashes of the files that describe the dataset, and of itself."""
 Kind = Literal["text", "chat"]
 _NO_STORAGE = Storage()
 _FIRST_TRIES = 3
@@ -111,7 +119,8 @@ class Manifest:
     def load(cls, location: str, storage: Storage = _NO_STORAGE, kind: Kind = "text") -> "Manifest":
         """Read the manifest of a dataset and check that the dataset is whole.
 
-        In a local folder every chunk must be there and have its size. Of a remote one only the indexes are read.
+        The files that describe the dataset are compared with their hashes. In a local folder every chunk must be there
+        and have its size; what chunks hold is compared when they are first read.
 
         Args:
             location: Folder or address such as s3://bucket/path; the one above `train` and `val`.
@@ -130,8 +139,7 @@ class Manifest:
                 f"which are made with: {_command('DIR', kind)}"
             )
         for name, split in manifest.splits.items():
-            index = _parse_json(read(f"{name}/{INDEX_FILE}"), f"{location}/{name}/{INDEX_FILE}")
-            check_index(index, split, f"{location}/{name}")
+            index = check_index(read(f"{name}/{INDEX_FILE}"), split, f"{location}/{name}")
             if not _is_remote(location):
                 check_chunk_files(Path(location, name), index)
         return manifest
@@ -145,20 +153,30 @@ class Manifest:
                 f"dataset {location} has a manifest of version {version}, this meap_lit reads up to {VERSION}; "
                 f"upgrade meap_lit or prepare the dataset anew"
             )
+        _check_own_hash(text, content, location)
         try:
             chat, shard = content.pop("chat", None), content.pop("shard", None)
             split_type = ChatSplit if chat else Split
             splits = {name: split_type(**split) for name, split in content.pop("splits").items()}
             sources = [Source(**source) for source in content.pop("sources")]
-            return cls(
+            manifest = cls(
                 **content,
                 splits=splits,
                 sources=sources,
                 chat=ChatDetails(**chat) if chat else None,
                 shard=ShardDetails(**shard) if shard else None,
             )
+            parts = (manifest, manifest.chat, manifest.shard, *sources, *splits.values())
+            for part in filter(None, parts):
+                _check_types(part)
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{location}/{MANIFEST_FILE} is not a manifest of meap_lit ({error})") from error
+        if not splits.keys() <= _SPLITS or (shard is None and "train" not in splits):
+            raise UserError(
+                f"{location}/{MANIFEST_FILE} is damaged: its splits are {', '.join(splits) or 'none'}; copy the "
+                f"dataset again or prepare it anew"
+            )
+        return manifest
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`."""
@@ -166,7 +184,8 @@ class Manifest:
         for name in ("chat", "shard"):
             if content[name] is None:
                 del content[name]
-        (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        body = json.dumps(content, indent=1).removesuffix("\n}")
+        (folder / MANIFEST_FILE).write_text(f'{body},\n "{SHA256}": "{_hash_of(body.encode())}"\n}}\n')
 
     def check_tokenizer(self, tokenizer: Tokenizer, dataset: str, tokenizer_folder: str) -> None:
         """Make sure that the data's ids mean what `tokenizer` takes them for.
@@ -187,20 +206,70 @@ class Manifest:
             )
 
 
-def load_samples(location: str, split: str, storage: Storage = _NO_STORAGE) -> ChatIndex:
-    """Sizes of the samples of one split of a chat dataset.
+def load_samples(
+    location: str, split: str, storage: Storage = _NO_STORAGE, files: Mapping[str, str] = MappingProxyType({})
+) -> ChatIndex:
+    """Read the sizes of the samples of one split of a chat dataset.
 
     Args:
         location: Folder or address of the dataset, as for `Manifest.load`, which is to check it first.
         split: `train` or `val`.
         storage: How a remote dataset is read.
+        files: Hashes to compare with, `Split.files` of its manifest; none are compared if not given.
 
     Raises:
         UserError: If the table is missing, damaged or belongs to other data.
     """
     read = _reader(location, storage, "chat")
-    index = _parse_json(read(f"{split}/{INDEX_FILE}"), f"{location}/{split}/{INDEX_FILE}")
-    return ChatIndex.parse(read(f"{split}/{SAMPLES_FILE}"), index, f"{location}/{split}")
+    folder = f"{location}/{split}"
+    index, table = read(f"{split}/{INDEX_FILE}"), read(f"{split}/{SAMPLES_FILE}")
+    check_hash(index, files, f"{folder}/{INDEX_FILE}")
+    check_hash(table, files, f"{folder}/{SAMPLES_FILE}")
+    return ChatIndex.parse(table, parse_index(index, folder), folder)
+
+
+_SPLITS = {"train", "val", "reserve"}
+"""Names that a split may have, since each is a folder; see `splits`."""
+
+_OWN_HASH = re.compile(rb'(.*),\n "sha256": "([0-9a-f]{64})"\n}\n', re.DOTALL)
+"""The end of a manifest: the hash of all that comes before it."""
+
+_told: set[str] = set()
+"""Datasets that this process has said to be unverified."""
+
+
+def _hash_of(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+def _check_own_hash(text: bytes, content: dict[str, Any], location: str) -> None:
+    """Compare a manifest with the hash at its end, which is taken out of `content`.
+
+    Raises:
+        UserError: If they differ.
+    """
+    stated = content.pop(SHA256, None)
+    if stated is None and content.get("version", 1) == 1:
+        if "splits" in content and location not in _told:
+            _told.add(location)
+            print(f"note: dataset {location} is of an older version without hashes of its manifest", file=sys.stderr)
+        return
+    found = _OWN_HASH.fullmatch(text)
+    if found is None or _hash_of(found[1]) != stated:
+        raise UserError(
+            f"{location}/{MANIFEST_FILE} is damaged: it has another SHA-256 than it says; copy the dataset again or "
+            f"prepare it anew"
+        )
+
+
+def _check_types(part: Any) -> None:
+    """Raise TypeError if a field of a dataclass that was read from JSON has another type than it says."""
+    for name, hint in typing.get_type_hints(type(part)).items():
+        value, classes = getattr(part, name), typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if all(kind in (int, float, str, type(None)) for kind in classes):
+            allowed = (*classes, int) if float in classes else classes
+            if not isinstance(value, allowed) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r:.80}")
 
 
 _CONTENT = {"text": "documents of text", "chat": "conversations"}
@@ -247,7 +316,7 @@ def _local_reader(location: str, kind: Kind) -> Callable[[str], bytes]:
 def _parse_json(text: bytes, where: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{where} is damaged: not a JSON object")

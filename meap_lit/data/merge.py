@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from meap_lit.data.chunks import INDEX_FILE, SAMPLES_FILE, ChatSplit, Split, check_chunk
-from meap_lit.data.manifest import Kind, Manifest, ShardDetails, Source, load_samples
+from meap_lit.data.chunks import INDEX_FILE, SAMPLES_FILE, ChatSplit, Split, check_chunk, check_index, hash_files
+from meap_lit.data.manifest import VERSION, Kind, Manifest, ShardDetails, Source, load_samples
 from meap_lit.data.preparation import RECORD_FILE, Preparation, is_unfinished, progress_bar
 from meap_lit.data.splits import RESERVE
 from meap_lit.errors import UserError
@@ -208,7 +208,7 @@ class _Piece:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        return json.loads((self.folder / INDEX_FILE).read_text())
+        return check_index((self.folder / INDEX_FILE).read_bytes(), self.split, str(self.folder))
 
     @property
     def chunks(self) -> list[dict[str, Any]]:
@@ -259,14 +259,14 @@ def _merge(folder: Path, pieces: Sequence[_Piece], bar: tqdm) -> Split:
     index = {**first.index, "chunks": chunks, "updated_at": fingerprint}
     (folder / INDEX_FILE).write_text(json.dumps(index, sort_keys=True))
     if isinstance(first.split, ChatSplit):
-        tables = [load_samples(str(piece.shard), piece.name) for piece in pieces]
+        tables = [load_samples(str(piece.shard), piece.name, files=piece.split.files) for piece in pieces]
         np.savez(
             folder / SAMPLES_FILE,
             num_tokens=np.concatenate([table.num_tokens for table in tables]),
             num_answers=np.concatenate([table.num_answers for table in tables]),
             answer_tokens=np.concatenate([table.answer_tokens for table in tables]),
         )
-    return _sum([piece.split for piece in pieces], fingerprint)
+    return dataclasses.replace(_sum([piece.split for piece in pieces], fingerprint), files=hash_files(folder))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -277,7 +277,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _sum(splits: Sequence[Split], fingerprint: str) -> Split:
-    combine: dict[str, Callable] = {"fingerprint": lambda _: fingerprint, "longest": max}
+    combine: dict[str, Callable] = {"fingerprint": lambda _: fingerprint, "longest": max, "files": lambda _: {}}
     values = {f.name: [getattr(split, f.name) for split in splits] for f in dataclasses.fields(splits[0])}
     return type(splits[0])(**{name: combine.get(name, sum)(some) for name, some in values.items()})
 
@@ -288,6 +288,7 @@ def _whole(manifests: Sequence[Manifest], splits: dict[str, Split]) -> Manifest:
     chats = [manifest.chat for manifest in manifests if manifest.chat is not None]
     return dataclasses.replace(
         first,
+        version=VERSION,
         splits=splits,
         num_empty=sum(manifest.num_empty for manifest in manifests),
         num_skipped=sum(manifest.num_skipped for manifest in manifests),

@@ -75,7 +75,7 @@ class Preparation(ABC):
         record = output / RECORD_FILE
         if not record.is_file():
             raise UserError(f"folder {output} exists but was not made by meap_lit; remove it or name another output")
-        was, now = json.loads(record.read_text()), self._record()
+        was, now = _read_record(record), self._record()
         if was["step"] != now["step"]:
             raise UserError(f"folder {output} was made by {was['step']}, not {now['step']}; name another output")
         for name, value in now["arguments"].items():
@@ -89,6 +89,16 @@ class Preparation(ABC):
         names = [f.name for f in dataclasses.fields(self) if f.compare and f.name != "output"]
         arguments = {name: getattr(self, name) for name in names}
         return {"step": type(self).__name__, "arguments": json.loads(json.dumps(arguments))}
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text())
+        if isinstance(record["step"], str) and isinstance(record["arguments"], dict):
+            return record
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{file} is damaged; remove the folder or name another output")
 
 
 _OWNER_FILE = ".owner.json"

@@ -9,6 +9,7 @@ from typing import Any
 
 from meap_lit.data.manifest import MANIFEST_FILE
 from meap_lit.data.preparation import RECORD_FILE
+from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import curves
 from meap_lit.report.arms import Arm, Study, describe, slug
 from meap_lit.report.blocks import Block, Code, Heading, Paragraph, Picture, Table
@@ -130,7 +131,10 @@ def _files_read(dataset: str) -> list[list[str]]:
 
 
 def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}); prepare its dataset anew, or move it away") from error
 
 
 def _machines(runs: Sequence[Run], evaluations: Evaluations) -> list[Block]:

@@ -11,6 +11,7 @@ from meap_lit.data.text import PrepareText
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from tests.data.object_store import one_store, store  # noqa: F401  fixtures
+from tests.data.older import make_older
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,13 @@ def test_missing_and_cut_chunks(dataset):
 def test_index_missing_damaged_or_of_other_data(dataset):
     index = dataset / "val" / "index.json"
     content = json.loads(index.read_text())
-    edit(index, chunks=content["chunks"][:-1])
+    edit(index, updated_at="now")
+    with pytest.raises(
+        UserError, match=r"val/index.json is damaged: it has another SHA-256 than the manifest says; copy"
+    ):
+        Manifest.load(str(dataset))
+    make_older(dataset)
+    edit(index, chunks=[{**chunk, "dim": chunk["dim"] + 1} for chunk in content["chunks"]])
     with pytest.raises(UserError, match=r"val/index.json lists \d+ tokens, the manifest \d+; prepare the dataset anew"):
         Manifest.load(str(dataset))
     for damaged in ("{", "[]", "{}", '{"config": null}'):
@@ -137,10 +144,24 @@ def test_other_tokenizer(dataset, tokenizer, tmp_path):
 def test_manifest_that_does_not_say_its_kind_is_of_text(dataset):
     file = dataset / "manifest.json"
     expected = Manifest.load(str(dataset))
+    make_older(dataset)
     content = json.loads(file.read_text())
     assert content.pop("kind") == "text"
     file.write_text(json.dumps(content))
-    assert Manifest.load(str(dataset)) == expected
+    loaded = Manifest.load(str(dataset))
+    assert loaded.kind == "text"
+    assert loaded.fingerprint == expected.fingerprint
+
+
+def test_an_older_dataset_opens_with_a_word(dataset, capsys):
+    expected = Manifest.load(str(dataset))
+    make_older(dataset)
+    for _ in range(2):  # said once
+        older = Manifest.load(str(dataset))
+    note = f"note: dataset {dataset} is of an older version without hashes of its manifest\n"
+    assert capsys.readouterr().err == note
+    splits = {name: dataclasses.replace(split, files={}) for name, split in expected.splits.items()}
+    assert older == dataclasses.replace(expected, version=1, splits=splits)
 
 
 # ---------------------------------------------------------------------------------------------------- chat
@@ -197,6 +218,7 @@ def test_one_kind_is_not_taken_for_the_other(dataset, chat_dataset):
 
 def test_chat_chunks_of_other_data(chat_dataset):
     index = chat_dataset / "train" / "index.json"
+    make_older(chat_dataset)
     edit(index, chunks=json.loads(index.read_text())["chunks"][:-1])
     with pytest.raises(
         UserError, match=r"train/index.json lists \d+ documents, the manifest \d+; prepare the dataset an"

@@ -26,6 +26,7 @@ from meap_lit.data.merge import MergeShards
 from meap_lit.data.readers import DocumentReader, InputShard, find_files
 from meap_lit.data.text import PrepareText
 from meap_lit.errors import UserError
+from tests.data.older import make_older
 
 
 def texts(number):
@@ -247,9 +248,10 @@ def test_merged_conversations_are_what_one_run_makes(tmp_path, tokenizer_folder,
     assert found.num_skipped == 3
     assert (found.chat.num_dropped > 5, found.chat.num_truncated > 5) == (on_long == "drop", on_long == "truncate")
     for name, split in found.splits.items():
-        assert dataclasses.replace(split, fingerprint="") == dataclasses.replace(expected.splits[name], fingerprint="")
+        differing = {"fingerprint": "", "files": {}}
+        assert dataclasses.replace(split, **differing) == dataclasses.replace(expected.splits[name], **differing)
         samples = list(StreamingDataset(str(merged / name)))
-        table = load_samples(str(merged), name)
+        table = load_samples(str(merged), name, files=split.files)
         assert table.num_tokens.tolist() == [len(sample["input_ids"]) for sample in samples]
         assert table.num_answers.tolist() == [len(sample["answers"]) for sample in samples]
         start, stop, end = np.concatenate([sample["answers"].numpy() for sample in samples]).T
@@ -505,6 +507,7 @@ def test_one_shard_may_skip_what_the_others_did_not_meet(tmp_path, shards):
 def test_a_damaged_or_missing_chunk_is_found(tmp_path, shards):
     for name in "01":
         shutil.copytree(shards / name, tmp_path / name)
+        make_older(tmp_path / name)
     index = tmp_path / "1" / "train" / "index.json"
     content = json.loads(index.read_text())
     content["chunks"][0]["sha256"] = "0" * 64
@@ -520,6 +523,7 @@ def test_a_damaged_or_missing_chunk_is_found(tmp_path, shards):
 def test_shards_stored_by_different_versions_of_litdata(tmp_path, shards):
     for name in "01":
         shutil.copytree(shards / name, tmp_path / name)
+        make_older(tmp_path / name)
     index = tmp_path / "1" / "train" / "index.json"
     content = json.loads(index.read_text())
     content["config"]["item_loader"], content["config"]["new"] = "TokensLoader", 1
