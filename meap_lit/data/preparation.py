@@ -141,14 +141,17 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def _is_abandoned(folder: Path) -> bool:
+    if folder.is_symlink():  # somebody else's: what a run makes is a folder
+        return False
     try:
         owner = json.loads((folder / _OWNER_FILE).read_text())
-    except (OSError, ValueError):
+        host, pid = owner["host"], int(owner["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    if owner["host"] != socket.gethostname():
+    if host != socket.gethostname() or pid <= 0:
         return False
     try:
-        os.kill(owner["pid"], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:

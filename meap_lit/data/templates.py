@@ -24,8 +24,8 @@ import tokenizers
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from meap_lit.data.bounded_jinja import BoundedEnvironment
 from meap_lit.data.conversations import Message
 from meap_lit.data.named_templates import NAMED
 from meap_lit.data.tokenizer import Tokenizer
@@ -68,6 +68,8 @@ class ChatTemplate:
             self._marks_answers = any(call.name == _GENERATION for call in calls)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template {name}, line {error.lineno}: {error.message}") from error
+        except (RecursionError, SyntaxError, MemoryError, OverflowError) as error:  # of the Python that it becomes
+            raise UserError(f"chat template {name} is nested too deeply: {error}") from error
 
     @classmethod
     def load(cls, name: str, tokenizer: Tokenizer) -> "ChatTemplate":
@@ -374,10 +376,8 @@ class _GenerationTag(Extension):
         return begin + caller() + end
 
 
-def _environment(today: datetime) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
+def _environment(today: datetime) -> BoundedEnvironment:
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
 
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)

@@ -82,7 +82,10 @@ class Records:
         content = json.loads(json.dumps(settings, default=str))
         file = folder / SETTINGS_FILE
         if file.is_file():
-            then, now = _flat(json.loads(file.read_text())), _flat(content)
+            try:
+                then, now = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(content)
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{file} is damaged ({error}); remove the folder {folder} to ask anew") from error
             for key in now:
                 if then.get(key) != now[key]:
                     raise UserError(
@@ -248,9 +251,14 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 def _whole_lines(file: Path) -> Iterator[Record]:
     """The records of a file whose last line a kill may have cut."""
-    for line in file.read_bytes().splitlines(keepends=True):
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):
-            yield json.loads(line)
+            try:
+                record = json.loads(line)
+                record["id"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{file}:{number} is not an answer of evaluate ({error}); remove that line") from error
+            yield record
 
 
 def _cut_broken_line(file: Path) -> None:

@@ -107,7 +107,9 @@ def _shard_entries(folder: Path) -> list[_Entry]:
         raise UserError(f"{index} has no weight_map, which says what tensor is in which file")
     found: dict[str, _Entry] = {}
     for name in sorted(set(map(str, weight_map.values()))):
-        if not (folder / name).is_file() or Path(name).name != name:
+        if not name.endswith(".safetensors") or Path(name).name != name:
+            raise UserError(f"{index} names a file {name!r:.80} that is not a .safetensors of its own folder")
+        if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; {INDEX_FILE} lists it, so copy or download the folder anew")
         found |= {entry.hf_name: entry for entry in _file_entries(folder / name)}
     absent = min((name for name in weight_map if name not in found), default=None)

@@ -1,0 +1,182 @@
+"""Jinja for templates of others: sandboxed, and bounded in what a rendering may cost.
+
+The sandbox keeps a template from reaching Python, but a few nested loops hang it and `"x" * 10**10` fills the memory.
+Here every iteration, call and operation takes steps off a budget, and so does every character and element that they
+make. Steps are counted and not timed, so that a template renders on every machine or on none.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+BUDGET = 20_000_000
+"""Steps of one rendering: a few seconds of loops, or a text of several megabytes."""
+
+_OPERATION, _CALL = 10, 50
+"""Steps of an operation or filter, and of a call: about as many empty iterations take as long."""
+
+_MAX_NUMBER = 10_000
+"""The largest number that a method or filter takes, such as the width of `center`."""
+_MAX_BITS = 4096
+_MULTIPLYING = ("replace", "join", "indent", "expandtabs", "tojson")
+"""Methods and filters whose result may be as long as the product of what they are given."""
+
+
+class TooCostly(jinja2.TemplateError):
+    """A rendering has spent its budget."""
+
+    def __init__(self) -> None:
+        super().__init__(f"it takes more than {BUDGET:,} steps and characters, as nested loops do; shorten it")
+
+
+class _CountingCompiler(CodeGenerator):
+    """Passes what loops iterate over, and what is written, through the environment."""
+
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:
+        texts = [data.data for data in node.find_all(nodes.TemplateData)]
+        texts += [str(constant.value) for constant in node.find_all(nodes.Const)]
+        node.iter = _call("iterate", node.iter, nodes.Const(1 + sum(map(len, texts))))
+        super().visit_For(node, frame)
+
+    def visit_Output(self, node: nodes.Output, frame: Frame) -> None:
+        constant = nodes.TemplateData | nodes.Const  # paid by the loop around it
+        node.nodes = [part if isinstance(part, constant) else _call("write", part) for part in node.nodes]
+        super().visit_Output(node, frame)
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.visit(_call("concatenate", *node.nodes), frame)
+
+    def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
+        if not isinstance(node.node, nodes.EnvironmentAttribute):
+            super().visit_Call(node, frame, forward_caller=forward_caller)
+            return
+        self.write(f"environment.{node.node.name}(")
+        for argument in node.args:
+            self.visit(argument, frame)
+            self.write(", ")
+        self.write(")")
+
+
+def _call(method: str, *arguments: nodes.Expr) -> nodes.Call:
+    """Return the call of a method of the environment, which is made without going through its `call`."""
+    call = nodes.Call(nodes.EnvironmentAttribute(method), list(arguments), [], None, None)
+    return call.set_lineno(arguments[0].lineno or 1)
+
+
+class _Template(jinja2.Template):
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        self.environment.spent = 0
+        return super().render(*args, **kwargs)
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """A sandbox in which one rendering costs at most `BUDGET` steps."""
+
+    code_generator_class = _CountingCompiler
+    template_class = _Template
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.spent = 0
+        self.filters = {name: self._bounded(name, filter) for name, filter in self.filters.items()}
+
+    def spend(self, steps: int) -> None:
+        """Take `steps` off the budget.
+
+        Raises:
+            TooCostly: If there are not as many left.
+        """
+        self.spent += steps
+        if self.spent > BUDGET:
+            raise TooCostly
+
+    def iterate(self, items: Iterable[Any], cost: int) -> Iterable[Any]:
+        """Return what a loop iterates over, at a cost for each item."""
+        if isinstance(items, Sized):
+            self.spend(len(items) * cost)
+            return items
+        return self._counted(items, cost)
+
+    def _counted(self, items: Iterable[Any], cost: int) -> Iterator[Any]:
+        for item in items:
+            self.spend(cost)
+            yield item
+
+    def write(self, value: Any) -> Any:
+        """Return a value that is about to be written."""
+        self.spend(_OPERATION + _size(value))
+        return value
+
+    def concatenate(self, *values: Any) -> str:
+        """Return the values as one text, as `~` does."""
+        texts = [str(value) for value in values]
+        self.spend(_OPERATION + sum(map(len, texts)))
+        return "".join(texts)
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function or method for a template, at a cost."""
+        owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # the sandbox wraps `format`
+        name = getattr(obj, "__name__", "")
+        if obj is not self.globals["range"]:  # it has a limit of its own
+            self._check_arguments(name, (owner, *args, *kwargs.values()))
+        self.spend(_CALL)
+        result = super().call(context, obj, *args, **kwargs)
+        self.spend(_size(result))
+        return result
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute `left operator right` for a template, at a cost."""
+        sizes = _size(left) + _size(right)
+        if operator == "*" and sizes:
+            sizes *= next((abs(number) for number in (left, right) if isinstance(number, int)), 1)
+        elif operator == "%" and isinstance(left, str):
+            self._check_format(left)
+        elif operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * (abs(right) if operator == "**" else 1)
+            if max(bits, right.bit_length()) > _MAX_BITS:
+                raise TooCostly
+        self.spend(_OPERATION + sizes)
+        return super().call_binop(context, operator, left, right)
+
+    def _bounded(self, name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(filter)  # with the marks by which Jinja knows what a filter takes
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            self._check_arguments(name, (*args, *kwargs.values()))
+            self.spend(_OPERATION)
+            result = filter(*args, **kwargs)
+            self.spend(_size(result))
+            return result
+
+        return bounded
+
+    def _check_arguments(self, name: str, arguments: Iterable[Any]) -> None:
+        cost = 1
+        for argument in arguments:
+            if isinstance(argument, int):
+                if abs(argument) > _MAX_NUMBER:
+                    raise jinja2.TemplateError(f"{name} is given a number above {_MAX_NUMBER:,}")
+                cost *= max(1, abs(argument))
+            elif name in _MULTIPLYING:
+                cost *= max(1, _size(argument))
+            elif name == "format" and isinstance(argument, str):
+                self._check_format(argument)
+        if name in _MULTIPLYING:
+            self.spend(cost)
+
+    def _check_format(self, text: str) -> None:
+        if re.search(r"\d{5}", text):
+            raise jinja2.TemplateError(f"a format has a width above {_MAX_NUMBER:,}: {text!r:.40}")
+
+
+_SIZED = (str, list, tuple, dict, set, bytes)
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, _SIZED) else 0
