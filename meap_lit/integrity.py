@@ -265,7 +265,7 @@ def _comment(file: Path) -> bytes:
 def _parse(content: bytes, file: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(f"checkpoint file {file} is damaged: its checksums cannot be read; {_OTHER}") from error
     if not isinstance(parsed, dict) or parsed.get("algorithm") != _HASH:
         kind = parsed.get("algorithm") if isinstance(parsed, dict) else parsed

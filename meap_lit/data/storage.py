@@ -88,7 +88,7 @@ def _json_problem(content: io.BufferedIOBase) -> str | None:
     content.seek(0)
     try:
         json.load(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"it is not JSON: {_line(error)}"
     return None
 

@@ -229,7 +229,7 @@ def _read(file: Path) -> str:
 def _parse(text: str, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a JSON object, not a {type(content).__name__}")

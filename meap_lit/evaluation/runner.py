@@ -84,7 +84,7 @@ class Records:
         if file.is_file():
             try:
                 then, now = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(content)
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise UserError(f"{file} is damaged ({error}); remove the folder {folder} to ask anew") from error
             for key in now:
                 if then.get(key) != now[key]:
@@ -256,7 +256,7 @@ def _whole_lines(file: Path) -> Iterator[Record]:
             try:
                 record = json.loads(line)
                 record["id"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(f"{file}:{number} is not an answer of evaluate ({error}); remove that line") from error
             yield record
 

@@ -125,7 +125,7 @@ def _read(file: Path) -> Evaluation | None:
         metrics = list(result["scores"])
         evaluation = Evaluation(file, name, content["task"], content["unit"], metrics, result["items"], result["about"])
         evaluation.about["checkpoint"], evaluation.about["items"], evaluation.about["task"]["init_args"]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UserError(
             f"{file} is not a result of evaluate ({error!r}); leave its folder out of --evaluations"
         ) from error

@@ -153,7 +153,11 @@ SHARD = "model-00002-of-00005.safetensors"
         ("one", cut("model.safetensors", 0), "/model.safetensors is damaged or cut short (header too small"),
         ("shards", cut(SHARD, 5_000), f"/{SHARD} is damaged or cut short (incomplete metadata"),
         ("shards", remove(SHARD), f"/{SHARD} is missing; model.safetensors.index.json lists it"),
-        ("shards", index(lm_head__weight="../x"), "names a file '../x' that is not a .safetensors of its own folder"),
+        (
+            "shards",
+            index(lm_head__weight="../x"),
+            "/model.safetensors.index.json names a file '../x' that is not a .safetensors of its own",
+        ),
         ("shards", index(extra=SHARD), f"/{SHARD} has no tensor extra, which model.safetensors.index.json says"),
         ("shards", write("model.safetensors.index.json", "{}"), "/model.safetensors.index.json has no weight_map"),
         ("one", remove("*.safetensors"), " has no weights: neither model.safetensors nor model.safetensors.index.json"),

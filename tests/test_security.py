@@ -1,0 +1,502 @@
+"""Files of others: what is pickled in them is not run, their names do not lead elsewhere, damage is named, bombs end.
+
+| file                                        | read by                                       | attacks                |
+|---------------------------------------------|-----------------------------------------------|------------------------|
+| checkpoint in one file                      | every command of `COMMANDS`                   | code, flip             |
+| .metadata, .distcp, meta.pt, checksums.json | the same; a resume with any strategy          | code, flip, path, bomb |
+| index.json, local and remote                | fit, validate, evaluate, prepare merge        | code, flip, path       |
+| manifest.json, samples.npz                  | the same                                      | code, flip, path, bomb |
+| model.safetensors.index.json, config.json   | fit (init_from), export, generate, evaluate   | path, bomb             |
+| tokenizer.json, chat templates              | every command that reads text                 | code, bomb             |
+| answers and settings of evaluations         | evaluate                                      | damage                 |
+| preparation.json, a link beside the output  | fit, prepare                                  | damage, path           |
+
+Every attack ends in one line with status 2, or changes nothing.
+"""
+
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+from meap_lit.cli import main
+from meap_lit.data.manifest import Manifest, load_samples
+from meap_lit.data.packed import ChatSamples
+from meap_lit.data.preparation import new_folder
+from meap_lit.data.streaming import TokenBlocks
+from meap_lit.data.templates import ChatTemplate
+from meap_lit.data.text import PrepareText
+from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.errors import UserError
+from meap_lit.evaluation.runner import Records
+from meap_lit.integrity import CHECKSUMS_FILE, check, checksums, seal
+from meap_lit.model.hf_folder import HFFolder
+from meap_lit.shards import read_index
+from tests.conftest import TOY_RECIPE
+from tests.data.object_store import one_store, store  # noqa: F401  fixtures
+from tests.data.older import make_older
+
+
+class Harm:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+def flips(content, count, seed=0):
+    """Copies of some bytes with one bit turned over, at places drawn by `seed`."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        yield bytes(damaged)
+
+
+def refuse(capsys, *words):
+    """The one line of a command that refuses its input; notes come before it."""
+    assert main([str(word) for word in words]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+SHARDED = ["--config", "recipes/strategy/fsdp2.yaml", "--trainer.devices", "1"]
+
+
+@pytest.fixture(scope="module")
+def runs(prepared, tmp_path_factory):
+    """A recipe, and two runs of it after two steps: in one file and in shards."""
+    folder = tmp_path_factory.mktemp("security")
+    recipe = folder / "toy.yaml"
+    recipe.write_text(TOY_RECIPE.format(dataset=prepared.dataset, tokenizer=prepared.tokenizer, runs=folder / "runs"))
+    for options in ([], SHARDED):
+        assert main(["fit", "--config", str(recipe), *options, "--budget.max_steps", "2"]) == 0
+    return folder
+
+
+@pytest.fixture
+def file(runs, tmp_path):
+    """A checkpoint in one file that a test may spoil."""
+    return Path(shutil.copy(runs / "runs/toy/version_0/checkpoints/step=2.ckpt", tmp_path / "one.ckpt"))
+
+
+@pytest.fixture
+def shards(runs, tmp_path):
+    """A checkpoint in shards that a test may spoil."""
+    return Path(shutil.copytree(runs / "runs/toy/version_1/checkpoints/step=2.ckpt", tmp_path / "step=2.ckpt"))
+
+
+def command(name, checkpoint, runs, prepared):
+    """Words of a command that reads a checkpoint."""
+    recipe = ["--config", runs / "toy.yaml", *(SHARDED if checkpoint.is_dir() else [])]
+    aside = checkpoint.parent
+    return {
+        "fit": ["fit", *recipe, "--ckpt_path", checkpoint, "--trainer.logger.save_dir", aside],
+        "validate": ["validate", *recipe, "--ckpt_path", checkpoint, "--trainer.logger.save_dir", aside],
+        "init_from": [
+            *("fit", *recipe, "--model.decoder", "null", "--model.init_from", checkpoint),
+            *("--trainer.logger.save_dir", aside),
+        ],
+        "export": ["export", "--checkpoint", checkpoint, "--output", aside / "out", "--tokenizer", prepared.tokenizer],
+        "generate": ["generate", "--checkpoint", checkpoint, "--prompt", "a", "--tokenizer", prepared.tokenizer],
+        "evaluate": [
+            *("evaluate", "--config", "recipes/eval/needle.yaml", "--checkpoint", checkpoint),
+            *("--tokenizer", prepared.tokenizer, "--output", aside / "out"),
+        ],
+        "inspect": ["checkpoint", "inspect", "--checkpoint", checkpoint],
+        "verify": ["checkpoint", "verify", "--checkpoint", checkpoint],
+        "consolidate": ["checkpoint", "consolidate", "--checkpoint", checkpoint, "--output", aside / "whole.ckpt"],
+    }[name]
+
+
+COMMANDS = ("fit", "validate", "init_from", "export", "generate", "evaluate", "inspect", "consolidate")
+ON_A_FILE = [name for name in COMMANDS if name != "consolidate"]
+
+
+@pytest.mark.parametrize("is_sealed", [False, True])
+@pytest.mark.parametrize("name", ON_A_FILE)
+def test_code_in_a_file_is_not_run(runs, prepared, file, capsys, name, is_sealed):
+    content = torch.load(file, weights_only=True)
+    torch.save(content | {"decoder": Harm(file.parent / "trace")}, file)
+    if is_sealed:  # who writes code into a checkpoint writes its checksums too
+        seal(file, checksums(file))
+    line = refuse(capsys, *command(name, file, runs, prepared))
+    assert line == f"error: checkpoint {file} is damaged, or has code in it and so is not read"
+    assert not (file.parent / "trace").exists()
+
+
+def put_into_index(shards, harm):
+    (shards / ".metadata").write_bytes(pickle.dumps(harm))
+
+
+def put_into_trainer_state(shards, harm):
+    torch.save({"decoder": harm}, shards / "meta.pt")
+
+
+def put_into_value(shards, harm):
+    """In the place of a plain value of the optimizer, which torch reads with `weights_only=False`."""
+    index = pickle.loads((shards / ".metadata").read_bytes())
+    plain = {name for name, about in index.state_dict_metadata.items() if isinstance(about, BytesStorageMetadata)}
+    (place, *_) = (place for key, place in index.storage_data.items() if key.fqn in plain)
+    payload = io.BytesIO()
+    torch.save(harm, payload)
+    with open(shards / place.relative_path, "ab") as opened:
+        place.offset, place.length = opened.tell(), payload.tell()
+        opened.write(payload.getvalue())
+    (shards / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("put", [put_into_index, put_into_trainer_state, put_into_value])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_code_in_shards_is_not_run(runs, prepared, shards, capsys, name, put):
+    (shards / CHECKSUMS_FILE).unlink()
+    put(shards, Harm(shards.parent / "trace"))
+    words = command(name, shards, runs, prepared)
+    if put is put_into_value and name not in ("fit", "validate", "consolidate"):
+        main([str(word) for word in words])  # reads weights only
+    else:
+        assert "has code in it" in refuse(capsys, *words)
+    assert not (shards.parent / "trace").exists()
+
+
+@pytest.mark.parametrize("put", [put_into_index, put_into_value])
+def test_the_strategy_itself_runs_no_code(runs, prepared, shards, capsys, put):
+    put(shards, Harm(shards.parent / "trace"))
+    seal(shards, checksums(shards))
+    with mock.patch("meap_lit.callbacks.checkpoint.VerifyCheckpoint.setup"):
+        assert "has code in it" in refuse(capsys, *command("fit", shards, runs, prepared))
+    assert not (shards.parent / "trace").exists()
+
+
+def test_code_is_not_run_even_if_a_recipe_asks_for_it(runs, prepared, file, capsys):
+    line = refuse(capsys, *command("fit", file, runs, prepared), "--weights_only", "false")
+    assert line == "error: weights_only false would run code from a checkpoint, which is never done; leave it out"
+
+
+@pytest.mark.parametrize("form", ["file", "shards"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_names_a_flipped_byte(runs, prepared, file, shards, capsys, name, form):
+    if form == "file" and name == "consolidate":
+        name = "verify"
+    checkpoint = file if form == "file" else shards
+    spoilt = next(checkpoint.glob("*.distcp")) if form == "shards" else checkpoint
+    content = bytearray(spoilt.read_bytes())
+    content[len(content) // 2] ^= 1
+    spoilt.write_bytes(content)
+    line = refuse(capsys, *command(name, checkpoint, runs, prepared))
+    assert line.startswith(f"error: checkpoint file {spoilt} is damaged: its content is not what was written; ")
+
+
+def test_a_flip_anywhere_in_a_file_is_named(file):
+    content = file.read_bytes()
+    for damaged in flips(content, 150):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"^checkpoint file {file} .*"):
+            check(file)
+
+
+def test_a_flip_anywhere_in_shards_is_named(shards):
+    for file in sorted(shards.iterdir()):
+        content = file.read_bytes()
+        for damaged in flips(content, 40):
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match=rf"^checkpoint file {shards}/.*") as error:
+                check(shards)
+            assert "\n" not in str(error.value)
+        file.write_bytes(content)
+    check(shards)
+
+
+def test_what_carries_no_checksums_is_said_to_be_unverified(runs, prepared, shards, capsys):
+    (shards / CHECKSUMS_FILE).unlink()
+    assert main([str(word) for word in command("inspect", shards, runs, prepared)]) == 0
+    note = f"note: checkpoint {shards} carries no checksums, so its content is not verified\n"
+    assert capsys.readouterr().err == note
+
+
+def test_hashes_are_left_out_when_told_so(runs, prepared, shards, capsys):
+    (spoilt,) = shards.glob("*.distcp")
+    content = bytearray(spoilt.read_bytes())
+    content[len(content) // 2] ^= 1
+    spoilt.write_bytes(content)
+    words = [str(word) for word in command("inspect", shards, runs, prepared)]
+    assert main([*words, "--verify", "false"]) == 0
+    spoilt.write_bytes(content[:-1])  # sizes are always compared
+    assert "bytes where" in refuse(capsys, *words, "--verify", "false")
+
+
+def test_an_index_of_shards_stays_in_its_folder_and_within_what_there_is(shards):
+    file = shards / ".metadata"
+    good = file.read_bytes()
+    index = pickle.loads(good)
+    for place in index.storage_data.values():
+        place.relative_path = "../../secret"
+    file.write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match=r"names a file that is not one of its shards: '../../secret'$"):
+        read_index(shards)
+    index = pickle.loads(good)
+    (weight, *_) = (about for about in index.state_dict_metadata.values() if isinstance(about, TensorStorageMetadata))
+    weight.size = torch.Size([1 << 40])
+    file.write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match=r"announces \d+ bytes of tensors, its shards hold \d+"):
+        read_index(shards)
+
+
+# ------------------------------------------------------------------------------------------------- datasets
+
+
+@pytest.fixture(params=["text", "chat"])
+def dataset(request, prepared, chat, tmp_path):
+    """A dataset of each kind that a test may spoil, and its kind."""
+    source = {"text": prepared.dataset, "chat": chat}[request.param]
+    return Path(shutil.copytree(source, tmp_path / "dataset")), request.param
+
+
+def open_dataset(location, kind, storage=None):
+    """All that a run does with a dataset before it reads a chunk."""
+    options = {} if storage is None else {"storage": storage}
+    manifest = Manifest.load(str(location), kind=kind, **options)
+    for name, split in manifest.splits.items():
+        if kind == "text":
+            TokenBlocks(f"{location}/{name}", 32, **options)
+        else:
+            sizes = load_samples(str(location), name, files=split.files, **options).chunk_sizes
+            ChatSamples(f"{location}/{name}", sizes, 320, **options)
+
+
+def test_a_flip_anywhere_in_what_describes_a_dataset_is_named(dataset):
+    folder, kind = dataset
+    open_dataset(folder, kind)
+    tables = ["train/samples.npz", "val/samples.npz"] if kind == "chat" else []
+    for name in ("manifest.json", "train/index.json", "val/index.json", *tables):
+        file = folder / name
+        content = file.read_bytes()
+        for damaged in flips(content, 100):
+            file.write_bytes(damaged)
+            with pytest.raises(UserError) as error:
+                open_dataset(folder, kind)
+            assert "\n" not in str(error.value)
+        file.write_bytes(content)
+    open_dataset(folder, kind)
+
+
+def test_a_flip_in_an_older_dataset_ends_in_no_traceback(dataset):
+    folder, kind = dataset
+    make_older(folder)
+    for name in ("manifest.json", "train/index.json", "val/index.json"):
+        file, num_named = folder / name, 0
+        content = file.read_bytes()
+        for damaged in flips(content, 100):
+            file.write_bytes(damaged)
+            try:
+                open_dataset(folder, kind)
+            except UserError:
+                num_named += 1
+        assert num_named > 40, "without hashes many flips break nothing but the syntax"
+        file.write_bytes(content)
+
+
+def spoil_index(folder, **changes):
+    """Change the first chunk (`chunk_*`) and the configuration of an index, and make its manifest agree."""
+    make_older(folder)
+    file = folder / "train" / "index.json"
+    index = json.loads(file.read_text())
+    chunk = {name: changes.pop(name) for name in list(changes) if name in index["chunks"][0]}
+    index["chunks"][0] |= chunk
+    index["config"] |= changes
+    file.write_text(json.dumps(index))
+
+
+HOSTILE_INDEXES = [
+    ({"filename": "../../../x.bin"}, "names a chunk '../../../x.bin', which is not a plain file name"),
+    ({"filename": "/etc/passwd"}, "names a chunk '/etc/passwd', which is not a plain file name"),
+    ({"filename": "index.json"}, "names a chunk 'index.json', which is not a plain file name"),
+    ({"filename": ".lock"}, "names a chunk '.lock', which is not a plain file name"),
+    ({"data_format": ["pickle"]}, "stores samples as 'pickle'; only tensors are read"),
+    ({"data_format": ["graph:pickle"]}, "stores samples as 'graph:pickle'; only tensors are read"),
+    ({"compression": "zstd"}, "is damaged, or not made by meap_lit prepare"),
+    ({"encryption": {"algorithm": "fernet"}}, "is damaged, or not made by meap_lit prepare"),
+    ({"item_loader": "ParquetLoader"}, "is damaged, or not made by meap_lit prepare"),
+    ({"data_spec": '[1, {"type": "os.system", "context": "[]", "children_spec": []}]'}, "is damaged"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), HOSTILE_INDEXES)
+def test_an_index_leads_nowhere_else(prepared, tmp_path, changes, message):
+    folder = Path(shutil.copytree(prepared.dataset, tmp_path / "dataset"))
+    spoil_index(folder, **dict(changes))
+    for action in (lambda: Manifest.load(str(folder)), lambda: TokenBlocks(f"{folder}/train", 32)):
+        with pytest.raises(UserError) as error:
+            action()
+        assert message in str(error.value)
+
+
+def test_a_remote_index_writes_nothing_outside_the_cache(prepared, store, tmp_path):  # noqa: F811
+    folder = Path(shutil.copytree(prepared.dataset, store.root / "bucket" / "dataset"))
+    spoil_index(folder, filename="../../../x.bin")
+    shutil.copy(folder / "train" / "chunk-0-0.bin", store.root / "x.bin")
+    before = sorted(tmp_path.rglob("*"))
+    storage = store.storage(tmp_path / "deep" / "cache")
+    for action in (
+        lambda: Manifest.load("s3://bucket/dataset", storage),
+        lambda: TokenBlocks("s3://bucket/dataset/train", 32, storage)[0],
+    ):
+        with pytest.raises(UserError, match=r"names a chunk '../../../x.bin', which is not a plain file name"):
+            action()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_remote_dataset_is_compared_with_its_hashes(prepared, store, tmp_path):  # noqa: F811
+    folder = Path(shutil.copytree(prepared.dataset, store.root / "bucket" / "dataset"))
+    storage = store.storage(tmp_path / "cache")
+    open_dataset("s3://bucket/dataset", "text", storage)
+    file = folder / "val" / "index.json"
+    file.write_text(file.read_text().replace("64000000", "64000001"))
+    with pytest.raises(UserError, match=r"^s3://bucket/dataset/val/index.json is damaged: it has another SHA-256 than"):
+        open_dataset("s3://bucket/dataset", "text", storage)
+
+
+def test_a_split_is_one_of_the_known_folders(prepared, tmp_path):
+    folder = Path(shutil.copytree(prepared.dataset, tmp_path / "dataset"))
+    make_older(folder)
+    file = folder / "manifest.json"
+    content = json.loads(file.read_text())
+    content["splits"]["../elsewhere"] = content["splits"].pop("val")
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"manifest.json is damaged: its splits are train, ../elsewhere; copy"):
+        Manifest.load(str(folder))
+
+
+def pickled_table(file, trace):
+    np.savez(file, num_tokens=np.array([Harm(trace)], dtype=object))
+
+
+def bomb_table(file, trace):
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("num_tokens.npy", bytes(10_000_000))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [(pickled_table, "Object arrays cannot be loaded"), (bomb_table, r"its \d+ bytes unpack to 10000000")],
+)
+def test_a_table_of_samples_is_numbers_only(chat, tmp_path, write, message):
+    folder = Path(shutil.copytree(chat, tmp_path / "dataset"))
+    write(folder / "train" / "samples.npz", tmp_path / "trace")
+    with pytest.raises(UserError, match=rf"train/samples.npz is damaged: {message}"):
+        load_samples(str(folder), "train")
+    assert not (tmp_path / "trace").exists()
+
+
+# ------------------------------------------------------------------------------ models, tokenizers, templates
+
+
+def test_files_of_weights_are_in_their_folder(source_folder, tmp_path):
+    folder = Path(shutil.copytree(source_folder, tmp_path / "model"))
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    weight_map = {"model.embed_tokens.weight": "../model.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"names a file '../model.safetensors' that is not a .safetensors of its own"):
+        HFFolder.open(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_deep_nesting_ends_in_one_line(source_folder, tmp_path, name):
+    folder = Path(shutil.copytree(source_folder, tmp_path / "model"))
+    (folder / name).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=rf"{name} is not valid JSON: "):
+        (HFFolder.open if name == "config.json" else lambda path: Tokenizer.load(str(path)))(folder)
+
+
+def nested(count):
+    return "{% for x in range(99999) %}" * count + "x" + "{% endfor %}" * count
+
+
+GROWING = "{% set n = namespace(s='12345678') %}{% for i in range(60) %}{% set n.s = OPERATION %}{% endfor %}"
+
+BOMBS = {
+    "loops": nested(3),
+    "block": "{% set x %}" + nested(2) + "{% endset %}",
+    "product": "{{ 'x' * 10**10 }}",
+    "list": "{{ [1] * 10**10 }}",
+    "power": "{{ 10 ** (10 ** 8) }}",
+    "sum": GROWING.replace("OPERATION", "n.s + n.s"),
+    "concatenation": GROWING.replace("OPERATION", "n.s ~ n.s"),
+    "method": "{{ 'x'.ljust(10**10) }}",
+    "filter": "{{ 'x' | center(10**10) }}",
+    "replace": "{{ ('x' * 9999).replace('x', 'y' * 9999) }}",
+    "format": "{{ '{:9999999999}'.format(1) }}",
+    "percent": "{{ '%9999999999d' % 1 }}",
+    "range": "{{ range(10**10) | list }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "nesting": "{% if true %}" * 500 + "{% endif %}" * 500,
+    "python": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__ }}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_template_that_never_ends_or_fills_the_memory_ends_in_one_line(prepared, name):
+    tokenizer = Tokenizer.load(prepared.tokenizer)
+    with pytest.raises(UserError, match=r"^chat template bomb ") as error:
+        ChatTemplate("bomb", BOMBS[name], tokenizer).encode_prompt([{"role": "user", "content": "a" * 1000}])
+    assert "\n" not in str(error.value)
+
+
+def test_an_exponential_macro_ends(prepared, monkeypatch):
+    monkeypatch.setattr("meap_lit.data.bounded_jinja.BUDGET", 1_000_000)
+    source = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}"
+    with pytest.raises(UserError, match=r"it takes more than 1,000,000 steps and characters"):
+        ChatTemplate("bomb", source, Tokenizer.load(prepared.tokenizer)).encode_prompt([])
+
+
+# -------------------------------------------------------------------------- what earlier commands left behind
+
+
+def test_answers_of_an_evaluation_are_json_and_damage_is_named(tmp_path):
+    records = Records(tmp_path / "out", {"task": "x", "weights": "1 byte"})
+    records.add([{"id": "1", "answer": "a"}, {"id": "2", "answer": "b"}])
+    (answers,) = (tmp_path / "out").glob("*.jsonl*")
+    answers.write_bytes(answers.read_bytes().replace(b'"id"', b'"ie"', 1))
+    with pytest.raises(UserError, match=rf"^{answers}:1 is not an answer of evaluate \('id'\); remove that line$"):
+        records.read()
+    (settings,) = (path for path in (tmp_path / "out").iterdir() if path != answers)
+    settings.write_text("{")
+    with pytest.raises(UserError, match=rf"^{settings} is damaged"):
+        Records(tmp_path / "out", {"task": "x"})
+
+
+def test_a_link_beside_an_output_is_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".owner.json").write_text(json.dumps({"host": os.uname().nodename, "pid": 4194304}))
+    (tmp_path / "out.partial-x").symlink_to(tmp_path / "mine")
+    with new_folder(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "out.partial-x"]
+    assert (tmp_path / "mine" / ".owner.json").is_file()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"step": "PrepareText"}', "[" * 100_000])
+def test_a_damaged_record_of_a_preparation_is_named(prepared, tmp_path, content):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "preparation.json").write_text(content)
+    step = PrepareText(input=[str(prepared.texts)], tokenizer=prepared.tokenizer, output=str(folder))
+    with pytest.raises(UserError, match=rf"^{folder}/preparation.json is damaged; remove the folder or name another"):
+        step.ensure()
