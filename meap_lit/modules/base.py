@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from meap_lit.checkpoints import open_source, vocab_size_for
 from meap_lit.data.tokenizer import Tokenizer
@@ -82,7 +81,8 @@ class DecoderModule(L.LightningModule, ABC):
         self.origin: dict[str, Any] = {}
         """Where the weights came from and what was known of them there; a checkpoint keeps it for the export."""
         self.strict_loading = lora is None  # a checkpoint of adapters holds nothing else
-        self.val_loss = MeanMetric()
+        self.bad_gradient_step: Tensor | None = None
+        """First optimizer step of this run whose gradients were not finite, int64 on their device; -1 if none was."""
 
     @property
     @abstractmethod
@@ -181,18 +181,35 @@ class DecoderModule(L.LightningModule, ABC):
 
     # ---------------------------------------------------------------------------------------------- validation
 
-    def _validate(self, summed_loss: Tensor, labels: Tensor) -> None:
-        """Count a batch's clean loss, summed over its supervised labels, into the validation loss."""
+    def on_validation_epoch_start(self) -> None:
+        data = self.trainer.datamodule
+        self._val_shares = {"": 1.0} if data is None else data.val_shares
+        self._val_sums = torch.zeros(len(self._val_shares), 2, dtype=torch.float32, device=self.device)
+
+    def _validate(self, summed_loss: Tensor, labels: Tensor, source: int | Tensor = 0) -> None:
+        """Count a batch's clean loss, summed over its supervised labels, into the validation loss of its dataset."""
         num_labels = (labels != IGNORE_INDEX).sum()
-        self.val_loss.update(summed_loss / num_labels.clamp(min=1), weight=num_labels)
+        mean = summed_loss / num_labels.clamp(min=1)  # rounded as torchmetrics' MeanMetric would, which drops a NaN
+        self._val_sums[source] += torch.stack([mean * num_labels, num_labels])
 
     def on_validation_epoch_end(self) -> None:
-        loss = self.val_loss.compute()
-        self.val_loss.reset()
+        """Log the loss of each dataset, if there are several, and that of their mixture."""
+        summed, num_labels = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").unbind(1)  # [S] each
+        losses = dict(zip(self._val_shares, summed / num_labels, strict=True))
+        counts = dict(zip(self._val_shares, num_labels.tolist(), strict=True))
+        read = [name for name, count in counts.items() if count] or list(losses)  # all: the loss of no label is NaN
+        total = sum(self._val_shares[name] for name in read)  # 1, unless `trainer.limit_val_batches` left some out
+        loss = torch.stack([losses[name] * (self._val_shares[name] / total) for name in read]).sum()
         self.log("val/loss", loss, prog_bar=True, sync_dist=True)
         self.log("val/perplexity", loss.exp(), sync_dist=True)
+        if self.trainer.datamodule is not None and len(self.trainer.datamodule.datasets) > 1:
+            for name in read:
+                self.log(f"val/loss/{name}", losses[name], sync_dist=True)
 
     # ---------------------------------------------------------------------------------------------- optimizer
+
+    def on_train_start(self) -> None:
+        self.bad_gradient_step = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Mark what earlier steps logged as old; Lightning would write it again where a run is stopped between two."""
@@ -212,9 +229,19 @@ class DecoderModule(L.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global norm and log it where that is due, computing it once."""
+        """Clip the global norm and log it where that is due, computing it once.
+
+        A norm that is not finite vetoes the update and all later ones, so that the weights stay those of the last good
+        step until the host reads `bad_gradient_step`. The veto stays on the device.
+        """
         limit = math.inf if gradient_clip_val is None else gradient_clip_val
         norm = clip_grad_norm(self.parameters(), limit)
+        if self.bad_gradient_step is None:
+            self.bad_gradient_step = torch.full((), -1, dtype=torch.int64, device=norm.device)
+        is_new = ~norm.isfinite() & (self.bad_gradient_step < 0)
+        self.bad_gradient_step.masked_fill_(is_new, self.global_step + 1)
+        # what torch's GradScaler sets: a fused optimizer then leaves weights, moments and step counts as they are
+        optimizer.found_inf = (self.bad_gradient_step >= 0).float()  # type: ignore[attr-defined]
         if is_logged(self.trainer, self.global_step + 1):
             self.log("train/grad_norm", norm)
             self.log("train/lr", host_number(optimizer.param_groups[0]["lr"]))

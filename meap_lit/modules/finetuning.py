@@ -55,7 +55,7 @@ class MEAPFineTuning(DecoderModule):
         return total * num_parts / batch["num_labels"]
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        self._validate(self._losses(batch)[0], batch["labels"])
+        self._validate(self._losses(batch)[0], batch["labels"], batch.get("source", 0))
 
     @property
     def num_replicas(self) -> int:

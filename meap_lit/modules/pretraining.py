@@ -97,7 +97,8 @@ class MEAPPretraining(DecoderModule):
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._validate(self._summed_loss(batch["input_ids"], batch["labels"]), batch["labels"])
+        summed_loss = self._summed_loss(batch["input_ids"], batch["labels"])
+        self._validate(summed_loss, batch["labels"], batch.get("source", 0))
 
     def _mean_loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         # every row supervises all its T labels, so a mean over equal micro-batches is the mean over the step

@@ -160,14 +160,6 @@ def test_bf16_autocast_trains(any_recipe):
     assert losses[0] != losses[1]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(any_recipe, tmp_path):
-    message = r"loss is not finite at optimizer step 8; last good checkpoint: .*step=5.ckpt; resume from it"
-    with pytest.raises(UserError, match=message):
-        run(any_recipe, "--trainer.callbacks+=tests.modules.breakdown.BreakAtStep7")
-    checkpoints = tmp_path / "runs" / "toy" / "version_0" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", "step=5.ckpt"]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
