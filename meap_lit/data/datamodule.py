@@ -27,7 +27,7 @@ class StreamingData(L.LightningDataModule, ABC):
     Args:
         datasets: Prepared folder or s3:// address (made by `python -m meap_lit prepare ...`), or several with the
             weight of each.
-        tokenizer: Folder of the tokenizer that the datasets were prepared with.
+        tokenizer: Folder of the tokenizer that the datasets were prepared with, or of a run, which keeps its own.
         seq_len: Tokens in a row of input.
         global_batch_size: Rows in one optimizer step, over all devices.
         micro_batch_size: Rows in one forward pass of one device.

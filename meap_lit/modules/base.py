@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +13,14 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from meap_lit.checkpoints import open_source, vocab_size_for
+from meap_lit.checkpoints import new_mask_token, open_source, vocab_size_for
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.logged import host_number, is_logged
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig
 from meap_lit.model.config import Context, pad_vocab_size
 from meap_lit.model.float8 import MULTIPLE, use_float8
-from meap_lit.model.lora import LoRA, add_lora, is_adapter
+from meap_lit.model.lora import LoRA, add_lora, draw_dropout_from, is_adapter
 from meap_lit.model.parallelize import checkpoint_and_compile, clip_grad_norm, write_shard
 from meap_lit.model.weights import WeightSource, allocate, copy_whole, init_weights, load_weights, meta_decoder
 from meap_lit.modules.optimizer import AdamW
@@ -159,7 +159,7 @@ class DecoderModule(L.LightningModule, ABC):
             return _with_vocabulary(self.initial_config, tokenizer)
         self.origin = {
             "init_from": str(source.path),
-            "first_new_token": tokenizer.mask_token_id if tokenizer is not None and tokenizer.mask_is_new else None,
+            "first_new_token": None if tokenizer is None else new_mask_token(source, tokenizer),
             "model_type": source.model_type,
             "dtype": str(source.dtype).removeprefix("torch."),
             "generation": source.generation,
@@ -178,6 +178,15 @@ class DecoderModule(L.LightningModule, ABC):
             raise UserError(
                 f"model.mask_token_id {self.mask_token_id} is outside the vocabulary of {self.config.vocab_size}"
             )
+
+    def dropout_of(self, batch_idx: int) -> AbstractContextManager[None]:
+        """Return a context in which the adapters' dropout follows from seed, step, micro-batch and rank alone."""
+        if self.lora is None or self.lora.dropout == 0:
+            return nullcontext()
+        data = self.trainer.datamodule
+        seed, rank = (0, 0) if data is None else (data.seed, data.shard.rank)
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        return draw_dropout_from(self.device, seed, self.global_step, micro_batch, rank)
 
     # ---------------------------------------------------------------------------------------------- validation
 
@@ -256,16 +265,6 @@ class DecoderModule(L.LightningModule, ABC):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in state.items() if name in trained}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        missing = trained - state_dict.keys()
-        if missing and self.lora is not None:
-            kind = "other model.lora.targets" if any(map(is_adapter, state_dict)) else "no model.lora"
-            raise UserError(
-                f"the checkpoint has no adapter {min(missing)}: its run had {kind}; resume it with the same"
-            )
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another model, and adapters of one: they might fit, and mean nothing."""
         data = getattr(self._trainer, "datamodule", None)
@@ -279,6 +278,7 @@ class DecoderModule(L.LightningModule, ABC):
                     f"the checkpoint's model has decoder.{name} {was}, that of the recipe {config[name]}; leave it "
                     f"as it was, or start a new run with model.init_from"
                 )
+        self._check_adapters(about.get("lora"))
         trained_on = about.get("init_from")
         now = self.origin.get("init_from")
         if self.lora is not None and trained_on and trained_on != now and Path(trained_on).exists():
@@ -286,6 +286,23 @@ class DecoderModule(L.LightningModule, ABC):
                 f"the checkpoint's adapters were trained on {trained_on}, model.init_from is {now} now; "
                 f"set model.init_from to {trained_on}"
             )
+
+    def _check_adapters(self, were: dict[str, Any] | None) -> None:
+        """Refuse adapters of another shape or scale; how they are trained from here on (dropout) may change."""
+        if (were is None) != (self.lora is None):
+            has, add = ("no adapters", "has") if were is None else ("adapters", "has no")
+            fix = "leave it out" if were is None else f"give it as it was: {were}"
+            raise UserError(f"the checkpoint has {has}, and the recipe {add} model.lora; {fix}")
+        if were is None or self.lora is None:
+            return
+        now = dataclasses.asdict(self.lora)
+        for name in ("rank", "alpha", "targets"):
+            was, is_ = (sorted(value) if isinstance(value, list) else value for value in (were[name], now[name]))
+            if was != is_:
+                raise UserError(
+                    f"the checkpoint's adapters have model.lora.{name} {_listed(was)}, those of the recipe "
+                    f"{_listed(is_)}; leave it as it was, or start a new run with model.init_from"
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # names hold for every strategy, and torch's optimizers take them for their own numbers
@@ -300,6 +317,10 @@ class DecoderModule(L.LightningModule, ABC):
             "lora": None if self.lora is None else dataclasses.asdict(self.lora),
             **self.origin,
         }
+
+
+def _listed(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, list) else f"{value:g}"
 
 
 def _name_parameters(state: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:

@@ -77,7 +77,8 @@ class MEAPPretraining(DecoderModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         input_ids, input_mask = self.mask_batch(batch)
-        loss = self._mean_loss(input_ids, batch["labels"])
+        with self.dropout_of(batch_idx):
+            loss = self._mean_loss(input_ids, batch["labels"])
         self._log_step(loss, input_mask, batch_idx)
         return loss
 
