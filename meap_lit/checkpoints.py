@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.data.tokenizer import MASK_TOKEN, Tokenizer, id_of_token
 from meap_lit.errors import UserError
 from meap_lit.integrity import SHARDS_INDEX, check, newest_checkpoint, read_file
 from meap_lit.model.config import DecoderConfig, RopeScaling, pad_vocab_size
@@ -21,7 +21,15 @@ from meap_lit.model.lora import LoRA, is_adapter
 from meap_lit.model.weights import EMBEDDING, HEAD, WeightSource, build_decoder, copy_rows, load_weights
 from meap_lit.shards import read_index, read_trainer_state, read_weight, weights_in
 
-__all__ = ["Checkpoint", "WeightSource", "build_decoder", "load_weights", "open_source", "vocab_size_for"]
+__all__ = [
+    "Checkpoint",
+    "WeightSource",
+    "build_decoder",
+    "load_weights",
+    "new_mask_token",
+    "open_source",
+    "vocab_size_for",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PREFIX = "decoder."
@@ -71,6 +79,25 @@ def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
             f"{tokenizer.path}; name the tokenizer that belongs to the checkpoint"
         )
     return rows if tokenizer.vocab_size <= rows else pad_vocab_size(tokenizer.vocab_size)
+
+
+def new_mask_token(source: WeightSource, tokenizer: Tokenizer) -> int | None:
+    """Return the id of the mask token if `source` has not been trained with it, so that its row starts anew.
+
+    A tokenizer without a mask token gets one in memory. A run of ours knows its mask token all the same, and an export
+    has it in its own tokenizer: their row is kept.
+
+    Args:
+        source: Where a training starts from.
+        tokenizer: The tokenizer of its data.
+    """
+    mask = tokenizer.mask_token_id
+    if not tokenizer.mask_is_new:
+        return None
+    if isinstance(source, Checkpoint):
+        return None if source.mask_token_id == mask else mask
+    folder = source.tokenizer_folder
+    return None if folder is not None and id_of_token(folder, MASK_TOKEN) == mask else mask
 
 
 def _behind_link(file: Path) -> Path:

@@ -295,7 +295,7 @@ def decoder_config(module: DecoderModule, data: StreamingData, stand_in: str | N
     Raises:
         UserError: If a file is missing or wrong, or the tokenizer does not fit the model.
     """
-    has_tokenizer = Path(data.tokenizer_folder, "tokenizer.json").is_file()
+    has_tokenizer = Path(data.tokenizer_folder).expanduser().is_dir()  # else preparation makes it
     num_tokens = Tokenizer.load(data.tokenizer_folder).vocab_size if has_tokenizer else None
     config = _stated_config(module, stand_in)
     if module.context is not None:

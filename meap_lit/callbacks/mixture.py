@@ -1,6 +1,5 @@
 """What share of the tokens of a run each of its datasets really gave."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -28,15 +27,5 @@ class Mixture(L.Callback):
         if len(data.datasets) == 1 or not at_step_end or not is_logged(trainer, trainer.global_step):
             return
         counts = trainer.train_dataloader.dataset.order.count_by_source(data.samples_seen)
-        self.shares = dict(zip(short_names(list(data.datasets)), (counts / counts.sum()).tolist(), strict=True))
+        self.shares = dict(zip(data.names.values(), (counts / counts.sum()).tolist(), strict=True))
         pl_module.log_dict({f"mix/{name}": host_number(share) for name, share in self.shares.items()})
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """The last component of each path, or as many of them as tell all paths apart."""
-    parts = [path.rstrip("/").split("/") for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(path[-length:]) for path in parts]
-        if len(set(names)) == len(names):
-            return names
-    return list(paths)  # one folder, spelled in two ways

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import platform
 import shlex
@@ -103,8 +102,12 @@ def summarise(trainer: L.Trainer, log_dir: str | None) -> list[str]:
     metrics = trainer.callback_metrics
     rows = [("optimizer steps", f"{trainer.global_step:,} ({data.samples_seen * data.seq_len:,} tokens)")]
     if "val/loss" in metrics:
-        loss = float(metrics["val/loss"])
-        rows.append(("clean validation loss", f"{loss:.4f} (perplexity {math.exp(loss):.2f})"))
+        loss, perplexity = float(metrics["val/loss"]), float(metrics["val/perplexity"])
+        rows.append(("clean validation loss", f"{loss:.4f} (perplexity {perplexity:.2f})"))
+        losses = {name: metrics.get(f"val/loss/{name}") for name in data.names.values()}
+        of_each = ", ".join(f"{name} {float(value):.4f}" for name, value in losses.items() if value is not None)
+        if of_each:
+            rows.append(("validation loss by dataset", of_each))
     probe = _callback(trainer, RetrievalProbe)
     if probe is not None and probe.accuracy is not None:
         rows.append(("retrieval accuracy", f"{probe.accuracy.mean():.1%} (chance {probe.grid.chance:.1%})"))

@@ -3,11 +3,13 @@
 import math
 import signal
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 
 from meap_lit.data.chunks import parse_bytes
@@ -25,12 +27,12 @@ class StreamingData(L.LightningDataModule, ABC):
     Args:
         datasets: Prepared folder or s3:// address (made by `python -m meap_lit prepare ...`), or several with the
             weight of each.
-        tokenizer: Folder of the tokenizer that the datasets were prepared with.
+        tokenizer: Folder of the tokenizer that the datasets were prepared with, or of a run, which keeps its own.
         seq_len: Tokens in a row of input.
         global_batch_size: Rows in one optimizer step, over all devices.
         micro_batch_size: Rows in one forward pass of one device.
-        val_samples: Samples read at a validation (rows of text, conversations of chat), the first of those held out;
-            all of them if not given.
+        val_samples: Samples read at a validation (rows of text, conversations of chat); all that are held out if not
+            given. Several datasets share them by weight, and each gives the first of its own, at least one.
         num_workers: Processes that read ahead, per device.
         seed: Seed of the order and the mix.
         cache_dir: Folder that keeps chunks of remote datasets, on a disk of the node; its processes share it.
@@ -154,6 +156,8 @@ class StreamingData(L.LightningDataModule, ABC):
                     f"with: python -m meap_lit prepare merge --input SHARDS --output DIR"
                 )
             manifest.check_tokenizer(self.tokenizer, dataset=path, tokenizer_folder=self.tokenizer_folder)
+            if "val" not in manifest.splits:
+                rank_zero_info(f"dataset {path} has no validation split; val/loss says nothing of it")
 
     @property
     def samples_seen(self) -> int:
@@ -194,6 +198,48 @@ class StreamingData(L.LightningDataModule, ABC):
         """Datasets that have a validation split."""
         return [path for path in self.datasets if "val" in self.manifests[path].splits]
 
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """A short name of each dataset, for what is logged of it."""
+        return dict(zip(self.datasets, short_names(list(self.datasets)), strict=True))
+
+    @cached_property
+    def val_counts(self) -> dict[str, int]:
+        """Samples read at a validation of each dataset that has a validation split.
+
+        Raises:
+            UserError: If `val_samples` is less than one for each.
+        """
+        available = [self._num_val(path) for path in self.paths_with_val]
+        if self.val_samples is None:
+            return dict(zip(self.paths_with_val, available, strict=True))
+        if self.val_samples < len(available):
+            raise UserError(
+                f"data.val_samples {self.val_samples} is less than one for each of the {len(available)} datasets with "
+                f"a validation split; raise it to {len(available)} or more"
+            )
+        weights = [self.datasets[path] for path in self.paths_with_val]
+        return dict(zip(self.paths_with_val, share_out(self.val_samples, weights, available), strict=True))
+
+    @cached_property
+    def val_shares(self) -> dict[str, float]:
+        """What share of the mixture's supervised tokens each dataset with a validation split gives, by name.
+
+        The weights of the mixture are shares of samples; the loss is a mean over tokens, in training as here. So the
+        validation loss is that of the mixture however many samples of each dataset were read.
+        """
+        counts = self.val_counts
+        tokens = [self.datasets[path] * self._mean_val_labels(path, count) for path, count in counts.items()]
+        return {self.names[path]: of_one / sum(tokens) for path, of_one in zip(counts, tokens, strict=True)}
+
+    @abstractmethod
+    def _num_val(self, path: str) -> int:
+        """Samples in the validation split of a dataset."""
+
+    @abstractmethod
+    def _mean_val_labels(self, path: str, count: int) -> float:
+        """Supervised tokens in each of the first `count` samples of a dataset's validation split, on average."""
+
     @property
     def shard(self) -> Shard:
         """The part of each global batch that this process reads."""
@@ -215,6 +261,34 @@ class StreamingData(L.LightningDataModule, ABC):
             # ignore the signal that ends them then, the process would wait for them for good
             persistent_workers=num_workers > 0,
         )
+
+
+def share_out(number: int, weights: Sequence[float], available: Sequence[int]) -> list[int]:
+    """Share out a number of samples by weight, by Sainte-Laguë's method: exact wherever the shares are whole numbers.
+
+    Args:
+        number: Samples to share out, at least one for each source.
+        weights: Weight of each source.
+        available: Samples that each source has; what it lacks goes to the others.
+
+    Returns:
+        Samples of each source, at least one.
+    """
+    counts = [1] * len(weights)
+    for _ in range(min(number, sum(available)) - len(counts)):
+        open_ = [source for source, count in enumerate(counts) if count < available[source]]
+        counts[max(open_, key=lambda source: weights[source] / (2 * counts[source] + 1))] += 1
+    return counts
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last component of each path, or as many of them as tell all paths apart."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-length:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)  # one folder, spelled in two ways
 
 
 def _ignore_signals(worker: int) -> None:

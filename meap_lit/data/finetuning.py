@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -114,15 +113,24 @@ class FineTuningData(StreamingData):
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         if not self.paths_with_val:
             return []
-        sizes = [Sizes.of(self.indexes[path, "val"], _PLAIN, self.seq_len) for path in self.paths_with_val]
-        visits = (Visit(source, number, 0) for source, size in enumerate(sizes) for number in range(len(size)))
+        sizes = [self._val_sizes(path) for path in self.paths_with_val]
+        visits = [[Visit(source, n, 0) for n in range(count)] for source, count in enumerate(self.val_counts.values())]
         stream = PackedValidationStream(
-            pack_rows(islice(visits, self.val_samples), sizes, self.seq_len, _PLAIN.layout),
+            [pack_rows(of_one, sizes, self.seq_len, _PLAIN.layout) for of_one in visits],
             self._reader("val", self.paths_with_val, _PLAIN),
             shard=self.shard,
             micro_batch_size=self.micro_batch_size,
         )
         return self._loader(stream, num_workers=0)  # workers would be started anew at every validation
+
+    def _num_val(self, path: str) -> int:
+        return len(self._val_sizes(path))
+
+    def _mean_val_labels(self, path: str, count: int) -> float:
+        return float(self._val_sizes(path).num_supervised[:count].mean())
+
+    def _val_sizes(self, path: str) -> Sizes:
+        return Sizes.of(self.indexes[path, "val"], _PLAIN, self.seq_len)
 
     def _order(self) -> PackedOrder:
         chunk_sizes = [self.indexes[path, "train"].chunk_sizes for path in self.datasets]

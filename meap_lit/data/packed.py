@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count, islice
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from litdata import StreamingDataset
@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from meap_lit.data.cache import open_chunks
 from meap_lit.data.packing import DocumentKey, PackedOrder, Row
 from meap_lit.data.storage import Storage
-from meap_lit.data.streaming import Shard, check_vocabulary, worker_number
+from meap_lit.data.streaming import Shard, check_vocabulary, validation_batches, worker_number
 from meap_lit.duplication import Answer, Document, Duplication, concatenate, masked_copy, original
 from meap_lit.model.attention import Documents
 from meap_lit.model.loss import IGNORE_INDEX
@@ -36,6 +36,7 @@ class PackedBatch(TypedDict):
         num_masked: Those of them that are masked tokens of copies.
         num_copies: Masked copies of the whole step.
         num_tokens: Tokens of the whole step, without the empty rests of rows.
+        source: In validation, the number of the dataset that the rows are of.
     """
 
     input_ids: Tensor
@@ -47,6 +48,7 @@ class PackedBatch(TypedDict):
     num_masked: int
     num_copies: int
     num_tokens: int
+    source: NotRequired[int]
 
 
 class ChatSamples:
@@ -189,29 +191,28 @@ class PackedTrainStream(IterableDataset):
 
 
 class PackedValidationStream(IterableDataset):
-    """Given rows, once. Every rank gets equally many batches; rows past the end are empty.
+    """Given rows, once; a batch is of one dataset. Every rank gets equally many batches; rows past the end are empty.
 
     Args:
-        rows: The rows, of originals only.
+        rows: The rows of each dataset, of originals only.
         reader: Reads them.
         shard: This rank's part.
         micro_batch_size: Rows of a batch.
     """
 
-    def __init__(self, rows: Sequence[Row], reader: RowReader, *, shard: Shard, micro_batch_size: int) -> None:
-        self.rows = rows
+    def __init__(
+        self, rows: Sequence[Sequence[Row]], reader: RowReader, *, shard: Shard, micro_batch_size: int
+    ) -> None:
         self.reader = reader
-        self.shard = shard
         self.micro_batch_size = micro_batch_size
+        self.batches = validation_batches(rows, shard, micro_batch_size)
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // (self.micro_batch_size * self.shard.num_replicas))
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         worker, num_workers = worker_number()
         empty = Row((), num_tokens=0, num_labels=0, num_masked=0, num_copies=0)
-        for number in range(worker, len(self), num_workers):
-            first = (number * self.shard.num_replicas + self.shard.rank) * self.micro_batch_size
-            rows = list(self.rows[first : first + self.micro_batch_size])
-            rows += [empty] * (self.micro_batch_size - len(rows))
-            yield self.reader.read(rows, rows)
+        for source, some in self.batches[worker::num_workers]:
+            rows = some + [empty] * (self.micro_batch_size - len(some))
+            yield {**self.reader.read(rows, rows), "source": source}

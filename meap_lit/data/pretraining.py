@@ -64,16 +64,21 @@ class PretrainingData(StreamingData):
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         if not self.paths_with_val:
             return []
-        sources = [self._open(path, "val") for path in self.paths_with_val]
-        available = sum(map(len, sources))
+        counts = self.val_counts
         stream = ValidationStream(
-            sources,
-            num_samples=min(available, self.val_samples or available),
+            [self._open(path, "val") for path in counts],
+            list(counts.values()),
             shard=self.shard,
             micro_batch_size=self.micro_batch_size,
             vocab_size=self.tokenizer.vocab_size,
         )
         return self._loader(stream, num_workers=0)  # workers would be started anew at every validation
+
+    def _num_val(self, path: str) -> int:
+        return len(self._open(path, "val"))
+
+    def _mean_val_labels(self, path: str, count: int) -> float:
+        return self.seq_len
 
     def _open(self, path: str, split: str) -> TokenBlocks:
         blocks = TokenBlocks(f"{path.rstrip('/')}/{split}", self.seq_len, self.storage)

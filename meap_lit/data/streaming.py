@@ -4,6 +4,7 @@ import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import TypeVar
 
 import torch
 from litdata import StreamingDataset, TokensLoader
@@ -18,7 +19,9 @@ from meap_lit.errors import UserError
 from meap_lit.model.loss import IGNORE_INDEX
 
 Batch = dict[str, Tensor]
-"""`input_ids` [B, T], `labels` [B, T] and `sample_ids` [B], all int64."""
+"""`input_ids` [B, T], `labels` [B, T] and `sample_ids` [B], all int64; in validation `source` [], its dataset."""
+
+T = TypeVar("T")
 
 _DEFAULT = Storage()
 
@@ -115,48 +118,72 @@ class TrainStream(IterableDataset):
 
 
 class ValidationStream(IterableDataset):
-    """The first blocks of the validation splits, once, in their own order.
+    """The first blocks of the validation splits, once, in their own order; a batch is of one split.
 
     Every rank gets equally many batches of equal size: rows past the end are filled up with a block whose labels are
     all ignored, so that no rank waits for another and the figure does not depend on the number of ranks.
 
     Args:
         sources: Validation splits, read one after the other.
-        num_samples: Rows in all.
+        counts: Rows of each.
         shard: This rank's part.
         micro_batch_size: Rows of a batch.
         vocab_size: Token ids must be below it.
     """
 
     def __init__(
-        self, sources: Sequence[TokenBlocks], *, num_samples: int, shard: Shard, micro_batch_size: int, vocab_size: int
+        self,
+        sources: Sequence[TokenBlocks],
+        counts: Sequence[int],
+        *,
+        shard: Shard,
+        micro_batch_size: int,
+        vocab_size: int,
     ) -> None:
         self.sources = sources
-        self.num_samples = num_samples
-        self.shard = shard
         self.micro_batch_size = micro_batch_size
         self.vocab_size = vocab_size
+        self.batches = validation_batches([range(number) for number in counts], shard, micro_batch_size)
 
     def __len__(self) -> int:
-        return -(-self.num_samples // (self.micro_batch_size * self.shard.num_replicas))
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
         worker, num_workers = worker_number()
-        blocks = ((source, index) for source, blocks in enumerate(self.sources) for index in range(len(blocks)))
-        rows = list(islice(blocks, self.num_samples))
-        for number in range(worker, len(self), num_workers):
-            first = (number * self.shard.num_replicas + self.shard.rank) * self.micro_batch_size
-            mine = rows[first : first + self.micro_batch_size]
-            yield self._read(mine, filler=rows[0])
+        for source, rows in self.batches[worker::num_workers]:
+            yield self._read(source, rows)
 
-    def _read(self, rows: Sequence[tuple[int, int]], filler: tuple[int, int]) -> Batch:
-        padded = [*rows, *[filler] * (self.micro_batch_size - len(rows))]
-        tokens = torch.stack([self.sources[source][index] for source, index in padded])
-        check_vocabulary(tokens, self.vocab_size, self.sources[padded[0][0]].path)
+    def _read(self, source: int, rows: Sequence[int]) -> Batch:
+        padded = [*rows, *[0] * (self.micro_batch_size - len(rows))]
+        tokens = torch.stack([self.sources[source][index] for index in padded])
+        check_vocabulary(tokens, self.vocab_size, self.sources[source].path)
         labels = tokens[:, 1:].clone()
         labels[len(rows) :] = IGNORE_INDEX
-        sample_ids = torch.tensor([(source << 32) + index for source, index in padded])
-        return {"input_ids": tokens[:, :-1], "labels": labels, "sample_ids": sample_ids}
+        sample_ids = torch.tensor([(source << 32) + index for index in padded])
+        return {
+            "input_ids": tokens[:, :-1],
+            "labels": labels,
+            "sample_ids": sample_ids,
+            "source": torch.tensor(source),
+        }
+
+
+def validation_batches(rows: Sequence[Sequence[T]], shard: Shard, micro_batch_size: int) -> list[tuple[int, list[T]]]:
+    """Return one rank's batches of a validation: the number of a source, and at most `micro_batch_size` of its rows.
+
+    Every rank gets as many; where a source's rows do not go round, some get fewer rows, or none.
+
+    Args:
+        rows: The rows of each source.
+        shard: This rank's part.
+        micro_batch_size: Rows of a batch.
+    """
+    first, size = shard.rank * micro_batch_size, micro_batch_size * shard.num_replicas
+    return [
+        (source, list(of_source[start + first : start + first + micro_batch_size]))
+        for source, of_source in enumerate(rows)
+        for start in range(0, len(of_source), size)
+    ]
 
 
 def check_vocabulary(tokens: Tensor, vocab_size: int, path: str) -> None:

@@ -72,7 +72,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
-        """Read a folder with a tokenizer.json; the files that name its special tokens are optional.
+        """Read a folder with a tokenizer.json, or the folder of a run, which keeps its own.
+
+        The files that name its special tokens are optional.
 
         Raises:
             UserError: If the folder or the file is missing or unreadable, or no end-of-text token is found.
@@ -80,6 +82,7 @@ class Tokenizer:
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise UserError(f"tokenizer folder {path} does not exist")
+        folder = _of_run(folder)
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise UserError(f"tokenizer folder {path} has no tokenizer.json; save the tokenizer in the fast format")
@@ -173,6 +176,33 @@ class Tokenizer:
 
 
 _TEMPLATE_FILE = "chat_template.jinja"
+
+
+def _of_run(folder: Path) -> Path:
+    """Return where a run keeps its tokenizer: in `runs/NAME/version_0`, or the newest version with a checkpoint.
+
+    Any other folder is returned as it is.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        from meap_lit.integrity import newest_checkpoint  # imports torch, which training a tokenizer needs not wait for
+
+        newest = newest_checkpoint(folder)
+        run = folder if newest is None else newest.parent.parent
+        return run / "tokenizer" if (run / "tokenizer" / "tokenizer.json").is_file() else folder
+    return folder / "tokenizer"
+
+
+def id_of_token(folder: Path, token: str) -> int | None:
+    """Return the id of a token that was added to the tokenizer.json of a folder; None if none of the name was.
+
+    Raises:
+        UserError: If the file is unreadable.
+    """
+    file = folder / "tokenizer.json"
+    added = _parse(_read(file), file).get("added_tokens") or []
+    return next((entry.get("id") for entry in added if entry.get("content") == token), None)
 
 
 def _find_special(backend: tokenizers.Tokenizer, settings: dict[str, Any], role: str) -> str | None:

@@ -4,6 +4,9 @@ Written here and not taken from `peft`, which would need transformers at run tim
 wraps. A `LoRALinear` keeps the names `weight` and `bias` of the layer it replaces, so checkpoints map as before.
 """
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,7 +27,8 @@ class LoRA:
         rank: Inner width r of an adapter.
         alpha: The adapter's output is multiplied by alpha / rank.
         targets: Projections that are adapted, out of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.
-        dropout: Share of an adapter's inputs that is dropped in training.
+        dropout: Share of an adapter's inputs that is dropped in training. What is dropped follows from data.seed, the
+            optimizer step, the micro-batch and the rank: a resume drops the same, another split something else.
         frozen_dtype: What the frozen weights are kept in; `bfloat16` halves their memory and needs
             trainer.precision bf16-mixed. The adapters are always float32.
     """
@@ -74,6 +78,19 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         adapted = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_a), self.lora_b)
         return super().forward(x) + self.scale * adapted
+
+
+@contextmanager
+def draw_dropout_from(device: torch.device, *key: int) -> Iterator[None]:
+    """Let what is dropped within follow from `key` alone; the random state is as before afterwards.
+
+    Layers draw one after the other, so each drops something else. A forward that is computed again in the backward
+    (`parallelize.checkpoint_and_compile`) drops what the first one did. Nothing here waits for the device.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(digest))
+        yield
 
 
 def is_adapter(name: str) -> bool:

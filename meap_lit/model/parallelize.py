@@ -298,6 +298,15 @@ def _norm_of(group: list[Tensor]) -> Tensor:
     return squared.sqrt()
 
 
+def is_finite(parameters: Iterable[Tensor]) -> Tensor:
+    """Return whether this device's parts of the parameters hold neither an infinity nor a NaN, scalar, bool.
+
+    Nothing as large as a parameter is allocated: the largest absolute value tells.
+    """
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    return torch.nn.utils.get_total_norm([part.detach() for part in parts if part.numel()], math.inf).isfinite()
+
+
 def by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
     """Parameters grouped by the devices that share them: one operation takes tensors of a single group."""
     groups: dict[Any, list[Tensor]] = defaultdict(list)

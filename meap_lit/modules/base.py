@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,17 +12,16 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from meap_lit.callbacks.ranks import Ranks
-from meap_lit.checkpoints import open_source, vocab_size_for
+from meap_lit.checkpoints import new_mask_token, open_source, vocab_size_for
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.logged import host_number, is_logged
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig
 from meap_lit.model.config import Context, pad_vocab_size
 from meap_lit.model.float8 import MULTIPLE, use_float8
-from meap_lit.model.lora import LoRA, add_lora, is_adapter
+from meap_lit.model.lora import LoRA, add_lora, draw_dropout_from, is_adapter
 from meap_lit.model.parallelize import checkpoint_and_compile, clip_grad_norm, write_shard
 from meap_lit.model.weights import WeightSource, allocate, copy_whole, init_weights, load_weights, meta_decoder
 from meap_lit.modules.optimizer import AdamW
@@ -83,7 +82,8 @@ class DecoderModule(L.LightningModule, ABC):
         self.origin: dict[str, Any] = {}
         """Where the weights came from and what was known of them there; a checkpoint keeps it for the export."""
         self.strict_loading = lora is None  # a checkpoint of adapters holds nothing else
-        self.val_loss = MeanMetric()
+        self.bad_gradient_step: Tensor | None = None
+        """First optimizer step of this run whose gradients were not finite, int64 on their device; -1 if none was."""
 
     @property
     @abstractmethod
@@ -169,7 +169,7 @@ class DecoderModule(L.LightningModule, ABC):
             return _with_vocabulary(self.initial_config, tokenizer)
         self.origin = {
             "init_from": str(source.path),
-            "first_new_token": tokenizer.mask_token_id if tokenizer is not None and tokenizer.mask_is_new else None,
+            "first_new_token": None if tokenizer is None else new_mask_token(source, tokenizer),
             "model_type": source.model_type,
             "dtype": str(source.dtype).removeprefix("torch."),
             "generation": source.generation,
@@ -189,20 +189,46 @@ class DecoderModule(L.LightningModule, ABC):
                 f"model.mask_token_id {self.mask_token_id} is outside the vocabulary of {self.config.vocab_size}"
             )
 
+    def dropout_of(self, batch_idx: int) -> AbstractContextManager[None]:
+        """Return a context in which the adapters' dropout follows from seed, step, micro-batch and rank alone."""
+        if self.lora is None or self.lora.dropout == 0:
+            return nullcontext()
+        data = self.trainer.datamodule
+        seed, rank = (0, 0) if data is None else (data.seed, data.shard.rank)
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        return draw_dropout_from(self.device, seed, self.global_step, micro_batch, rank)
+
     # ---------------------------------------------------------------------------------------------- validation
 
-    def _validate(self, summed_loss: Tensor, labels: Tensor) -> None:
-        """Count a batch's clean loss, summed over its supervised labels, into the validation loss."""
+    def on_validation_epoch_start(self) -> None:
+        data = self.trainer.datamodule
+        self._val_shares = {"": 1.0} if data is None else data.val_shares
+        self._val_sums = torch.zeros(len(self._val_shares), 2, dtype=torch.float32, device=self.device)
+
+    def _validate(self, summed_loss: Tensor, labels: Tensor, source: int | Tensor = 0) -> None:
+        """Count a batch's clean loss, summed over its supervised labels, into the validation loss of its dataset."""
         num_labels = (labels != IGNORE_INDEX).sum()
-        self.val_loss.update(summed_loss / num_labels.clamp(min=1), weight=num_labels)
+        mean = summed_loss / num_labels.clamp(min=1)  # rounded as torchmetrics' MeanMetric would, which drops a NaN
+        self._val_sums[source] += torch.stack([mean * num_labels, num_labels])
 
     def on_validation_epoch_end(self) -> None:
-        loss = self.val_loss.compute()
-        self.val_loss.reset()
+        """Log the loss of each dataset, if there are several, and that of their mixture."""
+        summed, num_labels = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").unbind(1)  # [S] each
+        losses = dict(zip(self._val_shares, summed / num_labels, strict=True))
+        counts = dict(zip(self._val_shares, num_labels.tolist(), strict=True))
+        read = [name for name, count in counts.items() if count] or list(losses)  # all: the loss of no label is NaN
+        total = sum(self._val_shares[name] for name in read)  # 1, unless `trainer.limit_val_batches` left some out
+        loss = torch.stack([losses[name] * (self._val_shares[name] / total) for name in read]).sum()
         self.log("val/loss", loss, prog_bar=True, sync_dist=True)
         self.log("val/perplexity", loss.exp(), sync_dist=True)
+        if self.trainer.datamodule is not None and len(self.trainer.datamodule.datasets) > 1:
+            for name in read:
+                self.log(f"val/loss/{name}", losses[name], sync_dist=True)
 
     # ---------------------------------------------------------------------------------------------- optimizer
+
+    def on_train_start(self) -> None:
+        self.bad_gradient_step = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Mark what earlier steps logged as old; Lightning would write it again where a run is stopped between two."""
@@ -222,9 +248,19 @@ class DecoderModule(L.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global norm and log it where that is due, computing it once."""
+        """Clip the global norm and log it where that is due, computing it once.
+
+        A norm that is not finite vetoes the update and all later ones, so that the weights stay those of the last good
+        step until the host reads `bad_gradient_step`. The veto stays on the device.
+        """
         limit = math.inf if gradient_clip_val is None else gradient_clip_val
         norm = clip_grad_norm(self.parameters(), limit)
+        if self.bad_gradient_step is None:
+            self.bad_gradient_step = torch.full((), -1, dtype=torch.int64, device=norm.device)
+        is_new = ~norm.isfinite() & (self.bad_gradient_step < 0)
+        self.bad_gradient_step.masked_fill_(is_new, self.global_step + 1)
+        # what torch's GradScaler sets: a fused optimizer then leaves weights, moments and step counts as they are
+        optimizer.found_inf = (self.bad_gradient_step >= 0).float()  # type: ignore[attr-defined]
         if is_logged(self.trainer, self.global_step + 1):
             self.log("train/grad_norm", norm)
             self.log("train/lr", host_number(optimizer.param_groups[0]["lr"]))
@@ -239,16 +275,6 @@ class DecoderModule(L.LightningModule, ABC):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in state.items() if name in trained}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        missing = trained - state_dict.keys()
-        if missing and self.lora is not None:
-            kind = "other model.lora.targets" if any(map(is_adapter, state_dict)) else "no model.lora"
-            raise UserError(
-                f"the checkpoint has no adapter {min(missing)}: its run had {kind}; resume it with the same"
-            )
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another model, and adapters of one: they might fit, and mean nothing."""
         data = getattr(self._trainer, "datamodule", None)
@@ -262,6 +288,7 @@ class DecoderModule(L.LightningModule, ABC):
                     f"the checkpoint's model has decoder.{name} {was}, that of the recipe {config[name]}; leave it "
                     f"as it was, or start a new run with model.init_from"
                 )
+        self._check_adapters(about.get("lora"))
         trained_on = about.get("init_from")
         now = self.origin.get("init_from")
         if self.lora is not None and trained_on and trained_on != now and Path(trained_on).exists():
@@ -269,6 +296,23 @@ class DecoderModule(L.LightningModule, ABC):
                 f"the checkpoint's adapters were trained on {trained_on}, model.init_from is {now} now; "
                 f"set model.init_from to {trained_on}"
             )
+
+    def _check_adapters(self, were: dict[str, Any] | None) -> None:
+        """Refuse adapters of another shape or scale; how they are trained from here on (dropout) may change."""
+        if (were is None) != (self.lora is None):
+            has, add = ("no adapters", "has") if were is None else ("adapters", "has no")
+            fix = "leave it out" if were is None else f"give it as it was: {were}"
+            raise UserError(f"the checkpoint has {has}, and the recipe {add} model.lora; {fix}")
+        if were is None or self.lora is None:
+            return
+        now = dataclasses.asdict(self.lora)
+        for name in ("rank", "alpha", "targets"):
+            was, is_ = (sorted(value) if isinstance(value, list) else value for value in (were[name], now[name]))
+            if was != is_:
+                raise UserError(
+                    f"the checkpoint's adapters have model.lora.{name} {_listed(was)}, those of the recipe "
+                    f"{_listed(is_)}; leave it as it was, or start a new run with model.init_from"
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # names hold for every strategy, and torch's optimizers take them for their own numbers
@@ -283,6 +327,10 @@ class DecoderModule(L.LightningModule, ABC):
             "lora": None if self.lora is None else dataclasses.asdict(self.lora),
             **self.origin,
         }
+
+
+def _listed(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, list) else f"{value:g}"
 
 
 def _name_parameters(state: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:

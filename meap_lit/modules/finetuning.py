@@ -46,7 +46,8 @@ class MEAPFineTuning(DecoderModule):
         return "--data.duplication.mask_ratio 0" if masked else None
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        total, losses = self._losses(batch)  # scalar, [B, T]
+        with self.dropout_of(batch_idx):
+            total, losses = self._losses(batch)  # scalar, [B, T]
         masked = (losses * batch["in_copy"]).sum()
         self._step_sums += torch.stack([losses.sum() - masked, masked])
         # Lightning takes the mean over micro-batches, and data parallelism over devices; the step's sum is wanted
@@ -55,7 +56,7 @@ class MEAPFineTuning(DecoderModule):
         return total * num_parts / batch["num_labels"]
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        self._validate(self._losses(batch)[0], batch["labels"])
+        self._validate(self._losses(batch)[0], batch["labels"], batch.get("source", 0))
 
     @property
     def num_replicas(self) -> int:

@@ -77,7 +77,8 @@ class MEAPPretraining(DecoderModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         input_ids, input_mask = self.mask_batch(batch)
-        loss = self._mean_loss(input_ids, batch["labels"])
+        with self.dropout_of(batch_idx):
+            loss = self._mean_loss(input_ids, batch["labels"])
         self._log_step(loss, input_mask, batch_idx)
         return loss
 
@@ -97,7 +98,8 @@ class MEAPPretraining(DecoderModule):
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._validate(self._summed_loss(batch["input_ids"], batch["labels"]), batch["labels"])
+        summed_loss = self._summed_loss(batch["input_ids"], batch["labels"])
+        self._validate(summed_loss, batch["labels"], batch.get("source", 0))
 
     def _mean_loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         # every row supervises all its T labels, so a mean over equal micro-batches is the mean over the step

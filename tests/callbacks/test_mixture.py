@@ -4,23 +4,9 @@ import pytest
 from litdata import StreamingDataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from meap_lit.callbacks.mixture import Mixture, short_names
+from meap_lit.callbacks.mixture import Mixture
 from meap_lit.data.chat import PrepareChat
 from meap_lit.recipe import RecipeCLI
-
-
-@pytest.mark.parametrize(
-    ("paths", "names"),
-    [
-        (["data/wiki", "data/code/"], ["wiki", "code"]),
-        (["s3://bucket/wiki", "data/wiki", "data/code"], ["bucket/wiki", "data/wiki", "data/code"]),
-        (["a/x/text", "b/x/text"], ["a/x/text", "b/x/text"]),
-        (["text", "/text"], ["text", "/text"]),
-        (["data/wiki", "data/wiki/"], ["data/wiki", "data/wiki/"]),
-    ],
-)
-def test_names_tell_datasets_apart(paths, names):
-    assert short_names(paths) == names
 
 
 @pytest.fixture(scope="module")

@@ -103,9 +103,7 @@ def test_sources_are_mixed_and_told_apart(blocks, tmp_path):
 
 def validation_stream(blocks, rank=0, num_replicas=1, micro_batch_size=4, num_samples=23):
     shard = Shard(rank, num_replicas)
-    return ValidationStream(
-        [blocks], num_samples=num_samples, shard=shard, micro_batch_size=micro_batch_size, vocab_size=1000
-    )
+    return ValidationStream([blocks], [num_samples], shard=shard, micro_batch_size=micro_batch_size, vocab_size=1000)
 
 
 @pytest.mark.parametrize(("num_replicas", "micro_batch_size"), [(1, 4), (2, 4), (4, 8), (3, 1)])

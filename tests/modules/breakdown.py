@@ -13,6 +13,20 @@ class BreakAtStep7(L.Callback):
                 pl_module.decoder.norm.weight.fill_(torch.inf)
 
 
+class OverflowAtStep(L.Callback):
+    """Puts one infinity into the gradients of step number `step`, on one rank, as an overflow in a backward does."""
+
+    def __init__(self, step: int, rank: int = 0) -> None:
+        self.step = step
+        self.rank = rank
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step + 1 == self.step and trainer.global_rank == self.rank:
+            grad = pl_module.decoder.layers[0].mlp.down_proj.weight.grad
+            grad = grad.to_local() if hasattr(grad, "to_local") else grad
+            grad[0, 0] = torch.inf
+
+
 class StopAtStep7(L.Callback):
     """Ends the run after its seventh step, as `trainer.max_time` may."""
 

@@ -236,14 +236,69 @@ def test_weights_are_kept_in_the_precision_of_the_trainer(prepared, chat, tmp_pa
     assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
 
 
-def test_adapters_of_another_run_are_refused(prepared, chat, tmp_path, source_folder):
-    def adapted(*targets):
-        return MEAPFineTuning(init_from=str(source_folder), optimizer=OPTIMIZER, lora=LoRA(targets=list(targets)))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 4}, "adapters have model.lora.rank 8, those of the recipe 4; leave it as it was, or start a new run"),
+        ({"alpha": 8}, "adapters have model.lora.alpha 16, those of the recipe 8; leave it as it was"),
+        (
+            {"targets": ["q_proj"]},
+            r"model.lora.targets \[q_proj, v_proj\], those of the recipe \[q_proj\]; leave it",
+        ),
+        ({"targets": ["q_proj", "k_proj"]}, r"lora.targets \[q_proj, v_proj\], those of the recipe \[k_proj, q_proj\]"),
+        (None, r"the checkpoint has adapters, and the recipe has no model.lora; give it as it was: .*'rank': 8"),
+    ],
+)
+def test_other_adapters_than_the_checkpoint_has_are_refused(prepared, chat, tmp_path, source_folder, change, message):
+    def adapted(lora):
+        return MEAPFineTuning(init_from=str(source_folder), optimizer=OPTIMIZER, lora=lora)
 
-    module, _ = fit(prepared, chat, tmp_path=tmp_path, module=adapted("q_proj"))
+    module, _ = fit(prepared, chat, tmp_path=tmp_path, module=adapted(LoRA()), max_steps=1)
+    checkpoint = tmp_path / "adapters.ckpt"
+    module.trainer.save_checkpoint(checkpoint)
+    other = adapted(None if change is None else LoRA(**change))
+    with pytest.raises(UserError, match=message):
+        fit(prepared, chat, tmp_path=tmp_path, module=other, ckpt_path=checkpoint)
+    validate = partial(module.trainer.validate, datamodule=make_data(prepared, chat), verbose=False)
+    with pytest.raises(UserError, match=message):
+        validate(other, ckpt_path=checkpoint)
+
+
+def test_adapters_are_not_resumed_from_a_run_without(prepared, chat, tmp_path, source_folder):
+    module = MEAPFineTuning(init_from=str(source_folder), optimizer=OPTIMIZER)
+    module, _ = fit(prepared, chat, tmp_path=tmp_path, module=module, max_steps=1)
+    module.trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    adapted = MEAPFineTuning(init_from=str(source_folder), optimizer=OPTIMIZER, lora=LoRA())
+    with pytest.raises(UserError, match=r"the checkpoint has no adapters, and the recipe has model.lora; leave it out"):
+        fit(prepared, chat, tmp_path=tmp_path, module=adapted, ckpt_path=tmp_path / "whole.ckpt")
+
+
+def test_targets_may_be_named_in_another_order_and_dropout_may_change(prepared, chat, tmp_path, source_folder):
+    def adapted(targets, **lora):
+        return MEAPFineTuning(init_from=str(source_folder), optimizer=OPTIMIZER, lora=LoRA(targets=targets, **lora))
+
+    module, _ = fit(prepared, chat, tmp_path=tmp_path, module=adapted(["q_proj", "v_proj"]), max_steps=1)
     module.trainer.save_checkpoint(tmp_path / "adapters.ckpt")
-    with pytest.raises(UserError, match=r"has no adapter decoder.*k_proj.lora_a: its run had other model.lora.targets"):
-        fit(prepared, chat, tmp_path=tmp_path, module=adapted("k_proj"), ckpt_path=tmp_path / "adapters.ckpt")
+    other = adapted(["v_proj", "q_proj"], dropout=0.1)
+    resumed, _ = fit(prepared, chat, tmp_path=tmp_path, module=other, ckpt_path=tmp_path / "adapters.ckpt", max_steps=2)
+    assert resumed.trainer.global_step == 2
+
+
+def test_dropout_follows_from_step_and_micro_batch_and_leaves_the_random_state_alone(prepared, chat, tmp_path):
+    module = MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=LoRA(dropout=0.5))
+    module, _ = fit(prepared, chat, tmp_path=tmp_path, module=module, max_steps=1)  # of two micro-batches
+    state = torch.get_rng_state()
+
+    def drawn(batch_idx):
+        torch.rand(batch_idx)
+        with module.dropout_of(batch_idx):
+            return torch.rand(8).tolist()
+
+    assert drawn(0) == drawn(0) == drawn(2) != drawn(1), "a micro-batch is counted within its step"
+    torch.set_rng_state(state)
+    with module.dropout_of(1):
+        torch.rand(8)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_adapters_of_another_model_are_refused(prepared, chat, tmp_path, source_folder):
