@@ -17,9 +17,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
+from meap_lit.callbacks.budget import Budget
 from meap_lit.callbacks.ranks import Ranks
 from meap_lit.errors import UserError
 from meap_lit.integrity import checksums, seal, verify, write_file
+from meap_lit.shards import read_trainer_state
 from meap_lit.strategies import Sharded
 
 LAST = "last.ckpt"
@@ -334,14 +336,17 @@ class DirectCheckpointIO(TorchCheckpointIO):
 class VerifyCheckpoint(L.Callback):
     """Compares a checkpoint with its checksums before anything is loaded from it; each file is hashed by one rank.
 
-    A checkpoint that was written without checksums passes.
+    A checkpoint that was written without checksums passes. Whether the run can and need go on from it is found out here
+    too, before the model is built.
 
     Args:
         path: A .ckpt file or a folder of shards.
+        weights_only: Whether code in it is refused; if not, what it holds is not looked at before it is loaded.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, weights_only: bool = True) -> None:
         self.path = Path(path)
+        self.weights_only = weights_only
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         ranks = Ranks(trainer)
@@ -354,3 +359,11 @@ class VerifyCheckpoint(L.Callback):
                 f"make one of it: python -m meap_lit checkpoint consolidate --checkpoint {self.path} --output FILE.ckpt"
             )
         ranks.do(lambda: verify(self.path, ranks.rank, ranks.number))
+        if stage == "fit" and self.weights_only:
+            ranks.do(partial(self._check_resume, trainer))
+
+    def _check_resume(self, trainer: L.Trainer) -> None:
+        state = read_trainer_state(self.path)
+        for callback in trainer.callbacks:
+            if isinstance(callback, Budget):
+                callback.check_resume(trainer, state, self.path)
