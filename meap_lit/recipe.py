@@ -114,20 +114,26 @@ class RecipeCLI(LightningCLI):
         """The recipe says what is run; Lightning would let a checkpoint's hyper-parameters override it."""
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        opening = OpenLoggers()
         callbacks = [*callbacks, Throughput(), Mixture(), StopOnNonFiniteLoss(), RunSummary(), StopOnSignal()]
-        checkpoint = self.config[self.subcommand].ckpt_path
-        if checkpoint not in (None, "best", "hpc"):
-            callbacks.append(VerifyCheckpoint(checkpoint, hashes=self.config[self.subcommand].checkpoint.verify))
+        given = self.config[self.subcommand]
+        if given.ckpt_path not in (None, "best", "hpc"):
+            callbacks.append(VerifyCheckpoint(given.ckpt_path, hashes=given.checkpoint.verify))
+        callbacks.append(opening)
         if config["enable_progress_bar"] is not False:
             callbacks.append(StepProgressBar())
         if config["enable_checkpointing"] is False:  # Lightning refuses the callback then
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
         try:
-            return super()._instantiate_trainer(config, callbacks)
+            trainer = super()._instantiate_trainer(config, callbacks)
         except UserError:
             raise
         except (TypeError, ValueError) as error:  # what Lightning says of its own arguments
             raise UserError(f"trainer: {error}") from error
+        opening.hold_back(trainer)
+        # those that find that there is nothing to train come before those that need a logger
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, (Budget, VerifyCheckpoint, OpenLoggers)))
+        return trainer
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -138,7 +144,7 @@ class RecipeCLI(LightningCLI):
         config.ckpt_path = _resolve_checkpoint(config, starts_anew=self.subcommand == "fit")
 
     def instantiate_classes(self) -> None:
-        for options in _options_of_loggers(self.config[self.subcommand]):
+        for options in _options_of_loggers(self.config[self.subcommand]) if self.subcommand == "fit" else ():
             _make_log_folder(options)
         super().instantiate_classes()
         _check_pair(self.model, self.datamodule)
@@ -258,6 +264,25 @@ def _as_user_error(error: Exception) -> Exception:
     if isinstance(error, ArgumentError | MisconfigurationException):
         return UserError(explain(str(error), groups=GROUPS))
     return error
+
+
+class OpenLoggers(L.Callback):
+    """Opens the Trainer's loggers, which make the folder of a run, once it is known that there is something to train.
+
+    Lightning would open them before the data is looked at. Other commands than `fit` print what they find and log
+    nothing, so that no folder looks like a run.
+    """
+
+    def hold_back(self, trainer: L.Trainer) -> None:
+        """Take the loggers from a Trainer that was just made."""
+        self._loggers, trainer.loggers = trainer.loggers, []
+        self._profiles = trainer.profiler.dirpath
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            trainer.loggers = self._loggers
+            trainer.profiler.dirpath = self._profiles  # it was set up without the folder of the run
+            trainer.profiler.setup(stage, trainer.local_rank, trainer.log_dir)
 
 
 class SaveRecipe(SaveConfigCallback):

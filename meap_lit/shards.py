@@ -43,15 +43,18 @@ _INDEX_CLASSES = {
 }
 
 
-def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """All of a checkpoint but the weights and the optimizer's state: counters, loops, callbacks, the data's position.
+def read_trainer_state(path: Path) -> dict[str, Any]:
+    """Return all of a checkpoint but the weights and the optimizer's state: counters, loops, callbacks, data.
+
+    Args:
+        path: A folder of shards, or a checkpoint file, whose weights and states are mapped and not read.
 
     Raises:
         UserError: If it is damaged or has code in it.
     """
-    file = folder / TRAINER_STATE
+    file = path / TRAINER_STATE if path.is_dir() else path
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read checkpoint file {file}: {error.strerror}") from error
     except Exception as error:  # a damaged archive may fail in any way

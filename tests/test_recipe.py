@@ -367,3 +367,71 @@ def test_a_last_checkpoint_that_is_not_there_is_named_but_by_fit(toy_recipe, tmp
         RecipeCLI.run(
             ["fit", "--config", str(toy_recipe), "--checkpoint.dirpath", str(tmp_path / "cut"), "--ckpt_path", "last"]
         )
+
+
+@pytest.fixture
+def leaves_no_folder(tmp_path, monkeypatch):
+    """Whatever the test does makes no folder of a run, and no file where it is started."""
+    started = tmp_path / "started"
+    started.mkdir()
+    monkeypatch.chdir(started)
+    versions = sorted((tmp_path / "runs").rglob("*"))
+    yield
+    assert sorted((tmp_path / "runs").rglob("*")) == versions
+    assert not list(started.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({"max_steps": 6}, "budget.max_steps 6 pays for 6"),
+        ({"max_steps": 4}, "budget.max_steps 4 pays for 4"),
+        ({"max_tokens": 1800}, "budget.max_tokens 1800 pays for 7"),
+        ({"max_epochs": 1}, r"budget.max_epochs 1 pays for \d+"),
+    ],
+)
+def test_a_spent_budget_is_said_in_a_line_and_leaves_nothing(toy_recipe, tmp_path, capsys, budget, said, request):
+    words = [
+        word for name, value in ({"max_steps": "null"} | budget).items() for word in (f"--budget.{name}", str(value))
+    ]
+    fit = ["fit", "--config", str(toy_recipe), *words]
+    RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "6"] if "max_steps" in budget else fit)
+    request.getfixturevalue("leaves_no_folder")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        RecipeCLI.run([*fit, "--ckpt_path", "last"])
+    assert ended.value.code == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    step = r"checkpoint \S+step=(\d+).ckpt is of optimizer step \1"
+    assert re.fullmatch(rf"the budget is spent: {step}, and {said}; raise it to go on", line), line
+
+
+def test_validate_prints_what_it_finds_and_leaves_nothing(runs, toy_recipe, capsys, leaves_no_folder):
+    longer = ["--model.decoder.max_seq_len", "256", "--data.seq_len", "160", "--probe.lengths", "[160]"]
+    cli = RecipeCLI.run(["validate", "--config", str(toy_recipe), *longer, "--ckpt_path", "last"])
+    found = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    printed = capsys.readouterr().out
+    for name in ("val/loss", "val/perplexity", "val/retrieval_accuracy"):
+        assert float(re.search(rf"{name}\W+([\d.]+)", printed)[1]) == pytest.approx(found[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "--data.global_batch_size 16",
+            "data.global_batch_size was 8 in the run of the checkpoint and is 16 now, which changes the rows of its ",
+        ),
+        ("--data.seed 2", "data.seed was 1 in the run of the checkpoint and is 2 now"),
+        # more tokens a step would have spent this budget
+        ("--data.global_batch_size 16 --budget.max_steps 3", "data.global_batch_size was 8 "),
+    ],
+)
+def test_other_rows_are_refused_and_leave_nothing(runs, toy_recipe, change, message, leaves_no_folder):
+    with pytest.raises(UserError, match=f"^{message}"):
+        RecipeCLI.run(["fit", "--config", str(toy_recipe), "--ckpt_path", "last", *change.split()])
+
+
+def test_callbacks_of_a_recipe_find_its_loggers(toy_recipe):
+    stats = "--trainer.callbacks+=lightning.pytorch.callbacks.DeviceStatsMonitor"  # refuses a run without loggers
+    RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "1", stats])

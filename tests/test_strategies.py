@@ -1,5 +1,6 @@
 """One recipe on any number of devices: real processes (gloo) against a single one."""
 
+import json
 import subprocess
 import sys
 from unittest import mock
@@ -154,6 +155,23 @@ def test_a_checkpoint_resumes_with_fsdp1_and_from_it(toy_recipe, tmp_path):
     train_forked(2, toy_recipe, *options, *ONE_FILE, *checkpoint(2, 9))
     assert_close(weights_of(runs / "version_3"), alone)
     assert_close(train(toy_recipe, *options, *checkpoint(3, 12)), alone)
+
+
+def test_optimizer_options_given_on_a_resume_apply_on_any_devices(toy_recipe, tmp_path):
+    """1 alone -> DDP -> FSDP2, from one file -> tensor parallel, from shards -> FSDP1; other options on each."""
+    runs, options = tmp_path / "runs" / "toy", [*MODEL, "--checkpoint.every_n_steps", "3", "--budget.max_steps", "15"]
+    changes = {3 * leg: {"lr": 4e-3 / leg, "final_lr": 1e-4 * leg, "weight_decay": 0.3 * leg} for leg in range(1, 5)}
+    changes[6] |= {"betas": [0.5, 0.9], "eps": 1e-3}
+    change = ["--trainer.callbacks+=tests.modules.breakdown.ChangeOptimizer"]
+    expected = train(toy_recipe, *options, *change, "--trainer.callbacks.changes", json.dumps(changes))
+    for number, overlay in enumerate(("ddp", "fsdp2", "fsdp2_tp", "fsdp")):
+        step = 3 * (number + 1)
+        words = [word for name, value in changes[step].items() for word in (f"--model.optimizer.{name}", str(value))]
+        words += ["--trainer.strategy.tensor_parallel_size", "2"] if overlay == "fsdp2_tp" else []
+        words += ["--ckpt_path", str(runs / f"version_{number}" / "checkpoints" / f"step={step}.ckpt")]
+        train_forked(2, toy_recipe, *options, *words, *(ONE_FILE if overlay == "fsdp" else []), overlay=overlay)
+    assert (runs / "version_2" / "checkpoints" / "step=9.ckpt" / ".metadata").is_file(), "a folder of shards"
+    assert_close(weights_of(runs / "version_4"), expected)
 
 
 @pytest.mark.parametrize("form", [[], ["--trainer.strategy.save_distributed_checkpoint", "false"]])

@@ -1,5 +1,7 @@
 """What a run may spend, stated in tokens or optimizer steps and turned into the Trainer's own terms."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,8 +19,9 @@ class Budget(L.Callback):
     Args:
         max_tokens: Tokens to train on; the last step that would exceed them is left out.
         max_steps: Optimizer steps.
-        max_epochs: Times that the datasets are gone through, in whole optimizer steps; with several datasets an epoch
-            is as many samples as they have together.
+        max_epochs: Times that the datasets are gone through, in whole optimizer steps: rows at the end that do not fill
+            one are left out, and named at the start of the run. With several datasets an epoch is as many samples as
+            they have together.
         val_every_n_steps: Optimizer steps between validations; the last step is always followed by one.
     """
 
@@ -42,6 +45,8 @@ class Budget(L.Callback):
         self.max_steps = max_steps
         self.max_epochs = max_epochs
         self.val_every_n_steps = val_every_n_steps
+        self.left_out: str | None = None
+        """What the last epoch has beyond the last whole step, in words; None if nothing."""
 
     def steps(self, data: StreamingData) -> int:
         """Number of optimizer steps that the budget pays for.
@@ -52,7 +57,7 @@ class Budget(L.Callback):
         if self.max_steps is not None:
             return self.max_steps
         if self.max_epochs is not None:
-            steps = data.steps_in(self.max_epochs)
+            steps = data.rows_in(self.max_epochs) // data.global_batch_size
             if steps < 1:
                 raise UserError(
                     f"{self.max_epochs} epochs (budget.max_epochs) fill less than one optimizer step of "
@@ -85,21 +90,48 @@ class Budget(L.Callback):
         trainer.accumulate_grad_batches = accumulation
         trainer.fit_loop.epoch_loop.max_steps = max_steps
         trainer.val_check_interval = self.val_every_n_steps * accumulation
+        end, rows = max_steps * data.global_batch_size, data.rows_in(self.max_epochs) if self.max_epochs else 0
+        if end < rows:
+            self.left_out = data.describe_rows(end, rows)
+            if trainer.is_global_zero:
+                print(
+                    f"budget.max_epochs {self.max_epochs}: the last {self.left_out} do not fill an optimizer step of "
+                    f"data.global_batch_size {data.global_batch_size} rows and are not trained on; a smaller one "
+                    f"leaves out fewer"
+                )
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let a run that had spent its budget go on with a larger one.
+    def check_resume(self, trainer: L.Trainer, checkpoint: Mapping[str, Any], path: str | Path | None) -> None:
+        """Refuse a checkpoint that this run cannot go on from; end the process if nothing is left to train.
 
         Raises:
-            UserError: If the checkpoint counts the steps of another kind of run.
+            UserError: If the checkpoint is of another kind of run, or of other data.
+            SystemExit: With status 0, if the budget is spent, so that a restarted job counts as done.
         """
-        if trainer.state.fn != "fit":
-            return
         kind = type(trainer.datamodule).__qualname__
         if kind not in checkpoint:
             raise UserError(
-                f"checkpoint {trainer.ckpt_path} (--ckpt_path) is not of a run on {kind} and cannot be resumed as one; "
+                f"checkpoint {path} (--ckpt_path) is not of a run on {kind} and cannot be resumed as one; "
                 f"to start from its weights, name it as model.init_from"
             )
+        trainer.datamodule.load_state_dict(checkpoint[kind])
+        step = checkpoint["global_step"]
+        if step >= trainer.max_steps:
+            if trainer.is_global_zero:
+                print(
+                    f"the budget is spent: checkpoint {path} is of optimizer step {step}, and "
+                    f"{self._stated()} pays for {trainer.max_steps}; raise it to go on"
+                )
+            raise SystemExit(0)
+
+    def _stated(self) -> str:
+        limits = {"max_tokens": self.max_tokens, "max_steps": self.max_steps, "max_epochs": self.max_epochs}
+        return next(f"budget.{name} {limit}" for name, limit in limits.items() if limit is not None)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a run that had spent its budget go on with a larger one."""
+        if trainer.state.fn != "fit":
+            return
+        self.check_resume(trainer, checkpoint, trainer.ckpt_path)
         # the only epoch that Lightning counts is over once a budget is spent
         for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             counts.update(processed=0, completed=0)

@@ -17,10 +17,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
+from meap_lit.callbacks.budget import Budget
 from meap_lit.callbacks.ranks import Ranks
 from meap_lit.errors import UserError
 from meap_lit.integrity import check, checksums, read_file, seal, write_file
-from meap_lit.shards import refuse_code
+from meap_lit.shards import read_trainer_state, refuse_code
 from meap_lit.strategies import Sharded
 
 LAST = "last.ckpt"
@@ -339,7 +340,8 @@ class DirectCheckpointIO(TorchCheckpointIO):
 class VerifyCheckpoint(L.Callback):
     """Compares a checkpoint with its checksums before anything is loaded from it; each file is hashed by one rank.
 
-    A checkpoint that was written without checksums passes with a word, unless it has code in it.
+    A checkpoint that was written without checksums passes with a note, unless it has code in it. Whether the run can
+    and must go on from it is checked here too, before the model is built.
 
     Args:
         path: A .ckpt file or a folder of shards.
@@ -361,10 +363,16 @@ class VerifyCheckpoint(L.Callback):
                 f"make one of it: python -m meap_lit checkpoint consolidate --checkpoint {self.path} --output FILE.ckpt"
             )
         ranks.do(lambda: self._check(ranks))
+        if stage == "fit":
+            ranks.do(partial(self._check_resume, trainer))
 
     def _check(self, ranks: Ranks) -> None:
         check(self.path, self.hashes, ranks.rank, ranks.number)
-        if (
-            ranks.rank == 0
-        ):  # Lightning's own strategies run what is pickled in shards, and end in a traceback elsewhere
+        if ranks.rank == 0:  # Lightning's own strategies would unpickle shards, and end in a traceback elsewhere
             refuse_code(self.path) if self.path.is_dir() else read_file(self.path)
+
+    def _check_resume(self, trainer: L.Trainer) -> None:
+        state = read_trainer_state(self.path)
+        for callback in trainer.callbacks:
+            if isinstance(callback, Budget):
+                callback.check_resume(trainer, state, self.path)

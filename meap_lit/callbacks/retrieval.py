@@ -86,7 +86,7 @@ class RetrievalProbe(L.Callback):
             self.accuracy = score_items(pl_module.decoder, self._items, self.grid, batch_size=self.batch_size)
         pl_module.log("val/retrieval_accuracy", float(self.accuracy.mean()), prog_bar=True, sync_dist=True)
         log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
-        if trainer.is_global_zero and log_dir:
+        if trainer.is_global_zero and trainer.loggers and log_dir:  # without one, it is the current folder
             figure = plot_grid(self.accuracy, self.grid, title=f"Retrieval at step {trainer.global_step}")
             for logger in trainer.loggers:
                 if hasattr(logger.experiment, "add_figure"):

@@ -16,6 +16,7 @@ import lightning as L
 import torch
 
 import meap_lit
+from meap_lit.callbacks.budget import Budget
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.callbacks.throughput import Throughput
@@ -101,6 +102,9 @@ def summarise(trainer: L.Trainer, log_dir: str | None) -> list[str]:
     data = trainer.datamodule
     metrics = trainer.callback_metrics
     rows = [("optimizer steps", f"{trainer.global_step:,} ({data.samples_seen * data.seq_len:,} tokens)")]
+    budget = _callback(trainer, Budget)
+    if budget is not None and budget.left_out is not None:
+        rows.append(("left out of the last epoch", budget.left_out))
     if "val/loss" in metrics:
         loss, perplexity = float(metrics["val/loss"]), float(metrics["val/perplexity"])
         rows.append(("clean validation loss", f"{loss:.4f} (perplexity {perplexity:.2f})"))

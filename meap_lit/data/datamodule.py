@@ -4,7 +4,6 @@ import math
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -34,7 +33,7 @@ class StreamingData(L.LightningDataModule, ABC):
         val_samples: Samples read at a validation (rows of text, conversations of chat); all that are held out if not
             given. Several datasets share them by weight, and each gives the first of its own, at least one.
         num_workers: Processes that read ahead, per device.
-        seed: Seed of the order and the mix.
+        seed: Seed of the order and the mix, and in fine-tuning of the masks.
         cache_dir: Folder that keeps chunks of remote datasets, on a disk of the node; its processes share it.
             `~/.cache/meap_lit` if not given.
         cache_bytes: Size that it may have, beside the chunks that are being read; null for no limit.
@@ -82,7 +81,6 @@ class StreamingData(L.LightningDataModule, ABC):
             options=storage_options or {},
         )
         self.preparation = preparation or []
-        self._resumed = _Progress()
         if storage_tries < 1:
             raise UserError(f"data.storage_tries must be at least 1, got {storage_tries}")
         if not 0 < storage_timeout < math.inf:
@@ -99,15 +97,24 @@ class StreamingData(L.LightningDataModule, ABC):
                 raise UserError(f"data.{name} must be at least {limit}, got {value}")
 
     @abstractmethod
-    def steps_in(self, epochs: int) -> int:
-        """Whole optimizer steps in so many epochs over the datasets."""
+    def rows_in(self, epochs: int) -> int:
+        """Rows that so many epochs over the datasets fill."""
+
+    @abstractmethod
+    def describe_rows(self, start: int, stop: int) -> str:
+        """Return in words what the rows from number `start` to `stop` - 1 hold, such as `3 rows (11 conversations)`."""
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        """Settings that decide what stands in a row; a resume counts rows, so they must not change."""
+        """Settings that decide which rows a step trains on; a resume counts steps, so they must not change."""
         total = sum(self.datasets.values())
         shares = [round(weight / total, 12) for weight in self.datasets.values()]
-        return {"seq_len": self.seq_len, "seed": self.seed, "datasets (share of each)": shares}
+        return {
+            "seq_len": self.seq_len,
+            "global_batch_size": self.global_batch_size,
+            "seed": self.seed,
+            "datasets (share of each)": shares,
+        }
 
     @property
     @abstractmethod
@@ -162,8 +169,8 @@ class StreamingData(L.LightningDataModule, ABC):
     @property
     def samples_seen(self) -> int:
         """Rows that the optimizer steps so far have trained on, over all devices."""
-        step = self.trainer.global_step if self.trainer is not None else self._resumed.step
-        return self._resumed.samples + (step - self._resumed.step) * self.global_batch_size
+        assert self.trainer is not None
+        return self.trainer.global_step * self.global_batch_size
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -176,6 +183,11 @@ class StreamingData(L.LightningDataModule, ABC):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the checkpoint of a run on other rows. There is nothing to restore: the step says where to go on.
+
+        Raises:
+            UserError: If the datasets or a setting that decides the rows of a step has changed.
+        """
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return  # a model may be validated on any data
         now = {path: manifest.fingerprint for path, manifest in self.manifests.items()}
@@ -184,14 +196,15 @@ class StreamingData(L.LightningDataModule, ABC):
                 f"the checkpoint was trained on other data: {', '.join(state_dict['datasets'])} then, "
                 f"{', '.join(now)} now (contents differ); resume with the same datasets, or start a new run"
             )
+        # an older checkpoint does not name all of them
+        then = {"global_batch_size": state_dict["samples"] // max(1, state_dict["step"]), **state_dict["rows"]}
         for name, value in self.row_settings.items():
-            was = state_dict["rows"].get(name, value)  # an older checkpoint may not know
+            was = then.get(name, value)
             if was != value:
                 raise UserError(
-                    f"data.{name} was {was} in the run of the checkpoint and is {value} now, which changes its rows; "
-                    f"leave it as it was, or start a new run with model.init_from"
+                    f"data.{name} was {was} in the run of the checkpoint and is {value} now, which changes the rows of "
+                    f"its steps; leave it as it was, or start a new run with model.init_from"
                 )
-        self._resumed = _Progress(state_dict["step"], state_dict["samples"])
 
     @property
     def paths_with_val(self) -> list[str]:
@@ -295,11 +308,3 @@ def _ignore_signals(worker: int) -> None:
     """A signal to the whole group of processes is for the one that trains; it ends its workers when it has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-@dataclass(frozen=True)
-class _Progress:
-    """Where a checkpoint left the data: after `step` optimizer steps `samples` samples were seen."""
-
-    step: int = 0
-    samples: int = 0

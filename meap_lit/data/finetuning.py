@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -83,8 +84,13 @@ class FineTuningData(StreamingData):
     def row_settings(self) -> dict[str, Any]:
         return {**super().row_settings, "duplication": dataclasses.asdict(self.duplication)}
 
-    def steps_in(self, epochs: int) -> int:
-        return self._order().num_rows(epochs) // self.global_batch_size
+    def rows_in(self, epochs: int) -> int:
+        return self._order().num_rows(epochs)
+
+    def describe_rows(self, start: int, stop: int) -> str:
+        rows = list(islice(self._order().iterate(start), stop - start))
+        conversations = sum(document.has_original for row in rows for document in row.documents)
+        return f"{len(rows)} rows ({conversations} conversations)"
 
     @property
     def longest_input(self) -> int:

@@ -2,7 +2,7 @@
 
 The run is one endless line of samples. Step s of a run with global batch G trains on positions s*G to (s+1)*G - 1,
 and the ranks merely share these out. Changing the number of devices, workers or micro-batches therefore changes no
-step, and a resume needs to know nothing but how many samples were seen.
+step, and a resume needs to know nothing but the step.
 
 Shuffling is bounded so that a dataset that streams from object storage is read chunk by chunk: the chunks are put in
 random order, and samples are mixed within windows of a few neighbouring chunks. Example, window 2, two samples a

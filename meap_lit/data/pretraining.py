@@ -18,9 +18,11 @@ class PretrainingData(StreamingData):
 
     kind = "text"
 
-    def steps_in(self, epochs: int) -> int:
-        rows = sum(len(self._open(path, "train")) for path in self.datasets)
-        return epochs * rows // self.global_batch_size
+    def rows_in(self, epochs: int) -> int:
+        return epochs * sum(len(self._open(path, "train")) for path in self.datasets)
+
+    def describe_rows(self, start: int, stop: int) -> str:
+        return f"{stop - start} rows"
 
     @property
     def longest_input(self) -> int:

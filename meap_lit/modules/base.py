@@ -4,13 +4,11 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from meap_lit.callbacks.ranks import Ranks
@@ -44,8 +42,6 @@ class DecoderModule(L.LightningModule, ABC):
         float8: Compute the linear layers of the blocks in float8 (`meap_lit/model/float8.py`). Weights and checkpoints
             stay as they are, so a resume may change it. Needs torchao and a GPU of compute capability 8.9 or newer, and
             `compile: true` and trainer.precision bf16-mixed to be of use. Not run on a GPU so far.
-        seed: Seed of the masks.
-        mask_token_id: Id of the mask token; taken from the data's tokenizer if not given.
     """
 
     def __init__(
@@ -58,8 +54,6 @@ class DecoderModule(L.LightningModule, ABC):
         activation_checkpointing: Literal["none", "selective", "full"] = "none",
         compile: bool = False,
         float8: bool = False,
-        seed: int = 0,
-        mask_token_id: int | None = None,
     ) -> None:
         super().__init__()
         if (decoder is None) == (init_from is None):
@@ -76,8 +70,7 @@ class DecoderModule(L.LightningModule, ABC):
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks = compile
         self.float8 = float8
-        self.seed = seed
-        self.mask_token_id = mask_token_id
+        self.mask_token_id: int | None = None
         self.decoder: Decoder | None = None
         self.origin: dict[str, Any] = {}
         """Where the weights came from and what was known of them there; a checkpoint keeps it for the export."""
@@ -235,12 +228,17 @@ class DecoderModule(L.LightningModule, ABC):
         for metric in self.trainer.fit_loop.epoch_loop._results.values():
             metric.has_reset = True
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.decoder is not None
-        optimizer = self.optimizer.build(self.decoder)
-        factor = partial(self.optimizer.lr_factor, max_steps=self.trainer.max_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return self.optimizer.build(self.decoder)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rate and all other options from the recipe and the step alone.
+
+        A Lightning scheduler would restore its rates from a checkpoint, whatever the recipe of the resumed run says.
+        """
+        factor = self.optimizer.lr_factor(self.global_step, self.trainer.max_steps)
+        self.optimizer.set_options(optimizer, lr=self.optimizer.lr * factor)
 
     def configure_gradient_clipping(
         self,

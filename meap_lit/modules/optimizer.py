@@ -41,10 +41,22 @@ class AdamW:
         """Optimizer over the trained parameters of `model`; matrices decay, vectors do not."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.dim() >= 2]},
+            {"params": [p for p in parameters if p.dim() < 2]},
         ]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        optimizer = torch.optim.AdamW(groups, fused=True)
+        self.set_options(optimizer, lr=self.lr)
+        return optimizer
+
+    def set_options(self, optimizer: torch.optim.Optimizer, *, lr: float) -> None:
+        """Set all options of the next update of an optimizer that `build` made.
+
+        Called before every update, since restoring a checkpoint brings back the options of the run that wrote it.
+        """
+        matrices, vectors = optimizer.param_groups
+        matrices["weight_decay"], vectors["weight_decay"] = self.weight_decay, 0.0
+        for group in (matrices, vectors):
+            group.update(lr=lr, betas=self.betas, eps=self.eps)
 
     def lr_factor(self, step: int, max_steps: int) -> float:
         """Learning rate of the update after `step` earlier ones, as a share of the peak."""

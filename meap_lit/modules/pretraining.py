@@ -29,6 +29,8 @@ class MEAPPretraining(DecoderModule):
         protect: Special tokens that are never masked.
         protect_rare: The rarest tokens, which together make up at most this share of the training tokens, are never
             masked. They are counted in the rows that the run trains on first.
+        seed: Seed of the masks.
+        mask_token_id: Id of the mask token; taken from the data's tokenizer if not given.
         **kwargs: As for `DecoderModule`.
     """
 
@@ -40,6 +42,8 @@ class MEAPPretraining(DecoderModule):
         span_len: int = 1,
         protect: list[Literal["bos", "eos"]] | None = None,
         protect_rare: float = 0.0,
+        seed: int = 0,
+        mask_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -54,6 +58,8 @@ class MEAPPretraining(DecoderModule):
         self.span_len = span_len
         self.protect = protect or []
         self.protect_rare = protect_rare
+        self.seed = seed
+        self.mask_token_id = mask_token_id
         self.protected: Tensor | None = None
         """Which ids are never masked, [V], bool; known when a run starts. No buffer: ranks would send it every step."""
         self.register_buffer("_step_loss", torch.zeros(()), persistent=False)

@@ -12,7 +12,7 @@ import yaml
 
 from meap_lit.callbacks.summary import SUMMARY_FILE
 from meap_lit.errors import UserError
-from meap_lit.integrity import newest_checkpoint, read_file
+from meap_lit.integrity import newest_checkpoint
 from meap_lit.model import DecoderConfig
 from meap_lit.shards import read_trainer_state
 
@@ -234,7 +234,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def _with_checkpoint(run: Run, file: Path) -> Run:
-    content = read_trainer_state(file) if file.is_dir() else read_file(file)  # mapped, so that no weight is read
+    content = read_trainer_state(file)
     try:
         decoder = content["decoder"]["config"]
     except (KeyError, TypeError) as error:

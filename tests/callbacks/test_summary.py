@@ -7,7 +7,7 @@ from meap_lit.recipe import RecipeCLI
 
 def test_each_part_of_a_run_leaves_what_it_took(toy_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["meap_lit", "fit", "--config", "a recipe.yaml"])
-    files = [tmp_path / f"runs/toy/version_{number}" / SUMMARY_FILE for number in range(3)]
+    files = [tmp_path / f"runs/toy/version_{number}" / SUMMARY_FILE for number in range(2)]
     RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "3"])
     summary = json.loads(files[0].read_text())
     assert (summary["first_step"], summary["last_step"]) == (0, 3)
@@ -23,6 +23,3 @@ def test_each_part_of_a_run_leaves_what_it_took(toy_recipe, tmp_path, monkeypatc
     RecipeCLI.run(resumed)
     summary = json.loads(files[1].read_text())
     assert (summary["first_step"], summary["last_step"], summary["tokens"]) == (3, 5, 2 * 8 * 32)
-
-    RecipeCLI.run(resumed)  # its budget is spent
-    assert not files[2].exists()

@@ -131,6 +131,18 @@ def test_a_resume_with_other_weights_is_refused(prepared, text_dataset):
         mixed(30).load_state_dict(state)
 
 
+def test_a_resume_with_another_batch_is_refused_of_an_older_checkpoint_too(prepared):
+    """Steps are what budgets, schedules and masks count: with other steps none of them would mean the same."""
+    data = PretrainingData(prepared.dataset, prepared.tokenizer, seq_len=32, global_batch_size=8)
+    data.setup("fit")
+    fingerprints = {path: manifest.fingerprint for path, manifest in data.manifests.items()}
+    rows = {name: value for name, value in data.row_settings.items() if name != "global_batch_size"}
+    state = {"step": 3, "samples": 24, "datasets": fingerprints, "rows": rows}
+    data.load_state_dict(state)
+    with pytest.raises(UserError, match=r"^data.global_batch_size was 4 in the run of the checkpoint and is 8 now"):
+        data.load_state_dict(state | {"samples": 12})
+
+
 def test_a_shard_alone_is_refused(prepared, tmp_path):
     options = {"input": [str(prepared.texts)], "tokenizer": prepared.tokenizer, "num_workers": 1}
     PrepareText(output=str(tmp_path / "shard"), shard="1/3", **options).run()

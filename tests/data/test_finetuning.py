@@ -1,9 +1,11 @@
 import json
+import re
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from litdata import StreamingDataset
 
 from meap_lit.data.chat import PrepareChat
 from meap_lit.data.packed import PackedTrainStream
@@ -58,7 +60,7 @@ def test_a_later_start_goes_on_where_the_earlier_run_was(data):
 
 def test_every_visit_of_a_sample_is_masked_anew(data):
     mask_token_id = data.tokenizer.mask_token_id
-    per_epoch = data.steps_in(1)
+    per_epoch = data.rows_in(1) // data.global_batch_size
     batches = list(islice(stream(data, micro_batch_size=4), 2 * per_epoch + 2))
     masks = {}  # of a copy's own tokens, the masks it was seen with
     for batch in batches:
@@ -74,10 +76,24 @@ def test_every_visit_of_a_sample_is_masked_anew(data):
     assert sum(drawn[0] != drawn[1] for drawn in seen_twice) > 0.8 * len(seen_twice), "but elsewhere"
 
 
-def test_epochs_are_a_budget(toy_sft_recipe):
-    cli = fit(toy_sft_recipe, "--budget.max_steps", "null", "--budget.max_epochs", "1")
-    data = cli.datamodule
-    assert cli.trainer.global_step == data._order().num_rows(1) // 4 >= 5
+def test_epochs_are_a_budget(toy_sft_recipe, chat, capsys):
+    """What does not fill a step at the end is said, in rows and in conversations."""
+    options = ["--data.global_batch_size", "14", "--budget.max_steps", "null", "--budget.max_epochs", "1"]
+    cli = fit(toy_sft_recipe, *options)
+    rows = list(islice(cli.datamodule._order().iterate(0), cli.datamodule._order().num_rows(1)))
+    assert cli.trainer.global_step == len(rows) // 14 >= 1
+    trained, left = (
+        {document.visit.sample for row in part for document in row.documents}
+        for part in (rows[: len(rows) // 14 * 14], rows[len(rows) // 14 * 14 :])
+    )
+    assert left
+    assert len(trained) + len(left) == len(list(StreamingDataset(f"{chat}/train")))
+    said = f"{len(rows) % 14} rows ({len(left)} conversations)"
+    out = capsys.readouterr().out
+    assert (
+        f"budget.max_epochs 1: the last {said} do not fill an optimizer step of data.global_batch_size 14 rows" in out
+    )
+    assert re.search(rf"^left out of the last epoch +{re.escape(said)}$", out, re.MULTILINE)
 
 
 def test_the_longest_input_follows_the_layout(toy_sft_recipe):

@@ -78,7 +78,7 @@ def test_counts_do_not_depend_on_device_micro_batch_or_resume(data, prepared, ot
 def test_rows_of_a_small_dataset_count_as_often_as_they_are_seen(data, prepared, monkeypatch):
     data = PretrainingData(prepared.dataset, prepared.tokenizer, seq_len=32)
     data.setup("fit")
-    rows = data.steps_in(data.global_batch_size)
+    rows = data.rows_in(1)
     monkeypatch.setattr("meap_lit.data.pretraining.COUNTED_TOKENS", 32 * rows)
     once = data.token_counts()
     monkeypatch.setattr("meap_lit.data.pretraining.COUNTED_TOKENS", 3 * 32 * rows)
@@ -149,6 +149,7 @@ def test_a_resume_on_other_data_is_refused(toy_recipe, prepared, other, tmp_path
         fit(toy_recipe, "--ckpt_path", checkpoint, "--data.datasets", other)
     moved = tmp_path / "moved"
     shutil.copytree(prepared.dataset, moved)
-    fit(toy_recipe, "--ckpt_path", checkpoint, "--data.datasets", str(moved))  # the same content elsewhere is no matter
+    longer = ["--budget.max_steps", "13"]
+    fit(toy_recipe, *longer, "--ckpt_path", checkpoint, "--data.datasets", str(moved))  # the same content elsewhere
     validate = ["validate", "--config", str(toy_recipe), "--ckpt_path", checkpoint, "--data.datasets", other]
     assert RecipeCLI.run(validate).model.decoder is not None, "a model may be validated on any data"

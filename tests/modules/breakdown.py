@@ -1,7 +1,11 @@
-"""Callbacks that break the model during a run, as a fault on a device would, or end it early."""
+"""Callbacks that break the model during a run, as a fault on a device would, end it early, or change its options."""
+
+from typing import Any
 
 import lightning as L
 import torch
+
+from meap_lit.modules import AdamW
 
 
 class BreakAtStep7(L.Callback):
@@ -32,3 +36,14 @@ class StopAtStep7(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         trainer.should_stop = trainer.global_step >= 7
+
+
+class ChangeOptimizer(L.Callback):
+    """Gives the run other options of its optimizer after certain steps, as one that never stopped would change them."""
+
+    def __init__(self, changes: dict[int, dict[str, Any]]) -> None:
+        self.changes = changes
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step in self.changes:
+            pl_module.optimizer = AdamW(**self.changes[trainer.global_step])

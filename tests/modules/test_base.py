@@ -1,5 +1,6 @@
 """What holds for a run of either module: it resumes, however it was stopped, and devices and workers change nothing."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meap_lit.checkpoints import new_mask_token, open_source
@@ -16,6 +18,7 @@ from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.export import Export
 from meap_lit.model import Decoder, DecoderConfig
+from meap_lit.modules import AdamW
 from meap_lit.recipe import RecipeCLI
 from tests.word_tokenizer import save_word_level
 
@@ -75,6 +78,43 @@ def test_a_run_that_had_ended_goes_on_with_a_larger_budget(any_recipe, tmp_path)
     resumed = run(any_recipe, *constant, "--ckpt_path", str(checkpoint))
     assert resumed.trainer.global_step == 12
     assert_same_weights(whole, resumed)
+
+
+OTHER_OPTIONS = {
+    "lr": 1e-3,
+    "final_lr": 5e-4,
+    "warmup_share": 0.5,
+    "betas": [0.8, 0.99],
+    "eps": 1e-3,
+    "weight_decay": 0.5,
+}
+
+
+def as_words(options):
+    return [word for name, value in options.items() for word in (f"--model.optimizer.{name}", str(value))]
+
+
+def test_optimizer_options_given_on_a_resume_apply(any_recipe, tmp_path):
+    """Each of them, from the first resumed step on; the schedule goes on at its step."""
+    change = "--trainer.callbacks+=tests.modules.breakdown.ChangeOptimizer"
+    changed = run(any_recipe, change, "--trainer.callbacks.changes", json.dumps({5: OTHER_OPTIONS}))
+    checkpoint = ["--ckpt_path", str(tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "step=5.ckpt")]
+    resumed = run(any_recipe, *as_words(OTHER_OPTIONS), *checkpoint)
+    assert_same_weights(changed, resumed)
+    schedule = AdamW(**{name: value for name, value in OTHER_OPTIONS.items() if name != "betas"})
+    logged = scalars(tmp_path / "runs" / "toy" / "version_1")["train/lr"]
+    assert logged == {step: pytest.approx(schedule.lr * schedule.lr_factor(step, 12)) for step in range(5, 12)}
+    recorded = yaml.safe_load((tmp_path / "runs" / "toy" / "version_1" / "config.yaml").read_text())
+    assert recorded["model"]["init_args"]["optimizer"] == OTHER_OPTIONS
+
+
+def test_a_larger_budget_stretches_the_schedule_from_the_first_resumed_step_on(any_recipe, tmp_path):
+    run(any_recipe, "--budget.max_steps", "10")
+    run(any_recipe, "--budget.max_steps", "40", "--ckpt_path", "last")
+    run(any_recipe, "--budget.max_steps", "40")
+    resumed, whole = (scalars(tmp_path / "runs" / "toy" / f"version_{number}")["train/lr"] for number in (1, 2))
+    assert resumed == {step: rate for step, rate in whole.items() if step >= 10}
+    assert resumed[10] > 2.7e-3, "the run before had come down to 3e-4"
 
 
 def test_a_run_of_another_kind_is_not_resumed(toy_recipe, toy_sft_recipe, tmp_path):
@@ -195,7 +235,7 @@ def test_shards_of_another_model_are_refused(toy_recipe):
     command += ["--config", "recipes/strategy/fsdp2.yaml", "--trainer.devices", "1", "--ckpt_path", "last"]
     first, again = (
         subprocess.run([*command, *change], capture_output=True, text=True, timeout=200, check=False)
-        for change in ([], ["--model.decoder.num_layers", "1"])
+        for change in ([], ["--budget.max_steps", "3", "--model.decoder.num_layers", "1"])
     )
     assert first.returncode == 0, first.stderr
     assert "checkpoint: none yet in " in first.stdout

@@ -50,6 +50,19 @@ def test_the_update_is_adamw():
     torch.testing.assert_close(ours.weight, theirs.weight)
 
 
+def test_options_override_those_of_a_restored_state():
+    model = Decoder(TOY)
+    was = AdamW(lr=1e-3, betas=(0.5, 0.6), eps=1e-2, weight_decay=0.7).build(model)
+    now = AdamW(lr=2e-3, betas=(0.8, 0.9), eps=1e-4, weight_decay=0.1)
+    optimizer = now.build(model)
+    expected = [{**group, "lr": 5e-4} for group in optimizer.param_groups]
+    optimizer.load_state_dict(was.state_dict())
+    assert optimizer.param_groups != expected
+    now.set_options(optimizer, lr=5e-4)
+    assert optimizer.param_groups == expected
+    assert [group["weight_decay"] for group in expected] == [0.1, 0.0]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
