@@ -34,8 +34,9 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` that knows its end-of-text and mask tokens and ignores special tokens in the text.
 
     The mask token is added in memory, as the next free id, to a tokenizer that has none: Llama 2 has 32,000 tokens,
-    so its mask is 32,000 and `vocab_size` 32,001. Texts are encoded without special tokens around them, and text
-    that spells one out (`"</s>"`) is encoded as the characters it is made of.
+    so its mask is 32,000 and `vocab_size` 32,001. Text that spells a special token (`"</s>"`) is encoded as the
+    characters it is made of, even where the vocabulary has that text as an ordinary piece. Truncation and padding
+    stored in tokenizer.json are ignored.
 
     Args:
         backend: The tokenizer; it is changed.
@@ -55,6 +56,9 @@ class Tokenizer:
         """Whether the mask token was added in memory, so that no model has seen its id."""
         self._backend = _with_mask_token(backend, mask)
         self._backend.encode_special_tokens = True  # do not look for special tokens in the text
+        # a call of transformers with truncation or padding leaves them in the file; they are not part of the tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
         eos = _find_special(backend, settings, "eos")
         if eos is None:
             raise UserError(
@@ -69,6 +73,10 @@ class Tokenizer:
         self.bos_token_id = None if bos is None else vocabulary[bos]
         self.vocab_size = _next_id(self._backend)
         """Largest id + 1, mask token included. Ids may have holes, so this is not the number of tokens."""
+        added = self._backend.get_added_tokens_decoder()
+        special = {token_id for token_id, token in added.items() if token.special} - {self.unk_token_id}
+        roles = {vocabulary[token] for token in self._special.values() if token is not None}
+        self._control_ids = frozenset(special | roles)
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
@@ -116,14 +124,86 @@ class Tokenizer:
         canonical = json.dumps(_without_defaults(deciding), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    @cached_property
+    def unk_token_id(self) -> int | None:
+        """Id that text outside the vocabulary becomes, or None if the tokenizer's model names none."""
+        model = self._backend.model
+        if hasattr(model, "unk_token"):
+            return None if model.unk_token is None else self._backend.token_to_id(model.unk_token)
+        return json.loads(self._backend.to_str())["model"].get("unk_id")  # Unigram does not show it
+
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without special tokens."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Return the ids of `text` alone: no special token in it or around it.
+
+        Raises:
+            UserError: If the text spells a special token and the vocabulary has no other pieces for it.
+        """
+        return self._checked(text, self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens. Uses all cores unless TOKENIZERS_PARALLELISM is false."""
+        """Return the ids of each text, as `encode` does. Uses all cores unless TOKENIZERS_PARALLELISM is false."""
         # the fast variant leaves out character offsets, which nobody here needs, and saves a fifth of the time
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        rows = [encoding.ids for encoding in encodings]
+        return [self._checked(text, ids) for text, ids in zip(texts, rows, strict=True)]
+
+    def _checked(self, text: str, ids: list[int]) -> list[int]:
+        """Return `ids`, which the backend gave `text`, or others where a special token is among them."""
+        # whatever the model: it may have "</s>" as a piece like any other
+        return ids if self._control_ids.isdisjoint(ids) else self._encode_spelled(text)
+
+    def _encode_spelled(self, text: str) -> list[int]:
+        """Return the ids of a text that spells a special token, in other pieces of the vocabulary."""
+        found = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._speller.encode(text, add_special_tokens=False)
+        # a model without an unknown token leaves out what it has no piece for
+        is_whole = _num_encoded_characters(encoding) >= _num_encoded_characters(found)
+        if not (is_whole and self._control_ids.isdisjoint(encoding.ids)):
+            spans = zip(found.ids, found.offsets, strict=True)
+            start, stop = next(span for token_id, span in spans if token_id in self._control_ids)
+            raise UserError(
+                f"a text spells {text[start:stop]!r}, a special token of tokenizer {self.path}, whose vocabulary "
+                f"has no other pieces for it; replace it in the text, or use another tokenizer"
+            )
+        return encoding.ids
+
+    @cached_property
+    def _speller(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, but for the pieces of special tokens: no text becomes one of them."""
+        speller = tokenizers.Tokenizer.from_str(
+            json.dumps(self.without_control_pieces(json.loads(self._backend.to_str())))
+        )
+        speller.encode_special_tokens = True
+        return speller
+
+    def without_control_pieces(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Return `content`, a tokenizer.json of this vocabulary, such that no text becomes a special token.
+
+        Every piece keeps its id. Those of special tokens get names that no text has, and no merge makes them.
+        """
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        hidden = {piece for piece, token_id in vocabulary.items() if token_id in self._control_ids}
+        names = {piece: hashlib.sha256(piece.encode()).hexdigest() for piece in hidden}
+        model = dict(content["model"])
+        pieces = model["vocab"]
+        if isinstance(pieces, dict):
+            model["vocab"] = {names.get(piece, piece): token_id for piece, token_id in pieces.items()}
+        else:  # Unigram
+            model["vocab"] = [[names.get(piece, piece), score] for piece, score in pieces]
+        if model.get("merges"):
+            pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+            prefix = model.get("continuing_subword_prefix") or ""
+            model["merges"] = [
+                [left, right]
+                for left, right in pairs
+                if hidden.isdisjoint((left, right, left + right.removeprefix(prefix)))
+            ]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        added = [
+            {**token, "content": names.get(token["content"], token["content"])} for token in content["added_tokens"]
+        ]
+        return {**content, "model": model, "added_tokens": added}
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`."""
@@ -203,6 +283,10 @@ def _with_mask_token(backend: tokenizers.Tokenizer, mask: str) -> tokenizers.Tok
     rebuilt = tokenizers.Tokenizer.from_str(json.dumps(content))
     rebuilt.add_special_tokens([token])
     return rebuilt
+
+
+def _num_encoded_characters(encoding: tokenizers.Encoding) -> int:
+    return len({place for start, stop in encoding.offsets for place in range(start, stop)})
 
 
 def _next_id(backend: tokenizers.Tokenizer) -> int:
