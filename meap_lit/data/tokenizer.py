@@ -28,6 +28,7 @@ _WELL_KNOWN = {
 _TOKEN_SETTINGS = ("bos_token", "eos_token", "mask_token", "pad_token", "unk_token")
 # What of a tokenizer_config.json is handed on by `save`; the rest names classes and files that `save` does not write.
 _KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "unk_token", "pad_token")
+_KEPT_SETTINGS += ("add_bos_token", "add_eos_token")
 
 
 class Tokenizer:
@@ -37,6 +38,10 @@ class Tokenizer:
     so its mask is 32,000 and `vocab_size` 32,001. Text that spells a special token (`"</s>"`) is encoded as the
     characters it is made of, even where the vocabulary has that text as an ordinary piece. Truncation and padding
     stored in tokenizer.json are ignored.
+
+    Whether a text begins with BOS is decided here: `before_text` and `after_text` are what the tokenizer itself writes
+    around a text. Documents, prompts and what is scored all follow them, as transformers does with the same folder.
+    Naming a BOS is not writing it: GPT-2 and SmolLM2 name one and write none.
 
     Args:
         backend: The tokenizer; it is changed.
@@ -77,6 +82,7 @@ class Tokenizer:
         special = {token_id for token_id, token in added.items() if token.special} - {self.unk_token_id}
         roles = {vocabulary[token] for token in self._special.values() if token is not None}
         self._control_ids = frozenset(special | roles)
+        self.before_text, self.after_text = _written_around(self._backend)
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
@@ -113,7 +119,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of all that decides which ids a text gets, the mask and end-of-text ids included.
+        """Hex SHA-256 of all that decides the ids of a bare text, and of the mask and end-of-text ids.
 
         It does not depend on the folder, on the layout of tokenizer.json or on what only matters for decoding.
         """
@@ -123,6 +129,14 @@ class Tokenizer:
         # settings that are absent, null or false are left out: a later library may write more of them
         canonical = json.dumps(_without_defaults(deciding), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def document_fingerprint(self) -> str:
+        """Hex SHA-256 of all that decides the ids of a document; `fingerprint` where only EOS is written around it."""
+        around = [self.before_text, self.as_document([])[len(self.before_text) :]]
+        if around == [[], [self.eos_token_id]]:
+            return self.fingerprint
+        return hashlib.sha256(f"{self.fingerprint} {json.dumps(around)}".encode()).hexdigest()
 
     @cached_property
     def unk_token_id(self) -> int | None:
@@ -136,9 +150,27 @@ class Tokenizer:
         """Return the ids of `text` alone: no special token in it or around it.
 
         Raises:
-            UserError: If the text spells a special token and the vocabulary has no other pieces for it.
+            UserError: If the vocabulary has no pieces for a part of the text other than a special token.
         """
         return self._checked(text, self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Return the ids that transformers' tokenizer of the same folder gives `text`, special tokens around it."""
+        return [*self.before_text, *self.encode(text), *self.after_text]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of the beginning of a text, for a model to continue; at least one."""
+        return [*self.before_text, *self.encode(text)] or [self.start_token_id]
+
+    def as_document(self, ids: Sequence[int]) -> list[int]:
+        """Return a document, given the ids of its text from `encode`: as the tokenizer writes it, with one EOS last."""
+        document = [*self.before_text, *ids, *self.after_text]
+        return document if document[-1:] == [self.eos_token_id] else [*document, self.eos_token_id]
+
+    @property
+    def start_token_id(self) -> int:
+        """BOS, or EOS if no BOS is named: what a model reads where there is no text before the one that it predicts."""
+        return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, as `encode` does. Uses all cores unless TOKENIZERS_PARALLELISM is false."""
@@ -160,10 +192,10 @@ class Tokenizer:
         is_whole = _num_encoded_characters(encoding) >= _num_encoded_characters(found)
         if not (is_whole and self._control_ids.isdisjoint(encoding.ids)):
             spans = zip(found.ids, found.offsets, strict=True)
-            start, stop = next(span for token_id, span in spans if token_id in self._control_ids)
+            token_id, (start, stop) = next(pair for pair in spans if pair[0] in self._control_ids)
             raise UserError(
-                f"a text spells {text[start:stop]!r}, a special token of tokenizer {self.path}, whose vocabulary "
-                f"has no other pieces for it; replace it in the text, or use another tokenizer"
+                f"tokenizer {self.path} can only write {text[start:stop]!r:.60} as the special token "
+                f"{self._backend.id_to_token(token_id)!r}; replace it in the text, or use another tokenizer"
             )
         return encoding.ids
 
@@ -258,6 +290,9 @@ _TEMPLATE_FILE = "chat_template.jinja"
 def _find_special(backend: tokenizers.Tokenizer, settings: dict[str, Any], role: str) -> str | None:
     """The token that plays `role` ("eos"), if the vocabulary holds it."""
     candidates = [settings.get(f"{role}_token"), *_WELL_KNOWN[role]]
+    if role == "bos" and settings.get("eos_token"):
+        # a folder that names its tokens and no BOS has none; "<s>" may be a piece like any other in its vocabulary
+        candidates = candidates[:1]
     return next((token for token in candidates if token and backend.token_to_id(token) is not None), None)
 
 
@@ -287,6 +322,21 @@ def _with_mask_token(backend: tokenizers.Tokenizer, mask: str) -> tokenizers.Tok
 
 def _num_encoded_characters(encoding: tokenizers.Encoding) -> int:
     return len({place for start, stop in encoding.offsets for place in range(start, stop)})
+
+
+def _written_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that the post-processor writes before and after a text.
+
+    It alone decides in transformers 5, which ignores `add_bos_token` where there is a tokenizer.json.
+    """
+    if backend.post_processor is None:
+        return [], []
+    text_id = 1 << 31  # no vocabulary has it
+    probe = tokenizers.Tokenizer(models.WordLevel({"text": text_id}, unk_token="text"))
+    probe.post_processor = backend.post_processor
+    ids = probe.encode("text").ids
+    place = ids.index(text_id)
+    return ids[:place], ids[place + 1 :]
 
 
 def _next_id(backend: tokenizers.Tokenizer) -> int:
