@@ -27,8 +27,10 @@ _WELL_KNOWN = {
 }
 _TOKEN_SETTINGS = ("bos_token", "eos_token", "mask_token", "pad_token", "unk_token")
 # What of a tokenizer_config.json is handed on by `save`; the rest names classes and files that `save` does not write.
-_KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "unk_token", "pad_token")
-_KEPT_SETTINGS += ("add_bos_token", "add_eos_token")
+_KEPT_SETTINGS = (
+    *("chat_template", "model_max_length", "padding_side", "unk_token", "pad_token"),
+    *("add_bos_token", "add_eos_token"),  # for others than transformers 5
+)
 
 
 class Tokenizer:
@@ -265,14 +267,23 @@ class Tokenizer:
         """Ids below `num_rows` that stand for nothing: holes in the vocabulary, and padding above it."""
         return sorted(set(range(num_rows)) - set(self._backend.get_vocab(with_added_tokens=True).values()))
 
-    def save(self, folder: Path | str) -> None:
-        """Write the tokenizer, mask token included, as a folder that transformers and `load` read."""
+    def save(self, folder: Path | str, with_mask: bool = True) -> None:
+        """Write the tokenizer as a folder that transformers and `load` read.
+
+        Args:
+            folder: Folder to write to; it is made if it does not exist.
+            with_mask: Whether to write the mask token. It has the last id, so without it the others stay as they are.
+        """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
+        content, roles = self._backend.to_str(pretty=True), dict(self._special)
+        if not with_mask:
+            assert self.mask_token_id == self.vocab_size - 1, "the mask token was not added to the others"
+            content = _without_token(content, str(roles.pop("mask")))
         # the library's own `save` says of a full disk nothing that could be told from a bug
-        (target / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        (target / "tokenizer.json").write_text(content, encoding="utf-8")
         settings = {name: self._settings[name] for name in _KEPT_SETTINGS if name in self._settings}
-        settings |= {f"{role}_token": token for role, token in self._special.items() if token is not None}
+        settings |= {f"{role}_token": token for role, token in roles.items() if token is not None}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -322,6 +333,15 @@ def _with_mask_token(backend: tokenizers.Tokenizer, mask: str) -> tokenizers.Tok
 
 def _num_encoded_characters(encoding: tokenizers.Encoding) -> int:
     return len({place for start, stop in encoding.offsets for place in range(start, stop)})
+
+
+def _without_token(text: str, added: str) -> str:
+    """A tokenizer.json without one token that `_with_mask_token` added."""
+    content = json.loads(text)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != added]
+    if isinstance(content["model"]["vocab"], dict):
+        content["model"]["vocab"].pop(added, None)
+    return json.dumps(content, ensure_ascii=False, indent=2)
 
 
 def _written_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
