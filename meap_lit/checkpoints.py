@@ -129,6 +129,8 @@ class Checkpoint(WeightSource):
 
     Args:
         mask_token_id: Id of the mask token in training.
+        rows_without_mask: Vocabulary rows that the model would have without the mask token, if that was added to the
+            tokenizer and no input was masked; None otherwise.
         init_from: Path of the model that training started from.
         base: That model, if its weights are needed.
         lora: What the adapters are like.
@@ -136,6 +138,7 @@ class Checkpoint(WeightSource):
     """
 
     mask_token_id: int | None
+    rows_without_mask: int | None
     init_from: str | None
     base: WeightSource | None
     lora: LoRA | None
@@ -172,6 +175,7 @@ class Checkpoint(WeightSource):
             generation=about.get("generation") or {},
             tokens_seen=about.get("tokens_seen"),
             mask_token_id=about.get("mask_token_id"),
+            rows_without_mask=about.get("rows_without_mask"),
             init_from=init_from,
             base=_open_base(file, init_from, verify) if lora and init_from else None,
             lora=lora,

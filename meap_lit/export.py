@@ -1,5 +1,6 @@
 """A checkpoint as a folder of Hugging Face, which transformers loads without code of ours."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from meap_lit.errors import UserError
 from meap_lit.model.decoder import Decoder
 from meap_lit.model.hf import family, hf_name, write_config
 from meap_lit.model.hf_folder import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE
-from meap_lit.model.weights import WeightSource, check_weights
+from meap_lit.model.weights import EMBEDDING, HEAD, WeightSource, check_weights
 
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,6 +59,10 @@ class Export(Preparation):
             return self._make_adapter(folder, source, DTYPES[self.dtype or "float32"])
         dtype = DTYPES[self.dtype] if self.dtype else source.dtype
         tokenizer = self._load_tokenizer(source)
+        rows = source.rows_without_mask if isinstance(source, Checkpoint) else None
+        is_unused = rows is not None and tokenizer.mask_token_id == tokenizer.vocab_size - 1
+        if rows is not None and is_unused:
+            source = _FewerRows.of(source, rows)
         model_type = family(source.config, source.model_type)
         if model_type is None:
             raise UserError(
@@ -68,14 +73,22 @@ class Export(Preparation):
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         _write_json(folder / CONFIG_FILE, write_config(source.config, model_type, dtype) | special)
         _write_json(folder / GENERATION_FILE, _generation(source, tokenizer))
-        if tokenizer.mask_token_id < (source.config.vocab_size or 0):
-            tokenizer.save(folder)
+        is_known = tokenizer.mask_token_id < (source.config.vocab_size or 0)
+        if is_unused or is_known:
+            tokenizer.save(folder, with_mask=not is_unused)
         else:  # a model that never met the mask token has no row for it: its tokenizer goes out as it came
             Tokenizer.copy_files(Path(tokenizer.path), folder)
         what = f"{source.config.num_parameters():,} parameters, {model_type}"
         summary = self._summary(folder, source, files, what, dtype)
         prompt = "--chat --prompt 'Name three rivers.'" if tokenizer.chat_template else "--prompt 'Once upon a time'"
         summary += f"\n  try: python -m meap_lit generate --checkpoint {self.output} {prompt}"
+        if is_unused:
+            summary += "\n  without the mask token, since no input was masked in training"
+        elif is_known:
+            summary += (
+                f"\n  transformers takes {tokenizer.special_tokens['mask_token']} in a text for the mask token, unless "
+                f"its tokenizer is called with split_special_tokens=True"
+            )
         if model_type == "qwen2" and QWEN2_SPLIT not in _pre_tokenizer(tokenizer):
             summary += (
                 "\n  load its tokenizer with PreTrainedTokenizerFast: AutoTokenizer would split text as Qwen2 does"
@@ -131,6 +144,29 @@ class Export(Preparation):
 
 
 # ------------------------------------------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FewerRows(WeightSource):
+    """A source without the last rows of its vocabulary."""
+
+    whole: WeightSource
+
+    @classmethod
+    def of(cls, source: WeightSource, rows: int) -> "_FewerRows":
+        same = {field.name: getattr(source, field.name) for field in dataclasses.fields(WeightSource)}
+        return cls(**{**same, "config": dataclasses.replace(source.config, vocab_size=rows)}, whole=source)
+
+    def names(self) -> list[str]:
+        return self.whole.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.whole.shape(name)
+        return (self.config.vocab_size or 0, *shape[1:]) if name in (EMBEDDING, HEAD) else shape
+
+    def read(self, name: str) -> Tensor:
+        tensor = self.whole.read(name)
+        return tensor[: self.config.vocab_size] if name in (EMBEDDING, HEAD) else tensor
 
 
 def _write_weights(folder: Path, source: WeightSource, dtype: torch.dtype, shard_bytes: int) -> list[str]:

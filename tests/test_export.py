@@ -17,6 +17,7 @@ from torch import Tensor
 
 from meap_lit.checkpoints import build_decoder, open_source
 from meap_lit.cli import main
+from meap_lit.data.text import PrepareText
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.export import Export
@@ -165,6 +166,103 @@ def test_the_tokenizer_of_qwen2(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (again.mask_token_id, again.eos_token_id) == (len(theirs), 0)
 
 
+# ------------------------------------------------------------------------------ a mask token that was or was not used
+
+
+@pytest.fixture(scope="module")
+def without_mask(prepared: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 320 tokens without a mask among them, and a dataset made with it."""
+    folder = tmp_path_factory.mktemp("without_mask")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend.train(
+        [str(file) for file in prepared.texts.iterdir()],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(
+        folder / "tokenizer"
+    )
+    options = {"tokenizer": str(folder / "tokenizer"), "output": str(folder / "dataset"), "num_workers": 1}
+    PrepareText(input=[str(prepared.texts)], val_share=0.1, **options).run()
+    return folder
+
+
+DECODER = (
+    "decoder: {num_layers: 2, num_heads: 2, num_kv_heads: 1, hidden_size: 32, intermediate_size: 64, max_seq_len: 64}"
+)
+
+
+def train(toy_recipe: Path, folder: Path, name: str, *arguments: str, init_from: Path | None = None) -> Path:
+    """A run of two steps with the tokenizer and dataset of `folder`, and its export."""
+    recipe = toy_recipe.with_name(f"{name}.yaml")
+    text = toy_recipe.read_text()
+    assert DECODER in text
+    recipe.write_text(text if init_from is None else text.replace(DECODER, f"init_from: {init_from}"))
+    options = ["--data.datasets", str(folder / "dataset"), "--data.tokenizer", str(folder / "tokenizer")]
+    options += ["--budget.max_steps", "2", "--trainer.logger.name", name, *arguments]
+    assert main(["fit", "--config", str(recipe), *options]) == 0
+    run, output = recipe.parent / "runs" / name, recipe.parent / f"{name}-out"
+    assert main(["export", "--checkpoint", str(run), "--output", str(output)]) == 0
+    return output
+
+
+def test_a_run_without_masks_is_exported_without_the_mask_token(
+    toy_recipe: Path, without_mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = train(toy_recipe, without_mask, "plain", "--model.mask.ratio", "0")
+    assert "without the mask token, since no input was masked in training\n" in capsys.readouterr().out
+    theirs = transformers.AutoTokenizer.from_pretrained(output)
+    original = transformers.AutoTokenizer.from_pretrained(without_mask / "tokenizer")
+    assert (len(theirs), theirs.mask_token) == (320, None)
+    assert theirs("the old [MASK]").input_ids == original("the old [MASK]").input_ids
+    model = transformers.AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.vocab_size == 320
+    assert model.generation_config.suppress_tokens == []
+    run = open_source(tmp_path / "runs" / "plain")
+    assert run.config.vocab_size == 384  # in training it has the shape of the masked run that it is compared with
+    decoder, input_ids = build_decoder(run.config, run), random_ids(1, 16, 320)
+    with torch.no_grad():
+        expected = decoder.logits(decoder(input_ids))[..., :320]
+        torch.testing.assert_close(model(input_ids).logits, expected, atol=1e-5, rtol=1e-4)
+    again = Tokenizer.load(str(output))
+    assert again.document_fingerprint == Tokenizer.load(str(without_mask / "tokenizer")).document_fingerprint
+
+    # a second stage without masks: what was not used stays unused, and the model that came out goes in
+    second = train(toy_recipe, without_mask, "second", "--model.mask.ratio", "0", init_from=tmp_path / "runs" / "plain")
+    third = train(toy_recipe, without_mask, "third", "--model.mask.ratio", "0", init_from=output)
+    for folder in (second, third):
+        assert open_source(folder).config.vocab_size == 320
+        assert Tokenizer.load(str(folder)).mask_is_new
+
+
+def test_a_mask_that_was_used_is_exported(
+    toy_recipe: Path, without_mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ramp = ["--model.mask", "meap_lit.masking.Linear", "--model.mask.start", "0", "--model.mask.end", "0.5"]
+    output = train(toy_recipe, without_mask, "masked", *ramp)
+    assert "transformers takes [MASK] in a text for the mask token, unless" in capsys.readouterr().out
+    theirs = transformers.AutoTokenizer.from_pretrained(output)
+    bare = transformers.AutoTokenizer.from_pretrained(without_mask / "tokenizer")("the old [MASK]").input_ids
+    assert (len(theirs), theirs.mask_token_id) == (321, 320)
+    assert theirs("the old [MASK]").input_ids[-1] == 320
+    assert theirs("the old [MASK]", split_special_tokens=True).input_ids == bare
+    assert open_source(output).config.vocab_size == 384
+    # a stage without masks does not make it unused
+    second = train(
+        toy_recipe, without_mask, "second", "--model.mask.ratio", "0", init_from=tmp_path / "runs" / "masked"
+    )
+    assert transformers.AutoTokenizer.from_pretrained(second).mask_token_id == 320
+    # nor does a resume that masks nothing any more
+    checkpoint = tmp_path / "runs" / "masked" / "version_0" / "checkpoints" / "step=2.ckpt"
+    more = ["--ckpt_path", str(checkpoint), "--budget.max_steps", "3", "--model.mask.ratio", "0"]
+    resumed = train(toy_recipe, without_mask, "resumed", *more)
+    assert transformers.AutoTokenizer.from_pretrained(resumed).mask_token_id == 320
+
+
 # ------------------------------------------------------------------------------------------------ round trips
 
 
@@ -304,6 +402,8 @@ def test_command(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         f"  {sum(p.numel() for p in decoder.parameters()):,} parameters, llama, float32",
         f"  model.safetensors, {(output / 'model.safetensors').stat().st_size / 1e6:.2f} MB",
         f"  try: python -m meap_lit generate --checkpoint {output} --chat --prompt 'Name three rivers.'",
+        "  transformers takes [MASK] in a text for the mask token, unless its tokenizer is called with "
+        "split_special_tokens=True",
     ]
     assert main(arguments) == 2
     assert (

@@ -76,10 +76,11 @@ class Manifest:
     """Content of the manifest.json that stands beside the splits and is written last.
 
     Args:
-        tokenizer_fingerprint: `Tokenizer.fingerprint` of the tokenizer that made the ids.
+        tokenizer_fingerprint: `Tokenizer.document_fingerprint` of the tokenizer that made the ids; in a chat dataset,
+            where the template writes all special tokens, its `fingerprint`.
         vocab_size: Its vocabulary: every id is below.
         eos_token_id: Id that closes every document of text.
-        bos_token_id: The tokenizer's id for a beginning; documents of text do not start with it.
+        bos_token_id: The id of the BOS that the tokenizer names; documents start with it if the tokenizer writes it.
         mask_token_id: Id of the mask token; it stands nowhere in the data.
         dtype: uint16 or int32.
         val_share: Share of documents that was to be held out.
@@ -187,23 +188,34 @@ class Manifest:
         body = json.dumps(content, indent=1).removesuffix("\n}")
         (folder / MANIFEST_FILE).write_text(f'{body},\n "{SHA256}": "{_hash_of(body.encode())}"\n}}\n')
 
-    def check_tokenizer(self, tokenizer: Tokenizer, dataset: str, tokenizer_folder: str) -> None:
+    def check_tokenizer(
+        self, tokenizer: Tokenizer, dataset: str, tokenizer_folder: str, option: str = "data.tokenizer"
+    ) -> None:
         """Make sure that the data's ids mean what `tokenizer` takes them for.
 
         Args:
             tokenizer: The tokenizer of the recipe.
             dataset: Where the dataset lies, for the message.
             tokenizer_folder: Where the tokenizer lies, for the message.
+            option: What names it, for the message.
 
         Raises:
             UserError: If the dataset was prepared with another tokenizer.
         """
-        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+        expected = tokenizer.document_fingerprint if self.kind == "text" else tokenizer.fingerprint
+        if expected == self.tokenizer_fingerprint:
+            return
+        if tokenizer.fingerprint == self.tokenizer_fingerprint:
+            around = tokenizer.decode([*tokenizer.before_text, *tokenizer.after_text])
             raise UserError(
-                f"dataset {dataset} was prepared with another tokenizer than {tokenizer_folder} (fingerprint "
-                f"{self.tokenizer_fingerprint[:8]} against {tokenizer.fingerprint[:8]}); name that one as "
-                f"data.tokenizer, or prepare the dataset anew with this one"
+                f"dataset {dataset} was prepared by an earlier version, without the {around} that {tokenizer_folder} "
+                f"writes around each text; prepare the dataset anew"
             )
+        raise UserError(
+            f"dataset {dataset} was prepared with another tokenizer than {tokenizer_folder} (fingerprint "
+            f"{self.tokenizer_fingerprint[:8]} against {expected[:8]}); name that one as {option}, or prepare the "
+            f"dataset anew with this one"
+        )
 
 
 def load_samples(

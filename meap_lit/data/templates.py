@@ -227,6 +227,7 @@ class _TextEncoder:
     """Encodes a template's text, in which special tokens are special, around messages, in which they are not."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         backend = tokenizer.copy_backend()
         known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         # the tokens that play a role are special even where tokenizer.json does not say so, as in transformers
@@ -244,7 +245,7 @@ class _TextEncoder:
     @cached_property
     def _plain(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
         """Encoders that find no special tokens, for the beginning of a text and for parts within it."""
-        content = json.loads(self._backend.to_str())
+        content = self._tokenizer.without_control_pieces(json.loads(self._backend.to_str()))
         first = tokenizers.Tokenizer.from_str(json.dumps(content))
         # a Metaspace of this scheme puts a space in front of a text, but not of a part within it
         content["pre_tokenizer"] = _replace(content["pre_tokenizer"], "prepend_scheme", "first", "never")
@@ -261,7 +262,10 @@ class _TextEncoder:
             # a character that the tokenizer does not know may have become the unknown token, which is special too
             start, stop = offsets[number]
             special[number] = text[start:stop].strip() == self._spelling[ids[number]]
-        if not any(character in text for character in spellings):
+        # the vocabulary may have "</s>" as a piece like any other, or a normalizer may make it of other characters
+        ordinary = {id for id, is_special in zip(ids, special, strict=True) if not is_special}
+        is_clean = not (ordinary & self._spelling.keys() - {self._tokenizer.unk_token_id})
+        if is_clean and not any(character in text for character in spellings):
             return _Tokens(ids, offsets, special)
         # Special tokens cut a text into parts that the tokenizer encodes one by one. Here it does so with the parts as
         # they are spelled, and never looks for special tokens in them.

@@ -1,8 +1,8 @@
 """Text files to a dataset of token ids that LitData streams.
 
 Documents are tokenised by several processes and written by one, so the dataset is the same, byte for byte, whatever
-their number. A document is its tokens and one end-of-text token; there is no beginning-of-text token, since the
-end of the document before says as much.
+their number. A document is the tokens that transformers gives its text, closed by one end-of-text token: it begins with
+a beginning-of-text token if the tokenizer writes one.
 """
 
 import time
@@ -83,7 +83,7 @@ class PrepareText(Preparation):
         sizes = splits.close()
         assert sum(split.tokens for split in sizes.values()) == counts.tokens, "documents were lost on the way"
         Manifest(
-            tokenizer_fingerprint=tokenizer.fingerprint,
+            tokenizer_fingerprint=tokenizer.document_fingerprint,
             vocab_size=tokenizer.vocab_size,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=tokenizer.bos_token_id,
@@ -106,11 +106,13 @@ class PrepareText(Preparation):
 
     def _summary(self, sizes: dict[str, Split], counts: "_Counts", num_skipped: int, seconds: float) -> str:
         megabytes = counts.text_bytes / 1e6
+        unknown = f"  unknown  {counts.unknown} tokens ({counts.unknown / max(1, counts.tokens):.2%}) of text outside"
         return "\n".join(
             [
                 f"dataset {self.output}" + ("" if self.shard is None else f", shard {self.shard} for prepare merge"),
                 *(f"  {name:<9}{size.documents} documents, {size.tokens} tokens" for name, size in sizes.items()),
                 f"  in all   {counts.documents} documents, {counts.tokens} tokens, end-of-text tokens included",
+                *([f"{unknown} the vocabulary"] if counts.unknown else []),
                 f"  left out {counts.empty} empty documents, {num_skipped} unreadable lines",
                 f"  took     {seconds:.1f} s for {megabytes:.1f} MB of text, {megabytes / seconds:.2f} MB/s",
             ]
@@ -133,6 +135,8 @@ class _EncodedBatch:
     draws: list[float]
     """A number in [0, 1) for each document that depends on its text alone."""
     num_empty: int
+    num_unknown: int
+    """Tokens that stand for text outside the vocabulary."""
     text_bytes: int
     bytes_read: int
 
@@ -148,12 +152,14 @@ class _Counts:
     documents: int = 0
     tokens: int = 0
     empty: int = 0
+    unknown: int = 0
     text_bytes: int = 0
 
     def add(self, batch: _EncodedBatch) -> None:
         self.documents += len(batch.lengths)
         self.tokens += len(batch.tokens)
         self.empty += batch.num_empty
+        self.unknown += batch.num_unknown
         self.text_bytes += batch.text_bytes
 
 
@@ -166,11 +172,12 @@ class _Encoder:
 
     def __call__(self, batch: _Batch) -> _EncodedBatch:
         texts = [text for text in batch.texts if text.strip()]
-        rows, draws, text_bytes = [], [], 0
+        rows, draws, text_bytes, num_unknown = [], [], 0, 0
+        unknown = self.tokenizer.unk_token_id
         for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
             if ids:  # a normaliser may leave nothing
-                ids.append(self.tokenizer.eos_token_id)
-                rows.append(ids)
+                num_unknown += ids.count(unknown) if unknown is not None else 0
+                rows.append(self.tokenizer.as_document(ids))
                 raw = text.encode()
                 text_bytes += len(raw)
                 draws.append(draw(raw))
@@ -181,6 +188,7 @@ class _Encoder:
             lengths=np.array([len(ids) for ids in rows], dtype=np.int64),
             draws=draws,
             num_empty=len(batch.texts) - len(rows),
+            num_unknown=num_unknown,
             text_bytes=text_bytes,
             bytes_read=batch.bytes_read,
         )

@@ -27,15 +27,23 @@ _WELL_KNOWN = {
 }
 _TOKEN_SETTINGS = ("bos_token", "eos_token", "mask_token", "pad_token", "unk_token")
 # What of a tokenizer_config.json is handed on by `save`; the rest names classes and files that `save` does not write.
-_KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "unk_token", "pad_token")
+_KEPT_SETTINGS = (
+    *("chat_template", "model_max_length", "padding_side", "unk_token", "pad_token"),
+    *("add_bos_token", "add_eos_token"),  # for others than transformers 5
+)
 
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` that knows its end-of-text and mask tokens and ignores special tokens in the text.
 
     The mask token is added in memory, as the next free id, to a tokenizer that has none: Llama 2 has 32,000 tokens,
-    so its mask is 32,000 and `vocab_size` 32,001. Texts are encoded without special tokens around them, and text
-    that spells one out (`"</s>"`) is encoded as the characters it is made of.
+    so its mask is 32,000 and `vocab_size` 32,001. Text that spells a special token (`"</s>"`) is encoded as the
+    characters it is made of, even where the vocabulary has that text as an ordinary piece. Truncation and padding
+    stored in tokenizer.json are ignored.
+
+    Whether a text begins with BOS is decided here: `before_text` and `after_text` are what the tokenizer itself writes
+    around a text. Documents, prompts and what is scored all follow them, as transformers does with the same folder.
+    Naming a BOS is not writing it: GPT-2 and SmolLM2 name one and write none.
 
     Args:
         backend: The tokenizer; it is changed.
@@ -55,6 +63,9 @@ class Tokenizer:
         """Whether the mask token was added in memory, so that no model has seen its id."""
         self._backend = _with_mask_token(backend, mask)
         self._backend.encode_special_tokens = True  # do not look for special tokens in the text
+        # a call of transformers with truncation or padding leaves them in the file; they are not part of the tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
         eos = _find_special(backend, settings, "eos")
         if eos is None:
             raise UserError(
@@ -69,6 +80,11 @@ class Tokenizer:
         self.bos_token_id = None if bos is None else vocabulary[bos]
         self.vocab_size = _next_id(self._backend)
         """Largest id + 1, mask token included. Ids may have holes, so this is not the number of tokens."""
+        added = self._backend.get_added_tokens_decoder()
+        special = {token_id for token_id, token in added.items() if token.special} - {self.unk_token_id}
+        roles = {vocabulary[token] for token in self._special.values() if token is not None}
+        self._control_ids = frozenset(special | roles)
+        self.before_text, self.after_text = _written_around(self._backend)
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
@@ -108,7 +124,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of all that decides which ids a text gets, the mask and end-of-text ids included.
+        """Hex SHA-256 of all that decides the ids of a bare text, and of the mask and end-of-text ids.
 
         It does not depend on the folder, on the layout of tokenizer.json or on what only matters for decoding.
         """
@@ -119,14 +135,112 @@ class Tokenizer:
         canonical = json.dumps(_without_defaults(deciding), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    @property
+    def document_fingerprint(self) -> str:
+        """Hex SHA-256 of all that decides the ids of a document; `fingerprint` where only EOS is written around it."""
+        around = [self.before_text, self.as_document([])[len(self.before_text) :]]
+        if around == [[], [self.eos_token_id]]:
+            return self.fingerprint
+        return hashlib.sha256(f"{self.fingerprint} {json.dumps(around)}".encode()).hexdigest()
+
+    @cached_property
+    def unk_token_id(self) -> int | None:
+        """Id that text outside the vocabulary becomes, or None if the tokenizer's model names none."""
+        model = self._backend.model
+        if hasattr(model, "unk_token"):
+            return None if model.unk_token is None else self._backend.token_to_id(model.unk_token)
+        return json.loads(self._backend.to_str())["model"].get("unk_id")  # Unigram does not show it
+
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without special tokens."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Return the ids of `text` alone: no special token in it or around it.
+
+        Raises:
+            UserError: If the vocabulary has no pieces for a part of the text other than a special token.
+        """
+        return self._checked(text, self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Return the ids that transformers' tokenizer of the same folder gives `text`, special tokens around it."""
+        return [*self.before_text, *self.encode(text), *self.after_text]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of the beginning of a text, for a model to continue; at least one."""
+        return [*self.before_text, *self.encode(text)] or [self.start_token_id]
+
+    def as_document(self, ids: Sequence[int]) -> list[int]:
+        """Return a document, given the ids of its text from `encode`: as the tokenizer writes it, with one EOS last."""
+        document = [*self.before_text, *ids, *self.after_text]
+        return document if document[-1:] == [self.eos_token_id] else [*document, self.eos_token_id]
+
+    @property
+    def start_token_id(self) -> int:
+        """BOS, or EOS if no BOS is named: what a model reads where there is no text before the one that it predicts."""
+        return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens. Uses all cores unless TOKENIZERS_PARALLELISM is false."""
+        """Return the ids of each text, as `encode` does. Uses all cores unless TOKENIZERS_PARALLELISM is false."""
         # the fast variant leaves out character offsets, which nobody here needs, and saves a fifth of the time
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        rows = [encoding.ids for encoding in encodings]
+        return [self._checked(text, ids) for text, ids in zip(texts, rows, strict=True)]
+
+    def _checked(self, text: str, ids: list[int]) -> list[int]:
+        """Return `ids`, which the backend gave `text`, or others where a special token is among them."""
+        # whatever the model: it may have "</s>" as a piece like any other
+        return ids if self._control_ids.isdisjoint(ids) else self._encode_spelled(text)
+
+    def _encode_spelled(self, text: str) -> list[int]:
+        """Return the ids of a text that spells a special token, in other pieces of the vocabulary."""
+        found = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._speller.encode(text, add_special_tokens=False)
+        # a model without an unknown token leaves out what it has no piece for
+        is_whole = _num_encoded_characters(encoding) >= _num_encoded_characters(found)
+        if not (is_whole and self._control_ids.isdisjoint(encoding.ids)):
+            spans = zip(found.ids, found.offsets, strict=True)
+            token_id, (start, stop) = next(pair for pair in spans if pair[0] in self._control_ids)
+            raise UserError(
+                f"tokenizer {self.path} can only write {text[start:stop]!r:.60} as the special token "
+                f"{self._backend.id_to_token(token_id)!r}; replace it in the text, or use another tokenizer"
+            )
+        return encoding.ids
+
+    @cached_property
+    def _speller(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, but for the pieces of special tokens: no text becomes one of them."""
+        speller = tokenizers.Tokenizer.from_str(
+            json.dumps(self.without_control_pieces(json.loads(self._backend.to_str())))
+        )
+        speller.encode_special_tokens = True
+        return speller
+
+    def without_control_pieces(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Return `content`, a tokenizer.json of this vocabulary, such that no text becomes a special token.
+
+        Every piece keeps its id. Those of special tokens get names that no text has, and no merge makes them.
+        """
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        hidden = {piece for piece, token_id in vocabulary.items() if token_id in self._control_ids}
+        names = {piece: hashlib.sha256(piece.encode()).hexdigest() for piece in hidden}
+        model = dict(content["model"])
+        pieces = model["vocab"]
+        if isinstance(pieces, dict):
+            model["vocab"] = {names.get(piece, piece): token_id for piece, token_id in pieces.items()}
+        else:  # Unigram
+            model["vocab"] = [[names.get(piece, piece), score] for piece, score in pieces]
+        if model.get("merges"):
+            pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+            prefix = model.get("continuing_subword_prefix") or ""
+            model["merges"] = [
+                [left, right]
+                for left, right in pairs
+                if hidden.isdisjoint((left, right, left + right.removeprefix(prefix)))
+            ]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        added = [
+            {**token, "content": names.get(token["content"], token["content"])} for token in content["added_tokens"]
+        ]
+        return {**content, "model": model, "added_tokens": added}
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`."""
@@ -156,14 +270,23 @@ class Tokenizer:
         """Ids below `num_rows` that stand for nothing: holes in the vocabulary, and padding above it."""
         return sorted(set(range(num_rows)) - set(self._backend.get_vocab(with_added_tokens=True).values()))
 
-    def save(self, folder: Path | str) -> None:
-        """Write the tokenizer, mask token included, as a folder that transformers and `load` read."""
+    def save(self, folder: Path | str, with_mask: bool = True) -> None:
+        """Write the tokenizer as a folder that transformers and `load` read.
+
+        Args:
+            folder: Folder to write to; it is made if it does not exist.
+            with_mask: Whether to write the mask token. It has the last id, so without it the others stay as they are.
+        """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
+        content, roles = self._backend.to_str(pretty=True), dict(self._special)
+        if not with_mask:
+            assert self.mask_token_id == self.vocab_size - 1, "the mask token was not added to the others"
+            content = _without_token(content, str(roles.pop("mask")))
         # the library's own `save` says of a full disk nothing that could be told from a bug
-        (target / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        (target / "tokenizer.json").write_text(content, encoding="utf-8")
         settings = {name: self._settings[name] for name in _KEPT_SETTINGS if name in self._settings}
-        settings |= {f"{role}_token": token for role, token in self._special.items() if token is not None}
+        settings |= {f"{role}_token": token for role, token in roles.items() if token is not None}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -208,6 +331,9 @@ def id_of_token(folder: Path, token: str) -> int | None:
 def _find_special(backend: tokenizers.Tokenizer, settings: dict[str, Any], role: str) -> str | None:
     """The token that plays `role` ("eos"), if the vocabulary holds it."""
     candidates = [settings.get(f"{role}_token"), *_WELL_KNOWN[role]]
+    if role == "bos" and settings.get("eos_token"):
+        # a folder that names its tokens and no BOS has none; "<s>" may be a piece like any other in its vocabulary
+        candidates = candidates[:1]
     return next((token for token in candidates if token and backend.token_to_id(token) is not None), None)
 
 
@@ -233,6 +359,34 @@ def _with_mask_token(backend: tokenizers.Tokenizer, mask: str) -> tokenizers.Tok
     rebuilt = tokenizers.Tokenizer.from_str(json.dumps(content))
     rebuilt.add_special_tokens([token])
     return rebuilt
+
+
+def _num_encoded_characters(encoding: tokenizers.Encoding) -> int:
+    return len({place for start, stop in encoding.offsets for place in range(start, stop)})
+
+
+def _without_token(text: str, added: str) -> str:
+    """A tokenizer.json without one token that `_with_mask_token` added."""
+    content = json.loads(text)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != added]
+    if isinstance(content["model"]["vocab"], dict):
+        content["model"]["vocab"].pop(added, None)
+    return json.dumps(content, ensure_ascii=False, indent=2)
+
+
+def _written_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that the post-processor writes before and after a text.
+
+    It alone decides in transformers 5, which ignores `add_bos_token` where there is a tokenizer.json.
+    """
+    if backend.post_processor is None:
+        return [], []
+    text_id = 1 << 31  # no vocabulary has it
+    probe = tokenizers.Tokenizer(models.WordLevel({"text": text_id}, unk_token="text"))
+    probe.post_processor = backend.post_processor
+    ids = probe.encode("text").ids
+    place = ids.index(text_id)
+    return ids[:place], ids[place + 1 :]
 
 
 def _next_id(backend: tokenizers.Tokenizer) -> int:

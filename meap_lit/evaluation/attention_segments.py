@@ -35,8 +35,8 @@ class AttentionSegments(Task):
     """Shares of the EOS token's attention, in percent, over the segments of a text; they add to 100.
 
     Texts are those of the retrieval probe: facts about people and places among filler. `context_before` begins with
-    the token that starts a text, on which much attention rests that has nowhere to go (an attention sink); `bos`
-    tells its part apart. A record holds the shares in [0, 1], [num_layers, num_heads].
+    the first token, BOS if the tokenizer writes one, on which much attention rests that has nowhere to go (an attention
+    sink); `bos` tells its part apart. A record holds the shares in [0, 1], [num_layers, num_heads].
 
     Args:
         lengths: Lengths of the texts in tokens, at most.
@@ -119,8 +119,10 @@ def encode(source: RetrievalItem, model: LanguageModel) -> tuple[list[int], list
         pairs = zip(input_ids, model.tokenizer.encode(text[:character]), strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    ends = [1 + num_tokens_before(end) for end in (start, start + 1 + len(source.needle), query, len(text))]
-    return [model.start_token_id, *input_ids, model.tokenizer.eos_token_id], [*ends, ends[-1] + 1]
+    before = model.tokenizer.before_text
+    places = (start, start + 1 + len(source.needle), query, len(text))
+    ends = [len(before) + num_tokens_before(place) for place in places]
+    return [*before, *input_ids, model.tokenizer.eos_token_id], [*ends, ends[-1] + 1]
 
 
 def shares(decoder: Decoder, input_ids: Tensor, ends: Sequence[int]) -> dict[str, PerHead]:

@@ -32,8 +32,9 @@ class HarnessModel(TemplateLM):
     """A checkpoint, as the harness wants models.
 
     Texts are tokenized as its own `hf` model does, so that both give the same scores: context and continuation
-    together, after BOS if the tokenizer has one, and cut on the left where they are too long. An unconditional text
-    follows BOS, or EOS if there is no BOS.
+    together, after BOS if the tokenizer writes one, and cut on the left where they are too long. What follows nothing
+    is scored after BOS, or EOS if the tokenizer names no BOS. One thing differs: text that spells a special token is
+    text.
 
     Args:
         checkpoint: A Hugging Face folder, a .ckpt file or folder, or the folder of a run; or a model that is loaded.
@@ -78,12 +79,11 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.model.start_token_id
+        return self.model.tokenizer.start_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        bos = self.model.tokenizer.bos_token_id
-        start = [] if bos is None or add_special_tokens is False else [bos]
-        return [*start, *self.model.tokenizer.encode(string)]
+        tokenizer = self.model.tokenizer
+        return tokenizer.encode(string) if add_special_tokens is False else tokenizer.encode_whole(string)
 
     def row(self, context: str, continuation: str) -> tuple[list[int], int]:
         """What the model reads to score a continuation, and the position in it of the first token that counts."""
@@ -93,7 +93,7 @@ class HarnessModel(TemplateLM):
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], int]:
         # the last token is predicted, not read: a row may have one more than the model has positions
-        row = [*context, *continuation][-(self.max_length + 1) :]
+        row = [*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :]
         return row, max(1, len(row) - len(continuation))
 
     def score_rows(self, rows: Sequence[tuple[list[int], int]], bar: Any = None) -> list[tuple[float, bool]]:
@@ -130,7 +130,7 @@ class HarnessModel(TemplateLM):
         rows: list[tuple[list[int], int]] = []
         owners = []
         for owner, (text,) in enumerate(request.args for request in requests):
-            ids = self.tok_encode(text, add_special_tokens=False)
+            ids = self.tok_encode(text)
             windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
             pieces = [self._cut(*make_disjoint_window(window)) for window in windows]
             rows += pieces

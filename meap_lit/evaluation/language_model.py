@@ -70,15 +70,9 @@ class LanguageModel:
         ids |= {*_ids(self.source, "suppress_tokens")}
         return sorted(token_id for token_id in ids if token_id < rows)  # the mask token may be newer than the model
 
-    @property
-    def start_token_id(self) -> int:
-        """What a text begins with: BOS, or EOS: prepared documents have no BOS and begin after another's EOS."""
-        bos = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
-
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as the beginning of a document."""
-        return [self.start_token_id, *self.tokenizer.encode(text)]
+        """Return the ids of `text` as a prompt, see `Tokenizer.encode_prompt`."""
+        return self.tokenizer.encode_prompt(text)
 
     def chat_template(self, name: str = "tokenizer") -> ChatTemplate:
         """The chat template of that name, see `ChatTemplate.load`."""

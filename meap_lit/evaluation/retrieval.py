@@ -139,7 +139,7 @@ def _build_item(
     while True:  # the room above is an estimate and filled to the brim: take filler out until the item fits
         text = " ".join([OPENING, *_insert(needle.statement, surroundings, depth), question])
         # what is too long with one option need not be encoded with the others
-        if not padding or 1 + len(tokenizer.encode(f"{text} {facts[0].name}")) <= length:
+        if not padding or len(tokenizer.encode_prompt(f"{text} {facts[0].name}")) <= length:
             context_ids, options = _encode_options(text, [fact.name for fact in facts], tokenizer)
             size = len(context_ids) + max(map(len, options))
             if size <= length:
@@ -165,10 +165,8 @@ def _encode_options(text: str, options: list[str], tokenizer: Tokenizer) -> tupl
     Text and option are encoded together, as in training; where an option changes the last tokens of the text, those
     count as part of the options.
     """
-    # prepared documents have no BOS, and begin after the EOS of the document before
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     encoded = tokenizer.encode_batch([text, *(f"{text} {option}" for option in options)])
-    rows = [[start, *ids] for ids in encoded]
+    rows = [[*tokenizer.before_text, *ids] for ids in encoded]
     columns = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
     context_ids = [column[0] for column in columns]
     return context_ids, [row[len(context_ids) :] for row in rows[1:]]

@@ -39,11 +39,8 @@ class SequenceTask(Task):
             UserError: If there is no such dataset or split, it was made with another tokenizer, or it is too short.
         """
         manifest = Manifest.load(self.dataset)
-        if manifest.tokenizer_fingerprint != model.tokenizer.fingerprint:
-            raise UserError(
-                f"dataset {self.dataset} was prepared with another tokenizer than that of {model.checkpoint} "
-                f"({model.tokenizer.path}); prepare the text anew with this one, or name the right one with --tokenizer"
-            )
+        whose = f"that of {model.checkpoint} ({model.tokenizer.path})"
+        manifest.check_tokenizer(model.tokenizer, self.dataset, whose, "--tokenizer")
         if self.split not in manifest.splits:
             raise UserError(
                 f"dataset {self.dataset} has no {self.split} split, only {', '.join(manifest.splits)}; "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from meap_lit.callbacks.ranks import Ranks
-from meap_lit.checkpoints import new_mask_token, open_source, vocab_size_for
+from meap_lit.checkpoints import Checkpoint, new_mask_token, open_source, vocab_size_for
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.logged import host_number, is_logged
@@ -74,6 +74,8 @@ class DecoderModule(L.LightningModule, ABC):
         self.decoder: Decoder | None = None
         self.origin: dict[str, Any] = {}
         """Where the weights came from and what was known of them there; a checkpoint keeps it for the export."""
+        self.masks_drawn = False
+        """Whether inputs were masked, in this run or in that of `init_from`."""
         self.strict_loading = lora is None  # a checkpoint of adapters holds nothing else
         self.bad_gradient_step: Tensor | None = None
         """First optimizer step of this run whose gradients were not finite, int64 on their device; -1 if none was."""
@@ -142,6 +144,15 @@ class DecoderModule(L.LightningModule, ABC):
         ranks.do(lambda: bool(open_source(path, verify)))
         return open_source(path, verify=False)
 
+    def _rows_without_mask(self) -> int | None:
+        """Return the vocabulary rows of the model without the mask token, None if its tokenizer came with one."""
+        data = getattr(self._trainer, "datamodule", None)
+        if self.initial_config is None:
+            return self.origin["rows"]
+        if data is None or not data.tokenizer.mask_is_new:
+            return None
+        return self.initial_config.vocab_size or pad_vocab_size(data.tokenizer.vocab_size - 1)
+
     def _use_float8(self, decoder: Decoder) -> None:
         data, strategy = (getattr(self._trainer, name, None) for name in ("datamodule", "strategy"))
         if isinstance(strategy, Sharded) and strategy.tensor_parallel_size > 1:
@@ -160,9 +171,13 @@ class DecoderModule(L.LightningModule, ABC):
         if source is None:
             assert self.initial_config is not None
             return _with_vocabulary(self.initial_config, tokenizer)
+        self.masks_drawn = isinstance(source, Checkpoint) and source.rows_without_mask is None
+        new_mask = None if tokenizer is None else new_mask_token(source, tokenizer)
+        rows_before = None if new_mask is None else source.config.vocab_size
         self.origin = {
             "init_from": str(source.path),
-            "first_new_token": None if tokenizer is None else new_mask_token(source, tokenizer),
+            "first_new_token": new_mask,
+            "rows": source.rows_without_mask if isinstance(source, Checkpoint) else rows_before,
             "model_type": source.model_type,
             "dtype": str(source.dtype).removeprefix("torch."),
             "generation": source.generation,
@@ -279,6 +294,7 @@ class DecoderModule(L.LightningModule, ABC):
         if data is not None and type(data).__qualname__ not in checkpoint:
             return  # a run of another kind: `Budget` says so
         about = checkpoint.get("decoder", {})
+        self.masks_drawn |= about.get("rows_without_mask") is None
         config = dataclasses.asdict(self.config)
         for name, was in about.get("config", {}).items():
             if was != config[name] and name != "max_seq_len":
@@ -323,6 +339,7 @@ class DecoderModule(L.LightningModule, ABC):
             "mask_token_id": self.mask_token_id,
             "tokens_seen": None if data is None else data.samples_seen * data.seq_len,
             "lora": None if self.lora is None else dataclasses.asdict(self.lora),
+            "rows_without_mask": None if self.masks_drawn else self._rows_without_mask(),
             **self.origin,
         }
 

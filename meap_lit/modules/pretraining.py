@@ -92,11 +92,13 @@ class MEAPPretraining(DecoderModule):
         """Masked input ids and the input mask, each [B, T], of a training batch at the present step."""
         assert self.mask_token_id is not None
         step, sample_ids = self.global_step, batch["sample_ids"]
+        mask_ratio = self.mask(step, self.trainer.max_steps)
+        self.masks_drawn |= mask_ratio > 0
         return mask_inputs(
             batch["input_ids"],
             torch.zeros_like(sample_ids) if self.mask_scope == "batch" else sample_ids,
             mask_token_id=self.mask_token_id,
-            mask_ratio=self.mask(step, self.trainer.max_steps),
+            mask_ratio=mask_ratio,
             seed=self.seed,
             step=step % self.mask_cycle if self.mask_cycle else step,
             span_len=self.span_len,

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from meap_lit.data.chat import PrepareChat
 from meap_lit.data.manifest import VERSION, Manifest, load_samples
@@ -139,6 +140,24 @@ def test_other_tokenizer(dataset, tokenizer, tmp_path):
     )
     with pytest.raises(UserError, match=expected):
         manifest.check_tokenizer(other, dataset="data/set", tokenizer_folder="tok/other")
+
+
+def test_text_without_the_bos_that_its_tokenizer_writes_is_refused(dataset, chat_dataset, tokenizer, tmp_path):
+    """Earlier versions wrote none; conversations have what their template writes, then as now."""
+    backend = tokenizer.copy_backend()
+    eos = tokenizer.special_tokens["eos_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{eos} $A", special_tokens=[(eos, tokenizer.eos_token_id)]
+    )
+    writing = Tokenizer(backend, {"eos_token": eos})
+    assert writing.fingerprint == tokenizer.fingerprint != writing.document_fingerprint
+    expected = (
+        r"^dataset data/set was prepared by an earlier version, without the <\|endoftext\|> that tok "
+        r"writes around each text; prepare the dataset anew$"
+    )
+    with pytest.raises(UserError, match=expected):
+        Manifest.load(str(dataset)).check_tokenizer(writing, dataset="data/set", tokenizer_folder="tok")
+    Manifest.load(str(chat_dataset), kind="chat").check_tokenizer(writing, dataset="chat", tokenizer_folder="tok")
 
 
 def test_manifest_that_does_not_say_its_kind_is_of_text(dataset):

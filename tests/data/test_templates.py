@@ -1,6 +1,7 @@
 import json
 import pickle
 import re
+import unicodedata
 from datetime import datetime
 
 import pytest
@@ -235,6 +236,24 @@ def test_spaces_that_a_tokenizer_puts_in_front(metaspace_tokenizer, bos):
     assert spelled.answers == [(n + 1, stop + 1, end + 1) for n, stop, end in harmless.answers]
     space = metaspace_tokenizer.encode("a")[0]
     assert (space in spelled.input_ids[:2]) == (space in harmless.input_ids[:2]) == (bos == "")
+
+
+@pytest.mark.parametrize("text", ["a</s>b", "a\uff1c/s\uff1eb", "a</s>b\uff1c/s\uff1e"])
+def test_a_vocabulary_with_special_tokens_as_pieces(tmp_path, text):
+    """A Unigram model has them, and a normalizer may make them of other characters."""
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), *((character, -2.0) for character in "abu:/s<>")]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    backend.normalizer = tokenizers.normalizers.NFKC()
+    backend.add_special_tokens(["<unk>", "</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(str(tmp_path))
+    user = {"role": "user", "content": text}
+    chat = ChatTemplate("mine", "u:" + MARKED, tokenizer).encode([user, {"role": "assistant", "content": "a"}])
+    assert chat.input_ids.count(tokenizer.eos_token_id) == 1
+    assert chat.input_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.unk_token_id not in chat.input_ids
+    written = unicodedata.normalize("NFKC", f"u:{text}a")
+    assert [backend.id_to_token(id) for id in chat.input_ids[:-1]] == list(written)
 
 
 def test_characters_that_stand_for_others_may_stand_in_a_message(byte_tokenizer):

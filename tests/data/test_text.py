@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 from litdata import StreamingDataset, TokensLoader
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from meap_lit.data.manifest import Manifest
 from meap_lit.data.text import PrepareText
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from tests.word_tokenizer import save_word_level
 
 
 def write_jsonl(path, texts):
@@ -65,6 +68,52 @@ def test_documents_are_closed_by_end_of_text(tmp_path, tokenizer, tokenizer_fold
     assert "left out 2 empty documents, 0 unreadable lines\n" in printed
     assert f"dataset {tmp_path / 'out'}\n" in printed
     assert "MB/s" in printed
+
+
+SINGERS = "In Oslo Anna sings. In Lima Hugo sings. In Paris Maria sings. "
+
+
+def test_stored_truncation_and_padding_do_nothing(tmp_path, tokenizer_folder):
+    """transformers writes them into tokenizer.json once a call has used them."""
+    source = write_jsonl(tmp_path / "in.jsonl", [SINGERS * 5, "short one"])
+    prepare(tmp_path / "clean", source, tokenizer_folder)
+    theirs = AutoTokenizer.from_pretrained(tokenizer_folder, pad_token="<|endoftext|>")
+    theirs([SINGERS, "short one"], truncation=True, max_length=16, padding=True)
+    theirs.save_pretrained(tmp_path / "called")
+    stored = json.loads((tmp_path / "called" / "tokenizer.json").read_text())
+    assert None not in (stored["truncation"], stored["padding"])
+    prepare(tmp_path / "out", source, str(tmp_path / "called"))
+    tokens = read_tokens(tmp_path / "out" / "train")
+    assert tokens == read_tokens(tmp_path / "clean" / "train")
+    assert tokens.count(0) == 2
+    expected = [theirs.encode(text, add_special_tokens=False) for text in (SINGERS * 5, "short one")]
+    assert tokens == [*expected[0], 0, *expected[1], 0]
+
+
+def test_documents_begin_as_the_tokenizer_begins_a_text(tmp_path, tokenizer):
+    backend = tokenizer.copy_backend()
+    backend.add_special_tokens(["<s>"])
+    bos = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|endoftext|>", special_tokens=[("<s>", bos), ("<|endoftext|>", 0)]
+    )
+    Tokenizer(backend, {"bos_token": "<s>", "eos_token": "<|endoftext|>"}).save(tmp_path / "t")
+    prepare(tmp_path / "out", write_jsonl(tmp_path / "in.jsonl", ["first", " ", "second"]), str(tmp_path / "t"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "t")
+    assert read_tokens(tmp_path / "out" / "train") == theirs("first").input_ids + theirs("second").input_ids
+    assert theirs("first").input_ids[:: len(theirs("first").input_ids) - 1] == [bos, 0]  # one EOS, not two
+
+
+def test_unknown_text_is_counted(tmp_path, capsys, tokenizer_folder):
+    save_word_level(tmp_path / "t", 10, has_mask=True, unk_token="w3")
+    backend = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    backend["model"]["unk_token"] = "w3"
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(backend))
+    source = write_jsonl(tmp_path / "in.jsonl", ["w4 w5 strange", "w6 words"])
+    prepare(tmp_path / "out", source, str(tmp_path / "t"))
+    assert "unknown  2 tokens (28.57%) of text outside the vocabulary\n" in capsys.readouterr().out
+    prepare(tmp_path / "known", source, tokenizer_folder)
+    assert "  unknown  " not in capsys.readouterr().out
 
 
 def test_manifest_of_the_result(tmp_path, tokenizer, tokenizer_folder):
@@ -265,8 +314,8 @@ def test_haystack(shared_data, tmp_path):
     prepare(tmp_path / "out", shared_data / "haystack", folder, val_share=0.01, num_workers=None)
     manifest = Manifest.load(str(tmp_path / "out"))
     assert sum(split.documents for split in manifest.splits.values()) == 49
-    assert sum(split.tokens for split in manifest.splits.values()) == 167_751 + 49
+    assert sum(split.tokens for split in manifest.splits.values()) == 167_751 + 2 * 49
     assert manifest.mask_token_id == 32_000
     tokens = read_tokens(tmp_path / "out" / "train")
-    assert tokens.count(2) == manifest.splits["train"].documents
-    assert not {1, 32_000} & set(tokens)
+    assert tokens.count(1) == tokens.count(2) == manifest.splits["train"].documents
+    assert 32_000 not in tokens

@@ -61,7 +61,8 @@ def test_special_tokens_named_by_the_settings_go_before_well_known_ones(tmp_path
     vocab = {"<unk>": 0, "</s>": 1, "<stop>": 2, "<s>": 3, "<hide>": 4, "a": 5}
     settings = {"eos_token": {"content": "<stop>", "special": True}, "bos_token": None, "mask_token": "<hide>"}
     tokenizer = Tokenizer.load(word_level(tmp_path / "t", vocab, settings=settings))
-    assert (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.mask_token_id) == (2, 3, 4)
+    # a folder that names its tokens has no BOS beside them, as for transformers
+    assert (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.mask_token_id) == (2, None, 4)
     assert tokenizer.vocab_size == 6
 
     unnamed = Tokenizer.load(word_level(tmp_path / "u", vocab))
@@ -118,6 +119,150 @@ def test_loading_does_not_change_the_folder(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ encoding
+
+
+SPELLED = "The tag </s> ends a strike and <mask> is a hole"
+
+
+def unigram_model():
+    letters = [(character, -5.0) for character in "▁" + "".join(sorted(set(SPELLED) - {" "}))]
+    return tokenizers.models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("<mask>", 0.0), *letters], unk_id=0)
+
+
+def bpe_model():
+    merges = [("<", "/"), ("s", ">"), ("</", "s>"), ("<", "m"), ("a", "s"), ("<m", "as"), ("k", ">"), ("<mas", "k>")]
+    merges += [("</s>", "▁"), ("t", "h")]
+    pieces = ["</s>", "<mask>", "▁", *sorted(set(SPELLED) - {" "})]
+    pieces += [piece for pair in merges if (piece := "".join(pair)) not in pieces]
+    return tokenizers.models.BPE({piece: token_id for token_id, piece in enumerate(pieces)}, merges)
+
+
+def word_piece_model():
+    letters = sorted(set(SPELLED) - {" "})
+    pieces = ["<unk>", "</s>", "<mask>", *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = {piece: token_id for token_id, piece in enumerate(pieces)}
+    return tokenizers.models.WordPiece(vocabulary, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("make_model", [unigram_model, bpe_model, word_piece_model])
+def test_a_vocabulary_with_special_tokens_as_pieces(make_model, tmp_path):
+    backend = tokenizers.Tokenizer(make_model())
+    if isinstance(backend.model, tokenizers.models.WordPiece):
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        backend.decoder = tokenizers.decoders.WordPiece(cleanup=False)
+    else:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        backend.decoder = tokenizers.decoders.Metaspace()
+    raw = backend.encode(SPELLED).tokens
+    assert all(any(piece in token for token in raw) for piece in ("</s>", "<mask>")), "nothing to be prevented"
+    backend.add_tokens(["strike"])  # an ordinary one keeps its id
+    tokenizer = Tokenizer(backend, {"eos_token": "</s>"})
+    tokenizer.save(tmp_path / "saved")
+    for copy in (tokenizer, pickle.loads(pickle.dumps(tokenizer)), Tokenizer.load(str(tmp_path / "saved"))):
+        ids = copy.encode(SPELLED)
+        assert not {tokenizer.eos_token_id, tokenizer.mask_token_id, tokenizer.unk_token_id} & set(ids)
+        assert backend.token_to_id("strike") in ids
+        assert copy.decode(ids) == SPELLED
+        assert copy.encode_batch(["strike", SPELLED, ""]) == [copy.encode("strike"), ids, []]
+    plain = "that strike has a hole"
+    assert tokenizer.encode(plain) == backend.encode(plain).ids
+    assert tokenizer.decode([tokenizer.eos_token_id]) == "</s>"
+
+
+def test_text_that_only_a_special_token_can_write_is_refused():
+    lines = tokenizers.Tokenizer(tokenizers.models.BPE({"\n": 0, "a": 1}, []))
+    with pytest.raises(
+        UserError, match=r"^tokenizer my/t can only write '\\n' as the special token '\\n'; replace it in"
+    ):
+        Tokenizer(lines, {"eos_token": "\n"}, "my/t").encode("a\na")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(UserError, match=r"can only write 'other' as the special token '</s>'"):
+        Tokenizer(words, {}).encode_batch(["a", "a other"])
+
+
+def test_id_of_unknown_text():
+    def unknown(model):
+        return Tokenizer(tokenizers.Tokenizer(model), {}).unk_token_id
+
+    assert unknown(unigram_model()) == unknown(word_piece_model()) == 0
+    assert unknown(bpe_model()) is None
+    assert unknown(tokenizers.models.BPE({"</s>": 0, "a": 1, "?": 2}, [], unk_token="?")) == 2
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_stored_truncation_and_padding_are_ignored(tmp_path, rebuilt):
+    vocab = {"<unk>": 0, "</s>": 1, "a": 2, "b": 6 if rebuilt else 3}  # with a hole the mask is put in by hand
+    clean = Tokenizer.load(word_level(tmp_path / "clean", vocab))
+    folder = word_level(tmp_path / "t", vocab)
+    backend = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    backend.enable_truncation(max_length=2)
+    backend.enable_padding(pad_id=1, pad_token="</s>", length=5)
+    backend.save(f"{folder}/tokenizer.json")
+    assert len(backend.encode("a b a").ids) == 5
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.save(tmp_path / "saved")
+    copies = (tokenizer, pickle.loads(pickle.dumps(tokenizer)), Tokenizer.load(str(tmp_path / "saved")))
+    for copy in copies:
+        assert copy.encode("a b a") == clean.encode("a b a") == [2, vocab["b"], 2]
+        assert copy.encode_batch(["a b a", "b"]) == [[2, vocab["b"], 2], [vocab["b"]]]
+        assert copy.copy_backend().encode("a b a").ids == [2, vocab["b"], 2]
+        assert copy.fingerprint == clean.fingerprint
+
+
+# ------------------------------------------------------------------------------------------- around a text
+
+
+@pytest.fixture(params=["none", "bytes only", "bos", "bos in a sequence", "eos", "bos and eos"])
+def habit(request, tokenizer, tmp_path):
+    """A folder of a tokenizer that names a BOS, and what it writes before and after a text."""
+    backend = tokenizer.copy_backend()
+    backend.add_special_tokens(["<s>"])
+    before = ["<s>"] if "bos" in request.param else []
+    after = ["<|endoftext|>"] if "eos" in request.param else []
+    template = tokenizers.processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        special_tokens=[(token, backend.token_to_id(token)) for token in ("<s>", "<|endoftext|>")],
+    )
+    in_bytes = tokenizers.processors.ByteLevel(trim_offsets=False)
+    backend.post_processor = {
+        "none": None,
+        "bytes only": in_bytes,
+        "bos in a sequence": tokenizers.processors.Sequence([in_bytes, template]),
+    }.get(request.param, template)
+    folder = tmp_path / "habit"
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    # transformers 5 does not read add_bos_token where there is a tokenizer.json
+    settings = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "add_bos_token": True}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder, [backend.token_to_id(token) for token in before], [backend.token_to_id(token) for token in after]
+
+
+def test_a_text_is_written_as_transformers_does(habit, tokenizer, tmp_path):
+    folder, before, after = habit
+    ours = Tokenizer.load(str(folder))
+    assert (ours.before_text, ours.after_text) == (before, after)
+    ours.save(tmp_path / "saved")
+    bare = ours.encode("The lazy dog")
+    for source in (folder, tmp_path / "saved"):
+        copy, theirs = Tokenizer.load(str(source)), transformers.AutoTokenizer.from_pretrained(source)
+        for text in ("The lazy dog", "", " jumps!\n"):
+            assert copy.encode_whole(text) == theirs(text).input_ids
+        assert copy.encode_prompt("The lazy dog") == [*before, *bare]
+        assert copy.as_document(bare) == [*before, *bare, ours.eos_token_id]
+        assert copy.document_fingerprint == ours.document_fingerprint
+    # an end alone makes the documents that there always were
+    assert (ours.document_fingerprint == ours.fingerprint) == (before == [])
+    assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["add_bos_token"]
+
+
+def test_an_empty_prompt_is_a_start(habit, tokenizer):
+    folder, *_ = habit
+    ours = Tokenizer.load(str(folder))
+    assert ours.encode_prompt("") == [ours.start_token_id] == [ours.bos_token_id]
+    assert tokenizer.encode_prompt("") == [tokenizer.start_token_id] == [tokenizer.eos_token_id]  # it names no BOS
 
 
 def test_text_never_becomes_a_special_token(tokenizer):

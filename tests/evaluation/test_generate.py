@@ -1,6 +1,7 @@
 """The command, against transformers' own generation from the same folder."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -13,6 +14,8 @@ from meap_lit.cli import main
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.generate import Generate, TextStream
+from meap_lit.evaluation.key_value import KeyValueRetrieval
+from meap_lit.evaluation.language_model import LanguageModel
 
 VOCAB_SIZE = 320
 CHAT_TEMPLATE = (
@@ -85,10 +88,11 @@ def checkpoint(tmp_path_factory) -> str:
     return str(folder)
 
 
-def theirs(checkpoint: str, input_ids: list[int], num_tokens: int = 24) -> str:
-    """Text of transformers' greedy continuation; at a newline or <|endoftext|> it ends."""
+def theirs(checkpoint: str, prompt: str | list[int], num_tokens: int = 24) -> str:
+    """Text of transformers' greedy continuation of a text or of ids; at a newline or <|endoftext|> it ends."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    input_ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
     output = model.generate(torch.tensor([input_ids]), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
     new_ids = output[0, len(input_ids) :].tolist()
     if new_ids[-1] in (256, 10):
@@ -102,18 +106,30 @@ def generated(capsys, *arguments: str) -> str:
 
 
 def test_one_prompt_is_continued_as_transformers_does(checkpoint, capsys):
-    tokenizer = byte_tokenizer()
     for text in ("The old river", "Näh", ""):
-        expected = theirs(checkpoint, [256, *tokenizer.encode(text)])
+        expected = theirs(checkpoint, text or [256])  # transformers has nothing to begin with
         assert len(expected) > 5
         out = generated(capsys, "--checkpoint", checkpoint, "--prompt", text, "--max_new_tokens", "24")
         assert out == expected + "\n"
 
 
+def test_a_prompt_is_whole_although_truncation_is_stored(checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "called")
+    called = AutoTokenizer.from_pretrained(checkpoint, pad_token="<|endoftext|>")
+    called(["The old river", "a"], truncation=True, max_length=4, padding="max_length")
+    called.save_pretrained(tmp_path / "called")
+    assert json.loads((tmp_path / "called" / "tokenizer.json").read_text())["truncation"]["max_length"] == 4
+    options = ["--prompt", "The old river", "--max_new_tokens", "24"]
+    out = generated(capsys, "--checkpoint", str(tmp_path / "called"), *options)
+    assert out == generated(capsys, "--checkpoint", checkpoint, *options)
+    model = LanguageModel(str(tmp_path / "called"), device="cpu")
+    (item,) = KeyValueRetrieval(num_pairs=3, num_sets=1, gold=(0,)).items(model)
+    assert len(item.input_ids) > 100
+
+
 def test_several_prompts_and_a_file_are_printed_in_order(checkpoint, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("two\nlines\n")
-    tokenizer = byte_tokenizer()
-    expected = [theirs(checkpoint, [256, *tokenizer.encode(text)]) for text in ("a", "a longer one", "two\nlines")]
+    expected = [theirs(checkpoint, text) for text in ("a", "a longer one", "two\nlines")]
     out = generated(
         capsys,
         *("--checkpoint", checkpoint, "--prompt", "a", "a longer one", "--prompt_file", str(tmp_path / "prompt.txt")),
@@ -139,7 +155,7 @@ def test_a_single_text_is_printed_as_it_grows(checkpoint, monkeypatch):
     assert main(["generate", "--checkpoint", checkpoint, "--prompt", "The old", "--max_new_tokens", "24"]) == 0
     pieces = [piece for piece in written if piece]
     assert len(pieces) > 5
-    assert "".join(pieces) == theirs(checkpoint, [256, *byte_tokenizer().encode("The old")]) + "\n"
+    assert "".join(pieces) == theirs(checkpoint, "The old") + "\n"
 
 
 def test_sampling_follows_its_seed(checkpoint, capsys):
@@ -199,7 +215,7 @@ def complaint(capsys, *arguments: str) -> str:
     [
         ([], "no prompt; give one with --prompt or --prompt_file"),
         (
-            ["--prompt", "a" * 40, "b"],
+            ["--prompt", "a" * 41, "b"],
             "1 of 2 prompts leave no room for max_new_tokens 24 in the model's context of 64 tokens: "
             "the longest has 41; shorten them or lower max_new_tokens",
         ),

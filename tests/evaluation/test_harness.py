@@ -96,11 +96,13 @@ def tasks(tmp_path_factory) -> str:
 NAMES = ("own_arc_easy", "own_boolq", "own_winogrande", "own_hellaswag")
 
 
-@pytest.fixture(scope="module")
-def bos_folder(source_folder, tmp_path_factory) -> Path:
-    """The model of `source_folder` with rows for a BOS that its tokenizer puts before each text."""
+@pytest.fixture(scope="module", params=["eos only", "names bos", "writes bos"])
+def folder(request, source_folder, tmp_path_factory) -> str:
+    """The model of `source_folder`, with its own tokenizer or one with a BOS: GPT-2 names it, Llama 2 writes it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if request.param == "eos only":
+        return str(source_folder)
     folder = tmp_path_factory.mktemp("bos")
     config = LlamaConfig.from_pretrained(source_folder)
     config.vocab_size = 328
@@ -110,18 +112,14 @@ def bos_folder(source_folder, tmp_path_factory) -> Path:
         shutil.copy(file, folder)
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(["<s>"])
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
-    )
+    if request.param == "writes bos":
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
     backend.save(str(folder / "tokenizer.json"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": "<s>"}))
-    return folder
-
-
-@pytest.fixture(scope="module", params=["eos only", "bos"])
-def folder(request, source_folder, bos_folder) -> str:
-    return str(source_folder if request.param == "eos only" else bos_folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -192,14 +190,13 @@ def test_sampling_is_repeatable(ours):
     )
 
 
-def test_rolling_log_likelihoods_are_those_of_the_hf_model(ours, theirs, monkeypatch):
-    monkeypatch.setattr(theirs, "add_bos_token", False)  # it puts BOS before each window and else one more at the start
+def test_rolling_log_likelihoods_are_those_of_the_hf_model(ours, theirs):
     texts = [("the old river",), ("every bright garden " * 200,), ("the",)]
     found = ours.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True)
     expected = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True)
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-4)
-    # the first window by hand
-    ids = ours.model.tokenizer.encode("the old river")
+    # the first window by hand; a BOS that the tokenizer writes is scored too, after another
+    ids = ours.model.tokenizer.encode_whole("the old river")
     ((log_probs, _),) = ours.model.log_probs([[ours.prefix_token_id, *ids]], [1])
     assert found[0] == pytest.approx(float(log_probs.sum()), abs=1e-4)
 
@@ -272,9 +269,20 @@ def test_prompts(ours, tasks):
         ("Gardening: a river. keeps the old Market. the stone is", f" {end}") for end in ("quiet", "new and old", "a")
     ]
     assert items["own_hellaswag-0"].fields["gold"] == [2]
-    bos = ours.model.tokenizer.bos_token_id
-    rows = [row for item in items.values() for row, _ in item.rows]
-    assert all(row.count(bos) == (bos is not None) and (bos is None or row[0] == bos) for row in rows)
+    tokenizer = ours.model.tokenizer
+    for row, _ in (row for item in items.values() for row in item.rows):
+        assert row[: len(tokenizer.before_text)] == tokenizer.before_text
+        assert row.count(tokenizer.bos_token_id) == len(tokenizer.before_text)
+
+
+def test_tokens_are_those_of_the_hf_model(ours, theirs):
+    assert (ours.prefix_token_id, ours.eot_token_id) == (theirs.prefix_token_id, theirs.eot_token_id)
+    for text in ("the old river", " a", "", "\n日本"):
+        for asked in (None, True, False):
+            assert ours.tok_encode(text, add_special_tokens=asked) == theirs.tok_encode(text, add_special_tokens=asked)
+    # a context without tokens is as good as none
+    assert ours.row(" ", "the") == ([ours.prefix_token_id, *ours.model.tokenizer.encode(" the")], 1)
+    assert ours._prompt("", 8) == [ours.prefix_token_id]
 
 
 def test_the_harness_makes_it_by_name(source_folder, tasks):

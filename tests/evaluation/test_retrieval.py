@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 import torch
 from matplotlib.colors import to_hex
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 from meap_lit.data.synthetic import NAMES, OPENING, PLACES, FactCorpus
@@ -55,9 +55,10 @@ class Reader(nn.Module):
             question = text.rindex("Who sings")
             asked = re.match(r"Who sings in (\w+)\?", text[question:])[1]
             name = re.search(rf"In {asked} (\w+) sings\.", text[:question])[1]
-            start = len(self.tokenizer.encode(text[: text.rindex(f"In {asked}") + len(f"In {asked}")]))
+            before = self.tokenizer.encode_prompt(text[: text.rindex(f"In {asked}") + len(f"In {asked}")])
+            start = len(before) - 1  # where the name is predicted
             for offset, token in enumerate(self.tokenizer.encode(" " + name)):
-                if start + offset < len(ids):  # position 0 holds the start token
+                if start + offset < len(ids):
                     hidden[row, start + offset, token] = 10.0
         return hidden
 
@@ -76,15 +77,9 @@ def test_items_fit_their_length_and_use_most_of_it(items):
         assert item.length - 60 < size <= item.length
 
 
-def test_start_is_that_of_a_fresh_document(tokenizer, items):
-    assert tokenizer.bos_token_id is None
-    assert {item.context_ids[0] for item in items} == {tokenizer.eos_token_id}
-    assert all(item.context_ids[1:].count(tokenizer.eos_token_id) == 0 for item in items)
-
-
 def test_tokens_spell_the_text_and_the_people(tokenizer, items):
     for item in items:
-        assert tokenizer.decode(item.context_ids[1:]) == item.text
+        assert tokenizer.decode(item.context_ids) == item.text
         for option in item.options:
             assert tokenizer.decode(option)[1:] in NAMES
     num_tokens = {len(option) for item in items for option in item.options}
@@ -93,10 +88,10 @@ def test_tokens_spell_the_text_and_the_people(tokenizer, items):
 
 def test_an_option_is_encoded_with_the_text_before_it(tokenizer, items):
     for item in items:
-        text = [tokenizer.eos_token_id, *tokenizer.encode(item.text)]
+        text = tokenizer.encode(item.text)
         for option in item.options:
             whole = item.context_ids + option
-            assert whole == [tokenizer.eos_token_id, *tokenizer.encode(item.text + tokenizer.decode(option))]
+            assert whole == tokenizer.encode(item.text + tokenizer.decode(option))
         assert item.context_ids == text[: len(item.context_ids)]
 
 
@@ -144,13 +139,19 @@ def test_people_and_places_are_drawn_anew(items):
     assert {needle.split()[1] for needle in needles} == set(PLACES)
 
 
-def test_bos_is_used_where_there_is_one(tokenizer):
-    backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
+@pytest.mark.parametrize("writes", [False, True])
+def test_bos_is_used_where_the_tokenizer_writes_one(tokenizer, writes):
+    backend = tokenizer.copy_backend()
     backend.add_special_tokens(["<s>"])
+    if writes:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
     with_bos = Tokenizer(backend, {})
     assert with_bos.bos_token_id is not None
     (item,) = build_items(RetrievalGrid(lengths=(400,), depths=(0.5,), num_items=1), with_bos)
-    assert item.context_ids[0] == with_bos.bos_token_id
+    assert item.context_ids.count(with_bos.bos_token_id) == writes
+    assert (item.context_ids[0] == with_bos.bos_token_id) == writes
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
