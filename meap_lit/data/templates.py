@@ -12,7 +12,7 @@ write the same text.
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -143,16 +143,14 @@ class ChatTemplate:
             trained = [message["role"] == "assistant" for message in messages]
         text, blocks = self._render(chat)
         answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        learnt = [turn for turn in answers if trained[turn]]
-        if self._marks_answers and learnt == answers:
-            spans = blocks
+        if self._marks_answers:
+            spans = blocks if all(trained[turn] for turn in answers) else self._trained_blocks(chat, blocks, trained)
         else:
             spans = [
                 (self._end_of(text, chat, turn - 1, with_header=True), self._end_of(text, chat, turn))
-                for turn in learnt
+                for turn in answers
+                if trained[turn]
             ]
-            if self._marks_answers:
-                spans = [block for block in blocks if any(block[0] < end and start < block[1] for start, end in spans)]
         tokens = self._text_encoder.encode(text, chat.spellings)
         encoded: list[tuple[int, int, int]] = []
         for span in spans:
@@ -192,8 +190,8 @@ class ChatTemplate:
                 missing.append(key)
         returned = [turn for turn, message in enumerate(chat.messages) if message["role"] == "tool"]
         if returned and not missing:
-            marked, _ = self._render(chat, marked=returned)
-            if marked.count(chat.marked) < len(returned):
+            marked, _ = self._render(chat, marks=dict.fromkeys(returned, chat.place))
+            if marked.count(chat.place) < len(returned):
                 missing.append("messages of the role tool")
         if missing:
             raise UserError(
@@ -207,16 +205,17 @@ class ChatTemplate:
         stop: int | None = None,
         *,
         add_generation_prompt: bool = False,
-        marked: Sequence[int] = (),
+        marks: Mapping[int, str] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text of the messages before `stop`, and the spans of it that stand in `{% generation %}` blocks.
 
-        The messages of the numbers `marked` end with the character `chat.marked`.
+        `marks` are characters put behind what the messages of these numbers say.
         """
-        messages = [
-            _with_mark(message, chat.marked) if turn in marked else message
-            for turn, message in enumerate(chat.messages[:stop])
-        ]
+        messages = chat.messages[:stop]
+        if marks is not None:
+            messages = [
+                _with_mark(message, marks[turn]) if turn in marks else message for turn, message in enumerate(messages)
+            ]
         try:
             text = self._template.render(
                 **self._tokenizer.special_tokens,
@@ -241,16 +240,39 @@ class ChatTemplate:
         until, _ = self._render(chat, turn + 1, add_generation_prompt=with_header)
         if text.startswith(until):
             return len(until)
-        part, _ = self._render(chat, turn + 1, add_generation_prompt=with_header, marked=[turn])
-        whole, _ = self._render(chat, marked=[turn])
-        (_, found, closing), (_, found_in_whole, rest) = part.rpartition(chat.marked), whole.rpartition(chat.marked)
+        marks = {turn: chat.place}
+        part, _ = self._render(chat, turn + 1, add_generation_prompt=with_header, marks=marks)
+        whole, _ = self._render(chat, marks=marks)
+        (_, found, closing), (_, found_in_whole, rest) = part.rpartition(chat.place), whole.rpartition(chat.place)
         if not (found and found_in_whole and rest.startswith(closing) and text.endswith(rest)):
-            wrap = "wrap what the assistant says in {% generation %} ... {% endgeneration %}, or "
             raise UserError(
                 f"chat template {self.name} does not render turn by turn, so its answers cannot be told from the rest; "
-                f"{'' if self._marks_answers else wrap}name another template: {', '.join(NAMED)}"
+                f"wrap what the assistant says in {{% generation %}} ... {{% endgeneration %}}, or name another "
+                f"template: {', '.join(NAMED)}"
             )
         return len(text) - len(rest) + len(closing)
+
+    def _trained_blocks(
+        self, chat: "_HiddenChat", blocks: Sequence[tuple[int, int]], trained: Sequence[bool]
+    ) -> list[tuple[int, int]]:
+        """Those of the `{% generation %}` blocks that are of turns to be learnt.
+
+        Characters put behind what each turn says tell which these are.
+        """
+        kept, left_out = chat.marks_of_turns
+        marks = {
+            turn: kept if trained[turn] else left_out
+            for turn, message in enumerate(chat.messages)
+            if message["role"] == "assistant"
+        }
+        text, marked = self._render(chat, marks=marks)
+        said = [text[slice(*block)] for block in marked]
+        if len(said) != len(blocks) or any((kept in block) == (left_out in block) for block in said):
+            raise UserError(
+                f"chat template {self.name} does not show which of its {{% generation %}} blocks are of the turns that "
+                f"are not learnt; put all that the assistant says in a turn into one block"
+            )
+        return [block for block, inside in zip(blocks, said, strict=True) if kept in inside]
 
 
 def _default_template(tokenizer: Tokenizer) -> str | None:
@@ -386,7 +408,7 @@ class _HiddenChat:
     """A conversation as a template is given it, every special token that it spells out replaced by one character.
 
     The characters are from a private use area of Unicode and stand nowhere in the conversation. Two more mark where an
-    answer begins and ends, and a third, `marked`, is put behind a message to see where it ends.
+    answer begins and ends; others are put behind what a message says, to find it in the text.
     """
 
     def __init__(
@@ -396,7 +418,8 @@ class _HiddenChat:
         text = "\0".join(_texts([given, tools]))
         free = (character for character in map(chr, range(0x100000, 0x10FFFE)) if character not in text)
         self.marks = (next(free), next(free))
-        self.marked = next(free)
+        self.place = next(free)
+        self.marks_of_turns = (next(free), next(free))
         hidden = {token: next(free) for token in dict.fromkeys(special_token.findall(text))}
         self.spellings = {character: token for token, character in hidden.items()}
         """The special tokens that stand in the messages, by the characters that stand for them."""
@@ -433,14 +456,14 @@ def _with_reasoning(message: Message) -> Message:
 
 
 def _with_mark(message: Message, mark: str) -> Message:
-    """The message with `mark` behind every text that a template may write last: its texts, and what it calls."""
-    names = ("role", "name", "tool_call_id")
-    marked = {
-        key: value + mark if isinstance(value, str) and key not in names else value for key, value in message.items()
+    """The message with `mark` behind all that it says and calls."""
+    names = {"role", "name", "tool_call_id"}
+    said: Message = {
+        key: value + mark for key, value in message.items() if isinstance(value, str) and value and key not in names
     }
     if message.get("tool_calls"):
-        marked["tool_calls"] = [_with_marked_name(call, mark) for call in message["tool_calls"]]
-    return marked
+        said["tool_calls"] = [_with_marked_name(call, mark) for call in message["tool_calls"]]
+    return {**message, **(said or {"content": mark})}
 
 
 def _with_marked_name(call: dict[str, Any], mark: str) -> dict[str, Any]:

@@ -322,6 +322,30 @@ def test_blocks_that_touch_are_one_answer(byte_tokenizer):
     assert chat.answers == [(1, 3, 4)]
 
 
+def test_blocks_whose_turn_does_not_show(byte_tokenizer):
+    """What closes an answer is a block of its own, apart from it: nothing tells whose it is."""
+    source = MARKED.replace("{{ '</s>' }}", "{{ '.' }}{% generation %}{{ '</s>' }}{% endgeneration %}")
+    template = ChatTemplate("apart", source, byte_tokenizer)
+    assert template.encode(CHAT[1:3]).answers == [(1, 3, 3), (4, 4, 5)]
+    expected = (
+        r"^chat template apart does not show which of its {% generation %} blocks are of the turns that are not lea"
+    )
+    with pytest.raises(UserError, match=expected):
+        template.encode(CHAT[1:], trained=[False, False, False, True])
+
+
+def test_only_the_last_answer_is_in_a_block(byte_tokenizer):
+    source = (
+        "{% for message in messages %}{% if loop.last %}{% generation %}{{ message['content'] }}{% endgeneration %}"
+    )
+    source += "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    template = ChatTemplate("last", source, byte_tokenizer)
+    assert template.encode(CHAT[1:]).answers == [(4, 5, 5)]
+    assert template.encode(CHAT[1:], trained=[False, False, False, True]).answers == [(4, 5, 5)]
+    with pytest.raises(UserError, match=r"^chat template last marks nothing that the assistant says"):
+        template.encode(CHAT[1:], trained=[False, True, False, False])
+
+
 def test_several_closing_tokens_and_white_space(byte_tokenizer):
     source = MARKED.replace("{% endgeneration %}{{ '</s>' }}", "{{ '<|eot_id|></s>\\n \\n' }}{% endgeneration %}")
     template = ChatTemplate("closing", source, byte_tokenizer)
