@@ -281,7 +281,7 @@ class _Encoder:
         return result
 
     def _follows_prompt(self, conversation: Conversation, chat: EncodedChat) -> bool:
-        """Whether the tokens begin as those of the prompt for the first answer that is learnt."""
+        """Return whether the tokens begin with those of the prompt for the first answer that is learnt."""
         messages = conversation.messages[: conversation.trained.index(True)]
         try:
             prompt = self.template.encode_prompt(messages, conversation.tools)

@@ -5,11 +5,12 @@
 | Alpaca     | `instruction`, `output`; optional `input`, `system`, `history`                           |
 | ShareGPT   | `conversations`: a list of {`from`, `value`}; optional `system` or `system_prompt`       |
 | OpenAI     | `messages`: a list of {`role`, `content`}, as transformers' chat templates take them     |
-| completion | `prompt`, `completion`; optional `system`                                                |
+| completion | `prompt`, `completion`; optional `system`; both may be lists of messages: then only      |
+|            | the completion is learnt, as in TRL                                                      |
 
 The format is recognised by its fields. A field that is null, as in a Parquet file, counts as absent. Every format may
 have `tools`. What would change the text or what is learnt, and is not known here, is refused by its name; fields of the
-record that are not listed are taken for metadata.
+record that are not listed count as metadata.
 """
 
 import json
@@ -30,11 +31,11 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 
 @dataclass(frozen=True)
 class Conversation:
-    """One record.
+    """The conversation of one record.
 
     Args:
         messages: At most one of the system, then user and assistant in turn, the assistant last; what tools return
-            stands between two messages of the assistant.
+            comes between two messages of the assistant.
         trained: For each message whether it is to be learnt; true for messages of the assistant only.
         tools: Descriptions of the tools that the assistant may call, as JSON values; None if there are none.
     """
@@ -96,6 +97,10 @@ def to_conversation(record: Mapping[str, Any], system: str | None = None) -> Con
         messages, trained = _from_list("conversations", fields["conversations"], role="from", content="value")
     elif "instruction" in fields:
         messages = [*_alpaca_history(fields), _alpaca_question(fields), _answer(fields, "output")]
+    elif isinstance(fields.get("prompt"), list):
+        before, _ = _from_list("prompt", fields["prompt"], role="role", content="content")
+        after, trained = _from_list("completion", fields.get("completion"), role="role", content="content")
+        messages, trained = before + after, [False] * len(before) + trained
     elif "prompt" in fields:
         question = {"role": "user", "content": check_text("prompt", fields["prompt"])}
         messages = [question, _answer(fields, "completion")]
@@ -162,7 +167,7 @@ def _from_list(name: str, turns: Any, role: str, content: str) -> tuple[list[Mes
 
 
 def _is_trained(where: str, fields: dict[str, Any], role: str) -> bool:
-    """Whether a turn is to be learnt; takes what says so out of its fields."""
+    """Return whether a turn is to be learnt, and take the keys that say so out of its fields."""
     given = {key: fields.pop(key) for key in _WEIGHTS if key in fields}
     for key, value in given.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
@@ -177,7 +182,7 @@ def _is_trained(where: str, fields: dict[str, Any], role: str) -> bool:
 
 
 def _message(where: str, fields: dict[str, Any], kind: str, content: str) -> Message:
-    """The message of a turn, of which role and weights have been taken."""
+    """Return the message of a turn whose role and weights have been taken out of its fields."""
     message: Message = {"role": _ROLES[kind]}
     value = fields.pop(content, None)
     if kind == _FUNCTION_CALL:
@@ -204,7 +209,7 @@ def _message(where: str, fields: dict[str, Any], kind: str, content: str) -> Mes
 
 
 def _text(where: str, value: Any) -> str:
-    """A text, or the parts of one, joined."""
+    """Return a text, given as a string or as a list of parts."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         return check_text(where, value)
     texts = []
@@ -220,13 +225,13 @@ def _text(where: str, value: Any) -> str:
 
 
 def _tools(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The record's tools. An empty list is none."""
+    """Return the record's tools; None for an empty list."""
     tools: list[dict[str, Any]] = []
     for name in ("tools", "functions"):
         value = _parsed(name, fields.get(name) or [])
         for number, tool in enumerate(_list(name, value)):
             checked = _object(f"{name}[{number}]", tool)
-            # only OpenAI's `tools` are wrapped as transformers has them; elsewhere a function is described on its own
+            # only OpenAI's `tools` are wrapped as transformers has them; elsewhere a function is described alone
             bare = "function" not in checked and (name == "functions" or "messages" not in fields)
             tools.append({"type": "function", "function": checked} if bare else checked)
     return tools or None
@@ -239,7 +244,7 @@ def _tool_calls(where: str, value: Any) -> list[dict[str, Any]]:
         call = _object(place, entry)
         function = _object(f"{place}.function", call.get("function", call))
         if "arguments" in function:
-            # a text in OpenAI's API; templates write the object
+            # OpenAI's API has a string here; templates write the object, and a string would be quoted twice
             arguments = _object(f"{place} arguments", _parsed(f"{place} arguments", function["arguments"]))
             function = {**function, "arguments": arguments}
         calls.append({**call, "function": function} if "function" in call else function)
@@ -247,14 +252,14 @@ def _tool_calls(where: str, value: Any) -> list[dict[str, Any]]:
 
 
 def _function_calls(where: str, value: Any) -> list[dict[str, Any]]:
-    """ShareGPT's way to write calls: a call or a list of them, as JSON in a text."""
+    """Return calls that are written as ShareGPT does: one or a list of them, as JSON in a string."""
     content = _parsed(where, value)
     functions = [content] if isinstance(content, Mapping) else content
     return _tool_calls(where, [{"type": "function", "function": function} for function in _list(where, functions)])
 
 
 def _parsed(where: str, value: Any) -> Any:
-    """`value`, or what it holds if it is JSON in a text."""
+    """Return `value`, or its content if it is JSON in a string."""
     if not isinstance(value, str):
         return value
     try:
@@ -303,7 +308,7 @@ def _list(where: str, value: Any) -> Sequence[Any]:
 
 
 def _object(where: str, value: Any) -> dict[str, Any]:
-    """A JSON object that can be written."""
+    """Return a copy of `value`, a JSON object that can be written."""
     if not isinstance(value, Mapping):
         raise UserError(f"{where} is not an object but {type(value).__name__}")
     _check_json(where, value, depth=0)

@@ -231,7 +231,7 @@ def _row(batch: Any, number: int, where: str) -> dict[str, Any] | UserError:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without the keys that are null: in a table every object has the keys of all others."""
+    """Return a value without its null keys: in a table every object has the keys of all others."""
     if isinstance(value, dict):
         return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list):

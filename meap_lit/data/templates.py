@@ -178,7 +178,7 @@ class ChatTemplate:
         return self._text_encoder.encode(text, chat.spellings).ids
 
     def _check_written(self, chat: "_HiddenChat") -> None:
-        """Make sure that the template writes tools, what is called, what is returned and reasoning where there are any.
+        """Make sure that the template writes the conversation's tools, their calls and results, and its reasoning.
 
         transformers leaves out without a word what a template does not know.
         """
@@ -207,9 +207,9 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         marks: Mapping[int, str] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text of the messages before `stop`, and the spans of it that stand in `{% generation %}` blocks.
+        """The text of the messages before `stop`, and the spans of it in `{% generation %}` blocks.
 
-        `marks` are characters put behind what the messages of these numbers say.
+        `marks` are characters to append to what the messages of these numbers say.
         """
         messages = chat.messages[:stop]
         if marks is not None:
@@ -231,11 +231,11 @@ class ChatTemplate:
             raise UserError(f"chat template {self.name} does not take this conversation: {reason}") from error
 
     def _end_of(self, text: str, chat: "_HiddenChat", turn: int, with_header: bool = False) -> int:
-        """Where in `text`, that of the whole conversation, message `turn` ends, or the header of the answer after it.
+        """Return where message `turn` ends in `text`, that of the whole conversation, or the header that follows it.
 
-        The conversation up to there is rendered by itself. As a rule it is how the whole begins. Templates that write a
-        turn otherwise once others follow (Qwen3 drops its reasoning) still close it in the same way: then the end is
-        found by what comes after a character put behind the message, in the part and in the whole.
+        The conversation up to there is rendered alone, and usually the whole begins with it. Some templates write a
+        turn in another way once others follow (Qwen3 drops its reasoning) but close it in the same way. There the end
+        is found by a character that is appended to the message, in the part and in the whole.
         """
         until, _ = self._render(chat, turn + 1, add_generation_prompt=with_header)
         if text.startswith(until):
@@ -255,9 +255,9 @@ class ChatTemplate:
     def _trained_blocks(
         self, chat: "_HiddenChat", blocks: Sequence[tuple[int, int]], trained: Sequence[bool]
     ) -> list[tuple[int, int]]:
-        """Those of the `{% generation %}` blocks that are of turns to be learnt.
+        """Return the `{% generation %}` blocks of the turns that are to be learnt.
 
-        Characters put behind what each turn says tell which these are.
+        Two characters, one appended to what these turns say and one to the others, tell them apart.
         """
         kept, left_out = chat.marks_of_turns
         marks = {
@@ -338,7 +338,7 @@ class _TextEncoder:
         return first, within
 
     def encode(self, text: str, spellings: dict[str, str]) -> _Tokens:
-        """Tokens of `text`, in which each character of `spellings` stands for a text that is not special.
+        """Return the tokens of `text`, in which each character of `spellings` replaces a text that is not special.
 
         Raises:
             UserError: If a text that is not special becomes a special token all the same.
@@ -387,7 +387,7 @@ class _TextEncoder:
 
 
 def _unknown_id(backend: tokenizers.Tokenizer) -> int | None:
-    """Id that text outside the vocabulary becomes."""
+    """Return the id that text outside the vocabulary becomes."""
     if hasattr(backend.model, "unk_token"):
         return None if backend.model.unk_token is None else backend.token_to_id(backend.model.unk_token)
     return json.loads(backend.to_str())["model"].get("unk_id")  # Unigram does not show it
@@ -432,8 +432,8 @@ def _to_tokens(span: tuple[int, int], tokens: _Tokens, text: str, after: int) ->
 class _HiddenChat:
     """A conversation as a template is given it, every special token that it spells out replaced by one character.
 
-    The characters are from a private use area of Unicode and stand nowhere in the conversation. Two more mark where an
-    answer begins and ends; others are put behind what a message says, to find it in the text.
+    The characters are from a private use area of Unicode, and the conversation has none of them. Two more mark where an
+    answer begins and ends; others are appended to what a message says, to find it in the text.
     """
 
     def __init__(
@@ -447,7 +447,7 @@ class _HiddenChat:
         self.marks_of_turns = (next(free), next(free))
         hidden = {token: next(free) for token in dict.fromkeys(special_token.findall(text))}
         self.spellings = {character: token for token, character in hidden.items()}
-        """The special tokens that stand in the messages, by the characters that stand for them."""
+        """The special tokens that the messages spell out, by the characters that replace them."""
 
         def hide(text: str) -> str:
             return special_token.sub(lambda found: hidden[found[0]], text)
@@ -475,13 +475,13 @@ class _HiddenChat:
 
 
 def _with_reasoning(message: Message) -> Message:
-    """The message with its reasoning under the names that templates read, as transformers gives it."""
+    """Return the message with its reasoning under all names that templates read, as transformers does."""
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _with_mark(message: Message, mark: str) -> Message:
-    """The message with `mark` behind all that it says and calls."""
+    """Return the message with `mark` appended to all that it says and calls."""
     names = {"role", "name", "tool_call_id"}
     said: Message = {
         key: value + mark for key, value in message.items() if isinstance(value, str) and value and key not in names
@@ -498,7 +498,7 @@ def _with_marked_name(call: dict[str, Any], mark: str) -> dict[str, Any]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested JSON, keys included."""
+    """Yield every string in nested JSON, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -511,7 +511,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _map_texts(change: Callable[[str], str], value: Any) -> Any:
-    """A copy of nested JSON with every text changed, keys included."""
+    """Return a copy of nested JSON with every string changed, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

@@ -117,6 +117,14 @@ def test_turns_that_are_not_learnt(fields, trained):
     assert conversation.messages == [user("q"), assistant("a")]
 
 
+def test_messages_as_prompt_and_completion():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2
+    conversation = to_conversation({"prompt": turns[:3], "completion": turns[3:]}, "s")
+    assert conversation == Conversation([system("s"), *turns], [False] * 4 + [True])
+    with pytest.raises(UserError, match=r"^field 'completion' is not a list but str"):
+        to_conversation({"prompt": turns[:3], "completion": "a"})
+
+
 def test_of_what_is_not_learnt_nothing_is_asked():
     record = {
         "system": "s",

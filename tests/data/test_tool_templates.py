@@ -46,7 +46,7 @@ QWEN25 = """\
 """
 
 # Reasoning only behind the last question, and there always in the last turn. An earlier turn is written otherwise when
-# it is the last, and what stands before a turn may change once more follows.
+# it is the last, and what comes before a turn may change once more follows.
 QWEN3 = """\
 {%- if tools %}{{- '<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n' }}{%- endif %}
 {%- set ns = namespace(last=0) %}
@@ -246,7 +246,7 @@ def test_the_names_of_reasoning(ours, theirs):
 
 @pytest.mark.parametrize("name", ["qwen2.5", "llama3.1"])
 def test_blocks_and_turns_agree(ours, theirs, name):
-    """The same template with {% generation %} blocks, of which transformers makes its assistant mask."""
+    """The same template with {% generation %} blocks, from which transformers makes its assistant mask."""
     source = TEMPLATES[name]
     if name == "qwen2.5":
         source = source.replace(
