@@ -99,7 +99,7 @@ def to_conversation(record: Mapping[str, Any], system: str | None = None) -> Con
         messages = [*_alpaca_history(fields), _alpaca_question(fields), _answer(fields, "output")]
     elif isinstance(fields.get("prompt"), list):
         before, _ = _from_list("prompt", fields["prompt"], role="role", content="content")
-        after, trained = _from_list("completion", fields.get("completion"), role="role", content="content")
+        after, trained = _from_list("completion", fields.get("completion", []), role="role", content="content")
         messages, trained = before + after, [False] * len(before) + trained
     elif "prompt" in fields:
         question = {"role": "user", "content": check_text("prompt", fields["prompt"])}
