@@ -318,8 +318,6 @@ class _TextEncoder:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._path = tokenizer.path
-        self._unknown = _unknown_id(backend)
         added = backend.get_added_tokens_decoder()
         self._spelling = {id: token.content for id, token in added.items() if token.special}
         self.special_tokens = set(self._spelling.values())
@@ -338,23 +336,7 @@ class _TextEncoder:
         return first, within
 
     def encode(self, text: str, spellings: dict[str, str]) -> _Tokens:
-        """Return the tokens of `text`, in which each character of `spellings` replaces a text that is not special.
-
-        Raises:
-            UserError: If a text that is not special becomes a special token all the same.
-        """
-        tokens = self._encode(text, spellings)
-        for id, (start, stop), is_special in zip(tokens.ids, tokens.offsets, tokens.special, strict=True):
-            # the vocabulary may have "</s>" as a piece like any other, or make it of other characters
-            if id in self._spelling and not is_special and id != self._unknown:
-                spelled = "".join(spellings.get(character, character) for character in text[start:stop])
-                raise UserError(
-                    f"tokenizer {self._path} can only write {spelled!r:.60} as its special token "
-                    f"{self._spelling[id]!r}; replace it in the text, or use another tokenizer"
-                )
-        return tokens
-
-    def _encode(self, text: str, spellings: dict[str, str]) -> _Tokens:
+        """Tokens of `text`, in which each character of `spellings` stands for a text that is not special."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
         special = [id in self._spelling for id in ids]
@@ -384,13 +366,6 @@ class _TextEncoder:
         # a token may stand for no character, such as a space that the tokenizer puts in front
         offsets = [(origin[first], origin[max(first, last - 1)] + 1) for first, last in encoding.offsets]
         tokens.extend(encoding.ids, offsets, [False] * len(offsets))
-
-
-def _unknown_id(backend: tokenizers.Tokenizer) -> int | None:
-    """Return the id that text outside the vocabulary becomes."""
-    if hasattr(backend.model, "unk_token"):
-        return None if backend.model.unk_token is None else backend.token_to_id(backend.model.unk_token)
-    return json.loads(backend.to_str())["model"].get("unk_id")  # Unigram does not show it
 
 
 def _replace(value: Any, key: str, old: Any, new: Any) -> Any:
@@ -487,14 +462,17 @@ def _with_mark(message: Message, mark: str) -> Message:
         key: value + mark for key, value in message.items() if isinstance(value, str) and value and key not in names
     }
     if message.get("tool_calls"):
-        said["tool_calls"] = [_with_marked_name(call, mark) for call in message["tool_calls"]]
+        said["tool_calls"] = [
+            {**call, "function": _with_longer_name(call["function"], mark)}
+            if "function" in call
+            else _with_longer_name(call, mark)
+            for call in message["tool_calls"]
+        ]
     return {**message, **(said or {"content": mark})}
 
 
-def _with_marked_name(call: dict[str, Any], mark: str) -> dict[str, Any]:
-    if "function" in call:
-        return {**call, "function": _with_marked_name(call["function"], mark)}
-    return {**call, "name": f"{call.get('name', '')}{mark}"}
+def _with_longer_name(function: dict[str, Any], mark: str) -> dict[str, Any]:
+    return {**function, "name": f"{function.get('name', '')}{mark}"}
 
 
 def _texts(value: Any) -> Iterator[str]:

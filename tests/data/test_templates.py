@@ -257,22 +257,6 @@ def test_spaces_that_a_tokenizer_puts_in_front(metaspace_tokenizer, bos):
     assert (space in spelled.input_ids[:2]) == (space in harmless.input_ids[:2]) == (bos == "")
 
 
-@pytest.mark.parametrize("text", ["a</s>b", "a\uff1c/s\uff1eb"], ids=["spelled", "normalized"])
-def test_text_that_a_vocabulary_can_only_write_as_a_special_token(tmp_path, text):
-    """A Unigram model may have special tokens as pieces, and a normalizer may make them of other characters."""
-    pieces = [("<unk>", 0.0), ("</s>", -1.0), *((character, -2.0) for character in "abu:/s<>"), ("\u2581", -2.0)]
-    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0, byte_fallback=False))
-    backend.normalizer = tokenizers.normalizers.NFKC()
-    backend.add_special_tokens(["<unk>", "</s>"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    template = ChatTemplate("mine", "u:" + MARKED, Tokenizer.load(str(tmp_path)))
-    unknown = template.encode([{"role": "user", "content": "z"}, {"role": "assistant", "content": "a"}])
-    assert unknown.input_ids == [4, 5, 0, 2, 1]
-    expected = r"^tokenizer \S+ can only write '.*' as its special token '</s>'; replace it in the text, or use another"
-    with pytest.raises(UserError, match=expected):
-        template.encode([{"role": "user", "content": text}, {"role": "assistant", "content": "a"}])
-
-
 def test_characters_that_stand_for_others_may_stand_in_a_message(byte_tokenizer):
     template = ChatTemplate.load("chatml", byte_tokenizer)
     text = "\U00100000\U00100001</s>\U00100002"
