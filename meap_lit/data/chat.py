@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from meap_lit.data.chunks import ChatWriter, Split, parse_bytes
-from meap_lit.data.conversations import to_messages
+from meap_lit.data.conversations import Conversation, to_conversation
 from meap_lit.data.formats import RECORD_FORMATS
 from meap_lit.data.manifest import ChatDetails, Manifest, ShardDetails, Source
 from meap_lit.data.parallel import default_num_workers, map_in_order
@@ -42,7 +42,7 @@ class PrepareChat(Preparation):
         output: Folder to make.
         input: Files, folders and glob patterns (.json, an array of objects; .jsonl, .jsonl.gz, .jsonl.zst and .parquet,
             one conversation a line or row). Alpaca, ShareGPT, OpenAI and prompt with completion are recognised by
-            their fields.
+            their fields. `weight`, `train` or `training` of a turn say whether it is learnt.
         tokenizer: Folder with a tokenizer.json.
         template: Chat template: `tokenizer` for the tokenizer's own, alpaca, llama3, chatml or mistral, or a file that
             ends in .jinja.
@@ -90,7 +90,8 @@ class PrepareChat(Preparation):
             on_error=self.on_error,
         )
         encoded = map_in_order(encoder, _batches(reader), self.num_workers or default_num_workers(reader.num_bytes))
-        counts = _Counts()
+        unknown = tokenizer.special_tokens.get("unk_token")
+        counts = _Counts(None if unknown is None else tokenizer.copy_backend().token_to_id(unknown))
         with closing(encoded), progress_bar(f"preparing {self.output}", reader.num_bytes) as bar:
             for batch in encoded:
                 for sample, number in zip(batch.samples, batch.draws, strict=True):
@@ -102,7 +103,8 @@ class PrepareChat(Preparation):
         if counts.samples == 0 and shard is None:
             raise UserError(
                 f"no conversation to tokenise in {', '.join(self.input)} "
-                f"({counts.dropped} too long for max_tokens, {counts.skipped} unreadable)"
+                f"({counts.dropped} too long for max_tokens, {counts.untrained} without a turn to learn, "
+                f"{counts.skipped} unreadable)"
             )
         sizes = splits.close()
         assert sum(split.documents for split in sizes.values()) == counts.samples, "samples were lost on the way"
@@ -125,6 +127,7 @@ class PrepareChat(Preparation):
                 max_tokens=self.max_tokens,
                 num_dropped=counts.dropped,
                 num_truncated=counts.truncated,
+                num_untrained=counts.untrained,
             ),
             shard=None if shard is None else ShardDetails(shard.index, shard.count, splits.reserve_draw),
         ).save(folder)
@@ -153,10 +156,22 @@ class PrepareChat(Preparation):
                 f"longest {counts.longest}, mean {counts.tokens / max(1, counts.samples):.1f}",
                 f"  answers  {counts.answers}, {counts.long_answers} over {LONG_ANSWER} tokens; "
                 f"{counts.answer_tokens} tokens, {closing}",
-                f"  left out {counts.dropped} too long, {counts.skipped} unreadable; {counts.truncated} truncated",
+                *self._warnings(counts),
+                f"  left out {counts.dropped} too long, {counts.untrained} without a turn to learn, "
+                f"{counts.skipped} unreadable; {counts.truncated} truncated",
                 f"  took     {seconds:.1f} s, {counts.samples / seconds:.0f} conversations/s",
             ]
         )
+
+    def _warnings(self, counts: "_Counts") -> Iterator[str]:
+        if counts.unknown:
+            share = counts.unknown / max(1, counts.tokens)
+            yield f"  unknown  {counts.unknown} tokens ({share:.2%}) of text outside the vocabulary"
+        if counts.other_prompts:
+            yield (
+                f"  prompts  in {counts.other_prompts} conversations the first answer does not follow the tokens that "
+                f"`generate --chat` sends: the tokenizer joins characters across its beginning, or splits them there"
+            )
 
 
 @dataclass(frozen=True)
@@ -174,11 +189,15 @@ class _EncodedBatch:
     """A number in [0, 1) for each sample that depends on its text alone."""
     num_dropped: int = 0
     num_truncated: int = 0
+    num_untrained: int = 0
     num_skipped: int = 0
+    num_other_prompts: int = 0
+    """Samples that do not begin as the prompt of their first answer."""
 
 
 @dataclass
 class _Counts:
+    unk_token_id: int | None
     samples: int = 0
     tokens: int = 0
     longest: int = 0
@@ -188,7 +207,10 @@ class _Counts:
     closed_answers: int = 0
     dropped: int = 0
     truncated: int = 0
+    untrained: int = 0
     skipped: int = 0
+    unknown: int = 0
+    other_prompts: int = 0
 
     def add(self, batch: _EncodedBatch) -> None:
         self.samples += len(batch.samples)
@@ -196,12 +218,15 @@ class _Counts:
             start, stop, end = answers.T
             self.tokens += len(input_ids)
             self.longest = max(self.longest, len(input_ids))
+            self.unknown += int((input_ids == self.unk_token_id).sum())
             self.answers += len(answers)
             self.answer_tokens += int((end - start).sum())
             self.long_answers += int((stop - start > LONG_ANSWER).sum())
             self.closed_answers += int((end > stop).sum())
         self.dropped += batch.num_dropped
         self.truncated += batch.num_truncated
+        self.untrained += batch.num_untrained
+        self.other_prompts += batch.num_other_prompts
         self.skipped += batch.num_skipped
 
 
@@ -231,8 +256,11 @@ class _Encoder:
         result = _EncodedBatch(batch.bytes_read)
         for record in batch.records:
             try:
-                messages = to_messages(record.fields, self.system)
-                chat = self.template.encode(messages)
+                conversation = to_conversation(record.fields, self.system)
+                if not any(conversation.trained):
+                    result.num_untrained += 1
+                    continue
+                chat = self.template.encode(conversation.messages, conversation.tools, conversation.trained)
             except UserError as error:
                 if self.on_error == "stop":
                     raise UserError(f"{record.where}: {error}; {SKIP_HINT}") from error
@@ -248,8 +276,18 @@ class _Encoder:
             tokens = np.array(chat.input_ids)
             assert tokens.max() < self.vocab_size, "the tokenizer gave an id outside its vocabulary"
             result.samples.append((tokens.astype(self.dtype), np.array(chat.answers, dtype=np.int32)))
-            result.draws.append(draw(json.dumps(messages).encode()))
+            result.draws.append(draw(json.dumps(conversation.messages).encode()))
+            result.num_other_prompts += not self._follows_prompt(conversation, chat)
         return result
+
+    def _follows_prompt(self, conversation: Conversation, chat: EncodedChat) -> bool:
+        """Return whether the tokens begin with those of the prompt for the first answer that is learnt."""
+        messages = conversation.messages[: conversation.trained.index(True)]
+        try:
+            prompt = self.template.encode_prompt(messages, conversation.tools)
+        except UserError:  # the template takes no conversation that waits for an answer
+            return False
+        return chat.input_ids[: len(prompt)] == prompt
 
     def _shorten(self, chat: EncodedChat, where: str) -> EncodedChat | None:
         """A conversation that is too long cut to `max_tokens`, or None if it is to be left out."""

@@ -224,9 +224,19 @@ def _row_groups(metadata: Any, size: int, span: Span) -> tuple[int, list[int]]:
 
 def _row(batch: Any, number: int, where: str) -> dict[str, Any] | UserError:
     try:
-        return {name: column[number].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        columns = zip(batch.schema.names, batch.columns, strict=True)
+        return {name: _without_nulls(column[number].as_py()) for name, column in columns}
     except UnicodeDecodeError:
         return UserError(f"{where}: not valid UTF-8")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without its null keys: in a table every object has the keys of all others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [_without_nulls(entry) for entry in value]
+    return value
 
 
 # --------------------------------------------------------------------------------------------- zstandard

@@ -59,6 +59,8 @@ class ChatDetails:
     """Conversations left out because they are longer."""
     num_truncated: int
     """Conversations cut because they are longer."""
+    num_untrained: int = 0
+    """Conversations left out because no turn is to be learnt."""
 
 
 @dataclass(frozen=True)

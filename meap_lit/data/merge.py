@@ -297,6 +297,7 @@ def _whole(manifests: Sequence[Manifest], splits: dict[str, Split]) -> Manifest:
             first.chat,
             num_dropped=sum(chat.num_dropped for chat in chats),
             num_truncated=sum(chat.num_truncated for chat in chats),
+            num_untrained=sum(chat.num_untrained for chat in chats),
         ),
         shard=None,
     )

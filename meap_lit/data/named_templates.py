@@ -1,7 +1,7 @@
 """Chat templates that may be named instead of a tokenizer's own.
 
-Each begins with the beginning-of-text token where there is one, encloses what the assistant says and the token that
-closes it in `{% generation %}`, and renders in transformers as it does here. A prompt, rendered with
+They know no tools. Each begins with the beginning-of-text token where there is one, encloses what the assistant says
+and the token that closes it in `{% generation %}`, and renders in transformers as it does here. A prompt, rendered with
 `add_generation_prompt`, is the beginning of the conversation that answers it.
 """
 
@@ -23,7 +23,7 @@ _ALPACA = """\
         {{- message['instruction'] if message['instruction'] is defined else message['content'] }}
         {{- '\\n\\n### Input:\\n' + message['input'] if message['input'] }}
         {{- '\\n\\n### Response:' }}
-    {%- else %}
+    {%- elif message['role'] == 'assistant' %}
         {%- generation %}
             {{- message['content'] + eos_token }}
         {%- endgeneration %}
@@ -49,9 +49,10 @@ _LLAMA3 = """\
 {%- endif %}
 """
 
-# github.com/openai/openai-python, chatml.md (v0.28)
+# github.com/openai/openai-python, chatml.md (v0.28). Some tokenizers, such as SmolLM2's, name <|im_start|> as their
+# beginning-of-text token; every message begins with it anyway.
 _CHATML = """\
-{{- bos_token }}
+{{- bos_token if bos_token != '<|im_start|>' }}
 {%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' }}
     {%- if message['role'] == 'assistant' %}

@@ -1,9 +1,9 @@
 """Conversations to token ids by a Jinja chat template, and which of the ids the assistant says.
 
 A template is the tokenizer's own, a file, or one of `named_templates.py`. What is to be learnt follows from the
-template's structure: from `{% generation %}` blocks where it has them, else from what each answer adds to the text
-before it. Nobody looks for markers in the text, and a special token spelled out in a message stays the characters it
-is made of.
+template's structure: from `{% generation %}` blocks where it has them, else from where each turn of the assistant
+begins and ends in the text, be it an answer, a call of a tool or reasoning. Nobody looks for markers in the text, and a
+special token spelled out in a message stays the characters it is made of.
 
 The environment is the one that transformers gives a template (`apply_chat_template` in transformers 5), so that both
 write the same text.
@@ -12,7 +12,7 @@ write the same text.
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -26,7 +26,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from meap_lit.data.bounded_jinja import BoundedEnvironment
-from meap_lit.data.conversations import Message
+from meap_lit.data.conversations import REASONING, Message
 from meap_lit.data.named_templates import NAMED
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
@@ -34,8 +34,8 @@ from meap_lit.errors import UserError
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """A conversation as ids, and its answers in order: one for every turn of the assistant, unless the template marks
-    several parts of a turn or none."""
+    """A conversation as ids, and its answers in order: one for every turn of the assistant that is to be learnt, unless
+    the template marks several parts of a turn or none."""
 
     input_ids: list[int]
     answers: list[tuple[int, int, int]]
@@ -64,12 +64,16 @@ class ChatTemplate:
         environment = _environment(self._today)
         try:
             self._template = environment.from_string(source)
-            calls = environment.parse(source).find_all(nodes.ExtensionAttribute)
-            self._marks_answers = any(call.name == _GENERATION for call in calls)
+            parsed = environment.parse(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template {name}, line {error.lineno}: {error.message}") from error
         except (RecursionError, SyntaxError, MemoryError, OverflowError) as error:  # of the Python that it becomes
             raise UserError(f"chat template {name} is nested too deeply: {error}") from error
+        calls = parsed.find_all(nodes.ExtensionAttribute)
+        self._marks_answers = any(call.name == _GENERATION for call in calls)
+        self._mentioned = {node.name for node in parsed.find_all(nodes.Name)}
+        self._mentioned |= {node.attr for node in parsed.find_all(nodes.Getattr)}
+        self._mentioned |= {node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)}
 
     @classmethod
     def load(cls, name: str, tokenizer: Tokenizer) -> "ChatTemplate":
@@ -118,78 +122,159 @@ class ChatTemplate:
         chat = self.encode(question)
         return tuple(sorted({chat.input_ids[stop] for _, stop, end in chat.answers if stop < end}))
 
-    def encode(self, messages: Sequence[Message]) -> EncodedChat:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        trained: Sequence[bool] | None = None,
+    ) -> EncodedChat:
         """Ids of a whole conversation, and where the answers stand in them.
 
         Args:
-            messages: As `conversations.to_messages` returns them; ends with the assistant.
+            messages: As `conversations.to_conversation` returns them; ends with the assistant.
+            tools: Descriptions of the tools that the assistant may call.
+            trained: For each message whether it is to be learnt; all of the assistant's if not given.
 
         Raises:
-            UserError: If the template raises, marks nothing that the assistant says, does not render turn by turn or
-                begins with an answer.
+            UserError: If the template raises, does not write what the conversation holds, marks nothing that the
+                assistant says, does not render turn by turn or begins with an answer.
         """
-        private = _PrivateCharacters(messages, self._text_encoder.special_token)
+        chat = _HiddenChat(messages, tools, self._text_encoder.special_token)
+        self._check_written(chat)
+        if trained is None:
+            trained = [message["role"] == "assistant" for message in messages]
+        text, blocks = self._render(chat)
+        answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         if self._marks_answers:
-            text, spans = self._render(messages, private)
+            spans = blocks if all(trained[turn] for turn in answers) else self._trained_blocks(chat, blocks, trained)
         else:
-            text, spans = self._render_turn_by_turn(messages, private)
-        tokens = self._text_encoder.encode(text, private.spellings)
-        answers = [answer for span in spans if (answer := _to_tokens(span, tokens, text))]
-        if not any(start < stop for start, stop, _ in answers):
+            spans = [
+                (self._end_of(text, chat, turn - 1, with_header=True), self._end_of(text, chat, turn))
+                for turn in answers
+                if trained[turn]
+            ]
+        tokens = self._text_encoder.encode(text, chat.spellings)
+        encoded: list[tuple[int, int, int]] = []
+        for span in spans:
+            after = encoded[-1][2] if encoded else 0
+            if answer := _to_tokens(span, tokens, text, after):
+                encoded.append(answer)
+        if not any(start < stop for start, stop, _ in encoded):
             raise UserError(f"chat template {self.name} marks nothing that the assistant says in this conversation")
-        if answers[0][0] == 0:
+        if encoded[0][0] == 0:
             raise UserError(
                 f"chat template {self.name} begins with the answer, whose first token nothing predicts; it must write "
                 f"something before it, such as the bos_token"
             )
-        return EncodedChat(tokens.ids, answers)
+        return EncodedChat(tokens.ids, encoded)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """Ids up to where the assistant is to speak next.
 
         Raises:
-            UserError: If the template raises.
+            UserError: If the template raises, or does not write what the conversation holds.
         """
-        private = _PrivateCharacters(messages, self._text_encoder.special_token)
-        text, _ = self._render(messages, private, add_generation_prompt=True)
-        return self._text_encoder.encode(text, private.spellings).ids
+        chat = _HiddenChat(messages, tools, self._text_encoder.special_token)
+        self._check_written(chat)
+        text, _ = self._render(chat, add_generation_prompt=True)
+        return self._text_encoder.encode(text, chat.spellings).ids
+
+    def _check_written(self, chat: "_HiddenChat") -> None:
+        """Make sure that the template writes the conversation's tools, their calls and results, and its reasoning.
+
+        transformers leaves out without a word what a template does not know.
+        """
+        missing = []
+        if chat.tools and "tools" not in self._mentioned:
+            missing.append("tools")
+        for key, names in (("tool_calls", ("tool_calls",)), ("reasoning_content", REASONING)):
+            if any(message.get(key) for message in chat.messages) and self._mentioned.isdisjoint(names):
+                missing.append(key)
+        returned = [turn for turn, message in enumerate(chat.messages) if message["role"] == "tool"]
+        if returned and not missing:
+            marked, _ = self._render(chat, marks=dict.fromkeys(returned, chat.place))
+            if marked.count(chat.place) < len(returned):
+                missing.append("messages of the role tool")
+        if missing:
+            raise UserError(
+                f"chat template {self.name} does not write {' or '.join(missing)}, which this conversation has; name a "
+                f"template that does, such as the tokenizer's own or a .jinja file, or take them out of the data"
+            )
 
     def _render(
-        self, messages: Sequence[Message], private: "_PrivateCharacters", add_generation_prompt: bool = False
+        self,
+        chat: "_HiddenChat",
+        stop: int | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        marks: Mapping[int, str] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the spans of it that stand in `{% generation %}` blocks."""
+        """The text of the messages before `stop`, and the spans of it in `{% generation %}` blocks.
+
+        `marks` are characters to append to what the messages of these numbers say.
+        """
+        messages = chat.messages[:stop]
+        if marks is not None:
+            messages = [
+                _with_mark(message, marks[turn]) if turn in marks else message for turn, message in enumerate(messages)
+            ]
         try:
-            marked = self._template.render(
+            text = self._template.render(
                 **self._tokenizer.special_tokens,
-                messages=[private.hide(message) for message in messages],
-                tools=None,
+                messages=messages,
+                tools=chat.tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **{_MARKS: private.marks},
+                **{_MARKS: chat.marks},
             )
-            return private.cut_marks(marked)
+            return chat.cut_marks(text)
         except Exception as error:  # a template is a program of the user's: whatever it raises is for the user to mend
             reason = " ".join(str(error).split())
             raise UserError(f"chat template {self.name} does not take this conversation: {reason}") from error
 
-    def _render_turn_by_turn(
-        self, messages: Sequence[Message], private: "_PrivateCharacters"
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and where in it each answer stands: what it adds to the prompt before it."""
-        text, _ = self._render(messages, private)
-        spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt, _ = self._render(messages[:turn], private, add_generation_prompt=True)
-                answered, _ = self._render(messages[: turn + 1], private)
-                if not (answered.startswith(prompt) and text.startswith(answered)):
-                    raise UserError(
-                        f"chat template {self.name} does not render turn by turn, so its answers cannot be told from "
-                        f"the rest; wrap what the assistant says in {{% generation %}} ... {{% endgeneration %}}, or "
-                        f"name another template: {', '.join(NAMED)}"
-                    )
-                spans.append((len(prompt), len(answered)))
-        return text, spans
+    def _end_of(self, text: str, chat: "_HiddenChat", turn: int, with_header: bool = False) -> int:
+        """Return where message `turn` ends in `text`, that of the whole conversation, or the header that follows it.
+
+        The conversation up to there is rendered alone, and usually the whole begins with it. Some templates write a
+        turn in another way once others follow (Qwen3 drops its reasoning) but close it in the same way. There the end
+        is found by a character that is appended to the message, in the part and in the whole.
+        """
+        until, _ = self._render(chat, turn + 1, add_generation_prompt=with_header)
+        if text.startswith(until):
+            return len(until)
+        marks = {turn: chat.place}
+        part, _ = self._render(chat, turn + 1, add_generation_prompt=with_header, marks=marks)
+        whole, _ = self._render(chat, marks=marks)
+        (_, found, closing), (_, found_in_whole, rest) = part.rpartition(chat.place), whole.rpartition(chat.place)
+        if not (found and found_in_whole and rest.startswith(closing) and text.endswith(rest)):
+            raise UserError(
+                f"chat template {self.name} does not render turn by turn, so its answers cannot be told from the rest; "
+                f"wrap what the assistant says in {{% generation %}} ... {{% endgeneration %}}, or name another "
+                f"template: {', '.join(NAMED)}"
+            )
+        return len(text) - len(rest) + len(closing)
+
+    def _trained_blocks(
+        self, chat: "_HiddenChat", blocks: Sequence[tuple[int, int]], trained: Sequence[bool]
+    ) -> list[tuple[int, int]]:
+        """Return the `{% generation %}` blocks of the turns that are to be learnt.
+
+        Two characters, one appended to what these turns say and one to the others, tell them apart.
+        """
+        kept, left_out = chat.marks_of_turns
+        marks = {
+            turn: kept if trained[turn] else left_out
+            for turn, message in enumerate(chat.messages)
+            if message["role"] == "assistant"
+        }
+        text, marked = self._render(chat, marks=marks)
+        said = [text[slice(*block)] for block in marked]
+        if len(said) != len(blocks) or any((kept in block) == (left_out in block) for block in said):
+            raise UserError(
+                f"chat template {self.name} does not show which of its {{% generation %}} blocks are of the turns that "
+                f"are not learnt; put all that the assistant says in a turn into one block"
+            )
+        return [block for block, inside in zip(blocks, said, strict=True) if kept in inside]
 
 
 def _default_template(tokenizer: Tokenizer) -> str | None:
@@ -299,10 +384,18 @@ def _replace(value: Any, key: str, old: Any, new: Any) -> Any:
     return value
 
 
-def _to_tokens(span: tuple[int, int], tokens: _Tokens, text: str) -> tuple[int, int, int] | None:
-    """The tokens that begin within a span of characters; blank ones after the closing tokens are left out."""
+def _to_tokens(span: tuple[int, int], tokens: _Tokens, text: str, after: int) -> tuple[int, int, int] | None:
+    """The tokens of a span of characters, from the one that covers the first, as in transformers' assistant mask.
+
+    Those before number `after` belong to another answer. Blank ones after the closing tokens are left out.
+    """
+    if span[0] == span[1]:
+        return None
     starts = [start for start, _ in tokens.offsets]
     start, end = bisect_left(starts, span[0]), bisect_left(starts, span[1])
+    # a special token that swallows the space after it is still the template's
+    if start > after and tokens.offsets[start - 1][1] > span[0] and not tokens.special[start - 1]:
+        start -= 1
     closing = end
     while closing > start and not tokens.special[closing - 1] and not text[slice(*tokens.offsets[closing - 1])].strip():
         closing -= 1
@@ -317,29 +410,31 @@ def _to_tokens(span: tuple[int, int], tokens: _Tokens, text: str) -> tuple[int, 
 # ------------------------------------------------------------------------------------- what a template is given
 
 
-class _PrivateCharacters:
-    """Characters that stand nowhere in a conversation, from a private use area of Unicode.
+class _HiddenChat:
+    """A conversation as a template is given it, every special token that it spells out replaced by one character.
 
-    Two of them mark where an answer begins and ends; one stands for each special token that a message spells out.
+    The characters are from a private use area of Unicode, and the conversation has none of them. Two more mark where an
+    answer begins and ends; others are appended to what a message says, to find it in the text.
     """
 
-    def __init__(self, messages: Sequence[Message], special_token: re.Pattern[str]) -> None:
-        text = "\0".join(value for message in messages for value in message.values())
+    def __init__(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, special_token: re.Pattern[str]
+    ) -> None:
+        given = [_with_reasoning(message) for message in messages]
+        text = "\0".join(_texts([given, tools]))
         free = (character for character in map(chr, range(0x100000, 0x10FFFE)) if character not in text)
         self.marks = (next(free), next(free))
-        self._special_token = special_token
-        self._hidden = {token: next(free) for token in dict.fromkeys(special_token.findall(text))}
-        self.spellings = {character: token for token, character in self._hidden.items()}
-        """The special tokens that stand in the messages, by the characters that stand for them."""
+        self.place = next(free)
+        self.marks_of_turns = (next(free), next(free))
+        hidden = {token: next(free) for token in dict.fromkeys(special_token.findall(text))}
+        self.spellings = {character: token for token, character in hidden.items()}
+        """The special tokens that the messages spell out, by the characters that replace them."""
 
-    def hide(self, message: Message) -> Message:
-        """The message with every special token in it replaced."""
-        if not self._hidden:
-            return message
-        return {
-            name: self._special_token.sub(lambda found: self._hidden[found[0]], value)
-            for name, value in message.items()
-        }
+        def hide(text: str) -> str:
+            return special_token.sub(lambda found: hidden[found[0]], text)
+
+        self.messages: list[Message] = _map_texts(hide, given) if hidden else given
+        self.tools: Sequence[dict[str, Any]] | None = _map_texts(hide, tools) if hidden else tools
 
     def cut_marks(self, marked: str) -> tuple[str, list[tuple[int, int]]]:
         """The text without marks, and the spans of characters they enclosed.
@@ -358,6 +453,56 @@ class _PrivateCharacters:
             spans.append((start, end))
             text += inside + after
         return text, spans
+
+
+def _with_reasoning(message: Message) -> Message:
+    """Return the message with its reasoning under all names that templates read, as transformers does."""
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _with_mark(message: Message, mark: str) -> Message:
+    """Return the message with `mark` appended to all that it says and calls."""
+    names = {"role", "name", "tool_call_id"}
+    said: Message = {
+        key: value + mark for key, value in message.items() if isinstance(value, str) and value and key not in names
+    }
+    if message.get("tool_calls"):
+        said["tool_calls"] = [
+            {**call, "function": _with_longer_name(call["function"], mark)}
+            if "function" in call
+            else _with_longer_name(call, mark)
+            for call in message["tool_calls"]
+        ]
+    return {**message, **(said or {"content": mark})}
+
+
+def _with_longer_name(function: dict[str, Any], mark: str) -> dict[str, Any]:
+    return {**function, "name": f"{function.get('name', '')}{mark}"}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every string in nested JSON, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for entry in value.values():
+            yield from _texts(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def _map_texts(change: Callable[[str], str], value: Any) -> Any:
+    """Return a copy of nested JSON with every string changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _map_texts(change, entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_map_texts(change, entry) for entry in value]
+    return value
 
 
 _GENERATION = "_mark_answer"

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
+import torch
 from litdata import StreamingDataset
 from litdata.streaming.sampler import ChunkedIndex
 
@@ -18,7 +20,9 @@ from meap_lit.data.manifest import Manifest, load_samples
 from meap_lit.data.named_templates import NAMED
 from meap_lit.data.templates import ChatTemplate
 from meap_lit.data.tokenizer import Tokenizer
+from meap_lit.duplication import Answer, Duplication, masked_copy, original
 from meap_lit.errors import UserError
+from meap_lit.model.loss import IGNORE_INDEX
 
 
 def records(number):
@@ -85,7 +89,9 @@ def test_samples_are_what_the_template_says(tmp_path, tokenizer, tokenizer_folde
     assert f"train    9 conversations, {sum(lengths)} tokens\n" in printed
     assert f"longest {max(lengths)}, mean {sum(lengths) / 9:.1f}\n" in printed
     assert f"answers  9, {long} over 50 tokens; {learnt} tokens, those that close them included\n" in printed
-    assert "left out 0 too long, 0 unreadable; 0 truncated\n" in printed
+    assert "left out 0 too long, 0 without a turn to learn, 0 unreadable; 0 truncated\n" in printed
+    assert "unknown" not in printed
+    assert "prompts" not in printed
 
 
 def test_any_sample_is_read_at_random_and_its_sizes_without_it(tmp_path, tokenizer_folder):
@@ -187,6 +193,105 @@ def test_answers_that_nothing_closes_are_pointed_out(tmp_path, tokenizer, tokeni
     assert "none closed by a special token: a model cannot learn from them where to stop" in capsys.readouterr().out
 
 
+def test_prompts_that_are_encoded_otherwise_are_counted(tmp_path, tokenizer, tokenizer_folder, capsys):
+    """`generate --chat` sends the prompt alone; here the space before the answer joins its first word."""
+    tokenizer.save(tmp_path / "tokenizer")
+    source = """{% for message in messages %}
+        {%- if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n' }}
+        {%- else %}{{ 'Model: ' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% endif %}
+        {%- endfor %}{% if add_generation_prompt %}{{ 'Model: ' }}{% endif %}"""
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(source)
+    records = [{"prompt": "Go on?", "completion": text} for text in ("quick", "?", "quick fox")]
+    data = write_json(tmp_path / "in.json", records)
+    prepare(tmp_path / "out", data, str(tmp_path / "tokenizer"), template="tokenizer")
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("\n  prompts  in 2 conversations the first answer does not follow the tokens that `generate --")
+        == 1
+    )
+    samples = read_samples(tmp_path / "out" / "train")
+    said = [tokenizer.decode(ids[start:stop]) for ids, [(start, stop, _)] in samples]
+    assert said == [" quick", "?", " quick fox"]
+
+
+def test_unknown_tokens_are_counted(tmp_path, capsys):
+    vocab = {"<unk>": 0, "</s>": 1, "[": 2, "INST": 3, "]": 4, "/": 5, "yes": 6, "no": 7}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.add_special_tokens(["<unk>", "</s>"])
+    (tmp_path / "tokenizer").mkdir()
+    backend.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"unk_token": "<unk>", "eos_token": "</s>"}')
+    records = [{"prompt": "no", "completion": "yes"}, {"prompt": "what no", "completion": "yes then"}]
+    prepare(
+        tmp_path / "out", write_json(tmp_path / "in.json", records), str(tmp_path / "tokenizer"), template="mistral"
+    )
+    assert "\n  unknown  2 tokens (9.09%) of text outside the vocabulary\n" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------- what is learnt
+
+
+def test_turns_that_are_not_learnt_have_no_answer(tmp_path, tokenizer, tokenizer_folder, capsys):
+    texts = [("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two")]
+    messages = [{"role": role, "content": text} for role, text in texts]
+    ids, answers = encode(tokenizer, messages, "mistral")
+    weighted = [
+        [messages[0], messages[1] | first, messages[2], messages[3] | second]
+        for first, second in (({}, {}), ({"weight": 0}, {"weight": 1}), ({}, {"train": False}), ({"weight": 0},) * 2)
+    ]
+    source = write_json(tmp_path / "in.json", [{"messages": turns} for turns in weighted])
+    prepare(tmp_path / "out", source, tokenizer_folder, template="mistral")
+    assert read_samples(tmp_path / "out" / "train") == [(ids, answers), (ids, answers[1:]), (ids, answers[:1])]
+    table = load_samples(str(tmp_path / "out"), "train")
+    assert table.num_answers.tolist() == [2, 1, 1]
+    assert Manifest.load(str(tmp_path / "out"), kind="chat").chat.num_untrained == 1
+    assert "left out 0 too long, 1 without a turn to learn, 0 unreadable" in capsys.readouterr().out
+    none = write_json(tmp_path / "none.json", [{"messages": weighted[3]}])
+    with pytest.raises(
+        UserError, match=r"^no conversation to tokenise in .*, 1 without a turn to learn, 0 unreadable\)$"
+    ):
+        prepare(tmp_path / "none", none, tokenizer_folder, template="mistral")
+
+
+def test_labels_and_copies_follow_the_turns_that_are_learnt(tmp_path, tokenizer, tokenizer_folder):
+    long = "How vexingly quick daft zebras jump! " * 4
+    texts = [("user", "q"), ("assistant", long), ("user", "r"), ("assistant", long)]
+    messages = [{"role": role, "content": text} for role, text in texts]
+    messages[1]["weight"] = 0
+    prepare(
+        tmp_path / "out", write_json(tmp_path / "in.json", {"messages": messages}), tokenizer_folder, template="mistral"
+    )
+    [(ids, [answer])] = read_samples(tmp_path / "out" / "train")
+    input_ids, answers = torch.tensor(ids), [Answer(*answer)]
+    learnt = torch.zeros(len(ids), dtype=torch.bool)
+    learnt[answer[0] - 1 : answer[2] - 1] = True
+    assert torch.equal(original(input_ids, answers).labels != IGNORE_INDEX, learnt)
+    copy = masked_copy(input_ids, answers, Duplication(), mask_token_id=1, seed=0, sample_id=0, visit=0)
+    masked = (copy.input_ids != input_ids).nonzero().flatten()
+    assert len(masked) == (answer[1] - answer[0]) // 10 > 0
+    assert masked.min() >= answer[0] > len(ids) // 2
+
+
+def test_tools_of_a_parquet_file(tmp_path, tokenizer, tokenizer_folder):
+    """Its columns have every key in every row: those that a row does not have are null."""
+    calls = [
+        {"function": {"name": name, "arguments": arguments}} for name, arguments in (("f", {"a": 1}), ("g", {"b": 2}))
+    ]
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+        for call in calls
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
+    tokenizer.save(tmp_path / "tokenizer")
+    called = "{{ message.tool_calls | tojson if message.tool_calls }}"
+    source = "{% for message in messages %}{{ message.content }}" + called + "\n{% endfor %}"
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(source)
+    prepare(tmp_path / "out", tmp_path / "in.parquet", str(tmp_path / "tokenizer"), template="tokenizer")
+    samples = read_samples(tmp_path / "out" / "train")
+    assert [tokenizer.decode(ids) for ids, _ in samples] == [f"q\n{json.dumps([call])}\n" for call in calls]
+
+
 # ------------------------------------------------------------------------------------------------ held out
 
 
@@ -243,7 +348,7 @@ def test_long_conversations_are_dropped(tmp_path, tokenizer, tokenizer_folder, t
     assert read_samples(tmp_path / "out" / "train") == [encode(tokenizer, turns[:2])]
     chat = Manifest.load(str(tmp_path / "out"), kind="chat").chat
     assert (chat.num_dropped, chat.num_truncated) == (1, 0)
-    assert "left out 1 too long, 0 unreadable; 0 truncated" in capsys.readouterr().out
+    assert "left out 1 too long, 0 without a turn to learn, 0 unreadable; 0 truncated" in capsys.readouterr().out
 
 
 def test_long_conversations_are_truncated(tmp_path, tokenizer, tokenizer_folder, turns):
@@ -295,7 +400,7 @@ def test_a_conversation_cut_before_its_answer_is_dropped(tmp_path, tokenizer, to
         ({"input": ["nowhere.json"]}, "input nowhere.json does not exist"),
         (
             {"max_tokens": 3, "on_long": "drop"},
-            r"no conversation to tokenise in \S+/in.json \(2 too long for max_tokens, 0 unreadable\)",
+            r"no conversation to tokenise in \S+/in.json \(2 too long for max_tokens, 0 without a turn to learn, 0 unr",
         ),
     ],
 )
@@ -336,7 +441,7 @@ def test_bad_records_stop_or_are_counted(tmp_path, tokenizer, record, message, c
     assert not (tmp_path / "out").exists()
     prepare(tmp_path / "out", source, str(tmp_path / "tokenizer"), on_error="skip", **options)
     assert len(read_samples(tmp_path / "out" / "train")) == 2
-    assert "left out 0 too long, 1 unreadable" in capsys.readouterr().out
+    assert "left out 0 too long, 0 without a turn to learn, 1 unreadable" in capsys.readouterr().out
     assert Manifest.load(str(tmp_path / "out"), kind="chat").num_skipped == 1
 
 
@@ -344,7 +449,8 @@ def test_bad_records_stop_or_are_counted(tmp_path, tokenizer, record, message, c
 def test_empty_data_file(tmp_path, tokenizer_folder, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(
-        UserError, match=rf"^no conversation to tokenise in \S+/{name} \(0 too long for max_tokens, 0 unreadable\)$"
+        UserError,
+        match=rf"^no conversation to tokenise in \S+/{name} \(0 too long for max_tokens, 0 without a turn to learn, 0 ",
     ):
         prepare(tmp_path / "out", tmp_path / name, tokenizer_folder)
     assert not (tmp_path / "out").exists()
@@ -397,3 +503,29 @@ def test_llama2(shared_data, tmp_path):
     ids, [(start, stop, end)] = samples[0]
     assert (ids[0], ids[stop:end], end) == (1, [2], len(ids))
     assert tokenizer.decode(ids[start:stop]) == records(1)[0]["output"].strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "tools"),
+    [("glaive_toolcall_en_demo", 300, True), ("alpaca_en_demo", 999, False), ("identity", 91, False)],
+)
+def test_real_files_are_read_whole(shared_data, tmp_path, name, count, tools):
+    tokenizer = Tokenizer.load(str(shared_data / "tokenizer-llama2"))
+    tokenizer.save(tmp_path / "tokenizer")
+    source = """{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}
+        {%- if message.role == 'assistant' %}{{ 'Model:' }}
+        {%- generation %}{{ ' ' + message.content }}{{ message.tool_calls | tojson if message.tool_calls }}
+        {{- eos_token }}{% endgeneration %}
+        {%- else %}{{ message.role + ': ' + message.content + '\n' }}{% endif %}{% endfor %}
+        {%- if add_generation_prompt %}{{ 'Model:' }}{% endif %}"""
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(source)
+    file = shared_data / "sft" / f"{name}.json"
+    prepare(tmp_path / "out", file, str(tmp_path / "tokenizer"), template="tokenizer")
+    split = Manifest.load(str(tmp_path / "out"), kind="chat").splits["train"]
+    assert split.documents == count
+    if tools:
+        assert split.answers == 957
+        with pytest.raises(
+            UserError, match=r"element 1: chat template mistral does not write tools or tool_calls, which "
+        ):
+            prepare(tmp_path / "named", file, str(tmp_path / "tokenizer"), template="mistral")

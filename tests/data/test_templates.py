@@ -175,6 +175,26 @@ def test_without_generation_blocks_the_answers_are_the_same(byte_tokenizer, name
     assert ChatTemplate("plain", source, byte_tokenizer).encode(messages) == template.encode(messages)
 
 
+def test_chatml_where_its_token_is_the_beginning(byte_tokenizer):
+    """As with SmolLM2's tokenizer."""
+    tokenizer = Tokenizer(byte_tokenizer.copy_backend(), {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
+    assert tokenizer.bos_token_id == token_ids("<|im_start|>")[0]
+    chat = ChatTemplate.load("chatml", tokenizer).encode(CHATS["one turn"])
+    assert chat.input_ids == token_ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_only_the_turns_to_be_learnt_are_answers(byte_tokenizer, name):
+    template = ChatTemplate.load(name, byte_tokenizer)
+    source = template.source.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+    for chosen in (template, ChatTemplate("plain", source, byte_tokenizer)):
+        ids, answers = WRITTEN[name][0], WRITTEN[name][1]
+        for first, second in ((True, False), (False, True), (True, True)):
+            chat = chosen.encode(CHAT, trained=[False, False, first, False, second])
+            assert chat.input_ids == token_ids(ids)
+            assert chat.answers == [answer for answer, kept in zip(answers, (first, second), strict=True) if kept]
+
+
 def test_ids_that_close_an_answer(byte_tokenizer):
     closing = {"alpaca": "</s>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>", "mistral": "</s>"}
     for name, token in closing.items():
@@ -273,20 +293,39 @@ MARKED = """\
 {%- generation %}{{ message['content'] }}{% endgeneration %}{{ '</s>' }}{% endif %}{% endfor %}"""
 
 
-@pytest.mark.parametrize(("before", "answer"), [("fox q", "uick jumps"), ("the ", "quick fox")])
-def test_a_token_that_begins_before_the_answer_is_not_part_of_it(tokenizer, before, answer):
+@pytest.mark.parametrize(("before", "answer"), [("fox q", "uick jumps"), ("the ", "quick fox"), ("the ", "quick")])
+def test_the_token_that_covers_the_first_character_is_learnt(tokenizer, tokenizer_folder, before, answer):
     whole = tokenizer.encode(before + answer)
     first = tokenizer.encode("fox" if before == "fox q" else "the")
     assert whole != tokenizer.encode(before) + tokenizer.encode(answer)  # a token crosses over
+    messages = [{"role": "user", "content": before}, {"role": "assistant", "content": answer}]
     template = ChatTemplate("merging", MARKED.replace("</s>", ""), tokenizer)
-    chat = template.encode([{"role": "user", "content": before}, {"role": "assistant", "content": answer}])
+    chat = template.encode(messages)
     assert chat.input_ids == whole
-    (start, stop, end) = chat.answers[0]
-    assert whole[: len(first)] == first
-    assert stop == end == len(whole)
-    said = tokenizer.decode(whole[start:])
-    assert answer.endswith(said)
-    assert len(said) < len(answer)
+    assert chat.answers == [(len(first), len(whole), len(whole))]
+    assert tokenizer.decode(whole[len(first) :]).endswith(answer)
+    unmarked = template.source.replace("{%- generation %}", "").replace("{% endgeneration %}", "")
+    assert ChatTemplate("unmarked", unmarked, tokenizer).encode(messages) == chat
+    # whether transformers sees a token's space depends on the tokenizer's post-processor; here there is none
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.copy_backend())
+    options = {"chat_template": template.source, "return_dict": True, "return_assistant_tokens_mask": True}
+    assert mask_of(chat) == theirs.apply_chat_template(messages, **options)["assistant_masks"]
+
+
+def test_a_special_token_that_swallows_a_space_is_not_learnt(byte_tokenizer):
+    backend = byte_tokenizer.copy_backend()
+    backend.add_special_tokens([tokenizers.AddedToken("<|ask|>", rstrip=True, special=True)])
+    tokenizer = Tokenizer(backend, {"eos_token": "</s>"})
+    chat = ChatTemplate("swallowing", MARKED, tokenizer).encode(
+        [{"role": "user", "content": "u"}, {"role": "assistant", "content": " A"}]
+    )
+    assert chat.answers == [(1, 3, 3)]
+    source = MARKED.replace("{%- generation", "{{ '<|ask|>' }}{%- generation")
+    chat = ChatTemplate("swallowing", source, tokenizer).encode(
+        [{"role": "user", "content": "u"}, {"role": "assistant", "content": " A"}]
+    )
+    assert len(chat.input_ids) == 4
+    assert chat.answers == [(2, 3, 3)]
 
 
 def test_what_a_template_puts_outside_its_block_is_not_learnt(byte_tokenizer):
@@ -300,6 +339,30 @@ def test_blocks_that_touch_are_one_answer(byte_tokenizer):
     chat = ChatTemplate("touching", source, byte_tokenizer).encode(CHAT[1:3])
     assert chat.input_ids == token_ids("uA1</s>")
     assert chat.answers == [(1, 3, 4)]
+
+
+def test_blocks_whose_turn_does_not_show(byte_tokenizer):
+    """What closes an answer is a block of its own, apart from it: nothing tells whose it is."""
+    source = MARKED.replace("{{ '</s>' }}", "{{ '.' }}{% generation %}{{ '</s>' }}{% endgeneration %}")
+    template = ChatTemplate("apart", source, byte_tokenizer)
+    assert template.encode(CHAT[1:3]).answers == [(1, 3, 3), (4, 4, 5)]
+    expected = (
+        r"^chat template apart does not show which of its {% generation %} blocks are of the turns that are not lea"
+    )
+    with pytest.raises(UserError, match=expected):
+        template.encode(CHAT[1:], trained=[False, False, False, True])
+
+
+def test_only_the_last_answer_is_in_a_block(byte_tokenizer):
+    source = (
+        "{% for message in messages %}{% if loop.last %}{% generation %}{{ message['content'] }}{% endgeneration %}"
+    )
+    source += "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    template = ChatTemplate("last", source, byte_tokenizer)
+    assert template.encode(CHAT[1:]).answers == [(4, 5, 5)]
+    assert template.encode(CHAT[1:], trained=[False, False, False, True]).answers == [(4, 5, 5)]
+    with pytest.raises(UserError, match=r"^chat template last marks nothing that the assistant says"):
+        template.encode(CHAT[1:], trained=[False, True, False, False])
 
 
 def test_several_closing_tokens_and_white_space(byte_tokenizer):
@@ -459,3 +522,26 @@ def test_llama2(shared_data, tmp_path, name):
     spelled = template.encode([CHAT[1] | {"instruction": SPELLED, "content": SPELLED}, CHAT[2]])
     assert [id for id in spelled.input_ids if id in (1, 2, 32_000)] == [1, 2]
     assert template.stop_token_ids == (2,)
+
+
+@pytest.mark.parametrize("answer", ["Lima, of course", "Lima"])
+def test_llama2_where_a_token_begins_before_the_answer(shared_data, tmp_path, answer):
+    tokenizer = Tokenizer.load(str(shared_data / "tokenizer-llama2"))
+    tokenizer.save(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    answering = "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    source = f"""{{{{ bos_token }}}}{{% for message in messages %}}
+        {{%- if message['role'] == 'user' %}}{{{{ 'User: ' + message['content'] + '\n' }}}}
+        {{%- else %}}{{{{ 'Assistant: ' }}}}{answering}{{% endif %}}{{% endfor %}}"""
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": answer}]
+    for chosen in (source, source.replace("{% generation %}", "").replace("{% endgeneration %}", "")):
+        template = ChatTemplate("plain", chosen, tokenizer)
+        chat = template.encode(messages)
+        options = {"chat_template": source, "return_dict": True, "return_assistant_tokens_mask": True}
+        expected = theirs.apply_chat_template(messages, **options)
+        assert chat.input_ids == expected["input_ids"]
+        if chosen == source:
+            assert mask_of(chat) == expected["assistant_masks"]
+            [(start, stop, end)] = chat.answers
+            assert theirs.convert_ids_to_tokens(chat.input_ids[start:end])[:1] == ["▁Lima"]
+            assert chat.input_ids[stop:end] == [2]
