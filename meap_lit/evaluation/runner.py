@@ -52,7 +52,7 @@ def choose_items(task: Task, model: LanguageModel, on_overflow: Overflow) -> tup
         included = ", answer included" if isinstance(task, GenerationTask) else ""
         raise UserError(
             f"{num_skipped} of {len(items)} items of {task.name} are longer than the context of {model.checkpoint}, "
-            f"{context} tokens: the longest needs {longest}{included}; make the task shorter"
+            f"{model.source.context}: the longest needs {longest}{included}; make the task shorter"
             + ("" if not fitting else ", or leave them out with --on_overflow skip")
         )
     return fitting, num_skipped
