@@ -5,6 +5,9 @@
 is the command line of the harness itself, with all of its tasks and options. Needs pip install 'meap-lit[harness]'.
 """
 
+import hashlib
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,10 @@ class HarnessModel(TemplateLM):
     Texts are tokenized as its own `hf` model does, so that both give the same scores: context and continuation
     together, after BOS if the tokenizer has one, and cut on the left where they are too long. An unconditional text
     follows BOS, or EOS if there is no BOS.
+
+    With the harness's `--apply_chat_template` prompts are rendered by the tokenizer's own chat template, and with
+    `--apply_chat_template NAME` by another one that `prepare chat --template` knows. Special tokens in a prompt are
+    then special whoever wrote them, the template or a message, as in the `hf` model.
 
     Args:
         checkpoint: A Hugging Face folder, a .ckpt file or folder, or the folder of a run; or a model that is loaded.
@@ -67,6 +74,39 @@ class HarnessModel(TemplateLM):
         self.model = checkpoint
         self.batch_tokens = batch_tokens
         self.max_gen_toks = max_gen_toks
+        self._template = "tokenizer"
+        self._has_templated = False
+        """Whether texts are prompts of a chat template, whose special tokens are to be found in them."""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name under which the harness caches requests: what decides the ids of a prompt."""
+        template = self.model.chat_template(self._template).source
+        return f"{self.model.tokenizer.fingerprint[:16]}-{hashlib.sha256(template.encode()).hexdigest()[:16]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Choose the template of `apply_chat_template` by name, True for the tokenizer's own, and return its source."""
+        if not chat_template:
+            return None
+        self._template = "tokenizer" if chat_template is True else chat_template
+        return self.model.chat_template(self._template).source
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return the prompt of a conversation; without `add_generation_prompt` its last message is to be continued.
+
+        Raises:
+            UserError: If the tokenizer has no template, or it does not take the conversation.
+        """
+        self._has_templated = True
+        template = self.model.chat_template(self._template)
+        try:
+            return template.render_prompt(chat_history, continue_last=not add_generation_prompt)
+        except UserError as error:
+            without = [message for message in chat_history if message["role"] != "system"]
+            if len(without) == len(chat_history):
+                raise
+            warnings.warn(f"{error}; system messages are left out, as the hf model of the harness does", stacklevel=2)
+            return template.render_prompt(without, continue_last=not add_generation_prompt)
 
     @property
     def max_length(self) -> int:
@@ -83,6 +123,9 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         bos = self.model.tokenizer.bos_token_id
         start = [] if bos is None or add_special_tokens is False else [bos]
+        if self._has_templated:
+            ids = self.model.chat_template(self._template).encode_text(string)
+            return ids if ids[:1] == [self.prefix_token_id] else [*start, *ids]  # a template may write BOS itself
         return [*start, *self.model.tokenizer.encode(string)]
 
     def row(self, context: str, continuation: str) -> tuple[list[int], int]:
@@ -166,7 +209,7 @@ class HarnessModel(TemplateLM):
     def _prompt(self, context: str, max_gen_toks: int) -> list[int]:
         room = self.max_length - max_gen_toks
         if room < 1:
-            raise UserError(f"max_gen_toks {max_gen_toks} leaves no room in the context of {self.max_length} tokens")
+            raise UserError(f"max_gen_toks {max_gen_toks} leaves no room in the context of {self.model.source.context}")
         return (self.tok_encode(context) or [self.prefix_token_id])[-room:]
 
     def _continue(self, prompts: Sequence[list[int]], options: Mapping[str, Any]) -> list[str]:
@@ -225,7 +268,17 @@ def _before(text: str, stops: Iterable[str]) -> str:
     return text
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Run the harness's own command line; 0 if it went well, 2 after wrong input (one line on stderr)."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
