@@ -97,9 +97,7 @@ def generate(
         UserError: If a prompt is empty, has an unknown id, or leaves no room for `max_new_tokens` in the model's
             context. Nothing has been generated then.
     """
-    check_prompts(prompts, max_new_tokens, decoder.config)
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    check_prompts(prompts, max_new_tokens, batch_size, decoder.config)
     continuations: list[list[int]] = [[] for _ in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     was_training = decoder.training
@@ -129,18 +127,25 @@ def generate(
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, config: DecoderConfig, context: str | None = None
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    config: DecoderConfig,
+    context: str | None = None,
 ) -> None:
     """Check what `generate` asks of its prompts, before weights are loaded; raises as it does.
 
     Args:
         prompts: Token ids of each prompt.
         max_new_tokens: Most tokens to add to a prompt.
+        batch_size: Prompts continued at once.
         config: The decoder's.
         context: Its context in words; `max_seq_len` tokens if not given.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     assert config.vocab_size is not None
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
@@ -264,7 +269,7 @@ def choose_tokens(logits: Tensor, sampling: Sampling, draws: Sequence[float]) ->
         return logits.argmax(dim=-1)
     scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / sampling.temperature  # no overflow
     probs = scaled.softmax(dim=-1)  # [B, V], float64: cumulated over a large vocabulary
-    if 0 < (sampling.top_k or 0) < probs.size(-1):
+    if sampling.top_k is not None and 0 < sampling.top_k < probs.size(-1):
         kth = probs.topk(sampling.top_k, dim=-1).values[:, -1:]
         probs = probs.where(probs >= kth, 0)
     if sampling.top_p is not None:

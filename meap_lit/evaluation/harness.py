@@ -191,14 +191,18 @@ class HarnessModel(TemplateLM):
         groups: dict[str, list[int]] = {}  # those with the same options share batches
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(index)
+        # options and prompts of all groups first: what is wrong with the last must not show after hours
+        plans = []
+        for members in groups.values():
+            options = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
+            prompts = [self._prompt(requests[index].args[0], options["max_gen_toks"]) for index in members]
+            plans.append((members, options, _sampling(options), prompts))
         with tqdm(total=len(requests), desc="generation", disable=disable_tqdm) as bar:
-            for members in groups.values():
-                options = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
-                prompts = [self._prompt(requests[index].args[0], options["max_gen_toks"]) for index in members]
+            for members, options, sampling, prompts in plans:
                 lengths = [len(prompt) + options["max_gen_toks"] for prompt in prompts]
                 longest_first = sorted(range(len(members)), key=lambda number: -lengths[number])
                 for numbers in batches(longest_first, self.batch_tokens, lengths.__getitem__):
-                    answers = self._continue([prompts[number] for number in numbers], options)
+                    answers = self._continue([prompts[number] for number in numbers], options, sampling)
                     for number, answer in zip(numbers, answers, strict=True):
                         texts[members[number]] = answer
                     bar.update(len(numbers))
@@ -212,15 +216,11 @@ class HarnessModel(TemplateLM):
             raise UserError(f"max_gen_toks {max_gen_toks} leaves no room in the context of {self.model.source.context}")
         return (self.tok_encode(context) or [self.prefix_token_id])[-room:]
 
-    def _continue(self, prompts: Sequence[list[int]], options: Mapping[str, Any]) -> list[str]:
-        temperature = options.get("temperature") or 0.0
-        limits: dict[str, Any] = (
-            {name: options.get(name) or None for name in ("top_k", "top_p")} if temperature > 0 else {}
-        )
+    def _continue(self, prompts: Sequence[list[int]], options: Mapping[str, Any], sampling: Sampling) -> list[str]:
         continuations = self.model.generate(
             prompts,
             max_new_tokens=options["max_gen_toks"],
-            sampling=Sampling(temperature, **limits),
+            sampling=sampling,
             batch_size=len(prompts),
         )
         return [
@@ -260,6 +260,13 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[st
         task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=0)
     return tasks
+
+
+def _sampling(options: Mapping[str, Any]) -> Sampling:
+    """Return how tokens are drawn; without a temperature the harness's other options say nothing."""
+    temperature = options.get("temperature") or 0.0
+    limits: dict[str, Any] = {name: options.get(name) or None for name in ("top_k", "top_p")} if temperature > 0 else {}
+    return Sampling(temperature, **limits)
 
 
 def _before(text: str, stops: Iterable[str]) -> str:

@@ -99,7 +99,7 @@ class LanguageModel:
         Args:
             stop_token_ids: Further ids that end a continuation, such as those of a chat template.
         """
-        check_prompts(prompts, max_new_tokens, self.config, self.source.context)
+        check_prompts(prompts, max_new_tokens, batch_size, self.config, self.source.context)
         return generate(
             self.decoder,
             prompts,
