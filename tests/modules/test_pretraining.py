@@ -146,6 +146,14 @@ def test_one_set_of_positions_for_the_batch_and_a_cycle_of_steps(prepared, tmp_p
     assert torch.equal(first, second)
 
 
+def test_the_last_position_is_never_masked_as_in_the_released_code(prepared, tmp_path):
+    options = {"mask_scope": "batch", "protect": ["last"]}
+    module, _ = fit(prepared, mask=Constant(0.9), max_steps=1, tmp_path=tmp_path, **options)
+    _, input_mask = module.mask_batch({"input_ids": torch.full((4, 32), 7), "sample_ids": torch.arange(4)})
+    assert (input_mask.sum(dim=1) == num_masked(0.9, 32)).all()
+    assert not input_mask[:, -1].any()
+
+
 def test_the_schedule_is_followed_by_optimizer_step(prepared, tmp_path):
     _, losses = fit(prepared, mask=WarmupHold(0.5, warmup_steps=4, hold_off=1), max_steps=3, tmp_path=tmp_path)
     _, plain_losses = fit(prepared, mask=Constant(0.0), max_steps=3, tmp_path=tmp_path)
