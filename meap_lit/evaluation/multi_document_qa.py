@@ -84,6 +84,10 @@ _INSTRUCTION = (
 class MultiDocumentQA(PromptTask):
     """Questions with the gold passage at several positions among distractors.
 
+    An answer is stripped, cut at its first line break and compared. The benchmark strips in its script for Llama 2
+    (scripts/get_qa_responses_from_llama_2.py) before `evaluate_qa_responses.py` cuts; its scripts for MPT and LongChat
+    do not, so there an answer that begins with a line break counts as empty.
+
     Args:
         file: Data in the benchmark's format. A `{gold}` in it stands for the position of the gold passage, if there is
             a file for each; one file serves all positions as well, since the gold passage is put where it belongs.
@@ -142,7 +146,7 @@ class MultiDocumentQA(PromptTask):
                 yield _prompt(f"closed_book/{number}", cell, question, [])
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
-        # the reference scorer does not strip before it looks for the end of the first line
+        # as the benchmark's script for Llama 2 does; its scorer does not strip before it cuts at the first line break
         return [{"model_answer": record["model_answer"].strip()} for record in super().answer(model, items)]
 
     def score(self, record: Record) -> dict[str, float]:
