@@ -173,6 +173,7 @@ class Checkpoint(WeightSource):
             dtype=dtype,
             tokenizer_folder=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
             generation=about.get("generation") or {},
+            positions=about.get("positions") or {},
             tokens_seen=about.get("tokens_seen"),
             mask_token_id=about.get("mask_token_id"),
             rows_without_mask=about.get("rows_without_mask"),

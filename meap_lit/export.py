@@ -70,9 +70,11 @@ class Export(Preparation):
                 f"(Qwen2 has the one, Qwen3 the other), so it cannot be exported"
             )
         files = _write_weights(folder, source, dtype, shard_bytes)
-        special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        _write_json(folder / CONFIG_FILE, write_config(source.config, model_type, dtype) | special)
-        _write_json(folder / GENERATION_FILE, _generation(source, tokenizer))
+        generation = _generation(source, tokenizer)
+        special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": generation["eos_token_id"]}
+        content = write_config(source.config, model_type, dtype, source.positions)
+        _write_json(folder / CONFIG_FILE, content | special)
+        _write_json(folder / GENERATION_FILE, generation)
         is_known = tokenizer.mask_token_id < (source.config.vocab_size or 0)
         if is_unused or is_known:
             tokenizer.save(folder, with_mask=not is_unused)
@@ -231,7 +233,8 @@ def _generation(source: WeightSource, tokenizer: Tokenizer) -> dict[str, Any]:
     """The source's generation settings, and that ids without meaning are never generated."""
     rows = source.config.vocab_size
     assert rows is not None
-    settings = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, **source.generation}
+    known = {name: value for name, value in source.generation.items() if value is not None}
+    settings = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, **known}
     # with this mark transformers may replace the whole file by defaults taken from config.json
     settings.pop("_from_model_config", None)
     never = {*tokenizer.ids_without_token(rows), *(source.generation.get("suppress_tokens") or ())}

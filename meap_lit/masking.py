@@ -38,6 +38,7 @@ def mask_inputs(
     step: int,
     span_len: int = 1,
     protected: Tensor | None = None,
+    protect_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Replace a random share of the input tokens by the mask token.
 
@@ -53,6 +54,7 @@ def mask_inputs(
         span_len: Length of the runs of neighbouring positions that are masked together; see `sample_positions`.
         protected: Which ids are never masked, [V], bool, on the device of `input_ids`; none if not given. A row with
             fewer than `num_masked(P, T)` other tokens has all of those masked.
+        protect_last: Whether the last position of a row is never masked.
 
     Returns:
         Masked ids, [B, T], and the input mask that chose them, [B, T], bool.
@@ -66,6 +68,8 @@ def mask_inputs(
     if count == 0:
         return input_ids, torch.zeros_like(input_ids, dtype=torch.bool)
     eligible = torch.ones_like(input_ids, dtype=torch.bool) if protected is None else ~protected[input_ids]
+    if protect_last:
+        eligible[:, -1] = False
     counts = torch.full_like(sample_ids, count)
     input_mask = sample_positions(eligible, counts, sample_ids, seed=seed, step=step, span_len=span_len)
     return input_ids.masked_fill(input_mask, mask_token_id), input_mask

@@ -136,7 +136,7 @@ def test_tokenizer_and_settings(tokenizer: str, tmp_path: Path) -> None:
         "suppress_tokens": [MASK, 9, *PADDING],
     }
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
-    assert (config.bos_token_id, config.eos_token_id, config.vocab_size) == (0, 1, 128)
+    assert (config.bos_token_id, config.eos_token_id, config.vocab_size) == (0, [1, 5], 128)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.mask_token_id) == (0, 1, MASK)
     assert theirs.apply_chat_template([{"role": "user", "content": "w3"}], tokenize=False) == "w3 "

@@ -120,6 +120,18 @@ def test_golden_masks() -> None:
         assert chosen[0].nonzero().flatten().tolist() == expected, (seed, step, sample_id)
 
 
+def test_the_last_position_is_left_alone_where_it_is_protected() -> None:
+    input_ids = torch.randint(5, 100, (300, 20), generator=torch.Generator().manual_seed(0))
+    options = {"mask_token_id": MASK, "mask_ratio": 0.3, "seed": 0, "step": 0}
+    _, input_mask = mask_inputs(input_ids, torch.arange(300), **options)
+    assert input_mask[:, -1].any(), "it would be masked otherwise"
+    for protected in (None, ids(7)):
+        _, input_mask = mask_inputs(input_ids, torch.arange(300), protected=protected, protect_last=True, **options)
+        assert not input_mask[:, -1].any()
+        assert (input_mask.sum(1) == 6).all()
+        assert input_mask[:, :-1].any(0).all(), "every other position is masked in some row"
+
+
 def test_protected_ids_are_never_masked() -> None:
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, 5, (200, 30), generator=generator)

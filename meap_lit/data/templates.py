@@ -201,6 +201,33 @@ class ChatTemplate:
                 f"template that does, such as the tokenizer's own or a .jinja file, or take them out of the data"
             )
 
+    def render_prompt(self, messages: Sequence[Message], *, continue_last: bool = False) -> str:
+        """Return the text of a prompt as transformers' `apply_chat_template` writes it, for others to encode.
+
+        Args:
+            messages: The conversation so far.
+            continue_last: Whether the last message is the beginning of the answer and the text ends with it. Otherwise
+                the text ends where the assistant is to speak next.
+
+        Raises:
+            UserError: If the template raises, or leaves the last message out.
+        """
+        if continue_last:
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _CONTINUED}]
+        chat = _HiddenChat(messages, None, self._text_encoder.special_token)
+        text, _ = self._render(chat, add_generation_prompt=not continue_last)
+        if continue_last:
+            text, tag, rest = text.rpartition(_CONTINUED.rstrip())
+            if not tag:
+                raise UserError(f"chat template {self.name} leaves out the last message, which is to be continued")
+            if not rest.startswith(" "):  # the template trims what is said
+                text = text.rstrip()
+        return "".join(chat.spellings.get(character, character) for character in text)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens are special, such as one of `render_prompt`."""
+        return self._text_encoder.encode(text, {}).ids
+
     def _render(
         self,
         chat: "_HiddenChat",
@@ -504,6 +531,9 @@ def _map_texts(change: Callable[[str], str], value: Any) -> Any:
         return [_map_texts(change, entry) for entry in value]
     return value
 
+
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
+"""What marks the end of a message that is to be continued; a template that trims messages takes its space away."""
 
 _GENERATION = "_mark_answer"
 _MARKS = "answer_marks"

@@ -63,7 +63,7 @@ class MaskedAttention(SequenceTask):
                 f"at least 1 must be masked and 2 must not"
             )
 
-    def items(self, model: LanguageModel) -> list[Item]:
+    def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         rows, mask_token_id = model.config.vocab_size, model.tokenizer.mask_token_id
         assert rows is not None
         if mask_token_id >= rows:
@@ -71,6 +71,9 @@ class MaskedAttention(SequenceTask):
                 f"checkpoint {model.checkpoint} has no vocabulary row for the mask token: its id is {mask_token_id}, "
                 f"the rows are {rows}; export one that was trained here, with mask_ratio 0 for a baseline"
             )
+        return super().extent(model)
+
+    def items(self, model: LanguageModel) -> list[Item]:
         return [
             Item(f"{self.split}-{number}", {}, {"block": number}, block[:-1], num_tokens=self.seq_len)
             for number, block in enumerate(self.blocks(model))

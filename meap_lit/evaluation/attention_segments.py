@@ -67,6 +67,9 @@ class AttentionSegments(Task):
         depths = tuple(depth / 100 for depth in self.depths)
         return RetrievalGrid(tuple(self.lengths), depths, self.num_items, self.num_options, self.seed)
 
+    def extent(self, model: LanguageModel) -> tuple[int, int] | None:
+        return min(self.lengths), max(self.lengths)
+
     def items(self, model: LanguageModel) -> list[Item]:
         items = []
         for number, source in enumerate(build_items(self._grid(), model.tokenizer)):

@@ -54,21 +54,25 @@ class Commonsense(Task):
     include_path: str | None = None
     limit: int | None = None
 
-    def items(self, model: LanguageModel) -> list[Item]:
-        from meap_lit.evaluation.harness import HarnessModel, load_tasks
-
+    def __post_init__(self) -> None:
         if not self.tasks:
             raise UserError("tasks names no task of lm-evaluation-harness; give some, such as [arc_easy, piqa]")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit must be at least 1, got {self.limit}")
+
+    def items(self, model: LanguageModel) -> list[Item]:
+        from meap_lit.evaluation.harness import HarnessModel, load_tasks
+
         reader = HarnessModel(model)
-        items: list[Item] = []
-        for name, task in load_tasks(self.tasks, self.include_path).items():
+        tasks = load_tasks(self.tasks, self.include_path)
+        for name, task in tasks.items():
             if task.OUTPUT_TYPE != "multiple_choice":
                 raise UserError(
                     f"task {name} is not multiple choice but {task.OUTPUT_TYPE}; run it with the harness itself, "
                     f"python -m meap_lit.evaluation.harness run --model meap_lit"
                 )
+        items: list[Item] = []
+        for name, task in tasks.items():
             task.build_all_requests(limit=self.limit)
             requests = groupby(task.instances, key=lambda request: request.doc_id)
             items += [_question(name, task, list(choices), reader) for _, choices in requests]

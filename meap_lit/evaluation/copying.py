@@ -75,6 +75,10 @@ class Copying(SequenceTask):
                 f"{self.seq_len}; shorten task.span_len or task.distances, or raise task.seq_len"
             )
 
+    def extent(self, model: LanguageModel) -> tuple[int, int] | None:
+        super().extent(model)
+        return 2 * self.span_len + min(self.distances) - 1, 2 * self.span_len + max(self.distances) - 1
+
     def items(self, model: LanguageModel) -> list[Item]:
         items = []
         for number, (span, between) in enumerate(self._draws(model)):

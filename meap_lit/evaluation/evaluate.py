@@ -5,11 +5,12 @@ import json
 import math
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,6 +21,8 @@ from meap_lit.evaluation.result import Difference, Mean, Result, difference
 from meap_lit.evaluation.runner import (
     Overflow,
     Records,
+    check_task,
+    check_writable,
     choose_items,
     fingerprint,
     is_first_rank,
@@ -27,7 +30,7 @@ from meap_lit.evaluation.runner import (
     predict,
     start_ranks,
 )
-from meap_lit.evaluation.task import Task
+from meap_lit.evaluation.task import Item, Task
 from meap_lit.host import processor
 
 if TYPE_CHECKING:
@@ -35,6 +38,16 @@ if TYPE_CHECKING:
 
 RESULT_FILE = "result.json"
 _WEIGHTS = (".safetensors", ".distcp")
+
+
+class _Prepared(NamedTuple):
+    """A checkpoint that nothing is known against, and what it is asked."""
+
+    label: str
+    model: LanguageModel
+    records: Records
+    items: list[Item]
+    num_skipped: int
 
 
 @dataclass(kw_only=True)
@@ -90,7 +103,11 @@ class Evaluate:
                 if name in ("", ".", "..") or Path(name).name != name:
                     raise UserError(f"--{option} must be the name of a folder, without any above it, got {name!r}")
         start_ranks()
-        results = [self._evaluate(path, label) for path, label in zip(self.checkpoint, labels, strict=True)]
+        # what one of two checkpoints is refused for must not come to light when the other has been evaluated
+        prepared = self._prepare(labels)
+        results = []
+        while prepared:  # no model is kept when the next is loaded
+            results.append(self._evaluate(*prepared.pop(0)))
         if not is_first_rank():
             return
         for result in results:
@@ -103,23 +120,42 @@ class Evaluate:
     def _folder(self, label: str) -> Path:
         return Path(self.output, self.name or self.task.name, label)
 
-    def _evaluate(self, checkpoint: str, label: str) -> Result:
+    def _prepare(self, labels: Sequence[str]) -> list[_Prepared]:
+        """Open the checkpoints, check the cheapest facts of all, and only then make the items of each."""
         verify = self.verify and is_first_rank()
-        model = LanguageModel(checkpoint, self.tokenizer, self.dtype, self._device(), verify)
-        items, num_skipped = choose_items(self.task, model, self.on_overflow)
-        settings = {
-            "task": describe(self.task),
-            "checkpoint": str(model.source.path.resolve()),
-            "weights": state_of(model.source.path),
-            "tokenizer": model.tokenizer.fingerprint,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "items": fingerprint(items),
-        }
-        records = predict(self.task, model, items, Records(self._folder(label), settings), self.batch_tokens)
+        models = [LanguageModel(path, self.tokenizer, self.dtype, self._device(), verify) for path in self.checkpoint]
+        for model in models:
+            check_task(self.task, model, self.on_overflow)
+        found = [
+            Records(
+                self._folder(label),
+                {
+                    "task": describe(self.task),
+                    "checkpoint": str(model.source.path.resolve()),
+                    "weights": state_of(model.source.path),
+                    "tokenizer": model.tokenizer.fingerprint,
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                },
+            )
+            for model, label in zip(models, labels, strict=True)
+        ]
+        check_writable(self._folder("--".join(labels)))
+        prepared = [
+            _Prepared(label, model, records, *choose_items(self.task, model, self.on_overflow))
+            for label, model, records in zip(labels, models, found, strict=True)
+        ]
+        for _, _, records, items, _ in prepared:
+            records.begin(fingerprint(items))
+        return prepared
+
+    def _evaluate(
+        self, label: str, model: LanguageModel, kept: Records, items: Sequence[Item], num_skipped: int
+    ) -> Result:
+        records = predict(self.task, model, items, kept, self.batch_tokens)
         for record in records:
             record["scores"] = self.task.score(record)
         about = {
-            **settings,
+            **kept.settings,
             "model": dataclasses.asdict(model.config),
             "tokens_seen": model.source.tokens_seen,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from meap_lit.data.readers import find_files
+from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import curves, heat_maps
 from meap_lit.evaluation.language_model import LanguageModel
 from meap_lit.evaluation.retrieval import RetrievalGrid, RetrievalItem, build_items, option_scores
@@ -45,10 +47,22 @@ class FactRetrieval(Task):
     seed: int = 1
     filler: str | None = None
 
-    def items(self, model: LanguageModel) -> list[Item]:
-        grid = RetrievalGrid(
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise UserError("task.lengths must name at least one length, got none")
+
+    def extent(self, model: LanguageModel) -> tuple[int, int] | None:
+        self._grid()
+        if self.filler is not None:
+            find_files([self.filler])
+        return min(self.lengths), max(self.lengths)
+
+    def _grid(self) -> RetrievalGrid:
+        return RetrievalGrid(
             tuple(self.lengths), tuple(self.depths), self.num_items, self.num_options, self.seed, self.filler
         )
+
+    def items(self, model: LanguageModel) -> list[Item]:
         return [
             Item(
                 id=f"{item.length}-{item.depth:g}-{number % self.num_items}",
@@ -63,7 +77,7 @@ class FactRetrieval(Task):
                 input_ids=item.context_ids,
                 num_tokens=len(item.context_ids) + max(map(len, item.options)),
             )
-            for number, item in enumerate(build_items(grid, model.tokenizer))
+            for number, item in enumerate(build_items(self._grid(), model.tokenizer))
         ]
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:

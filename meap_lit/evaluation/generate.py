@@ -24,8 +24,8 @@ class Generate:
         tokenizer: Folder of the tokenizer; the checkpoint's own if not given.
         max_new_tokens: Most tokens to add to a prompt; if not given, 128 or what the context leaves, if that is less.
         temperature: Divides the logits before a token is drawn; 0 takes the most likely one.
-        top_k: Draw among this many most likely tokens only.
-        top_p: Draw among the fewest most likely tokens that together reach this probability.
+        top_k: Draw among this many most likely tokens only; 0 and -1 set no limit.
+        top_p: Draw among the fewest most likely tokens that together reach this probability; 1 sets no limit.
         seed: Seed of the draws.
         batch_size: Prompts continued at once.
         dtype: Dtype of the weights; if not given, bfloat16 on a GPU, and on a CPU the checkpoint's own.

@@ -34,9 +34,11 @@ class Sampling:
 
     Args:
         temperature: Divides the logits; 0 takes the most likely token.
-        top_k: Draw among this many most likely tokens only.
+        top_k: Draw among this many most likely tokens only, and those exactly as likely as the last of them. None, 0
+            and -1 set no limit.
         top_p: Draw among the fewest most likely tokens that together reach this probability (nucleus sampling,
-            arXiv 1904.09751); taken after `top_k`.
+            arXiv 1904.09751); taken after `top_k`. Among equally likely tokens those of higher ids come first, as in
+            transformers. None and 1 set no limit.
         seed: Seed of all draws.
     """
 
@@ -48,12 +50,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature must be at least 0, got {self.temperature:g}")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_k is not None and self.top_k < -1:
+            raise UserError(f"top_k must be at least 1, or 0 or -1 for no limit, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1], got {self.top_p:g}")
-        for name in ("top_k", "top_p"):
-            if self.temperature == 0 and getattr(self, name) is not None:
+        for name, neutral in (("top_k", (None, 0, -1)), ("top_p", (None, 1))):
+            if self.temperature == 0 and getattr(self, name) not in neutral:
                 raise UserError(f"{name} does nothing at temperature 0; set a temperature or leave {name} out")
 
 
@@ -95,9 +97,7 @@ def generate(
         UserError: If a prompt is empty, has an unknown id, or leaves no room for `max_new_tokens` in the model's
             context. Nothing has been generated then.
     """
-    check_prompts(prompts, max_new_tokens, decoder.config)
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    check_prompts(prompts, max_new_tokens, batch_size, decoder.config)
     continuations: list[list[int]] = [[] for _ in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     was_training = decoder.training
@@ -126,10 +126,26 @@ def generate(
     return continuations
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: DecoderConfig) -> None:
-    """What `generate` asks of its prompts, to be known before weights are loaded; raises as it does."""
+def check_prompts(
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    config: DecoderConfig,
+    context: str | None = None,
+) -> None:
+    """Check what `generate` asks of its prompts, before weights are loaded; raises as it does.
+
+    Args:
+        prompts: Token ids of each prompt.
+        max_new_tokens: Most tokens to add to a prompt.
+        batch_size: Prompts continued at once.
+        config: The decoder's.
+        context: Its context in words; `max_seq_len` tokens if not given.
+    """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     assert config.vocab_size is not None
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
@@ -145,7 +161,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
     if too_long:
         raise UserError(
             f"{len(too_long)} of {len(prompts)} prompts leave no room for max_new_tokens {max_new_tokens} in the "
-            f"model's context of {config.max_seq_len} tokens: the longest has {max(too_long)}; "
+            f"model's context of {context or f'{config.max_seq_len} tokens'}: the longest has {max(too_long)}; "
             f"shorten them or lower max_new_tokens"
         )
 
@@ -253,14 +269,15 @@ def choose_tokens(logits: Tensor, sampling: Sampling, draws: Sequence[float]) ->
         return logits.argmax(dim=-1)
     scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / sampling.temperature  # no overflow
     probs = scaled.softmax(dim=-1)  # [B, V], float64: cumulated over a large vocabulary
-    if sampling.top_k is not None and sampling.top_k < probs.size(-1):
+    if sampling.top_k is not None and 0 < sampling.top_k < probs.size(-1):
         kth = probs.topk(sampling.top_k, dim=-1).values[:, -1:]
         probs = probs.where(probs >= kth, 0)
     if sampling.top_p is not None:
-        descending = probs.sort(dim=-1, descending=True).values
+        ascending, order = probs.sort(dim=-1, stable=True)
+        descending = ascending.flip(-1)
         before = descending.cumsum(-1) - descending  # probability of all more likely tokens
-        num_kept = (before < sampling.top_p * probs.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-        probs = probs.where(probs >= descending.gather(1, num_kept - 1), 0)
+        kept = (before < sampling.top_p * probs.sum(-1, keepdim=True)).flip(-1)
+        probs = probs.where(torch.zeros_like(kept).scatter(-1, order, kept), 0)
     cumulative = probs.cumsum(dim=-1)
     targets = torch.tensor(draws, dtype=torch.float64, device=probs.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, targets, right=True)[:, 0]  # the first beyond: never one of probability 0

@@ -5,7 +5,7 @@ summary beside its document. The score is the share that is judged free of hallu
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +17,7 @@ from meap_lit.evaluation.jsonl import read_rows
 from meap_lit.evaluation.judge import agreement
 from meap_lit.evaluation.language_model import LanguageModel
 from meap_lit.evaluation.result import Mean, Result
-from meap_lit.evaluation.task import GenerationTask, Item, Record
+from meap_lit.evaluation.task import Item, Prompt, PromptTask, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ STOPS = ("#Document#:", "#Article#:")
 
 
 @dataclass(kw_only=True)
-class Hallucination(GenerationTask):
+class Hallucination(PromptTask):
     """Summaries of documents, for others to judge.
 
     Args:
@@ -54,16 +54,17 @@ class Hallucination(GenerationTask):
     seed: int = 0
     max_new_tokens: int = 256
 
-    def items(self, model: LanguageModel) -> list[Item]:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_samples < 1:
             raise UserError(f"num_samples must be at least 1, got {self.num_samples}")
+
+    def prompts(self) -> Iterator[Prompt]:
         rows = [{name: row.text(name) for name in ("document", "summary")} for row in read_rows(self.file)]
         chosen = sorted(random.Random(self.seed).sample(range(len(rows)), min(self.num_samples, len(rows))))
         dataset = Path(self.file).name.partition(".")[0]
-        return [
-            self.item(model, f"{index}", {"dataset": dataset}, rows[index], PROMPTS[self.prompt].format(**rows[index]))
-            for index in chosen
-        ]
+        for index in chosen:
+            yield Prompt(f"{index}", {"dataset": dataset}, rows[index], PROMPTS[self.prompt].format(**rows[index]))
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
         return [{"model_answer": until_stop(answer["model_answer"])} for answer in super().answer(model, items)]

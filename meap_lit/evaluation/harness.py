@@ -5,6 +5,9 @@
 is the command line of the harness itself, with all of its tasks and options. Needs pip install 'meap-lit[harness]'.
 """
 
+import hashlib
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,10 @@ class HarnessModel(TemplateLM):
     together, after BOS if the tokenizer writes one, and cut on the left where they are too long. What follows nothing
     is scored after BOS, or EOS if the tokenizer names no BOS. One thing differs: text that spells a special token is
     text.
+
+    With the harness's `--apply_chat_template` prompts are rendered by the tokenizer's own chat template, and with
+    `--apply_chat_template NAME` by another one that `prepare chat --template` knows. Special tokens in a prompt are
+    then special whoever wrote them, the template or a message, as in the `hf` model.
 
     Args:
         checkpoint: A Hugging Face folder, a .ckpt file or folder, or the folder of a run; or a model that is loaded.
@@ -68,6 +75,39 @@ class HarnessModel(TemplateLM):
         self.model = checkpoint
         self.batch_tokens = batch_tokens
         self.max_gen_toks = max_gen_toks
+        self._template = "tokenizer"
+        self._has_templated = False
+        """Whether texts are prompts of a chat template, whose special tokens are to be found in them."""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name under which the harness caches requests: what decides the ids of a prompt."""
+        template = self.model.chat_template(self._template).source
+        return f"{self.model.tokenizer.fingerprint[:16]}-{hashlib.sha256(template.encode()).hexdigest()[:16]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Choose the template of `apply_chat_template` by name, True for the tokenizer's own, and return its source."""
+        if not chat_template:
+            return None
+        self._template = "tokenizer" if chat_template is True else chat_template
+        return self.model.chat_template(self._template).source
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return the prompt of a conversation; without `add_generation_prompt` its last message is to be continued.
+
+        Raises:
+            UserError: If the tokenizer has no template, or it does not take the conversation.
+        """
+        self._has_templated = True
+        template = self.model.chat_template(self._template)
+        try:
+            return template.render_prompt(chat_history, continue_last=not add_generation_prompt)
+        except UserError as error:
+            without = [message for message in chat_history if message["role"] != "system"]
+            if len(without) == len(chat_history):
+                raise
+            warnings.warn(f"{error}; system messages are left out, as the hf model of the harness does", stacklevel=2)
+            return template.render_prompt(without, continue_last=not add_generation_prompt)
 
     @property
     def max_length(self) -> int:
@@ -83,7 +123,11 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         tokenizer = self.model.tokenizer
-        return tokenizer.encode(string) if add_special_tokens is False else tokenizer.encode_whole(string)
+        if not self._has_templated:
+            return tokenizer.encode(string) if add_special_tokens is False else tokenizer.encode_whole(string)
+        ids = self.model.chat_template(self._template).encode_text(string)
+        is_whole = add_special_tokens is False or ids[:1] == [self.prefix_token_id]  # a template may write BOS itself
+        return ids if is_whole else [*tokenizer.before_text, *ids, *tokenizer.after_text]
 
     def row(self, context: str, continuation: str) -> tuple[list[int], int]:
         """What the model reads to score a continuation, and the position in it of the first token that counts."""
@@ -148,14 +192,18 @@ class HarnessModel(TemplateLM):
         groups: dict[str, list[int]] = {}  # those with the same options share batches
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(index)
+        # options and prompts of all groups first: what is wrong with the last must not show after hours
+        plans = []
+        for members in groups.values():
+            options = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
+            prompts = [self._prompt(requests[index].args[0], options["max_gen_toks"]) for index in members]
+            plans.append((members, options, _sampling(options), prompts))
         with tqdm(total=len(requests), desc="generation", disable=disable_tqdm) as bar:
-            for members in groups.values():
-                options = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
-                prompts = [self._prompt(requests[index].args[0], options["max_gen_toks"]) for index in members]
+            for members, options, sampling, prompts in plans:
                 lengths = [len(prompt) + options["max_gen_toks"] for prompt in prompts]
                 longest_first = sorted(range(len(members)), key=lambda number: -lengths[number])
                 for numbers in batches(longest_first, self.batch_tokens, lengths.__getitem__):
-                    answers = self._continue([prompts[number] for number in numbers], options)
+                    answers = self._continue([prompts[number] for number in numbers], options, sampling)
                     for number, answer in zip(numbers, answers, strict=True):
                         texts[members[number]] = answer
                     bar.update(len(numbers))
@@ -166,18 +214,14 @@ class HarnessModel(TemplateLM):
     def _prompt(self, context: str, max_gen_toks: int) -> list[int]:
         room = self.max_length - max_gen_toks
         if room < 1:
-            raise UserError(f"max_gen_toks {max_gen_toks} leaves no room in the context of {self.max_length} tokens")
+            raise UserError(f"max_gen_toks {max_gen_toks} leaves no room in the context of {self.model.source.context}")
         return (self.tok_encode(context) or [self.prefix_token_id])[-room:]
 
-    def _continue(self, prompts: Sequence[list[int]], options: Mapping[str, Any]) -> list[str]:
-        temperature = options.get("temperature") or 0.0
-        limits: dict[str, Any] = (
-            {name: options.get(name) or None for name in ("top_k", "top_p")} if temperature > 0 else {}
-        )
+    def _continue(self, prompts: Sequence[list[int]], options: Mapping[str, Any], sampling: Sampling) -> list[str]:
         continuations = self.model.generate(
             prompts,
             max_new_tokens=options["max_gen_toks"],
-            sampling=Sampling(temperature, **limits),
+            sampling=sampling,
             batch_size=len(prompts),
         )
         return [
@@ -219,13 +263,30 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[st
     return tasks
 
 
+def _sampling(options: Mapping[str, Any]) -> Sampling:
+    """Return how tokens are drawn; without a temperature the harness's other options say nothing."""
+    temperature = options.get("temperature") or 0.0
+    limits: dict[str, Any] = {name: options.get(name) or None for name in ("top_k", "top_p")} if temperature > 0 else {}
+    return Sampling(temperature, **limits)
+
+
 def _before(text: str, stops: Iterable[str]) -> str:
     for stop in stops:
         text = text.partition(stop)[0] if stop else text
     return text
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Run the harness's own command line; 0 if it went well, 2 after wrong input (one line on stderr)."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -78,6 +79,18 @@ class Documents:
         self._backend.post_processor = None  # it may trim white space off the offsets
         self._ends: dict[int, np.ndarray] = {}
 
+    @staticmethod
+    def find(path: str) -> list[Path]:
+        """Return the files that `read` reads.
+
+        Raises:
+            UserError: If there is none.
+        """
+        try:
+            return find_files([path])
+        except UserError as error:
+            raise UserError(f"haystack: {error}") from error
+
     @classmethod
     def read(cls, path: str, tokenizer: Tokenizer) -> "Documents":
         """The documents of a file, or of all files in a folder: texts, and field `text` of records.
@@ -85,10 +98,7 @@ class Documents:
         Raises:
             UserError: If there is no such file, or a document cannot be read.
         """
-        try:
-            files = find_files([path])
-        except UserError as error:
-            raise UserError(f"haystack: {error}") from error
+        files = cls.find(path)
         reader = DocumentReader(files)
         texts = []
         for file, size in zip(files, reader.sizes, strict=True):

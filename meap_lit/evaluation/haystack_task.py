@@ -94,15 +94,15 @@ class HaystackTask(GenerationTask):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, values in (("lengths", self.lengths), ("depths", self.depths)):
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{name} must name at least one value and each once, got {list(values)}")
         for depth in self.depths:
             if not 0 <= depth <= 100:
                 raise UserError(f"depths must be in [0, 100] percent, got {depth:g}")
-        for name in ("num_repeats", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_repeats < 1:
+            raise UserError(f"num_repeats must be at least 1, got {self.num_repeats}")
 
     @abstractmethod
     def questions(self) -> list[Question]:
@@ -127,7 +127,15 @@ class HaystackTask(GenerationTask):
         step = (100 - depth) / len(needle_lengths)
         return [int(num_tokens * (depth + number * step) / 100) for number in range(len(needle_lengths))]
 
+    def extent(self, model: LanguageModel) -> tuple[int, int] | None:
+        super().extent(model)
+        self.questions()
+        if self.haystack is not None:
+            Documents.find(self.haystack)
+        return min(self.lengths), max(self.lengths)
+
     def items(self, model: LanguageModel) -> list[Item]:
+        questions = self.questions()
         if self.haystack is None:
             documents = Documents.noise(model.tokenizer)
         else:
@@ -138,7 +146,14 @@ class HaystackTask(GenerationTask):
         repeat = self.repeat or self.haystack is None
         haystacks = [documents.haystack(num_tokens, order, repeat) for order in orders]
         ids: dict[int, int] = {}
-        fillers = [_Filler(self, model, question, haystacks[question.repeat], ids) for question in self.questions()]
+
+        def filler(question: Question) -> _Filler:
+            return _Filler(self, model, question, haystacks[question.repeat], ids)
+
+        for question in questions:  # what has too little room, or too little haystack, shows in these first
+            for length in (min(self.lengths), max(self.lengths)):
+                filler(question).item(length, self.depths[0])
+        fillers = [filler(question) for question in questions]
         return [filler.item(length, depth) for length in self.lengths for depth in self.depths for filler in fillers]
 
 

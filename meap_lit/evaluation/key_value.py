@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import curves
 from meap_lit.evaluation.jsonl import Row, read_rows
-from meap_lit.evaluation.language_model import LanguageModel
-from meap_lit.evaluation.task import GenerationTask, Item, Record
+from meap_lit.evaluation.task import Prompt, PromptTask, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +72,7 @@ class KeyValueSet:
 
 
 @dataclass(kw_only=True)
-class KeyValueRetrieval(GenerationTask):
+class KeyValueRetrieval(PromptTask):
     """Sets of pairs, each with the pair that is asked for at several positions.
 
     Args:
@@ -95,6 +94,7 @@ class KeyValueRetrieval(GenerationTask):
     max_new_tokens: int = 100
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.file is None) == (self.num_pairs is None):
             got = "neither" if self.file is None else f"{self.file} and {self.num_pairs}"
             raise UserError(f"either file or num_pairs must be given, got {got}")
@@ -105,8 +105,7 @@ class KeyValueRetrieval(GenerationTask):
         if self.gold is not None and (not self.gold or len(set(self.gold)) < len(self.gold) or min(self.gold) < 0):
             raise UserError(f"gold must name positions from 0, at least one and each once, got {list(self.gold)}")
 
-    def items(self, model: LanguageModel) -> list[Item]:
-        items = []
+    def prompts(self) -> Iterator[Prompt]:
         for number, entry in enumerate(self._sets()):
             positions = quarter_ends(len(entry.pairs)) if self.gold is None else self.gold
             if max(positions) >= len(entry.pairs):
@@ -117,9 +116,7 @@ class KeyValueRetrieval(GenerationTask):
             for position in positions:
                 cell = {"pairs": len(entry.pairs), "gold": position}
                 fields = {"key": entry.key, "value": entry.value}
-                name, prompt = f"gold_at_{position}/{number}", entry.prompt(position)
-                items.append(self.item(model, name, cell, fields, prompt, group=str(number)))
-        return items
+                yield Prompt(f"gold_at_{position}/{number}", cell, fields, entry.prompt(position), str(number))
 
     def score(self, record: Record) -> dict[str, float]:
         # as `evaluate_kv_responses.py` of the benchmark: anywhere in the answer, which is not cut

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.generation import GREEDY, OnToken, Sampling, check_prompts, generate
 from meap_lit.model import Decoder
-from meap_lit.model.weights import WeightSource, build_decoder
+from meap_lit.model.weights import WeightSource, build_decoder, token_ids
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -59,7 +59,7 @@ class LanguageModel:
     @cached_property
     def stop_token_ids(self) -> list[int]:
         """Ids that end a text: the tokenizer's and those that the checkpoint names."""
-        return sorted({self.tokenizer.eos_token_id, *_ids(self.source, "eos_token_id")})
+        return sorted({self.tokenizer.eos_token_id, *token_ids(self.source.generation, "eos_token_id")})
 
     @cached_property
     def forbidden_token_ids(self) -> list[int]:
@@ -67,7 +67,7 @@ class LanguageModel:
         rows = self.config.vocab_size
         assert rows is not None
         ids = {self.tokenizer.mask_token_id, *self.tokenizer.ids_without_token(rows)}
-        ids |= {*_ids(self.source, "suppress_tokens")}
+        ids |= {*token_ids(self.source.generation, "suppress_tokens")}
         return sorted(token_id for token_id in ids if token_id < rows)  # the mask token may be newer than the model
 
     def encode(self, text: str) -> list[int]:
@@ -95,7 +95,7 @@ class LanguageModel:
         Args:
             stop_token_ids: Further ids that end a continuation, such as those of a chat template.
         """
-        check_prompts(prompts, max_new_tokens, self.config)
+        check_prompts(prompts, max_new_tokens, batch_size, self.config, self.source.context)
         return generate(
             self.decoder,
             prompts,
@@ -168,9 +168,3 @@ def _load_tokenizer(source: WeightSource, checkpoint: str, folder: str | Path | 
     tokenizer = Tokenizer.load(str(folder))
     vocab_size_for(source, tokenizer)  # refuses the tokenizer of another model
     return tokenizer
-
-
-def _ids(source: WeightSource, name: str) -> list[int]:
-    """Ids under `name` in generation_config.json, which may hold one, a list or null."""
-    ids: Any = source.generation.get(name)
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]

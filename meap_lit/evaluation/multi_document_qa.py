@@ -17,7 +17,7 @@ from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import curves
 from meap_lit.evaluation.jsonl import Row, read_rows
 from meap_lit.evaluation.language_model import LanguageModel
-from meap_lit.evaluation.task import GenerationTask, Item, Record
+from meap_lit.evaluation.task import Item, Prompt, PromptTask, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,8 +81,12 @@ _INSTRUCTION = (
 
 
 @dataclass(kw_only=True)
-class MultiDocumentQA(GenerationTask):
+class MultiDocumentQA(PromptTask):
     """Questions with the gold passage at several positions among distractors.
+
+    An answer is stripped, cut at its first line break and compared. The benchmark strips in its script for Llama 2
+    (scripts/get_qa_responses_from_llama_2.py) before `evaluate_qa_responses.py` cuts; its scripts for MPT and LongChat
+    do not, so there an answer that begins with a line break counts as empty.
 
     Args:
         file: Data in the benchmark's format. A `{gold}` in it stands for the position of the gold passage, if there is
@@ -111,6 +115,7 @@ class MultiDocumentQA(GenerationTask):
     max_new_tokens: int = 100
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_documents < 2:
             raise UserError(f"num_documents must be at least 2, got {self.num_documents}")
         if not self.gold or len(set(self.gold)) < len(self.gold):
@@ -124,26 +129,24 @@ class MultiDocumentQA(GenerationTask):
         if self.num_questions is not None and self.num_questions < 1:
             raise UserError(f"num_questions must be at least 1, got {self.num_questions}")
 
-    def items(self, model: LanguageModel) -> list[Item]:
+    def prompts(self) -> Iterator[Prompt]:
         questions = self._questions()
-        items = []
         for position in self.gold:
             cell: dict[str, Any] = {"documents": self.num_documents, "gold": position}
             for number, question in enumerate(questions[position]):
                 passages = question.distractors[: self.num_documents - 1]
                 passages.insert(position, question.gold)
-                items.append(self._item(model, f"gold_at_{position}/{number}", cell, question, passages))
+                yield _prompt(f"gold_at_{position}/{number}", cell, question, passages)
         for number, question in enumerate(questions[self.gold[0]]):
             if "oracle" in self.bounds:
                 cell = {"documents": 1, "gold": 0}
-                items.append(self._item(model, f"oracle/{number}", cell, question, [question.gold]))
+                yield _prompt(f"oracle/{number}", cell, question, [question.gold])
             if "closed_book" in self.bounds:
                 cell = {"documents": 0, "gold": None}
-                items.append(self._item(model, f"closed_book/{number}", cell, question, []))
-        return items
+                yield _prompt(f"closed_book/{number}", cell, question, [])
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
-        # the reference scorer does not strip before it looks for the end of the first line
+        # as the benchmark's script for Llama 2 does; its scorer does not strip before it cuts at the first line break
         return [{"model_answer": record["model_answer"].strip()} for record in super().answer(model, items)]
 
     def score(self, record: Record) -> dict[str, float]:
@@ -185,12 +188,6 @@ class MultiDocumentQA(GenerationTask):
         pairs["relative gain (%)"] = (first.mean().value, second.mean().value)
         return {name: 100 * (after - before) / before for name, (before, after) in pairs.items() if before > 0}
 
-    def _item(
-        self, model: LanguageModel, id: str, cell: Mapping[str, Any], question: Question, passages: Sequence[Passage]
-    ) -> Item:
-        fields = {"question": question.text, "answers": question.answers}
-        return self.item(model, id, cell, fields, question.prompt(passages), group=id.rpartition("/")[2])
-
     def _questions(self) -> dict[int, list[Question]]:
         """The questions for each position; they differ in nothing but the order of passages that their file had."""
         paths = {position: self.file.replace("{gold}", str(position)) for position in self.gold}
@@ -211,6 +208,11 @@ class MultiDocumentQA(GenerationTask):
                     f"{self.num_documents} needs {self.num_documents - 1}; lower it, or set distractors to synthetic"
                 )
         return questions
+
+
+def _prompt(id: str, cell: Mapping[str, Any], question: Question, passages: Sequence[Passage]) -> Prompt:
+    fields = {"question": question.text, "answers": question.answers}
+    return Prompt(id, cell, fields, question.prompt(passages), id.rpartition("/")[2])
 
 
 def _check_same_questions(files: Sequence[Sequence[Question]]) -> None:

@@ -3,7 +3,7 @@
 - `Needle`: one sentence among essays. Prompt, needles and scores are those of NeedleBench 2024
   (open-compass/opencompass, opencompass/datasets/needlebench/origin.py); the built-in needle is that of
   gkamradt/LLMTest_NeedleInAHaystack.
-- `MultiNeedle`: several at once (needlebench/parallel.py there).
+- `MultiNeedle`: several at once, spread as LLMTest_NeedleInAHaystack spreads them; the prompt is ours.
 - `MagicNumber`: a number among lines of noise, so that nothing has been seen before (NVIDIA/RULER, niah.py).
 """
 
@@ -136,6 +136,9 @@ class Needle(HaystackTask):
 @dataclass(kw_only=True)
 class MultiNeedle(Needle):
     """Several needles at once, the first at the depth and the others spread evenly from there to the end.
+
+    The prompt is ours: that of `Needle` with all questions and all forms of the answer one after the other, so its
+    scores compare with each other only.
 
     `keyword` is the share of keywords found, `all_found` is 100 if that is all of them.
 

@@ -97,16 +97,15 @@ def build_items(grid: RetrievalGrid, tokenizer: Tokenizer) -> list[RetrievalItem
     """
     filler = Filler() if grid.filler is None else Filler.read(grid.filler)
     num_tokens = cache(lambda sentence: len(tokenizer.encode(" " + sentence)))  # many come again
+
+    def build(length: int, depth: float, index: int) -> RetrievalItem:
+        rng = random.Random(f"{grid.seed}/{length}/{depth}/{index}")
+        return _build_item(grid, length, depth, rng, tokenizer, filler, num_tokens)
+
+    if grid.lengths:  # a length without room is said before long ones are made
+        build(min(grid.lengths), grid.depths[0], 0)
     return [
-        _build_item(
-            grid,
-            length,
-            depth,
-            random.Random(f"{grid.seed}/{length}/{depth}/{index}"),
-            tokenizer,
-            filler,
-            num_tokens,
-        )
+        build(length, depth, index)
         for length in grid.lengths
         for depth in grid.depths
         for index in range(grid.num_items)

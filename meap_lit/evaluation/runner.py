@@ -35,8 +35,23 @@ Overflow = Literal["stop", "skip"]
 T = TypeVar("T")
 
 
+def check_task(task: Task, model: LanguageModel, on_overflow: Overflow) -> None:
+    """Refuse at once what `choose_items` would refuse after minutes, as far as it is known before items are made.
+
+    Raises:
+        UserError: If an option or a data file is wrong, or lengths do not fit the model's context.
+    """
+    extent = task.extent(model)
+    if extent is None:
+        return
+    shortest, longest = extent
+    fits = shortest <= model.config.max_seq_len
+    if longest > model.config.max_seq_len and (on_overflow == "stop" or not fits):
+        raise _too_long("items", task, model, longest, fits)
+
+
 def choose_items(task: Task, model: LanguageModel, on_overflow: Overflow) -> tuple[list[Item], int]:
-    """The items of a task that fit the model's context, and how many do not.
+    """Return the items of a task that fit the model's context, and how many do not.
 
     Raises:
         UserError: If one does not fit and `on_overflow` is `stop`, or none does.
@@ -44,18 +59,21 @@ def choose_items(task: Task, model: LanguageModel, on_overflow: Overflow) -> tup
     items = task.items(model)
     ids = [item.id for item in items]
     assert len(set(ids)) == len(ids), f"items of {task.name} share an id"
-    context = model.config.max_seq_len
-    fitting = [item for item in items if item.num_tokens <= context]
+    fitting = [item for item in items if item.num_tokens <= model.config.max_seq_len]
     num_skipped = len(items) - len(fitting)
     if num_skipped and (on_overflow == "stop" or not fitting):
         longest = max(item.num_tokens for item in items)
-        included = ", answer included" if isinstance(task, GenerationTask) else ""
-        raise UserError(
-            f"{num_skipped} of {len(items)} items of {task.name} are longer than the context of {model.checkpoint}, "
-            f"{context} tokens: the longest needs {longest}{included}; make the task shorter"
-            + ("" if not fitting else ", or leave them out with --on_overflow skip")
-        )
+        raise _too_long(f"{num_skipped} of {len(items)} items", task, model, longest, bool(fitting))
     return fitting, num_skipped
+
+
+def _too_long(which: str, task: Task, model: LanguageModel, longest: int, some_fit: bool) -> UserError:
+    included = ", answer included" if isinstance(task, GenerationTask) else ""
+    return UserError(
+        f"{which} of {task.name} are longer than the context of {model.checkpoint}, {model.source.context}: the "
+        f"longest needs {longest}{included}; make the task shorter"
+        + (", or leave them out with --on_overflow skip" if some_fit else "")
+    )
 
 
 def fingerprint(items: Sequence[Item]) -> str:
@@ -70,34 +88,56 @@ class Records:
     """The answers in the folder of one run of a task.
 
     Args:
-        folder: Made if missing.
-        settings: What the answers depend on. A folder with the answers of other settings is refused.
+        folder: Made by `begin` if missing.
+        settings: What the answers depend on, apart from the items. A folder with the answers of other settings is
+            refused.
 
     Raises:
-        UserError: If the folder belongs to other settings.
+        UserError: If the folder belongs to other settings, or nothing can be written there.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
-        content = json.loads(json.dumps(settings, default=str))
-        file = folder / SETTINGS_FILE
-        if file.is_file():
+        self.settings = dict(settings)
+        self._check(self.settings)
+        check_writable(folder)
+
+    def begin(self, items: str) -> None:
+        """Keep the settings in the folder, or compare the items with those that its answers are of.
+
+        Args:
+            items: The items' fingerprint.
+
+        Raises:
+            UserError: As the constructor does.
+        """
+        self.settings["items"] = items
+        self._check(self.settings)
+        file = self.folder / SETTINGS_FILE
+        if is_first_rank() and not file.is_file():
             try:
-                then, now = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(content)
-            except (ValueError, AttributeError, RecursionError) as error:
-                raise UserError(f"{file} is damaged ({error}); remove the folder {folder} to ask anew") from error
-            for key in now:
-                if then.get(key) != now[key]:
-                    raise UserError(
-                        f"{folder} holds answers for another {key} ({then.get(key)} then, {now[key]} now); choose "
-                        f"another --output or --name, or remove that folder"
-                    )
-        elif is_first_rank():
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                _write_whole(file, json.dumps(content, indent=1) + "\n")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _write_whole(file, json.dumps(self.settings, indent=1, default=str) + "\n")
             except OSError as error:
-                raise UserError(f"cannot write into {folder}: {error.strerror}; choose another --output") from error
+                raise UserError(
+                    f"cannot write into {self.folder}: {error.strerror}; choose another --output"
+                ) from error
+
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        file = self.folder / SETTINGS_FILE
+        if not file.is_file():
+            return
+        try:
+            then = _flat(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{file} is damaged ({error}); remove the folder {self.folder} to ask anew") from error
+        now = _flat(json.loads(json.dumps(settings, default=str)))
+        for key in now:
+            if then.get(key) != now[key]:
+                raise UserError(
+                    f"{self.folder} holds answers for another {key} ({then.get(key)} then, {now[key]} now); choose "
+                    f"another --output or --name, or remove that folder"
+                )
 
     def read(self) -> dict[str, Record]:
         """All answers so far, by id."""
@@ -126,6 +166,14 @@ class Records:
             for part in self.folder.glob(_PART):
                 part.unlink()
         return records
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError if `folder` cannot be made, or nothing can be written into it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    reason = "Not a directory" if not there.is_dir() else "Permission denied" if not os.access(there, os.W_OK) else None
+    if reason is not None:
+        raise UserError(f"cannot write into {folder}: {reason}; choose another --output")
 
 
 def predict(

@@ -32,12 +32,21 @@ class SequenceTask(Task):
             if value is not None and value < 1:
                 raise UserError(f"task.{name} must be at least 1, got {value}")
 
+    def extent(self, model: LanguageModel) -> tuple[int, int] | None:
+        self._open(model)
+        return self.seq_len, self.seq_len
+
     def blocks(self, model: LanguageModel) -> list[list[int]]:
         """Token ids of each sequence, seq_len + 1 of them: the last is a label only.
 
         Raises:
             UserError: If there is no such dataset or split, it was made with another tokenizer, or it is too short.
         """
+        blocks = self._open(model)
+        count = len(blocks) if self.num_sequences is None else min(self.num_sequences, len(blocks))
+        return [blocks[index].tolist() for index in range(count)]
+
+    def _open(self, model: LanguageModel) -> TokenBlocks:
         manifest = Manifest.load(self.dataset)
         whose = f"that of {model.checkpoint} ({model.tokenizer.path})"
         manifest.check_tokenizer(model.tokenizer, self.dataset, whose, "--tokenizer")
@@ -52,5 +61,4 @@ class SequenceTask(Task):
                 f"the {self.split} split of dataset {self.dataset} has no chunk with task.seq_len + 1 = "
                 f"{self.seq_len + 1} tokens ({manifest.splits[self.split].tokens} in all); shorten task.seq_len"
             )
-        count = len(blocks) if self.num_sequences is None else min(self.num_sequences, len(blocks))
-        return [blocks[index].tolist() for index in range(count)]
+        return blocks

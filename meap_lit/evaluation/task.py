@@ -5,10 +5,11 @@ hand; scores, tables and figures follow from the records alone and need no model
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from meap_lit.errors import UserError
 from meap_lit.evaluation.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -63,11 +64,23 @@ class Task(ABC):
         """Unit of a score."""
         return self.other_units.get(metric, self.unit)
 
+    def extent(self, model: LanguageModel) -> tuple[int, int] | None:
+        """Check what can be checked before items are made: options, files, the chat template.
+
+        Returns:
+            About how many positions the shortest and the longest item need; None if that is not known.
+
+        Raises:
+            UserError: If an option or a data file is wrong.
+        """
+        return None
+
     @abstractmethod
     def items(self, model: LanguageModel) -> list[Item]:
         """All items for the tokenizer and the context of `model`, whose weights are not touched.
 
-        The same options and tokenizer give the same items; data files are read here.
+        The same options and tokenizer give the same items; data files are read here. What is cheap to check is checked
+        by `extent`, since making items may take minutes.
 
         Raises:
             UserError: If an option or a data file is wrong.
@@ -93,6 +106,17 @@ class Task(ABC):
 PromptStyle = Literal["raw", "chat"]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """An item whose text is not encoded yet; the other fields are those of `Item`."""
+
+    id: str
+    cell: Mapping[str, Any]
+    fields: Mapping[str, Any]
+    text: str
+    group: str | None = None
+
+
 @dataclass(kw_only=True)
 class GenerationTask(Task):
     """A task whose items are prompts that the model continues greedily; the record gets the text as `model_answer`.
@@ -110,6 +134,10 @@ class GenerationTask(Task):
     system: str | None = None
     max_new_tokens: int = 64
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
     def encode_prompt(self, model: LanguageModel, prompt: str) -> list[int]:
         """Tokens of a prompt in the task's style."""
         if self.prompt_style == "raw":
@@ -118,18 +146,16 @@ class GenerationTask(Task):
         messages.append({"role": "user", "content": prompt})
         return model.chat_template(self.template).encode_prompt(messages)
 
-    def item(
-        self,
-        model: LanguageModel,
-        id: str,
-        cell: Mapping[str, Any],
-        fields: Mapping[str, Any],
-        prompt: str,
-        group: str | None = None,
-    ) -> Item:
-        """An item that asks to continue `prompt`."""
-        input_ids = self.encode_prompt(model, prompt)
-        return Item(id, cell, fields, input_ids, len(input_ids) + self.max_new_tokens, group)
+    def extent(self, model: LanguageModel) -> tuple[int, int] | None:
+        if self.prompt_style == "chat":
+            self.encode_prompt(model, "")
+        return None
+
+    def item(self, model: LanguageModel, prompt: Prompt) -> Item:
+        """Return the item that asks to continue a prompt."""
+        input_ids = self.encode_prompt(model, prompt.text)
+        num_tokens = len(input_ids) + self.max_new_tokens
+        return Item(prompt.id, prompt.cell, prompt.fields, input_ids, num_tokens, prompt.group)
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
         stops = model.chat_template(self.template).stop_token_ids if self.prompt_style == "chat" else ()
@@ -137,3 +163,31 @@ class GenerationTask(Task):
             [item.input_ids for item in items], max_new_tokens=self.max_new_tokens, stop_token_ids=stops
         )
         return [{"model_answer": text} for text in texts]
+
+
+class PromptTask(GenerationTask):
+    """A task whose prompts are texts, the same for every model."""
+
+    @abstractmethod
+    def prompts(self) -> Iterator[Prompt]:
+        """Yield what is asked; data files are read here.
+
+        Raises:
+            UserError: If an option or a data file is wrong.
+        """
+
+    def extent(self, model: LanguageModel) -> tuple[int, int] | None:
+        """Check all but the lengths, and encode the prompts of the fewest and the most characters."""
+        super().extent(model)
+        shortest = longest = None
+        for prompt in self.prompts():
+            if shortest is None or len(prompt.text) < len(shortest.text):
+                shortest = prompt
+            if longest is None or len(prompt.text) > len(longest.text):
+                longest = prompt
+        if shortest is None or longest is None:
+            return None
+        return self.item(model, shortest).num_tokens, self.item(model, longest).num_tokens
+
+    def items(self, model: LanguageModel) -> list[Item]:
+        return [self.item(model, prompt) for prompt in self.prompts()]

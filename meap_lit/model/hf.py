@@ -50,6 +50,12 @@ _ROPE_KEYS = {
 }
 
 
+POSITION_KEYS = ("max_position_embeddings", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+"""Keys of config.json that together limit the context."""
+
+_DEFAULT_WINDOW, _DEFAULT_FIRST_WINDOW_LAYER = 4096, 28  # of transformers, where a file leaves these keys out
+
+
 def hf_name(name: str) -> str:
     """Name in a Hugging Face file of the decoder's parameter `name`."""
     return name if name == _HEAD else f"model.{name}"
@@ -65,9 +71,11 @@ def our_name(hf_name: str) -> str | None:
 
 
 def read_config(content: Mapping[str, Any], where: str) -> tuple[DecoderConfig, str]:
-    """The decoder that a config.json describes.
+    """Return the decoder that a config.json describes.
 
-    A sliding window W caps the context: rows of up to W tokens give the same numbers with and without it.
+    The context is `max_position_embeddings`, or with YaRN factor * original context where that is more: Qwen2.5's model
+    card adds YaRN beside an unchanged `max_position_embeddings`. A sliding window W caps the context, because the
+    decoder attends to everything: rows of up to W tokens give the same numbers with and without the window.
 
     Args:
         content: The parsed file.
@@ -87,7 +95,11 @@ def read_config(content: Mapping[str, Any], where: str) -> tuple[DecoderConfig, 
     # an absent width is the quotient everywhere but in Qwen3, which has a number as its default
     head_dim = _optional_count(content, "head_dim", where) or (128 if model_type == "qwen3" else None)
     outer_theta = _number(content, "rope_theta", 10_000.0, where)
+    window = sliding_window(content, model_type, sizes["num_hidden_layers"], where)
     try:
+        rope_scaling = _rope_scaling(content, max_seq_len, where)
+        if rope_scaling is not None and rope_scaling.type == "yarn":
+            max_seq_len = max(max_seq_len, int(rope_scaling.factor * rope_scaling.original_max_seq_len))
         return DecoderConfig(
             num_layers=sizes["num_hidden_layers"],
             num_heads=num_heads,
@@ -95,11 +107,11 @@ def read_config(content: Mapping[str, Any], where: str) -> tuple[DecoderConfig, 
             hidden_size=sizes["hidden_size"],
             intermediate_size=_count(content, "intermediate_size", where),
             vocab_size=_count(content, "vocab_size", where),
-            max_seq_len=min(max_seq_len, _sliding_window(content, model_type, where) or max_seq_len),
+            max_seq_len=min(max_seq_len, window or max_seq_len),
             head_dim=None if head_dim == sizes["hidden_size"] / num_heads else head_dim,
             norm_eps=_number(content, "rms_norm_eps", 1e-6, where),
             rope_theta=_number(_rope(content, where), "rope_theta", outer_theta, where),
-            rope_scaling=_rope_scaling(content, max_seq_len, where),
+            rope_scaling=rope_scaling,
             tie_embeddings=bool(content.get("tie_word_embeddings")),
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
@@ -143,13 +155,31 @@ def _num_kv_heads(content: Mapping[str, Any], model_type: str, num_heads: int, w
     return _count(content, "num_key_value_heads", where)
 
 
-def _sliding_window(content: Mapping[str, Any], model_type: str, where: str) -> int | None:
-    """Width of the sliding window of some layer; None where all see everything."""
-    unknown = set(content.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+def sliding_window(content: Mapping[str, Any], model_type: str, num_layers: int, where: str) -> int | None:
+    """Return the width of the sliding window of some layer; None where all layers attend to everything.
+
+    Args:
+        content: A config.json, or its `POSITION_KEYS`.
+        model_type: The family, which decides what the keys mean: Llama has no window, Mistral one in all layers, Qwen
+            one from `max_window_layers` on if `use_sliding_window` is true.
+        num_layers: Number of layers.
+        where: The file, for messages.
+
+    Raises:
+        UserError: If a key has a wrong value.
+    """
+    layers = content.get("layer_types")
+    if not isinstance(layers, list | None):
+        raise UserError(f"{where}: layer_types must be a list, got {_json(layers)}")
+    unknown = [kind for kind in layers or () if kind not in ("full_attention", "sliding_attention")]
     if unknown:
-        raise UserError(f"{where}: layer_types {', '.join(sorted(unknown))} is not supported; only full_attention is")
-    used = model_type == "mistral" or (model_type != "llama" and content.get("use_sliding_window"))
-    return _optional_count(content, "sliding_window", where) if used else None
+        raise UserError(f"{where}: layer_types {_json(unknown[0])} is not supported; only full_attention is")
+    if model_type == "llama" or (model_type != "mistral" and not content.get("use_sliding_window")):
+        return None
+    width = _optional_count({"sliding_window": _DEFAULT_WINDOW, **content}, "sliding_window", where)
+    first = _number(content, "max_window_layers", _DEFAULT_FIRST_WINDOW_LAYER, where)
+    slides = num_layers > first if layers is None else "sliding_attention" in layers
+    return width if slides or model_type == "mistral" else None
 
 
 def _rope(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -236,8 +266,17 @@ def family(config: DecoderConfig, wanted: str | None = None) -> str | None:
     return wanted if wanted in ("llama", "mistral") else "llama"
 
 
-def write_config(config: DecoderConfig, model_type: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Content of the config.json that describes a decoder, special tokens left out.
+def write_config(
+    config: DecoderConfig, model_type: str, dtype: torch.dtype, positions: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the content of the config.json that describes a decoder, special tokens left out.
+
+    Args:
+        config: The decoder's.
+        model_type: Its family.
+        dtype: Dtype of the weights.
+        positions: `POSITION_KEYS` of the config.json that the decoder came from. They are written as they were, unless
+            the decoder has another context than they describe.
 
     Rotary parameters and dtype are written in the layout of transformers 4, which 5 reads too; the reverse does not
     hold, and version 4 would silently take its default `rope_theta`. Versions before 5 may differ on YaRN: 4.45
@@ -265,7 +304,10 @@ def write_config(config: DecoderConfig, model_type: str, dtype: torch.dtype) -> 
         content |= {"attention_bias": False, "mlp_bias": False}
     else:
         content["sliding_window"] = None  # Mistral's default is a window of 4,096
-    return content
+    if not positions:
+        return content
+    as_before = {**content, **positions}
+    return as_before if read_config(as_before, "config.json") == read_config(content, "config.json") else content
 
 
 def _write_rope_scaling(scaling: RopeScaling) -> dict[str, Any]:

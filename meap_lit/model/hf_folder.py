@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from meap_lit.errors import UserError
-from meap_lit.model.hf import hf_name, our_name, read_config
+from meap_lit.model.hf import POSITION_KEYS, hf_name, our_name, read_config
 from meap_lit.model.weights import EMBEDDING, WeightSource
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -45,7 +45,8 @@ class HFFolder(WeightSource):
         Raises:
             UserError: If something is missing or damaged, or the model is none that the decoder can be.
         """
-        config, model_type = read_config(_read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+        content = _read_json(folder / CONFIG_FILE)
+        config, model_type = read_config(content, str(folder / CONFIG_FILE))
         entries = _entries(folder)
         if EMBEDDING not in entries:
             raise UserError(f"{folder} has no tensor {hf_name(EMBEDDING)}; it holds no language model")
@@ -61,7 +62,8 @@ class HFFolder(WeightSource):
             model_type=model_type,
             dtype=_DTYPES[entries[EMBEDDING].dtype],
             tokenizer_folder=folder if (folder / "tokenizer.json").is_file() else None,
-            generation=_read_generation(folder / GENERATION_FILE),
+            generation=_read_generation(folder, content),
+            positions={key: content[key] for key in POSITION_KEYS if key in content},
             entries=entries,
         )
 
@@ -150,13 +152,18 @@ def pickle_refusal(file: Path) -> str:
     )
 
 
-def _read_generation(file: Path) -> dict[str, Any]:
+def _read_generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return generation_config.json, with the ids that only config.json names, as transformers does."""
+    file = folder / GENERATION_FILE
     content = _read_json(file) if file.is_file() else {}
     for key in ("eos_token_id", "suppress_tokens"):
+        where = file
+        if content.get(key) is None and config.get(key) is not None:
+            where, content[key] = folder / CONFIG_FILE, config[key]
         ids = content.get(key) or []
         is_single = key == "eos_token_id" and isinstance(ids, int)
         if not is_single and not (isinstance(ids, list) and all(isinstance(token_id, int) for token_id in ids)):
-            raise UserError(f"{file}: {key} must hold token ids, got {json.dumps(ids)}")
+            raise UserError(f"{where}: {key} must hold token ids, got {json.dumps(ids)}")
     return content
 
 

@@ -5,7 +5,7 @@ needs the model and one tensor beside it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from meap_lit.errors import UserError
 from meap_lit.model.config import DecoderConfig
 from meap_lit.model.decoder import Decoder
+from meap_lit.model.hf import sliding_window
 from meap_lit.model.init import init_parameter_
 from meap_lit.model.lora import is_adapter
 
@@ -36,7 +37,8 @@ class WeightSource(ABC):
         model_type: Family in Hugging Face's words: llama, mistral, qwen2 or qwen3; None if it has none for it.
         dtype: What the model is kept in. Tensors may be wider: a checkpoint of training holds float32.
         tokenizer_folder: Folder with the tokenizer.json that belongs to it, if there is one.
-        generation: Content of generation_config.json.
+        generation: Content of generation_config.json, and of config.json the ids that only it names.
+        positions: What config.json says of positions and sliding windows (`hf.POSITION_KEYS`).
         tokens_seen: Tokens that it was trained on here, where that is known.
     """
 
@@ -46,7 +48,18 @@ class WeightSource(ABC):
     dtype: torch.dtype
     tokenizer_folder: Path | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    positions: dict[str, Any] = field(default_factory=dict)
     tokens_seen: int | None = None
+
+    @property
+    def context(self) -> str:
+        """The longest input in words, and what limits it, for messages."""
+        tokens = f"{self.config.max_seq_len} tokens"
+        stated = self.positions.get("max_position_embeddings")
+        window = sliding_window(self.positions, self.model_type or "llama", self.config.num_layers, str(self.path))
+        if stated is None or window is None or self.config.max_seq_len != window or window == stated:
+            return tokens
+        return f"{tokens} (its sliding window; max_position_embeddings is {stated})"
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -67,6 +80,12 @@ class WeightSource(ABC):
     def where(self, name: str) -> Path:
         """File that holds, or ought to hold, a parameter; for messages."""
         return self.path
+
+
+def token_ids(generation: Mapping[str, Any], name: str) -> list[int]:
+    """Return the ids under `name` in a generation_config.json, which may hold one, a list or null."""
+    ids: Any = generation.get(name)
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def build_decoder(

@@ -111,10 +111,13 @@ class DecoderModule(L.LightningModule, ABC):
         self.config = self._choose_config(source, tokenizer)
         self._adopt_mask_token(tokenizer)
         if data is not None and data.longest_input > self.config.max_seq_len:
+            context = f"{self.config.max_seq_len} tokens"
+            if source is not None and source.config.max_seq_len == self.config.max_seq_len:
+                context = source.context
             raise UserError(
                 f"the longest input of the data, {data.longest_input} tokens (data.seq_len {data.seq_len}), is longer "
-                f"than the model's context, decoder.max_seq_len {self.config.max_seq_len}; shorten the one or raise "
-                f"the other"
+                f"than the model's context, {context}; shorten the one or raise the other with "
+                f"model.{'decoder' if source is None else 'context'}.max_seq_len"
             )
         # strategy and precision (float32 unless bf16-true) have set torch's defaults
         decoder = meta_decoder(self.config, torch.get_default_dtype())
@@ -181,6 +184,7 @@ class DecoderModule(L.LightningModule, ABC):
             "model_type": source.model_type,
             "dtype": str(source.dtype).removeprefix("torch."),
             "generation": source.generation,
+            "positions": source.positions,
         }
         rows = source.config.vocab_size if tokenizer is None else vocab_size_for(source, tokenizer)
         config = dataclasses.replace(source.config, vocab_size=rows)

@@ -9,6 +9,7 @@ from meap_lit.data.packed import PackedBatch
 from meap_lit.errors import UserError
 from meap_lit.logged import host_number, is_logged
 from meap_lit.model import linear_cross_entropy
+from meap_lit.model.weights import token_ids
 from meap_lit.modules.base import DecoderModule
 
 
@@ -38,7 +39,8 @@ class MEAPFineTuning(DecoderModule):
         data = getattr(self._trainer, "datamodule", None)
         if data is not None:  # the model learns to end its answers as the chat template does
             generation = self.origin.get("generation", {})
-            self.origin["generation"] = {**generation, "eos_token_id": data.stop_token_ids}
+            stops = sorted({*token_ids(generation, "eos_token_id"), *data.stop_token_ids})
+            self.origin["generation"] = {**generation, "eos_token_id": stops}
 
     @property
     def plain_override(self) -> str | None:

@@ -23,10 +23,11 @@ class MEAPPretraining(DecoderModule):
         mask: P as a function of the optimizer step.
         mask_scope: `sequence` draws positions for each sequence; `batch` one set for all sequences of a step, as the
             authors' released code does.
-        mask_cycle: Number of optimizer steps after which the drawn sets repeat; the released code has 51. Never, if
-            not given.
+        mask_cycle: Number of optimizer steps after which the drawn sets repeat; the released code has 51, drawn by
+            Python's generator from the seeds 50 to 100. Never, if not given.
         span_len: Length in tokens of the spans that are masked together; 1 draws single tokens, as the paper does.
-        protect: Special tokens that are never masked.
+        protect: What is never masked: the special tokens `bos` and `eos`, and `last`, the last position of a row, which
+            the released code never masks.
         protect_rare: The rarest tokens, which together make up at most this share of the training tokens, are never
             masked. They are counted in the rows that the run trains on first.
         seed: Seed of the masks.
@@ -40,7 +41,7 @@ class MEAPPretraining(DecoderModule):
         mask_scope: Literal["sequence", "batch"] = "sequence",
         mask_cycle: int | None = None,
         span_len: int = 1,
-        protect: list[Literal["bos", "eos"]] | None = None,
+        protect: list[Literal["bos", "eos", "last"]] | None = None,
         protect_rare: float = 0.0,
         seed: int = 0,
         mask_token_id: int | None = None,
@@ -70,13 +71,14 @@ class MEAPPretraining(DecoderModule):
 
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule
-        if not (self.protect or self.protect_rare):
+        tokens = [name for name in self.protect if name != "last"]
+        if not (tokens or self.protect_rare):
             return
         if data is None:
             raise UserError("model.protect and model.protect_rare need a datamodule, which knows the tokens")
         protected = torch.zeros(data.tokenizer.vocab_size, dtype=torch.bool)
         ids = {"bos": data.tokenizer.bos_token_id, "eos": data.tokenizer.eos_token_id}
-        protected[[ids[name] for name in self.protect if ids[name] is not None]] = True
+        protected[[ids[name] for name in tokens if ids[name] is not None]] = True
         if self.protect_rare:
             protected |= rare_ids(data.token_counts(), self.protect_rare)
         self.protected = protected.to(self.device)
@@ -103,6 +105,7 @@ class MEAPPretraining(DecoderModule):
             step=step % self.mask_cycle if self.mask_cycle else step,
             span_len=self.span_len,
             protected=self.protected,
+            protect_last="last" in self.protect,
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -93,6 +93,22 @@ WRITTEN = {
 """What each template makes of CHAT: text, answers, number of tokens."""
 
 
+def test_the_released_code_closes_answers_with_eos(byte_tokenizer):
+    """What scitix/MEAP, MEAP-SFT/MEAP-SFT.py makes of a turn with its template `llama3`."""
+    template = ChatTemplate.load("recipes/sft/released_code.jinja", byte_tokenizer)
+    prompt = (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nu<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert template.encode_prompt(CHAT[:2]) == token_ids(prompt)
+    chat = template.encode(CHAT[:3])
+    assert chat.input_ids == token_ids(prompt + "A1</s>")
+    length = len(token_ids(prompt))
+    assert chat.answers == [(length, length + 2, length + 3)]
+    assert template.stop_token_ids == (byte_tokenizer.eos_token_id,)
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_ids_and_answers_position_by_position(byte_tokenizer, name):
     text, answers, length = WRITTEN[name]

@@ -214,7 +214,7 @@ def test_wrong_options_are_named(options, message):
 def test_a_model_without_a_row_for_the_mask_is_refused(model, task):
     model.tokenizer.mask_token_id = 320
     with pytest.raises(UserError) as error:
-        task.items(model)
+        task.extent(model)
     assert "has no vocabulary row for the mask token: its id is 320, the rows are 320" in str(error.value)
 
 

@@ -382,7 +382,7 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
         ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
         ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
         ({"temperature": float("inf")}, "temperature must be at least 0, got inf"),
-        ({"temperature": 1, "top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"temperature": 1, "top_k": -2}, "top_k must be at least 1, or 0 or -1 for no limit, got -2"),
         ({"temperature": 1, "top_p": 0.0}, "top_p must be in (0, 1], got 0"),
         ({"temperature": 1, "top_p": 1.5}, "top_p must be in (0, 1], got 1.5"),
         ({"top_k": 5}, "top_k does nothing at temperature 0; set a temperature or leave top_k out"),
@@ -393,6 +393,29 @@ def test_wrong_sampling_is_refused_in_one_line(values: dict[str, float], message
     with pytest.raises(UserError) as error:
         Sampling(**values)  # type: ignore[arg-type]
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("top_k", [None, 0, -1])
+@pytest.mark.parametrize("top_p", [None, 1.0])
+def test_values_that_set_no_limit_go_with_any_temperature(top_k: int | None, top_p: float | None) -> None:
+    greedy, drawn = Sampling(0.0, top_k, top_p), Sampling(1.0, top_k, top_p)
+    assert choose_tokens(LOGITS, greedy, [0.0, 0.0]).tolist() == [1, 2]
+    draws = [0.72, 0.999999]
+    assert choose_tokens(LOGITS, drawn, draws).tolist() == choose_tokens(LOGITS, Sampling(1.0), draws).tolist()
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.25, 0.3, 0.5, 0.6, 0.9])
+@pytest.mark.parametrize(
+    "scores",
+    [[1.0] * 8, [3.0, 2.0, 2.0, 2.0, 1.0, 1.0, 0.5, 0.5], [1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0]],
+)
+def test_top_p_keeps_the_smallest_set_among_ties(scores: list[float], top_p: float) -> None:
+    """Ties are cut where transformers cuts them, so that no more than needed is kept."""
+    logits = torch.tensor([scores])
+    left = TopPLogitsWarper(top_p)(torch.zeros(1, 1, dtype=torch.int64), logits.clone()) > -torch.inf
+    draws = [(number + 0.5) / 1000 for number in range(1000)]
+    chosen = choose_tokens(logits.expand(1000, -1), Sampling(1.0, top_p=top_p), draws)
+    assert sorted(set(chosen.tolist())) == left[0].nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from meap_lit.errors import UserError
+from meap_lit.evaluation import harness
 from meap_lit.evaluation.commonsense import Commonsense
 from meap_lit.evaluation.harness import HarnessModel
 from meap_lit.evaluation.language_model import LanguageModel
@@ -208,6 +209,95 @@ def test_the_harness_gives_both_models_the_same_scores(ours, theirs, tasks):
         for sample, other in zip(found["samples"][name], expected["samples"][name], strict=True):
             values, others = ([value for value, _ in each["filtered_resps"]] for each in (sample, other))
             assert values == pytest.approx(others, abs=1e-4)
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + TEMPLATE
+HISTORIES = [
+    [{"role": "user", "content": " the old river "}],
+    [{"role": "system", "content": "be bright"}, {"role": "user", "content": "every garden"}],
+    [
+        {"role": "user", "content": "the stone"},
+        {"role": "assistant", "content": "is old"},
+        {"role": "user", "content": "the river {{ 1 }} <|endoftext|>"},
+    ],
+]
+
+
+@pytest.fixture(scope="module", params=["template without BOS", "template with BOS", "no system"])
+def chat_models(request, folder, tmp_path_factory):
+    """Our model and the harness's own of a folder whose tokenizer has a chat template."""
+    pytest.importorskip("accelerate", reason="the hf model of the harness needs accelerate")
+    if request.param == "template with BOS" and "bos_token" not in (Path(folder) / "tokenizer_config.json").read_text():
+        template = "{{ eos_token }}" + TEMPLATE
+    else:
+        template = {"template with BOS": "{{ bos_token }}" + TEMPLATE, "no system": NO_SYSTEM}.get(
+            request.param, TEMPLATE
+        )
+    copy = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(folder, copy)
+    (copy / "chat_template.jinja").write_text(template)
+    theirs = get_model("hf")(pretrained=str(copy), device="cpu", dtype="float32", batch_size=1)
+    return HarnessModel(str(copy), device="cpu", batch_tokens=900), theirs
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_chat_prompts_are_those_of_the_hf_model(chat_models, history):
+    ours, theirs = chat_models
+    assert ours.chat_template(True) == theirs.chat_template(True)
+    assert ours.chat_template(False) is None
+    prompt = ours.apply_chat_template(history)
+    assert prompt == theirs.apply_chat_template(history)
+    assert ours.tok_encode(prompt) == theirs.tok_encode(prompt)
+    for beginning in ("The answer is", "The answer is "):  # the template trims the second
+        started = [*history, {"role": "assistant", "content": beginning}]
+        prompt = ours.apply_chat_template(started, add_generation_prompt=False)
+        assert prompt == theirs.apply_chat_template(started, add_generation_prompt=False)
+        assert prompt.endswith("The answer is")
+        assert ours.tok_encode(prompt) == theirs.tok_encode(prompt)
+
+
+def test_the_harness_gives_both_models_the_same_scores_with_a_chat_template(chat_models, tasks):
+    found, expected = (
+        simple_evaluate(
+            model=model,
+            apply_chat_template=True,
+            system_instruction="be bright",
+            tasks=["own_arc_easy", "own_winogrande", "own_write"],
+            num_fewshot=0,
+            task_manager=TaskManager(include_path=tasks, include_defaults=False),
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+        for model in chat_models
+    )
+    for name in ("own_arc_easy", "own_winogrande", "own_write"):
+        for sample, other in zip(found["samples"][name], expected["samples"][name], strict=True):
+            assert sample["arguments"] == other["arguments"]
+            if name != "own_write":  # theirs gives mask and padding ids a chance, ours never
+                values, others = ([value for value, _ in each["filtered_resps"]] for each in (sample, other))
+                assert values == pytest.approx(others, abs=1e-4)
+
+
+def test_the_command_line_applies_a_chat_template(source_folder, tasks, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(source_folder, copy)
+    manager = TaskManager(include_path=tasks, include_defaults=False)  # its own tasks take ten seconds to find
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager)
+    words = ["run", "--model", "meap_lit", "--model_args", f"checkpoint={copy}", "--device", "cpu"]
+    words += ["--tasks", "own_write", "--limit", "1", "--apply_chat_template"]
+    monkeypatch.setattr("sys.argv", ["harness", *words])
+    assert harness.main() == 2
+    assert f"error: tokenizer {copy} has no chat_template; name a template" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["harness", *words, "alpaca"])
+    assert harness.main() == 0
+    assert "own_write" in capsys.readouterr().out
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    monkeypatch.setattr("sys.argv", ["harness", *words])
+    assert harness.main() == 0
 
 
 def test_a_model_that_knows_is_always_right_and_its_opposite_never(ours, tasks, monkeypatch):

@@ -243,10 +243,13 @@ def test_a_label_says_which_checkpoint(path, label):
     ("options", "message"),
     [
         (
-            ["--task.lengths", "[10, 500]"],
+            ["--task.lengths", "[10, 500]", "--name", "other"],
             "6 of 12 items of letters are longer than the context of .*, 400 tokens: the",
         ),
-        (["--task.lengths", "[500]", "--on_overflow", "skip"], "6 of 6 items .* needs 500; make the task shorter$"),
+        (
+            ["--task.lengths", "[500]", "--on_overflow", "skip", "--name", "other"],
+            "6 of 6 items .* needs 500; make the task shorter$",
+        ),
         (["--task.miss", "2"], r"letters/one holds answers for another task.init_args.miss \(1 then, 2 now\); choose"),
         (["--batch_tokens", "0"], "batch_tokens must be at least 1, got 0"),
         (["--label", "a", "b"], "--label must give each checkpoint a name of its own, got a, b"),

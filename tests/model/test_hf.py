@@ -1,13 +1,18 @@
 """config.json of transformers in both of its layouts, and what in it is refused."""
 
+import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from meap_lit.errors import UserError
 from meap_lit.model import DecoderConfig, RopeScaling
-from meap_lit.model.hf import family, hf_name, our_name, read_config, write_config
+from meap_lit.model.hf import ARCHITECTURES, family, hf_name, our_name, read_config, write_config
+from meap_lit.model.rope import rope_frequencies
 from tests.hf_models import SIZES, VARIANTS, random_model
 
 LLAMA2 = {  # what meta-llama/Llama-2-7b-hf states, a layout of 2023
@@ -41,6 +46,7 @@ TOY = {
     "max_position_embeddings": 64,
     "vocab_size": 96,
 }
+QWEN2_WINDOW = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 24, "use_sliding_window": True}
 SCALED = {"rope_type": "yarn", "factor": 4.0}
 
 
@@ -109,13 +115,89 @@ def test_yarn_settings() -> None:
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, 64),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, 64),
         ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 24, "use_sliding_window": False}, 64),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 24, "use_sliding_window": True}, 24),
+        ({**QWEN2_WINDOW, "max_window_layers": 1}, 24),
+        ({**QWEN2_WINDOW, "max_window_layers": 0}, 24),
+        ({**QWEN2_WINDOW, "max_window_layers": 2}, 64),  # as many as there are layers, so that none slides
+        (QWEN2_WINDOW, 64),  # 28 layers attend to everything by default
+        ({**QWEN2_WINDOW, "layer_types": ["full_attention"] * 2, "max_window_layers": 0}, 64),
+        ({**QWEN2_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}, 24),
+        ({**QWEN2_WINDOW, "architectures": ["Qwen3ForCausalLM"], "max_window_layers": 2}, 64),
+        ({**QWEN2_WINDOW, "architectures": ["Qwen3ForCausalLM"], "max_window_layers": 1}, 24),
         ({"sliding_window": 24}, 64),
     ],
 )
 def test_sliding_window_caps_the_context(changes: dict, max_seq_len: int) -> None:
-    config, _ = read_config({**TOY, "num_key_value_heads": 2, **changes}, "config.json")
+    """The context ends at the window where transformers has a layer that slides."""
+    content = {**TOY, "num_key_value_heads": 2, **changes}
+    config, model_type = read_config(content, "config.json")
     assert config.max_seq_len == max_seq_len
+    theirs = getattr(transformers, ARCHITECTURES[model_type].replace("ForCausalLM", "Config"))(**content)
+    layer_types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 2
+    slides = model_type != "llama" and theirs.sliding_window and "sliding_attention" in layer_types
+    assert max_seq_len == (min(64, theirs.sliding_window) if slides else 64)
+
+
+def test_absent_window_of_mistral_is_that_of_transformers() -> None:
+    content = {**TOY, "architectures": ["MistralForCausalLM"], "num_key_value_heads": 2}
+    content["max_position_embeddings"] = 32_768
+    assert transformers.MistralConfig().sliding_window == 4096
+    assert read_config(content, "config.json")[0].max_seq_len == 4096
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"factor": 4.0, "original_max_position_embeddings": 32_768, "type": "yarn"}, 131_072),  # Qwen2.5's model card
+        ({"factor": 4.0, "original_max_position_embeddings": 32_768, "rope_type": "yarn"}, 131_072),
+        ({"factor": 4.0, "rope_type": "yarn"}, 131_072),  # the original context is then the stated one
+        ({"factor": 2.0, "original_max_position_embeddings": 8_192, "rope_type": "yarn"}, 32_768),
+        (None, 32_768),
+    ],
+)
+def test_yarn_lengthens_the_context(rope: dict[str, Any] | None, context: int) -> None:
+    """The numbers are those of Qwen2.5-7B-Instruct, frequencies and factor those of transformers."""
+    content = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "max_position_embeddings": 32_768,
+        "max_window_layers": 28,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rope_scaling": rope,
+        "rope_theta": 1_000_000.0,
+        "sliding_window": 131_072,
+        "use_sliding_window": False,
+        "vocab_size": 152_064,
+    }
+    config, _ = read_config(content, "config.json")
+    assert config.max_seq_len == context
+    theirs = Qwen2RotaryEmbedding(transformers.Qwen2Config(**content))
+    frequencies, factor = rope_frequencies(config)
+    torch.testing.assert_close(frequencies, theirs.inv_freq, atol=0, rtol=1e-6)
+    assert factor == pytest.approx(theirs.attention_scaling)
+    # and it goes out as it came
+    assert read_config(write_config(config, "qwen2", torch.bfloat16), "config.json")[0] == config
+
+
+MISTRAL_POSITIONS = {"max_position_embeddings": 32_768, "sliding_window": 4_096}
+
+
+@pytest.mark.parametrize(
+    ("changes", "written"),
+    [
+        ({}, MISTRAL_POSITIONS),
+        # another context than the source had: full attention over it
+        ({"max_seq_len": 16_384}, {"max_position_embeddings": 16_384, "sliding_window": None}),
+    ],
+)
+def test_positions_go_out_as_they_came(changes: dict[str, int], written: dict[str, int | None]) -> None:
+    content = {**TOY, "architectures": ["MistralForCausalLM"], "num_key_value_heads": 2, **MISTRAL_POSITIONS}
+    config = dataclasses.replace(read_config(content, "config.json")[0], **changes)
+    out = write_config(config, "mistral", torch.float32, MISTRAL_POSITIONS)
+    assert {key: out[key] for key in MISTRAL_POSITIONS} == written
+    assert read_config(out, "config.json") == (config, "mistral")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +224,8 @@ def test_sliding_window_caps_the_context(changes: dict, max_seq_len: int) -> Non
             {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2, "layer_types": ["linear_attention"]},
             "layer_types linear_attention is not supported; only full_attention is",
         ),
+        ({"layer_types": 2}, "layer_types must be a list, got 2"),
+        ({"layer_types": [["full_attention"]]}, 'layer_types ["full_attention"] is not supported'),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "rope_type dynamic is not supported; there are default, linear, llama3, yarn",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from meap_lit.errors import UserError
@@ -21,7 +22,7 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = save_variant(name, tmp_path)
     source = HFFolder.open(tmp_path)
     decoder = build_decoder(source.config, source)
-    assert source.config.max_seq_len == (24 if "window" in name else 64)
+    assert source.config.max_seq_len == (24 if "window" in name else 256 if name == "yarn whole context" else 64)
     input_ids = random_ids(2, source.config.max_seq_len)
     with torch.no_grad():
         expected = model(input_ids).logits
@@ -50,6 +51,49 @@ def test_description(tmp_path: Path) -> None:
     assert (source.path, source.model_type, source.dtype) == (tmp_path, "qwen3", torch.float16)
     assert (source.tokenizer_folder, source.generation) == (tmp_path, {"temperature": 0.7})
     assert "lm_head.weight" not in source.names()
+
+
+@pytest.mark.parametrize(
+    ("stated", "generation", "expected"),
+    [
+        ([5, 7], None, [5, 7]),
+        (5, None, 5),
+        ([5, 7], {"temperature": 0.7}, [5, 7]),
+        ([5, 7], {"eos_token_id": None}, [5, 7]),
+        ([5, 7], {"eos_token_id": 9}, 9),
+        ([5, 7], {"eos_token_id": [7, 9]}, [7, 9]),
+    ],
+)
+def test_stop_ids_that_only_the_configuration_names(stated, generation, expected, tmp_path: Path) -> None:
+    save_variant("llama", tmp_path)
+    edit_config(tmp_path, eos_token_id=stated)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert HFFolder.open(tmp_path).generation == {**(generation or {}), "eos_token_id": expected}
+    if generation is None:  # what transformers takes without that file
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+        assert theirs.eos_token_id == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "context"),
+    [
+        (
+            "mistral window",
+            {"max_position_embeddings": 64},
+            "24 tokens (its sliding window; max_position_embeddings is 64)",
+        ),
+        ("qwen2 window", {}, "24 tokens (its sliding window; max_position_embeddings is 64)"),
+        ("qwen2 window", {"layer_types": ["full_attention"] * 2}, "64 tokens"),
+        ("qwen2 window", {"max_position_embeddings": 20}, "20 tokens"),
+        ("llama", {}, "64 tokens"),
+    ],
+)
+def test_context_in_words(name: str, changes: dict, context: str, tmp_path: Path) -> None:
+    save_variant(name, tmp_path)
+    edit_config(tmp_path, **changes)
+    assert HFFolder.open(tmp_path).context == context
 
 
 def test_vocabulary_is_what_is_there(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Fine-tuning on duplicated sequences, against the same training written down plainly."""
 
+import json
 import shutil
 from functools import partial
 from itertools import islice
@@ -15,10 +16,13 @@ from meap_lit.data.manifest import load_samples
 from meap_lit.data.packed import ChatSamples
 from meap_lit.duplication import Duplication, concatenate, masked_copy, original
 from meap_lit.errors import UserError
+from meap_lit.evaluation.language_model import LanguageModel
+from meap_lit.export import Export
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig, linear_cross_entropy
 from meap_lit.model.attention import Documents
 from meap_lit.model.lora import LoRA
 from meap_lit.modules import AdamW, MEAPFineTuning
+from tests.hf_models import edit_config
 
 TOY = DecoderConfig(num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=32, intermediate_size=64, max_seq_len=400)
 OPTIMIZER = AdamW(lr=1e-3, final_lr=1e-4)
@@ -207,6 +211,31 @@ def test_activation_checkpointing_changes_no_bit(prepared, chat, tmp_path, lora,
     again = MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=lora, activation_checkpointing=mode)
     again, _ = fit(prepared, chat, tmp_path=tmp_path, module=again)
     assert_same_weights(kept, again)
+
+
+@pytest.mark.parametrize("stated_in", ["config.json", "generation_config.json"])
+def test_what_the_base_said_of_stops_and_positions_is_exported(prepared, chat, tmp_path, source_folder, stated_in):
+    base = shutil.copytree(source_folder, tmp_path / "base")
+    positions = {"max_position_embeddings": 800, "sliding_window": 400}
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
+    edit_config(base, architectures=["MistralForCausalLM"], model_type="mistral", **positions)
+    stated = json.loads((base / stated_in).read_text()) | {"eos_token_id": [270, 271]}
+    (base / stated_in).write_text(json.dumps(stated))
+
+    module = MEAPFineTuning(init_from=str(base), optimizer=OPTIMIZER)
+    module, _ = fit(prepared, chat, tmp_path=tmp_path, module=module, max_steps=1)
+    module.trainer.save_checkpoint(tmp_path / "tuned.ckpt")
+    stops = sorted({270, 271, *module.trainer.datamodule.stop_token_ids})
+    assert len(stops) > 2
+    options = {"tokenizer": prepared.tokenizer, "output": str(tmp_path / "out")}
+    Export(checkpoint=str(tmp_path / "tuned.ckpt"), **options).run()
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (settings["eos_token_id"], settings["temperature"]) == (stops, 0.5)
+    assert written["eos_token_id"] == stops
+    assert {name: written[name] for name in positions} == positions
+    assert LanguageModel(str(tmp_path / "out")).stop_token_ids == stops
+    assert LanguageModel(str(tmp_path / "tuned.ckpt"), prepared.tokenizer).stop_token_ids == stops
 
 
 def test_adapters_alone_are_trained_and_saved(prepared, chat, tmp_path, source_folder):

@@ -146,6 +146,14 @@ def test_one_set_of_positions_for_the_batch_and_a_cycle_of_steps(prepared, tmp_p
     assert torch.equal(first, second)
 
 
+def test_the_last_position_is_never_masked_as_in_the_released_code(prepared, tmp_path):
+    options = {"mask_scope": "batch", "protect": ["last"]}
+    module, _ = fit(prepared, mask=Constant(0.9), max_steps=1, tmp_path=tmp_path, **options)
+    _, input_mask = module.mask_batch({"input_ids": torch.full((4, 32), 7), "sample_ids": torch.arange(4)})
+    assert (input_mask.sum(dim=1) == num_masked(0.9, 32)).all()
+    assert not input_mask[:, -1].any()
+
+
 def test_the_schedule_is_followed_by_optimizer_step(prepared, tmp_path):
     _, losses = fit(prepared, mask=WarmupHold(0.5, warmup_steps=4, hold_off=1), max_steps=3, tmp_path=tmp_path)
     _, plain_losses = fit(prepared, mask=Constant(0.0), max_steps=3, tmp_path=tmp_path)
@@ -262,7 +270,7 @@ def test_what_a_run_logs(toy_recipe, tmp_path):
     ("overrides", "message"),
     [
         (["--model.decoder.vocab_size", "256"], r"vocab_size 256 is smaller than the tokenizer's 320 tokens"),
-        (["--data.seq_len", "65"], r"65 tokens \(data.seq_len 65\), is longer than the model's context, .* 64;"),
+        (["--data.seq_len", "65"], r"65 tokens \(data.seq_len 65\), is longer than the model's context, 64 tokens;"),
         (["--model.mask_token_id", "999"], r"mask_token_id 999 is outside the vocabulary of 320"),
         (["--trainer.gradient_clip_algorithm", "value"], r"gradient_clip_algorithm value is not supported; use norm"),
         (["--model.mask_cycle", "0"], r"mask_cycle must be at least 1, got 0"),
