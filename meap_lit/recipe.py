@@ -33,7 +33,7 @@ from meap_lit.explain import check_values, explain
 from meap_lit.host import keep_freed_memory
 from meap_lit.integrity import find_checkpoint
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
-from meap_lit.recipe_file import RecipeFile
+from meap_lit.recipe_file import KeepsSecrets, RecipeFile
 
 # `--budget.max_step` is a mistake, not short for `--budget.max_steps`
 PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
@@ -46,6 +46,10 @@ GROUPS = {"trainer": L.Trainer, **CALLBACKS}
 
 MODULES = {"text": MEAPPretraining, "chat": MEAPFineTuning}
 """What trains on datasets of each kind."""
+
+
+class RecipeParser(KeepsSecrets, LightningArgumentParser):
+    """A parser of recipes."""
 
 
 class RecipeCLI(LightningCLI):
@@ -86,7 +90,7 @@ class RecipeCLI(LightningCLI):
             raise _as_user_error(error) from error
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = self.parser_class(dump_header=[], **kwargs)
+        parser = RecipeParser(dump_header=[], **kwargs)
         parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe; a later one overrides an earlier one.")
         return parser
 

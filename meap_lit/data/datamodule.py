@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
@@ -88,6 +89,11 @@ class StreamingData(L.LightningDataModule, ABC):
         if not self.datasets:
             raise UserError("data.datasets names no dataset; name a folder, or several with the weight of each")
         for path, weight in self.datasets.items():
+            if "@" in urlsplit(path).netloc:
+                raise UserError(
+                    f"data.datasets: the address of {urlsplit(path).path.strip('/')} must not hold credentials; put "
+                    f"them into the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                )
             if not 0 < weight < math.inf:
                 raise UserError(f"data.datasets: the weight of {path} must be above 0 and finite, got {weight:g}")
         smallest = {"seq_len": 1, "global_batch_size": 1, "micro_batch_size": 1, "val_samples": 1, "num_workers": 0}
