@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -34,6 +35,7 @@ from meap_lit.host import keep_freed_memory
 from meap_lit.integrity import find_checkpoint
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.recipe_file import KeepsSecrets, RecipeFile
+from meap_lit.strategies import follow_launcher
 
 # `--budget.max_step` is a mistake, not short for `--budget.max_steps`
 PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
@@ -120,12 +122,16 @@ class RecipeCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         callbacks = [*callbacks, Throughput(), Mixture(), StopOnNonFiniteLoss(), RunSummary(), StopOnSignal()]
         checkpoint = self.config[self.subcommand].ckpt_path
-        if checkpoint not in (None, "best", "hpc") and "://" not in checkpoint:
+        if checkpoint not in (None, "best") and "://" not in checkpoint:
             callbacks.append(VerifyCheckpoint(checkpoint))
         if config["enable_progress_bar"] is not False:
             callbacks.append(StepProgressBar())
         if config["enable_checkpointing"] is False:  # Lightning refuses the callback then
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        follow_launcher(config)
+        config["default_root_dir"] = config["default_root_dir"] or "runs"
+        if checkpoint is None:
+            _refuse_requeued(Path(config["default_root_dir"]))
         try:
             return super()._instantiate_trainer(config, callbacks)
         except UserError:
@@ -177,7 +183,7 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
         UserError: If there is none.
     """
     path = config.ckpt_path
-    if path in (None, "best", "hpc") or "://" in path:
+    if path in (None, "best") or "://" in path:
         return path
     given = _runs_of(config) if path == "last" else Path(path)
     if path == "last" and starts_anew and not any(given.rglob("step=*.ckpt")):
@@ -188,6 +194,20 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
     if found != given and rank_zero_only.rank == 0:
         print(f"checkpoint: {found}")
     return str(found)
+
+
+def _refuse_requeued(folder: Path) -> None:
+    """Raise `UserError` if a run without a checkpoint would start from one that Lightning saved in `folder`.
+
+    On SLURM Lightning looks for what its requeueing saved, whichever run that was, in `trainer.default_root_dir`. That
+    is the current folder, unless a recipe says otherwise; here it is `runs`, into which nothing was ever saved so.
+    """
+    found = next(iter(sorted(folder.glob("*hpc_ckpt_*"))), None)
+    if found is not None and SLURMEnvironment.detect():
+        raise UserError(
+            f"Lightning would start this run from {found}, which another saved; remove it, or resume from it with "
+            f"--ckpt_path {found}"
+        )
 
 
 def _runs_of(config: Namespace) -> Path:

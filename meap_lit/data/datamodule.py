@@ -19,6 +19,9 @@ from meap_lit.data.streaming import Shard
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Those that tell a run to save and leave."""
+
 
 class StreamingData(L.LightningDataModule, ABC):
     """Prepared datasets, mixed by weight, as micro-batches of rows of `seq_len` tokens.
@@ -225,7 +228,7 @@ class StreamingData(L.LightningDataModule, ABC):
 
 def _ignore_signals(worker: int) -> None:
     """A signal to the whole group of processes is for the one that trains; it ends its workers when it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
