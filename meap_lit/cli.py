@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from meap_lit.data.secrets import hide_in_text
 from meap_lit.errors import UserError
 
 USAGE = """\
@@ -99,7 +100,7 @@ def _stdout_is_closed() -> bool:
 def _one_line(error: UserError) -> str:
     # a worker process of a DataLoader hands on its whole traceback as the message; the last line is the error's own
     last = str(error).strip().splitlines()[-1]
-    return re.sub(r"^(\w+\.)*UserError: ", "", last)
+    return hide_in_text(re.sub(r"^(\w+\.)*UserError: ", "", last))
 
 
 # ---------------------------------------------------------------------------------------------- thin commands
@@ -148,14 +149,15 @@ def _command_parser(command: type, prog: str) -> Any:
     import docstring_parser
     import jsonargparse
 
+    from meap_lit.recipe_file import KeepsSecrets, RecipeFile
+
+    class Parser(KeepsSecrets, jsonargparse.ArgumentParser):
+        pass
+
     doc = docstring_parser.parse(command.__doc__ or "")
     help_of = {parameter.arg_name: parameter.description for parameter in doc.params}
-    parser = jsonargparse.ArgumentParser(
-        prog=prog, description=doc.short_description, exit_on_error=False, allow_abbrev=False
-    )
+    parser = Parser(prog=prog, description=doc.short_description, exit_on_error=False, allow_abbrev=False)
     if any(f.name == "base" for f in dataclasses.fields(command)):  # it reads recipes
-        from meap_lit.recipe_file import RecipeFile
-
         parser.parser_mode = "omegaconf+"
         parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe; a later one overrides an earlier one.")
     lists = [f for f in dataclasses.fields(command) if "list" in str(f.type)]

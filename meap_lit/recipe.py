@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -33,7 +34,8 @@ from meap_lit.explain import check_values, explain
 from meap_lit.host import keep_freed_memory
 from meap_lit.integrity import find_checkpoint
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
-from meap_lit.recipe_file import RecipeFile
+from meap_lit.recipe_file import KeepsSecrets, RecipeFile
+from meap_lit.strategies import follow_launcher
 
 # `--budget.max_step` is a mistake, not short for `--budget.max_steps`
 PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
@@ -46,6 +48,10 @@ GROUPS = {"trainer": L.Trainer, **CALLBACKS}
 
 MODULES = {"text": MEAPPretraining, "chat": MEAPFineTuning}
 """What trains on datasets of each kind."""
+
+
+class RecipeParser(KeepsSecrets, LightningArgumentParser):
+    """A parser of recipes."""
 
 
 class RecipeCLI(LightningCLI):
@@ -86,7 +92,7 @@ class RecipeCLI(LightningCLI):
             raise _as_user_error(error) from error
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = self.parser_class(dump_header=[], **kwargs)
+        parser = RecipeParser(dump_header=[], **kwargs)
         parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe; a later one overrides an earlier one.")
         return parser
 
@@ -117,13 +123,17 @@ class RecipeCLI(LightningCLI):
         opening = OpenLoggers()
         callbacks = [*callbacks, Throughput(), Mixture(), StopOnNonFiniteLoss(), RunSummary(), StopOnSignal()]
         given = self.config[self.subcommand]
-        if given.ckpt_path not in (None, "best", "hpc"):
+        if given.ckpt_path not in (None, "best"):
             callbacks.append(VerifyCheckpoint(given.ckpt_path, hashes=given.checkpoint.verify))
         callbacks.append(opening)
         if config["enable_progress_bar"] is not False:
             callbacks.append(StepProgressBar())
         if config["enable_checkpointing"] is False:  # Lightning refuses the callback then
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        follow_launcher(config)
+        config["default_root_dir"] = config["default_root_dir"] or "runs"
+        if given.ckpt_path is None:
+            _refuse_requeued(Path(config["default_root_dir"]))
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
         except UserError:
@@ -181,7 +191,7 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
         UserError: If there is none.
     """
     path = config.ckpt_path
-    if path in (None, "best", "hpc"):
+    if path in (None, "best"):
         return path
     if "://" in path:
         raise UserError(f"--ckpt_path {path} is an address, which cannot be verified; copy the checkpoint here first")
@@ -194,6 +204,20 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
     if found != given and rank_zero_only.rank == 0:
         print(f"checkpoint: {found}")
     return str(found)
+
+
+def _refuse_requeued(folder: Path) -> None:
+    """Raise `UserError` if a run without a checkpoint would start from one that Lightning saved in `folder`.
+
+    On SLURM Lightning looks for what its requeueing saved, whichever run that was, in `trainer.default_root_dir`. That
+    is the current folder, unless a recipe says otherwise; here it is `runs`, into which nothing was ever saved so.
+    """
+    found = next(iter(sorted(folder.glob("*hpc_ckpt_*"))), None)
+    if found is not None and SLURMEnvironment.detect():
+        raise UserError(
+            f"Lightning would start this run from {found}, which another saved; remove it, or resume from it with "
+            f"--ckpt_path {found}"
+        )
 
 
 def _runs_of(config: Namespace) -> Path:

@@ -1,12 +1,57 @@
 """Recipes as files: each may name another as its `base`."""
 
+import re
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
+from omegaconf.errors import InterpolationResolutionError
 
+from meap_lit.data.secrets import without_secrets
 from meap_lit.errors import UserError
+
+
+class KeepsSecrets:
+    """A parser of recipes that writes and prints none of their secrets; goes before the class of the parser."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse as the parser does.
+
+        Raises:
+            UserError: If a variable of the environment is missing that a value is read from.
+        """
+        try:
+            return super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        except InterpolationResolutionError as error:
+            variable = re.search(r"Environment variable '(.+?)' not found", str(error))
+            if variable is None:
+                raise
+            key = re.sub(r"^fit\.|\.init_args", "", error.full_key or "a value")
+            raise UserError(
+                f"{key} comes from the environment, where {variable[1]} is not set; set that variable (saved recipes "
+                f"hold no secrets), or change the key"
+            ) from error
+
+    def dump(self, namespace: Namespace, *args: Any, skip_link_targets: bool = True, **kwargs: Any) -> str:
+        # With the targets of links a dump has no reader: jsonargparse and Lightning take the values from it. A parser
+        # of a class within a recipe dumps its part of either.
+        is_for_reader = skip_link_targets and not _is_dumping.get()
+        shown = namespace
+        if is_for_reader:
+            if not kwargs.get("skip_validation"):
+                self.validate(namespace)  # type: ignore[attr-defined]
+            # what is shown in place of a secret is no value yet
+            shown, kwargs["skip_validation"] = without_secrets(namespace), True
+        before = _is_dumping.set(True)
+        try:
+            return super().dump(shown, *args, skip_link_targets=skip_link_targets, **kwargs)  # type: ignore[misc]
+        finally:
+            _is_dumping.reset(before)
+
+
+_is_dumping: ContextVar[bool] = ContextVar("is_dumping", default=False)
 
 
 class RecipeFile(ActionConfigFile):

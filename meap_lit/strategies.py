@@ -1,5 +1,6 @@
-"""Strategies for the Trainer that split one model over devices."""
+"""Strategies for the Trainer that split one model over devices; the number of those, where a launcher knows it."""
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed import ProcessGroup
@@ -328,3 +330,83 @@ def gathered_dtype(param_dtype: Dtype | None, precision: str) -> torch.dtype | N
     if param_dtype is None:
         return torch.bfloat16 if precision == "bf16-mixed" else None
     return getattr(torch, param_dtype)
+
+
+# ------------------------------------------------------------------------------------------------ launchers
+
+
+def follow_launcher(options: dict[str, Any]) -> None:
+    """Set what a Trainer is told of devices and nodes to what torchrun or SLURM started, if one of them did.
+
+    On SLURM, Lightning's requeueing is turned off: it saves checkpoints into the current folder, from which any later
+    run there would start.
+
+    Args:
+        options: Arguments of the Trainer, changed in place.
+
+    Raises:
+        UserError: If the arguments contradict the launcher, or it started processes that Lightning cannot use.
+    """
+    plugins = options.get("plugins") or []
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    given = next((plugin for plugin in plugins if isinstance(plugin, ClusterEnvironment)), None)
+    if isinstance(given, SLURMEnvironment):
+        given.auto_requeue = False
+    if given is not None and not isinstance(given, SLURMEnvironment | TorchElasticEnvironment):
+        return
+    if TorchElasticEnvironment.detect():
+        name, num_devices, num_nodes, words = "torchrun", *_of_torchrun(), ("--nproc_per_node", "--nnodes")
+    elif SLURMEnvironment.detect():
+        name, num_devices, num_nodes, words = "SLURM", *_of_slurm(), ("--ntasks-per-node", "--nodes")
+        if given is None:
+            options["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
+    else:
+        return
+    wanted, nodes = _number_of_devices(options["devices"]), options["num_nodes"]
+    for key, given_number, number, word in (
+        ("devices", wanted, num_devices, words[0]),
+        ("num_nodes", None if nodes == 1 else nodes, num_nodes, words[1]),
+    ):
+        if given_number not in (None, number):
+            raise UserError(
+                f"trainer.{key} {options[key]} contradicts {name}, which was started with {word} {number}; leave "
+                f"trainer.{key} out, or start {name} with {word} {given_number or 'N'}"
+            )
+    if wanted is None:
+        options["devices"] = num_devices
+    options["num_nodes"] = num_nodes
+
+
+def _of_torchrun() -> tuple[int, int]:
+    """Processes of each node, and nodes."""
+    total, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if total % local:
+        raise UserError(f"torchrun started {local} of {total} processes on this node; give all nodes as many")
+    return local, total // local
+
+
+def _of_slurm() -> tuple[int, int]:
+    """Tasks of each node, and nodes."""
+    total, nodes = (int(os.environ.get(f"SLURM_{name}", "1")) for name in ("NTASKS", "NNODES"))
+    local = os.environ.get("SLURM_NTASKS_PER_NODE")
+    if local is None and total > 1:
+        raise UserError(
+            f"SLURM started {total} tasks on {nodes} nodes without saying how many on each; give --ntasks-per-node"
+        )
+    if int(local or total) * nodes != total:
+        raise UserError(
+            f"SLURM started {total} tasks on {nodes} nodes, not --ntasks-per-node {local} on each; give all nodes as "
+            f"many tasks"
+        )
+    return int(local or total), nodes
+
+
+def _number_of_devices(devices: list[int] | str | int) -> int | None:
+    """How many `trainer.devices` asks for; None if it leaves that open."""
+    if isinstance(devices, list):
+        return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len([device for device in devices.split(",") if device.strip()])
+    if str(devices) in ("auto", "-1"):
+        return None
+    return int(devices) if str(devices).isdigit() else 0  # what is no number contradicts any

@@ -2,16 +2,22 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
 
+from meap_lit.cli import main
+from meap_lit.errors import UserError
 from meap_lit.recipe import RecipeCLI
+from meap_lit.strategies import follow_launcher
 
+ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -19,16 +25,17 @@ def arguments(recipe, *overrides):
     return ["fit", "--config", str(recipe), "--data.micro_batch_size", "2", *overrides]
 
 
-def assert_like_one_process(recipe, run):
+def assert_like_one_process(recipe, run, micro_batch_size=2):
     """The run's last checkpoint has the weights of a run of a single process."""
-    alone = RecipeCLI.run(arguments(recipe)).model.decoder.state_dict()
+    words = [*arguments(recipe)[:-1], str(micro_batch_size)]
+    alone = RecipeCLI.run(words).model.decoder.state_dict()
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name, value in alone.items():
         torch.testing.assert_close(state[f"decoder.{name}"], value, atol=5e-6, rtol=1e-4)
 
 
 def test_torchrun(toy_recipe, tmp_path):
-    overlay = ["--config", "recipes/strategy/ddp.yaml", "--trainer.devices", "2"]
+    overlay = ["--config", "recipes/strategy/ddp.yaml"]
     command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", "-m", "meap_lit", *arguments(toy_recipe, *overlay)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
@@ -71,6 +78,105 @@ def test_the_slurm_script_with_two_nodes_of_a_stand_in_for_srun(toy_recipe, tmp_
 
 
 @pytest.fixture
+def slurm_job(monkeypatch, tmp_path):
+    """The environment of a job of one task, whose current folder is `tmp_path`."""
+    job = {"JOB_ID": "4711", "JOB_NAME": "meap", "NNODES": "1", "NTASKS": "1", "NTASKS_PER_NODE": "1"}
+    job |= {"PROCID": "0", "NODEID": "0", "LOCALID": "0", "NODELIST": "127.0.0.1"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_sigusr1_saves_and_requeues_a_job_which_goes_on(slurm_job, toy_recipe, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", '#!/usr/bin/env bash\necho "$@" >> scontrol\n')):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+    monkeypatch.setenv("REQUEUE", "1")
+    told = ["--trainer.callbacks+=tests.callbacks.interruption.SignalAt", "--trainer.callbacks.batch", "13"]
+    told += ["--trainer.callbacks.number", str(int(signal.SIGUSR1))]
+    checkpoint = tmp_path / "runs" / "toy" / "job_4711" / "checkpoints" / "step=7.ckpt"
+
+    def run(*words):
+        command = ["bash", str(ROOT / "docs/slurm.sh"), "--config", str(toy_recipe), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    stopped = run(*told)
+    assert stopped.returncode == 138, stopped.stderr
+    assert f"SIGUSR1: stopped after optimizer step 7, saved {checkpoint}; resume with: python -m" in stopped.stderr
+    assert (tmp_path / "scontrol").read_text() == "requeue 4711\n"
+    assert not list(tmp_path.rglob("*hpc*"))
+    resumed = run()
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"checkpoint: {checkpoint}" in resumed.stdout
+    assert (tmp_path / "scontrol").read_text() == "requeue 4711\n", "a job that is done stays out of the queue"
+    assert_like_one_process(toy_recipe, tmp_path / "runs" / "toy" / "job_4711", micro_batch_size=4)
+
+
+@pytest.mark.parametrize("folder", [".", "runs"])
+def test_no_run_starts_from_what_lightning_saved_to_requeue_another(slurm_job, toy_recipe, tmp_path, capsys, folder):
+    """Lightning itself restores any hpc_ckpt_*.ckpt of the current folder when a job begins."""
+    ntp = ["fit", "--config", str(toy_recipe), "--model.mask.ratio", "0", "--budget.max_steps", "3"]
+    alone = RecipeCLI.run(ntp).model.decoder.state_dict()
+    meap = RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "2"]).trainer
+    shutil.copy(meap.checkpoint_callback.best_model_path, tmp_path / folder / "hpc_ckpt_1.ckpt")
+    if folder == "runs":  # Lightning would look here
+        assert main(ntp) == 2
+        assert "error: Lightning would start this run from runs/hpc_ckpt_1.ckpt" in capsys.readouterr().err
+        return
+    beside = RecipeCLI.run(ntp).model.decoder.state_dict()
+    for name, value in alone.items():
+        assert torch.equal(value, beside[name]), name
+    assert main([*ntp, "--ckpt_path", "hpc"]) == 2
+    assert "hpc" in capsys.readouterr().err.splitlines()[-1]
+
+
+TORCHRUN_OF_TWO_NODES = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+SLURM_OF_TWO_NODES = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "x"}
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN_OF_TWO_NODES, SLURM_OF_TWO_NODES])
+@pytest.mark.parametrize("devices", ["auto", -1, "-1", 4, "4", [0, 1, 2, 3], "0,1,2,3"])
+def test_devices_and_nodes_follow_the_launcher(monkeypatch, launcher, devices):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    options = {"devices": devices, "num_nodes": 1, "plugins": None}
+    follow_launcher(options)
+    assert options["devices"] == (4 if str(devices) in ("auto", "-1") else devices)
+    assert options["num_nodes"] == 2
+    if launcher is SLURM_OF_TWO_NODES:
+        assert [plugin.auto_requeue for plugin in options["plugins"]] == [False]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options", "message"),
+    [
+        (TORCHRUN_OF_TWO_NODES, {"devices": 2}, "trainer.devices 2 contradicts torchrun, .* --nproc_per_node 4; leave"),
+        (TORCHRUN_OF_TWO_NODES, {"num_nodes": 3}, "trainer.num_nodes 3 contradicts torchrun, .* with --nnodes 2"),
+        (TORCHRUN_OF_TWO_NODES | {"WORLD_SIZE": "7"}, {}, "torchrun started 4 of 7 processes on this node"),
+        (SLURM_OF_TWO_NODES, {"devices": 8}, "trainer.devices 8 contradicts SLURM, .* --ntasks-per-node 4; leave"),
+        (SLURM_OF_TWO_NODES, {"num_nodes": 4}, "trainer.num_nodes 4 contradicts SLURM, .* with --nodes 2"),
+        (SLURM_OF_TWO_NODES | {"SLURM_NTASKS": "7"}, {}, "SLURM started 7 tasks on 2 nodes, not --ntasks-per-node 4"),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "x"}, {}, "SLURM started 2 tasks .* give --ntasks-per-node"),
+    ],
+)
+def test_contradictions_to_the_launcher(monkeypatch, launcher, options, message):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        follow_launcher({"devices": "auto", "num_nodes": 1, "plugins": None, **options})
+
+
+def test_without_a_launcher_nothing_changes():
+    options = {"devices": "auto", "num_nodes": 1, "plugins": None}
+    follow_launcher(options)
+    assert options == {"devices": "auto", "num_nodes": 1, "plugins": None}
+
+
+@pytest.fixture
 def two_hosts():
     """Two network namespaces that see each other and nothing else: their names, interfaces and addresses."""
     if shutil.which("ip") is None or os.geteuid() != 0:
@@ -103,7 +209,7 @@ def test_two_hosts(two_hosts, toy_recipe, tmp_path):
         port = free.getsockname()[1]
     processes = []
     for rank, (host, interface, _) in enumerate(two_hosts):
-        overlay = ["--config", "recipes/strategy/fsdp2.yaml", "--trainer.num_nodes", "2", "--trainer.devices", "1"]
+        overlay = ["--config", "recipes/strategy/fsdp2.yaml"]
         overlay += ["--trainer.strategy.save_distributed_checkpoint", "false"]
         rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{two_hosts[0][2]}:{port}", "--rdzv_id", host[:-2]]
         # each host says whether it keeps the store: both namespaces have the same host name

@@ -1,4 +1,4 @@
-"""A run that is told to stop (SIGTERM, Ctrl-C) saves after the optimizer step it is in, and says how to go on."""
+"""A run that is told to stop (SIGTERM, SIGUSR1, Ctrl-C) saves after the step it is in, and says how to go on."""
 
 import shlex
 import signal
@@ -10,14 +10,17 @@ from typing import Any
 import lightning as L
 
 from meap_lit.callbacks.checkpoint import Checkpoint
+from meap_lit.data.datamodule import STOP_SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 VALIDATION_BATCHES = 10
 """Several ranks ask each other after so many batches of a validation."""
 
 
 class StopOnSignal(L.Callback):
-    """On SIGTERM or SIGINT, finishes the optimizer step, saves, and leaves with status 128 + signal: 143 or 130.
+    """On a signal of `STOP_SIGNALS`, finishes the optimizer step, saves, and leaves with status 128 + signal.
+
+    That is 143 for SIGTERM, 130 for SIGINT, and 138 for SIGUSR1, which SLURM sends before a job's time is up if it is
+    asked to.
 
     All ranks stop after the same step, whichever of them got the signal: the next one that is logged, since asking each
     other makes the host wait. A validation is broken off, and not made up for. A second signal ends the process at
@@ -34,7 +37,7 @@ class StopOnSignal(L.Callback):
         if trainer.received_sigterm:  # while the run was set up: there is nothing to save
             raise SystemExit(128 + signal.SIGTERM)
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)  # Lightning's teardown puts the earlier handlers back
             # and at every micro-batch of several ranks Lightning would ask them all, waiting for their devices
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
@@ -93,6 +96,8 @@ def _how_to_resume(trainer: L.Trainer, log_dir: str | None) -> str:
     saver = trainer.checkpoint_callback
     if not isinstance(saver, Checkpoint) or saver.last_saved is None:
         return f"{stopped}; no checkpoint was saved, since trainer.enable_checkpointing is false"
+    if not trainer.loggers:  # the recipe was not kept either
+        return f"{stopped}, saved {saver.last_saved}; resume with the same command and --ckpt_path {saver.last_saved}"
     recipe, checkpoint = (shlex.quote(str(path)) for path in (f"{log_dir}/config.yaml", saver.last_saved))
     return (
         f"{stopped}, saved {saver.last_saved}; resume with: "

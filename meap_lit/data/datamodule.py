@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -18,6 +19,9 @@ from meap_lit.data.storage import Storage
 from meap_lit.data.streaming import Shard
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Those that tell a run to save and leave."""
 
 
 class StreamingData(L.LightningDataModule, ABC):
@@ -88,6 +92,11 @@ class StreamingData(L.LightningDataModule, ABC):
         if not self.datasets:
             raise UserError("data.datasets names no dataset; name a folder, or several with the weight of each")
         for path, weight in self.datasets.items():
+            if "@" in urlsplit(path).netloc:
+                raise UserError(
+                    f"data.datasets: the address of {urlsplit(path).path.strip('/')} must not hold credentials; put "
+                    f"them into the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                )
             if not 0 < weight < math.inf:
                 raise UserError(f"data.datasets: the weight of {path} must be above 0 and finite, got {weight:g}")
         smallest = {"seq_len": 1, "global_batch_size": 1, "micro_batch_size": 1, "val_samples": 1, "num_workers": 0}
@@ -306,5 +315,5 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 def _ignore_signals(worker: int) -> None:
     """A signal to the whole group of processes is for the one that trains; it ends its workers when it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

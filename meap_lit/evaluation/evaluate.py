@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from meap_lit import __version__
+from meap_lit.data.secrets import without_secrets
 from meap_lit.errors import UserError
 from meap_lit.evaluation.language_model import Device, Dtype, LanguageModel, choose_device
 from meap_lit.evaluation.result import Difference, Mean, Result, difference
@@ -197,7 +198,7 @@ def state_of(path: Path) -> str:
 def describe(task: Task) -> dict[str, Any]:
     """The options of a task as its recipe states them, the class with them."""
     assert dataclasses.is_dataclass(task)
-    options = dataclasses.asdict(task)
+    options = without_secrets(dataclasses.asdict(task))
     return {"class_path": f"{type(task).__module__}.{type(task).__qualname__}", "init_args": options}
 
 

@@ -1,0 +1,117 @@
+"""Keys, tokens and passwords: a recipe may hold them, and nothing that this project writes does.
+
+Where a recipe is written, an interpolation takes the place of the secret, `${oc.env:AWS_SECRET_ACCESS_KEY}`: whoever
+reads the file sees where the secret belongs, and a run that is resumed from it takes the secret from the environment.
+"""
+
+import argparse
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+HIDDEN = "***"
+"""Replaces a secret in a message or a command."""
+
+_ANYWHERE = {"secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd", "apikey", "bearer"}
+_ANYWHERE |= {"credential", "credentials"}
+_LAST = {"auth", "authorization", "cookie", "sas", "sig", "signature"}
+_KEYS = {"access", "account", "api", "auth", "client", "customer", "private", "shared", "signing", "storage"}
+_TOKENS_OF_TEXT = {"begin", "bos", "cls", "end", "eos", "first", "image", "last", "mask", "pad", "sep", "stop", "unk"}
+_PLACES = {"dir", "env", "file", "folder", "name", "path", "url", "var", "variable"}
+"""A name that ends so says where a secret is kept."""
+
+_LOGIN = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]+(?=@)")
+_VALUE = re.compile(r"""([A-Za-z][\w.-]*)(["']?\s*[:=]\s*["']?)([^\s,;&"'}\]]+)""")
+_GOT = re.compile(r"""([A-Za-z][\w.-]*)(["']? must be .*, got )(.+)""")
+_QUERY = re.compile(r"([?&])([\w-]+)=([^&\s]+)")
+_BEARER = re.compile(r"(?<=\bBearer )\S+")
+
+
+def is_secret(name: str) -> bool:
+    """Whether an option of this name holds a secret.
+
+    Example: `aws_session_token`, `api_key` and `clientSecret` do; `tokenizer`, `max_tokens`, `eos_token`,
+    `mask_token_id` and `key_variable` do not.
+    """
+    if not re.fullmatch(r"[A-Za-z_][\w-]*", name):  # a path, as of a dataset
+        return False
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").split("_")
+    if words[-1] in _PLACES:
+        return False
+    before = words[-2] if len(words) > 1 else ""
+    return (
+        not _ANYWHERE.isdisjoint(words)
+        or words[-1] in _LAST
+        or words[-2:] == ["connection", "string"]
+        or (words[-1] in ("token", "tokens") and _is_token_of_access(words[-1], before))
+        or any(word in ("key", "keys") and earlier in _KEYS for earlier, word in pairwise(words))
+    )
+
+
+def _is_token_of_access(word: str, before: str) -> bool:
+    if word == "tokens":  # usually a number of tokens
+        return before in ("access", "api", "auth", "session")
+    return before not in _TOKENS_OF_TEXT
+
+
+def without_secrets(content: Any, where: tuple[str, ...] = ()) -> Any:
+    """Return a copy of a recipe, or of a part of one, with a reference to the environment in place of each secret.
+
+    Args:
+        content: Namespaces, mappings and lists of values.
+        where: Keys above it.
+    """
+    if isinstance(content, argparse.Namespace):
+        shown = copy.copy(content)
+        for name, value in vars(content).items():
+            setattr(shown, name, without_secrets(value, (*where, name)))
+        return shown
+    if isinstance(content, Mapping):
+        return {name: without_secrets(value, (*where, str(name))) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_secrets(value, (*where, str(number))) for number, value in enumerate(content)]
+    is_value = isinstance(content, str | int) and not isinstance(content, bool)
+    if is_value and any(map(is_secret, where)) and not str(content).startswith("${"):
+        return _reference(where)
+    if isinstance(content, str):
+        shown = _LOGIN.sub(lambda _: _reference((*where, "login")), content)
+        shown = _BEARER.sub(lambda _: _reference((*where, "bearer")), shown)
+        if "://" in shown:
+            shown = _QUERY.sub(
+                lambda match: (
+                    f"{match[1]}{match[2]}={_reference((*where, match[2]))}" if is_secret(match[2]) else match[0]
+                ),
+                shown,
+            )
+        return shown
+    return content
+
+
+def _reference(where: Sequence[str]) -> str:
+    """An interpolation that reads the secret at a key from the environment, by the name that its service knows if
+    the key has it."""
+    name = where[-1] if where[-1].startswith("aws_") else "_".join(word for word in where if word != "init_args")
+    return f"${{oc.env:{re.sub(r'[^A-Z0-9]', '_', name.upper())}}}"
+
+
+def hide_in_text(text: str) -> str:
+    """Return `text` with `***` for what it says of secrets, as in `api_key: 123` or `https://me:password@host`."""
+
+    def hide(match: re.Match) -> str:
+        name, between, _ = match.groups()
+        return f"{name}{between}{HIDDEN}" if any(map(is_secret, name.split("."))) else match[0]
+
+    return _GOT.sub(hide, _VALUE.sub(hide, _BEARER.sub(HIDDEN, _LOGIN.sub(HIDDEN, text))))
+
+
+def hide_in_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command with `***` for secrets, be they of an option's own or inside its value."""
+    shown: list[str] = []
+    for word in words:
+        before = shown[-1] if shown else ""
+        is_value = before.startswith("--") and "=" not in before and not word.startswith("--")
+        is_hidden = is_value and any(map(is_secret, before.lstrip("-").split(".")))
+        shown.append(HIDDEN if is_hidden else hide_in_text(word))
+    return shown

@@ -1,0 +1,201 @@
+"""Which options hold secrets, and that nothing that is written or printed holds one."""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+
+from meap_lit.cli import main
+from meap_lit.data.secrets import hide_in_text, hide_in_words, is_secret, without_secrets
+from meap_lit.evaluation.evaluate import describe
+from meap_lit.evaluation.task import Task
+from meap_lit.recipe import RecipeCLI
+
+SECRET = "hunter2-do-not-write"
+
+
+class KeyedLogger(CSVLogger):
+    """A logger of a service."""
+
+    def __init__(self, save_dir: str, api_key: str, url: str) -> None:
+        super().__init__(save_dir, name="keyed")
+        self.given = (api_key, url)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("aws_access_key_id", "aws_secret_access_key", "aws_session_token", "account_key", "api_key", "apiKey"),
+        *("api_token", "Authorization", "client_secret", "clientSecret", "connection_string", "hf_token", "password"),
+        *("sas_token", "token", "x-api-key", "private_key", "access_tokens", "credentials"),
+    ],
+)
+def test_names_of_secrets(name):
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokenizer", "max_tokens", "batch_tokens", "eos_token", "eos_token_id", "mask_token", "mask_token_id"),
+        *("pad_token", "additional_special_tokens", "num_kv_heads", "key_value", "key", "key_variable", "keep"),
+        *("api_key_variable", "auth_method", "secret_file", "tokens", "seed", "data/my_token", "cell_keys"),
+    ],
+)
+def test_names_of_other_things(name):
+    assert not is_secret(name)
+
+
+def test_no_option_of_a_recipe_of_ours_is_taken_for_a_secret():
+    recipes = [yaml.safe_load(path.read_text()) for path in Path("recipes").rglob("*.yaml")]
+    assert len(recipes) > 40
+    for recipe in recipes:
+        assert without_secrets(recipe) == recipe
+
+
+def test_a_secret_is_replaced_by_where_it_is_read_from():
+    recipe = {
+        "data": {"init_args": {"storage_options": {"aws_secret_access_key": SECRET, "region_name": "eu"}}},
+        "trainer": {
+            "logger": [
+                {"init_args": {"api_key": SECRET, "password": 1234, "url": f"https://me:{SECRET}@host:80/x"}},
+                {"headers": {"Accept": f"Bearer {SECRET}"}, "address": f"https://host/x?a=1&X-Amz-Signature={SECRET}"},
+            ]
+        },
+        "token": None,
+        "credentials": {"nested": [SECRET]},
+    }
+    shown = without_secrets(recipe)
+    assert SECRET not in json.dumps(shown)
+    assert shown["data"]["init_args"]["storage_options"] == {
+        "aws_secret_access_key": "${oc.env:AWS_SECRET_ACCESS_KEY}",
+        "region_name": "eu",
+    }
+    first, second = shown["trainer"]["logger"]
+    assert first["init_args"] == {
+        "api_key": "${oc.env:TRAINER_LOGGER_0_API_KEY}",
+        "password": "${oc.env:TRAINER_LOGGER_0_PASSWORD}",
+        "url": "https://${oc.env:TRAINER_LOGGER_0_URL_LOGIN}@host:80/x",
+    }
+    assert second["address"].startswith("https://host/x?a=1&X-Amz-Signature=${oc.env:")
+    assert shown["token"] is None
+    assert without_secrets(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"data.storage_options must be a mapping ({{key: value}}), got {{aws_secret_access_key: {SECRET}, b: 2}}",
+        f"trainer.logger.api_key must be text, got ['{SECRET}', 1]",
+        f"cannot reach https://me:{SECRET}@host/x",
+        f"got {{'api_key': '{SECRET}'}}",
+    ],
+)
+def test_messages(text):
+    shown = hide_in_text(text)
+    assert SECRET not in shown
+    assert "***" in shown
+
+
+def test_a_message_without_secrets_stays_as_it_is():
+    text = "tokenizer: max_tokens must be at least 1, got 0; eos_token: </s>, see https://host:80/x"
+    assert hide_in_text(text) == text
+
+
+def test_the_words_of_a_command():
+    words = ["fit", "--data.storage_options.aws_secret_access_key", SECRET, f"--x.token={SECRET}", "--data.tokenizer"]
+    words += ["data/t", "--data.storage_options", f"{{aws_session_token: {SECRET}, region_name: eu}}"]
+    shown = hide_in_words(words)
+    assert SECRET not in " ".join(shown)
+    assert [shown[n] for n in (0, 1, 4, 5)] == [words[n] for n in (0, 1, 4, 5)]
+    assert "region_name: eu" in shown[7]
+
+
+def secret_words(folder):
+    return [
+        "--data.storage_options",
+        f"{{aws_secret_access_key: {SECRET}, region_name: eu}}",
+        *("--trainer.logger+", "tests.data.test_secrets.KeyedLogger"),
+        *("--trainer.logger.save_dir", str(folder)),
+        *("--trainer.logger.api_key", SECRET),
+        *("--trainer.logger.url", f"https://me:{SECRET}@host"),
+    ]
+
+
+def test_nothing_that_a_run_writes_holds_a_secret(toy_recipe, tmp_path, monkeypatch, capsys):
+    recipe = yaml.safe_load(toy_recipe.read_text())
+    recipe["trainer"]["logger"] = [recipe["trainer"]["logger"]]
+    toy_recipe.write_text(yaml.safe_dump(recipe))
+    words = ["fit", "--config", str(toy_recipe), "--budget.max_steps", "2", *secret_words(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", ["meap_lit", *words])
+    trainer = RecipeCLI.run(words).trainer
+    assert trainer.loggers[1].given == (SECRET, f"https://me:{SECRET}@host"), "it is used all the same"
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert {"config.yaml", "hparams.yaml", "summary.json"} <= {path.name for path in written}
+    assert any("tfevents" in path.name for path in written)
+    for path in written:
+        assert SECRET.encode() not in path.read_bytes(), path
+    config = tmp_path / "runs" / "toy" / "version_0" / "config.yaml"
+    assert "aws_secret_access_key: ${oc.env:AWS_SECRET_ACCESS_KEY}" in config.read_text()
+
+    # a run that is resumed from it says where the secret belongs, and finds it there
+    again = ["fit", "--config", str(config), "--budget.max_steps", "3", "--ckpt_path", "last"]
+    capsys.readouterr()
+    missing = set()
+    for _ in range(3):
+        assert main(again) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        name = re.match(r"error: \S+ comes from the environment, where (\w+) is not set; set that variable", line)[1]
+        missing.add(name)
+        monkeypatch.setenv(name, f"me:{SECRET}" if name.endswith("LOGIN") else SECRET)
+    assert missing == {"AWS_SECRET_ACCESS_KEY", "TRAINER_LOGGER_1_API_KEY", "TRAINER_LOGGER_1_URL_LOGIN"}
+    cli = RecipeCLI.run(again)
+    assert cli.datamodule.storage.options["aws_secret_access_key"] == SECRET
+    assert cli.trainer.loggers[1].given == (SECRET, f"https://me:{SECRET}@host")
+
+
+def test_a_printed_recipe_holds_none(toy_recipe, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(toy_recipe), *secret_words(tmp_path)[:2], "--print_config"])
+    shown = capsys.readouterr().out
+    assert "aws_secret_access_key: ${oc.env:AWS_SECRET_ACCESS_KEY}" in shown
+    assert SECRET not in shown
+
+
+def test_wrong_values_are_not_echoed(toy_recipe, capsys):
+    for words in (
+        ["--data.storage_option", f"{{aws_secret_access_key: {SECRET}}}"],
+        ["--data.storage_options", f"[{{aws_secret_access_key: {SECRET}}}]"],
+        ["--data.datasets", f"s3://me:{SECRET}@bucket/x"],
+    ):
+        assert main(["fit", "--config", str(toy_recipe), *words]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert SECRET not in line
+
+
+@dataclass(kw_only=True)
+class KeyedTask(Task):
+    """A task that asks a service."""
+
+    api_key: str
+
+    name = "keyed"
+    metrics = ("score",)
+
+    def items(self, model):
+        return []
+
+    def answer(self, model, items):
+        return []
+
+    def score(self, record):
+        return {}
+
+
+def test_results_hold_none():
+    assert describe(KeyedTask(api_key=SECRET))["init_args"]["api_key"] == "${oc.env:API_KEY}"
