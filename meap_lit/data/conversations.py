@@ -227,6 +227,8 @@ def _text(where: str, value: Any) -> str:
 def _tools(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """Return the record's tools; None for an empty list."""
     tools: list[dict[str, Any]] = []
+    if fields.get("tools") and fields.get("functions"):
+        raise UserError("fields 'tools' and 'functions' both describe tools; keep one of them")
     for name in ("tools", "functions"):
         value = _parsed(name, fields.get(name) or [])
         for number, tool in enumerate(_list(name, value)):
@@ -272,12 +274,14 @@ def _parsed(where: str, value: Any) -> Any:
 
 
 def _system_messages(fields: Mapping[str, Any], messages: Sequence[Message], default: str | None) -> list[Message]:
-    """What the system says, where the messages do not begin with it."""
+    """Return what the system says, where the messages do not begin with it."""
+    said = {name: check_text(name, fields[name]) for name in ("system", "system_prompt") if fields.get(name)}
     if messages and messages[0]["role"] == "system":
-        return []
-    name = "system" if "system" in fields else "system_prompt"
-    content = check_text(name, fields.get(name, "")) or default
-    return [{"role": "system", "content": content}] if content else []
+        said["the first message"] = messages[0]["content"]
+    if len(set(said.values())) > 1:
+        raise UserError(f"the system says different things in {' and in '.join(said)}; keep one of them")
+    content = next(iter(said.values()), default)
+    return [{"role": "system", "content": content}] if content and "the first message" not in said else []
 
 
 def _check_turns(messages: Sequence[Message], trained: Sequence[bool]) -> None:

@@ -74,6 +74,7 @@ def test_default_system_message():
     own = {"messages": [{"role": "system", "content": "own"}, *OPENAI["messages"]]}
     assert to_conversation(own, "be brief").messages[0] == system("own")
     assert to_conversation(SHAREGPT | {"system": "own"}, "be brief").messages[0] == system("own")
+    assert to_conversation(own | {"system": "own"}) == to_conversation(own)
 
 
 def openai(*roles, content="x"):
@@ -342,6 +343,18 @@ def test_real_calls(shared_data):
         ),
         (turn(tool_calls=[{"name": nested(200)}]), r"messages\[1\].tool_calls\[0\] is nested too deeply"),
         (turn(reasoning_content=["x"]), r"field 'messages\[1\].reasoning_content' is not a string but list"),
+        (
+            SHAREGPT | {"system": "s", "system_prompt": "t"},
+            "the system says different things in system and in system_pr",
+        ),
+        (
+            openai("system", "user", "assistant") | {"system": "s"},
+            "the system says different things in system and in the first message; keep one of them",
+        ),
+        (
+            OPENAI | {"tools": [FUNCTION], "functions": [FUNCTION]},
+            "fields 'tools' and 'functions' both describe tools;",
+        ),
         (OPENAI | {"tools": "no"}, "tools is not valid JSON: 'no'"),
         (OPENAI | {"tools": {"name": "f"}}, "field 'tools' is not a list but dict"),
         (OPENAI | {"tools": ["f"]}, r"tools\[0\] is not an object but str"),
