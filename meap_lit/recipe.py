@@ -26,6 +26,7 @@ from meap_lit.callbacks import (
     StopOnNonFiniteLoss,
     Throughput,
 )
+from meap_lit.callbacks.budget import check_trainer
 from meap_lit.callbacks.checkpoint import VerifyCheckpoint
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.stopping import StopOnSignal
@@ -120,6 +121,8 @@ class RecipeCLI(LightningCLI):
         """The recipe says what is run; Lightning would let a checkpoint's hyper-parameters override it."""
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        if self.subcommand == "fit":
+            check_trainer(config)
         opening = OpenLoggers()
         callbacks = [*callbacks, Throughput(), Mixture(), StopOnNonFiniteLoss(), RunSummary(), StopOnSignal()]
         given = self.config[self.subcommand]

@@ -270,10 +270,23 @@ def test_batch_sizes_that_do_not_divide_are_named(capsys, toy_recipe):
     assert "global_batch_size 8 cannot be divided by data.micro_batch_size 3 x 1 devices = 3" in line
 
 
-@pytest.mark.parametrize("key", ["max_steps", "accumulate_grad_batches"])
-def test_what_the_budget_decides_is_not_stated_twice(capsys, toy_recipe, key):
-    line = complain(capsys, "fit", "--config", toy_recipe, f"--trainer.{key}", "7")
-    assert f"trainer.{key} 7 contradicts the budget" in line
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("max_steps", 7, "budget.max_steps"),
+        ("accumulate_grad_batches", 7, "data.global_batch_size and data.micro_batch_size"),
+        ("max_epochs", 3, "budget.max_epochs"),
+        ("min_steps", 30, "budget.max_steps"),  # would skip the last validation
+        ("limit_train_batches", 1, "budget.max_steps"),
+        ("overfit_batches", 2, "budget.max_steps"),
+        ("fast_dev_run", True, "budget.max_steps"),
+        ("val_check_interval", 3, "budget.val_every_n_steps"),
+        ("check_val_every_n_epoch", 2, "budget.val_every_n_steps"),  # would never validate
+    ],
+)
+def test_what_the_budget_decides_is_not_stated_twice(capsys, toy_recipe, key, value, instead):
+    line = complain(capsys, "fit", "--config", toy_recipe, f"--trainer.{key}", str(value))
+    assert f"trainer.{key} {value} contradicts the budget, which decides it; state {instead} instead" in line
 
 
 def test_a_missing_checkpoint_is_named(capsys, toy_recipe):

@@ -1,5 +1,6 @@
 """What a run may spend, stated in tokens or optimizer steps and turned into the Trainer's own terms."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,40 @@ import lightning as L
 
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import UserError
+
+DECIDED = {
+    **dict.fromkeys(("max_steps", "min_steps", "fast_dev_run"), "budget.max_steps"),
+    **dict.fromkeys(("limit_train_batches", "overfit_batches"), "budget.max_steps"),
+    **dict.fromkeys(("max_epochs", "min_epochs", "reload_dataloaders_every_n_epochs"), "budget.max_epochs"),
+    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch"), "budget.val_every_n_steps"),
+    "accumulate_grad_batches": "data.global_batch_size and data.micro_batch_size",
+}
+"""Options of the Trainer that follow from a budget, and what to state instead of each."""
+
+_WITHOUT_EFFECT = {
+    "max_epochs": (1, -1),
+    "limit_train_batches": (1.0,),
+    "overfit_batches": (0,),
+    "val_check_interval": (1.0,),
+}
+"""Values of some of these, beside the Trainer's defaults, that change nothing."""
+
+
+def check_trainer(options: Mapping[str, Any]) -> None:
+    """Refuse options of the Trainer that would do nothing, or end a run before its budget does.
+
+    Args:
+        options: The Trainer's arguments, by name.
+
+    Raises:
+        UserError: If one of `DECIDED` is stated.
+    """
+    parameters = inspect.signature(L.Trainer).parameters
+    for name, instead in DECIDED.items():
+        allowed = (None, parameters[name].default, *_WITHOUT_EFFECT.get(name, ()))
+        value = options.get(name)
+        if repr(value) not in map(repr, allowed):  # 1 batch is not 1.0 of them
+            raise UserError(f"trainer.{name} {value} contradicts the budget, which decides it; state {instead} instead")
 
 
 class Budget(L.Callback):
@@ -78,15 +113,6 @@ class Budget(L.Callback):
         data = trainer.datamodule
         accumulation = data.accumulation(data.shard.num_replicas)
         max_steps = self.steps(data)
-        for name, given, ours in (
-            ("max_steps", trainer.max_steps, (-1, max_steps)),
-            ("accumulate_grad_batches", trainer.accumulate_grad_batches, (1, accumulation)),
-        ):
-            if given not in ours:
-                raise UserError(
-                    f"trainer.{name} {given} contradicts the budget, which makes it {ours[1]} (by its limit "
-                    f"and data.global_batch_size); leave it out"
-                )
         trainer.accumulate_grad_batches = accumulation
         trainer.fit_loop.epoch_loop.max_steps = max_steps
         trainer.val_check_interval = self.val_every_n_steps * accumulation
