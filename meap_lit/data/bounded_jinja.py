@@ -63,13 +63,16 @@ class _CountingCompiler(CodeGenerator):
         self.write(")")
 
 
-def _call(method: str, *arguments: nodes.Expr) -> nodes.Call:
+def _call(method: str, *arguments: nodes.Node) -> nodes.Call:
     """Return the call of a method of the environment, which is made without going through its `call`."""
     call = nodes.Call(nodes.EnvironmentAttribute(method), list(arguments), [], None, None)
-    return call.set_lineno(arguments[0].lineno or 1)
+    call.set_lineno(arguments[0].lineno or 1)
+    return call
 
 
 class _Template(jinja2.Template):
+    environment: "BoundedEnvironment"
+
     def render(self, *args: Any, **kwargs: Any) -> str:
         self.environment.spent = 0
         return super().render(*args, **kwargs)

@@ -154,7 +154,7 @@ def _is_abandoned(folder: Path) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
+    except (PermissionError, OverflowError):
         pass
     return False
 
