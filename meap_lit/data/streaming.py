@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import TypeVar
+from typing import NotRequired, TypedDict, TypeVar
 
 import torch
 from litdata import StreamingDataset, TokensLoader
@@ -18,8 +18,22 @@ from meap_lit.data.storage import Storage
 from meap_lit.errors import UserError
 from meap_lit.model.loss import IGNORE_INDEX
 
-Batch = dict[str, Tensor]
-"""`input_ids` [B, T], `labels` [B, T] and `sample_ids` [B], all int64; in validation `source` [], its dataset."""
+
+class Batch(TypedDict):
+    """Rows of text; tensors are int64.
+
+    Args:
+        input_ids: Token ids, [B, T].
+        labels: Target of each position, [B, T].
+        sample_ids: Global index of each row's sample, [B].
+        source: In validation, the number of the dataset that the rows are of.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+    source: NotRequired[int]
+
 
 T = TypeVar("T")
 
@@ -164,7 +178,7 @@ class ValidationStream(IterableDataset):
             "input_ids": tokens[:, :-1],
             "labels": labels,
             "sample_ids": sample_ids,
-            "source": torch.tensor(source),
+            "source": source,
         }
 
 

@@ -53,7 +53,8 @@ class Perplexity(SequenceTask):
         return {"nll": sum(record["nll_sums"]) / sum(record["num_tokens"])}
 
     def extra(self, results: "Sequence[Result]") -> dict[str, float]:
-        figures = {f"perplexity ({result.label})": math.exp(result.mean().value) for result in results}
+        means = {f"perplexity ({result.label})": result.mean().value for result in results}
+        figures = {name: math.inf if nll > _LARGEST else math.exp(nll) for name, nll in means.items()}
         for result in results:
             start = 0
             for end, nll in nll_by_context(result.records).items():
@@ -68,6 +69,10 @@ class Perplexity(SequenceTask):
                 lines, x_label="context (tokens, up to)", y_label="negative log-likelihood (nats)", log_x=True
             )
         }
+
+
+_LARGEST = 709.0
+"""Loss whose exponential a float still holds."""
 
 
 def context_ends(seq_len: int) -> list[int]:

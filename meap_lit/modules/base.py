@@ -217,7 +217,7 @@ class DecoderModule(L.LightningModule, ABC):
         self._val_shares = {"": 1.0} if data is None else data.val_shares
         self._val_sums = torch.zeros(len(self._val_shares), 2, dtype=torch.float32, device=self.device)
 
-    def _validate(self, summed_loss: Tensor, labels: Tensor, source: int | Tensor = 0) -> None:
+    def _validate(self, summed_loss: Tensor, labels: Tensor, source: int = 0) -> None:
         """Count a batch's clean loss, summed over its supervised labels, into the validation loss of its dataset."""
         num_labels = (labels != IGNORE_INDEX).sum()
         mean = summed_loss / num_labels.clamp(min=1)  # rounded as torchmetrics' MeanMetric would, which drops a NaN
@@ -295,7 +295,8 @@ class DecoderModule(L.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another model, and adapters of one: they might fit, and mean nothing."""
         data = getattr(self._trainer, "datamodule", None)
-        if data is not None and type(data).__qualname__ not in checkpoint:
+        is_foreign = data is not None and type(data).__qualname__ not in checkpoint
+        if is_foreign and self.trainer.state.fn == "fit":
             return  # a run of another kind: `Budget` says so
         about = checkpoint.get("decoder", {})
         self.masks_drawn |= about.get("rows_without_mask") is None

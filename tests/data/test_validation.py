@@ -91,7 +91,7 @@ def loss_by_hand(cli, path):
     summed = labels = 0
     with torch.no_grad():
         for batch in data.val_dataloader():
-            if int(batch["source"]) == place:
+            if batch["source"] == place:
                 rest = () if "sample_ids" in batch else (batch["position_ids"], batch["documents"])
                 logits = module.decoder.logits(module.decoder(batch["input_ids"], *rest)).double()
                 summed += torch.nn.functional.cross_entropy(
