@@ -10,12 +10,13 @@ import os
 import re
 import select
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from meap_lit.data.secrets import hide_in_text
-from meap_lit.errors import UserError
+from meap_lit.errors import NO_SPACE, UserError
 
 USAGE = """\
 usage: python -m meap_lit COMMAND [options]
@@ -82,6 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _stdout_is_closed():
             raise
         return 141  # who read the output, such as head, has enough: what a shell says of SIGPIPE
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error: cannot write{where}: {error.strerror}; free some space or name another folder", file=sys.stderr)
+        return 2
     finally:
         _close_process_group()
     return 0
@@ -141,7 +148,13 @@ def _run_command(arguments: list[str]) -> None:
         options = [option for action in parser._actions for option in action.option_strings]
         raise UserError(explain(str(error), options)) from error
     namespace.pop("config", None)
-    command(**vars(parser.instantiate_classes(namespace))).run()
+    job = command(**vars(parser.instantiate_classes(namespace)))
+    try:
+        job.run()
+    except OSError as error:
+        if error.errno in NO_SPACE and error.filename is None:  # a write does not say where
+            error.filename = getattr(job, "output", None)
+        raise
 
 
 def _command_parser(command: type, prog: str) -> Any:
@@ -221,3 +234,14 @@ def silence_noise() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(name in record.getMessage() for name in ("litlogger", "litmodels"))
     )
+    threading.excepthook = _report_of_thread
+
+
+def _report_of_thread(args: threading.ExceptHookArgs) -> None:
+    """Print the traceback of an exception that ended a thread.
+
+    TensorBoard raises those of its own again in the main thread; that of a full disk is one line there.
+    """
+    is_told_later = type(args.thread).__module__.startswith("tensorboard.")
+    if not (is_told_later and isinstance(args.exc_value, OSError) and args.exc_value.errno in NO_SPACE):
+        threading.__excepthook__(args)

@@ -1,4 +1,9 @@
-"""The one exception that a user can cause and mend."""
+"""The one exception that a user can cause and mend, and the errors of the system that a full disk makes."""
+
+import errno
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""A disk that is full, a quota that is used up, a file system that only reads."""
 
 
 class UserError(ValueError):

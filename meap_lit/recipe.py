@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from meap_lit.callbacks.budget import check_trainer
 from meap_lit.callbacks.checkpoint import VerifyCheckpoint
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.stopping import StopOnSignal
-from meap_lit.errors import UserError
+from meap_lit.errors import NO_SPACE, UserError
 from meap_lit.explain import check_values, explain
 from meap_lit.host import keep_freed_memory
 from meap_lit.integrity import find_checkpoint
@@ -89,7 +89,7 @@ class RecipeCLI(LightningCLI):
                 model_class=L.LightningModule,
                 datamodule_class=L.LightningDataModule,
             )
-        except (ArgumentError, MisconfigurationException, ValueError) as error:
+        except (ArgumentError, MisconfigurationException, ValueError, RuntimeError) as error:
             raise _as_user_error(error) from error
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -163,6 +163,20 @@ class RecipeCLI(LightningCLI):
         _check_pair(self.model, self.datamodule)
         if isinstance(self.trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (OSError, RuntimeError) as error:  # Lightning's teardown may fail over the first
+            full = next((cause for cause in _causes(error) if isinstance(cause, UserError | OSError)), None)
+            if not isinstance(full, OSError) or full.errno not in NO_SPACE:
+                raise
+            saved = getattr(self.trainer.checkpoint_callback, "last_saved", None) or self.trainer.ckpt_path
+            where = full.filename or next((logger.save_dir for logger in self.trainer.loggers), None) or "the disk"
+            raise UserError(
+                f"cannot write into {where}: {full.strerror}; free some space or name another folder, such as "
+                f"trainer.logger.save_dir; last good checkpoint: {saved or 'none was saved yet'}"
+            ) from error
 
 
 def _nest_nulls(words: Sequence[str]) -> list[str]:
@@ -283,13 +297,18 @@ def _check_pair(model: L.LightningModule, data: L.LightningDataModule | None) ->
 
 def _as_user_error(error: Exception) -> Exception:
     """What the user should read of an error that jsonargparse or Lightning wrapped; bugs of ours stay as they are."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
         if isinstance(cause, UserError):
             return cause
-        cause = cause.__cause__ or cause.__context__
     if isinstance(error, ArgumentError | MisconfigurationException):
         return UserError(explain(str(error), groups=GROUPS))
+    if died := re.match(r"DataLoader worker \((pid.*?)\) (.*)", str(error)):
+        return UserError(
+            f"a worker that reads data ({died[1]}) {died[2].strip(' .')}: most often memory ran out; free some or "
+            f"lower data.num_workers (0 reads within the training), then resume with --ckpt_path last"
+        )
+    if lost := re.search(r"Connection \w+ by peer( \[.*?\])?|remote process exit\w*", str(error)):
+        return UserError(f"another process of this run is gone ({lost[0]}); what ended it is said there")
     return error
 
 
@@ -310,6 +329,14 @@ class OpenLoggers(L.Callback):
             trainer.loggers = self._loggers
             trainer.profiler.dirpath = self._profiles  # it was set up without the folder of the run
             trainer.profiler.setup(stage, trainer.local_rank, trainer.log_dir)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised for, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 class SaveRecipe(SaveConfigCallback):

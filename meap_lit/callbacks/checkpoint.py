@@ -89,6 +89,7 @@ class Checkpoint(ModelCheckpoint):
         self.verify = verify
         self._jobs = _Jobs(in_thread=False)
         self._last_saved: str | None = None
+        self._logs_later = False
 
     @property
     def last_saved(self) -> str | None:
@@ -135,6 +136,18 @@ class Checkpoint(ModelCheckpoint):
         self._jobs.check()
         super().on_train_batch_end(trainer, *args, **kwargs)
 
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._keep_last_logs(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._keep_last_logs(trainer)
+
+    def _keep_last_logs(self, trainer: L.Trainer) -> None:
+        """Write what the step of the last checkpoint logged, which Lightning does after the hooks of that step."""
+        if self._logs_later:
+            self._logs_later = False
+            _keep_logs(trainer)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
 
@@ -152,6 +165,8 @@ class Checkpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         self._jobs.wait()
+        _keep_logs(trainer)
+        self._logs_later = True
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
         if trainer.is_global_zero:  # before another rank can begin
             self._remove_leftovers(trainer)
@@ -210,6 +225,12 @@ class Checkpoint(ModelCheckpoint):
             for old in (*folder.glob(f"*{_ASIDE}*"), *versions):
                 if _is_abandoned(old):
                     _remove(old)
+
+
+def _keep_logs(trainer: L.Trainer) -> None:
+    """Write what was logged so far, so that a kill after a checkpoint loses none of it."""
+    for logger in trainer.loggers:
+        logger.save()
 
 
 def _aside(path: Path) -> str:

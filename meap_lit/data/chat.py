@@ -90,8 +90,7 @@ class PrepareChat(Preparation):
             on_error=self.on_error,
         )
         encoded = map_in_order(encoder, _batches(reader), self.num_workers or default_num_workers(reader.num_bytes))
-        unknown = tokenizer.special_tokens.get("unk_token")
-        counts = _Counts(None if unknown is None else tokenizer.copy_backend().token_to_id(unknown))
+        counts = _Counts(tokenizer.unk_token_id)
         with closing(encoded), progress_bar(f"preparing {self.output}", reader.num_bytes) as bar:
             for batch in encoded:
                 for sample, number in zip(batch.samples, batch.draws, strict=True):

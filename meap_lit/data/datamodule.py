@@ -3,13 +3,17 @@
 import math
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import lightning as L
+import numpy as np
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from meap_lit.data.chunks import parse_bytes
@@ -273,10 +277,11 @@ class StreamingData(L.LightningDataModule, ABC):
     def _loader(self, stream: IterableDataset, num_workers: int) -> DataLoader:
         assert self.trainer is not None
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(
+        return _Loader(
             stream,
             batch_size=None,
             num_workers=num_workers,
+            collate_fn=_Arrays.of if num_workers else None,
             pin_memory=on_gpu,
             worker_init_fn=_ignore_signals,
             # Lightning ends such workers when a run fails. Others live as long as the error's traceback, and since they
@@ -311,6 +316,52 @@ def short_names(paths: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return list(paths)  # one folder, spelled in two ways
+
+
+class _Loader(DataLoader):
+    """Micro-batches of a stream, which come from its workers as `_Arrays`.
+
+    Raises:
+        UserError: If the machine has no room for another worker.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            raise UserError(
+                f"cannot start the workers that read data (data.num_workers {self.num_workers}): {error.strerror}; "
+                f"free memory and /dev/shm (in a container raise --shm-size), or set data.num_workers 0"
+            ) from error
+        for batch in batches:
+            yield batch.batch() if isinstance(batch, _Arrays) else batch
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """A micro-batch on its way from a worker, which goes through a pipe.
+
+    PyTorch would put its tensors into shared memory. Where that is full, as a container's often is, the batch is lost
+    in a thread of the worker and the run waits for it for good.
+    """
+
+    values: dict[str, Any]
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> "_Arrays":
+        return cls({name: value.numpy() if isinstance(value, Tensor) else value for name, value in batch.items()})
+
+    def batch(self) -> dict[str, Any]:
+        return {
+            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            for name, value in self.values.items()
+        }
+
+    def pin_memory(self) -> dict[str, Any]:
+        """Return the micro-batch in memory from which a GPU copies; called by PyTorch, in a thread of its own."""
+        return {
+            name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in self.batch().items()
+        }
 
 
 def _ignore_signals(worker: int) -> None:

@@ -1,13 +1,14 @@
 """Chat templates that may be named instead of a tokenizer's own.
 
-They know no tools. Each begins with the beginning-of-text token where there is one, encloses what the assistant says
-and the token that closes it in `{% generation %}`, and renders in transformers as it does here. A prompt, rendered with
-`add_generation_prompt`, is the beginning of the conversation that answers it.
+They know no tools. Each encloses what the assistant says and the token that closes it in `{% generation %}`, and
+renders in transformers as it does here. A prompt, rendered with `add_generation_prompt`, is the beginning of the
+conversation that answers it. `BOS` goes in front for a tokenizer that writes BOS before a text.
 """
+
+BOS = "{{- bos_token }}\n"
 
 # The prompt of github.com/tatsu-lab/stanford_alpaca (train.py). It knows a single turn; further ones repeat its layout.
 _ALPACA = """\
-{{- bos_token }}
 {%- for message in messages %}
     {%- if message['role'] == 'system' %}
         {{- message['content'] + '\\n\\n' }}
@@ -33,7 +34,6 @@ _ALPACA = """\
 
 # llama.com, "Llama 3 model cards and prompt formats"
 _LLAMA3 = """\
-{{- bos_token }}
 {%- for message in messages %}
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
     {%- if message['role'] == 'assistant' %}
@@ -49,10 +49,8 @@ _LLAMA3 = """\
 {%- endif %}
 """
 
-# github.com/openai/openai-python, chatml.md (v0.28). Some tokenizers, such as SmolLM2's, name <|im_start|> as their
-# beginning-of-text token; every message begins with it anyway.
+# github.com/openai/openai-python, chatml.md (v0.28)
 _CHATML = """\
-{{- bos_token if bos_token != '<|im_start|>' }}
 {%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' }}
     {%- if message['role'] == 'assistant' %}
@@ -72,7 +70,6 @@ _CHATML = """\
 # Mistral's version 3 (Mistral 7B Instruct v0.3; github.com/mistralai/mistral-common). What the system says stands
 # before the first user message, where it does not move as the conversation grows.
 _MISTRAL = """\
-{{- bos_token }}
 {%- for message in messages %}
     {%- if message['role'] == 'user' %}
         {{- '[INST] ' }}

@@ -27,7 +27,7 @@ from jinja2.parser import Parser
 
 from meap_lit.data.bounded_jinja import BoundedEnvironment
 from meap_lit.data.conversations import REASONING, Message
-from meap_lit.data.named_templates import NAMED
+from meap_lit.data.named_templates import BOS, NAMED
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 
@@ -97,8 +97,11 @@ class ChatTemplate:
         if name not in NAMED:
             known = f"tokenizer (its own chat_template), {', '.join(NAMED)}, or a file that ends in .jinja"
             raise UserError(f"unknown template {name!r}; there are {known}")
-        template = cls(name, NAMED[name], tokenizer)
-        written = dict.fromkeys(re.findall(r"<\|\w+\|>", template.source))
+        written = dict.fromkeys(re.findall(r"<\|\w+\|>", NAMED[name]))
+        bos = tokenizer.special_tokens.get("bos_token")
+        # a tokenizer that names <|im_start|> as BOS has it in front of every message of ChatML
+        begins = tokenizer.bos_token_id in tokenizer.before_text and bos not in written
+        template = cls(name, BOS * begins + NAMED[name], tokenizer)
         missing = [token for token in written if token not in template._text_encoder.special_tokens]
         if missing:
             raise UserError(

@@ -1,5 +1,6 @@
 """Callbacks that interrupt a run at a given moment."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -43,3 +44,15 @@ class HangAt(L.Callback):
             if self.stopped:
                 os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(600)
+
+
+class KillWorkerAt(L.Callback):
+    """Kills a process that reads data when the micro-batch `batch` begins."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            [worker, *_] = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)

@@ -1,5 +1,6 @@
 """A run that is told to stop saves, says how to go on, and goes on as if it had never stopped."""
 
+import csv
 import os
 import signal
 import sys
@@ -105,3 +106,13 @@ def test_a_second_signal_ends_the_run_at_once(toy_recipe, tmp_path):
     assert status == 130
     assert "stopped after" not in log
     assert not list((tmp_path / "runs" / "toy" / "version_0" / "checkpoints").iterdir())
+
+
+def test_a_kill_after_a_checkpoint_loses_nothing_that_was_logged_before(toy_recipe, tmp_path):
+    """A CSVLogger writes every 100 steps, TensorBoard from a thread."""
+    logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", str(tmp_path)]
+    killed = signal_at(11, signal.SIGKILL)  # in the middle of step 6; there is a checkpoint of step 5
+    fit(toy_recipe, *logger, *killed, log=tmp_path / "log")
+    [folder] = (path.parent for path in tmp_path.rglob("step=5.ckpt"))
+    rows = list(csv.DictReader((folder.parent / "metrics.csv").open()))
+    assert {int(row["step"]) for row in rows if row["train/loss"]} == set(range(5))

@@ -3,6 +3,7 @@ import pickle
 import re
 import unicodedata
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -25,6 +26,9 @@ def bytes_folder(tmp_path_factory):
     TrainTokenizer(input=[str(folder / "a.txt")], vocab_size=FIRST_SPECIAL, output=str(folder / "base")).run()
     backend = tokenizers.Tokenizer.from_file(str(folder / "base" / "tokenizer.json"))
     backend.add_special_tokens(SPECIAL)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
     settings = {"bos_token": "<s>", "eos_token": "</s>", "mask_token": "[MASK]"}
     Tokenizer(backend, settings).save(folder / "tokenizer")
     return str(folder / "tokenizer")
@@ -402,12 +406,26 @@ def with_template(folder, tmp_path, template):
 
 
 def test_the_tokenizers_own(bytes_folder, byte_tokenizer, tmp_path):
-    expected = ChatTemplate.load("chatml", byte_tokenizer).encode(CHAT)
-    one = with_template(bytes_folder, tmp_path, NAMED["chatml"])
+    chatml = ChatTemplate.load("chatml", byte_tokenizer)
+    expected = chatml.encode(CHAT)
+    one = with_template(bytes_folder, tmp_path, chatml.source)
     assert ChatTemplate.load("tokenizer", one).encode(CHAT) == expected
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": NAMED["chatml"]}]
     several = with_template(bytes_folder, tmp_path, named)
     assert ChatTemplate.load("tokenizer", several).source == NAMED["chatml"]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_bos_only_where_the_tokenizer_writes_it(bytes_folder, byte_tokenizer, tmp_path, name):
+    content = json.loads(Path(bytes_folder, "tokenizer.json").read_text()) | {"post_processor": None}
+    byte_tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    names_only = Tokenizer.load(str(tmp_path))
+    bos = byte_tokenizer.bos_token_id
+    assert names_only.bos_token_id == bos
+    with_bos = ChatTemplate.load(name, byte_tokenizer).encode(CHAT).input_ids
+    assert with_bos[0] == bos
+    assert ChatTemplate.load(name, names_only).encode(CHAT).input_ids == with_bos[1:]
 
 
 @pytest.mark.parametrize(
@@ -423,7 +441,7 @@ def test_a_template_of_a_wrong_type(bytes_folder, tmp_path, template):
 
 
 def test_a_file(byte_tokenizer, tmp_path):
-    (tmp_path / "mine.jinja").write_text(NAMED["chatml"])
+    (tmp_path / "mine.jinja").write_text(ChatTemplate.load("chatml", byte_tokenizer).source)
     template = ChatTemplate.load(str(tmp_path / "mine.jinja"), byte_tokenizer)
     assert template.encode(CHAT) == ChatTemplate.load("chatml", byte_tokenizer).encode(CHAT)
     with pytest.raises(UserError, match=r"^cannot read chat template \S+/other.jinja: No such file or directory$"):

@@ -1,0 +1,69 @@
+"""The processes that read data: what they hand over, and what is said when one is gone or cannot start."""
+
+import errno
+import re
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from meap_lit.cli import main
+from meap_lit.recipe import RecipeCLI, _as_user_error
+from tests.callbacks.test_stopping import fit
+
+
+def batches(recipe, num_workers):
+    # a run of one step, for a trainer that the data belongs to
+    words = ["fit", "--config", str(recipe), "--budget.max_steps", "1", "--data.num_workers", str(num_workers)]
+    loader = RecipeCLI.run(words).datamodule.train_dataloader()
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(3)]
+
+
+@pytest.mark.parametrize("recipe", ["toy_recipe", "toy_sft_recipe"])
+def test_workers_hand_over_the_same_batches_without_shared_memory(recipe, request):
+    """With a full /dev/shm PyTorch's way to hand over a tensor leaves the run waiting for good."""
+    recipe = request.getfixturevalue(recipe)
+    for alone, handed in zip(batches(recipe, 0), batches(recipe, 1), strict=True):
+        assert alone.keys() == handed.keys()
+        for name, value in alone.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, handed[name])
+                assert value.dtype == handed[name].dtype
+                assert not handed[name].is_shared()
+                handed[name].fill_(0)  # it may be written to
+            else:
+                assert value == handed[name]
+
+
+def test_a_killed_worker_is_named(toy_recipe, tmp_path):
+    killed = ["--trainer.callbacks+=tests.callbacks.interruption.KillWorkerAt", "--trainer.callbacks.batch", "6"]
+    status, log = fit(toy_recipe, "--data.num_workers", "1", *killed, log=tmp_path / "log")
+    assert status == 2
+    [line] = [line for line in log.splitlines() if line.startswith("error: ")]
+    # torch learns of it by a signal or by looking
+    assert re.match(
+        r"error: a worker that reads data \(pid.*?\) (is killed by signal: Killed|exited unexpectedly): most often "
+        r"memory ran out; free some or lower data.num_workers \(0 reads within the training\), then resume",
+        line,
+    )
+    assert "Traceback" not in log
+
+
+def test_workers_that_cannot_start(toy_recipe, monkeypatch, capsys):
+    """Their semaphores lie in /dev/shm; Lightning's teardown fails over the error, and hides it."""
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DataLoader, "__iter__", full)
+    assert main(["fit", "--config", str(toy_recipe), "--data.num_workers", "2"]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "workers that read data (data.num_workers 2): No space left on device; free memory and /dev/shm" in line
+
+
+def test_the_loss_of_another_rank_is_one_line():
+    error = RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:13988. This is")
+    assert str(_as_user_error(error)) == (
+        "another process of this run is gone (Connection closed by peer [10.0.0.2]); what ended it is said there"
+    )
