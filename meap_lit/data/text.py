@@ -96,7 +96,12 @@ class PrepareText(Preparation):
             num_skipped=reader.num_skipped,
             shard=None if shard is None else ShardDetails(shard.index, shard.count, splits.reserve_draw),
         ).save(folder)
-        return self._summary(sizes, counts, reader.num_skipped, time.perf_counter() - started)
+        summary = self._summary(sizes, counts, reader.num_skipped, time.perf_counter() - started)
+        if tokenizer.drops_unknown:
+            summary += (
+                "\n  unknown  characters outside the vocabulary are left out: the tokenizer has no token for them"
+            )
+        return summary
 
     def _check_options(self) -> int:
         """Size of a chunk in bytes."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,13 +152,35 @@ class Tokenizer:
             return None if model.unk_token is None else self._backend.token_to_id(model.unk_token)
         return json.loads(self._backend.to_str())["model"].get("unk_id")  # Unigram does not show it
 
+    @property
+    def drops_unknown(self) -> bool:
+        """Whether text outside the vocabulary becomes no token at all, as with a BPE model without an unknown token."""
+        is_bpe = isinstance(self._backend.model, models.BPE) and self._backend.model.unk_token is None
+        return is_bpe and self.encode("a\U0010fffda") == self.encode("aa")
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` alone: no special token in it or around it.
 
         Raises:
-            UserError: If the vocabulary has no pieces for a part of the text other than a special token.
+            UserError: If the vocabulary has no pieces for a part of the text, or only a special token.
         """
-        return self._checked(text, self._backend.encode(text, add_special_tokens=False).ids)
+        return self._checked(text, self._encoding(self._backend, text).ids)
+
+    def _encoding(self, backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+        with self._explained():
+            return backend.encode(text, add_special_tokens=False)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if type(error) is not Exception:  # the backend has no other class for what a text may cause
+                raise
+            raise UserError(
+                f"tokenizer {self.path} has no token for a part of a text ({error}); give it an unknown token, or use "
+                f"another tokenizer"
+            ) from error
 
     def encode_whole(self, text: str) -> list[int]:
         """Return the ids that transformers' tokenizer of the same folder gives `text`, special tokens around it."""
@@ -180,7 +203,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, as `encode` does. Uses all cores unless TOKENIZERS_PARALLELISM is false."""
         # the fast variant leaves out character offsets, which nobody here needs, and saves a fifth of the time
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with self._explained():
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         rows = [encoding.ids for encoding in encodings]
         return [self._checked(text, ids) for text, ids in zip(texts, rows, strict=True)]
 
@@ -191,8 +215,7 @@ class Tokenizer:
 
     def _encode_spelled(self, text: str) -> list[int]:
         """Return the ids of a text that spells a special token, in other pieces of the vocabulary."""
-        found = self._backend.encode(text, add_special_tokens=False)
-        encoding = self._speller.encode(text, add_special_tokens=False)
+        found, encoding = (self._encoding(backend, text) for backend in (self._backend, self._speller))
         # a model without an unknown token leaves out what it has no piece for
         is_whole = _num_encoded_characters(encoding) >= _num_encoded_characters(found)
         if not (is_whole and self._control_ids.isdisjoint(encoding.ids)):

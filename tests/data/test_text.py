@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from litdata import StreamingDataset, TokensLoader
-from tokenizers import processors
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, processors
 from transformers import AutoTokenizer
 
 from meap_lit.data.manifest import Manifest
@@ -114,6 +115,14 @@ def test_unknown_text_is_counted(tmp_path, capsys, tokenizer_folder):
     assert "unknown  2 tokens (28.57%) of text outside the vocabulary\n" in capsys.readouterr().out
     prepare(tmp_path / "known", source, tokenizer_folder)
     assert "  unknown  " not in capsys.readouterr().out
+
+
+def test_text_that_leaves_no_token_is_said(tmp_path, capsys):
+    backend = Backend(models.BPE({"</s>": 0, "a": 1}, []))
+    Tokenizer(backend, {}).save(tmp_path / "t")
+    prepare(tmp_path / "out", write_jsonl(tmp_path / "in.jsonl", ["aba"]), str(tmp_path / "t"))
+    assert read_tokens(tmp_path / "out" / "train") == [1, 1, 0]
+    assert "unknown  characters outside the vocabulary are left out" in capsys.readouterr().out
 
 
 def test_manifest_of_the_result(tmp_path, tokenizer, tokenizer_folder):

@@ -190,6 +190,18 @@ def test_id_of_unknown_text():
     assert unknown(tokenizers.models.BPE({"</s>": 0, "a": 1, "?": 2}, [], unk_token="?")) == 2
 
 
+def test_text_that_a_model_cannot_encode_is_refused_or_known_to_be_dropped(tokenizer):
+    words = Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1})), {}, "my/t")
+    for encode in (words.encode, lambda text: words.encode_batch(["a", text])):
+        with pytest.raises(UserError, match=r"^tokenizer my/t has no token for a part of a text \(.*UNK.*; give it an"):
+            encode("b")
+    letters = {"</s>": 0, "a": 1, "?": 2}
+    dropping = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(letters, [])), {})
+    assert dropping.encode("ab") == dropping.encode("a")
+    telling = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(letters, [], unk_token="?")), {})
+    assert [each.drops_unknown for each in (dropping, telling, words, tokenizer)] == [True, False, False, False]
+
+
 @pytest.mark.parametrize("rebuilt", [False, True])
 def test_stored_truncation_and_padding_are_ignored(tmp_path, rebuilt):
     vocab = {"<unk>": 0, "</s>": 1, "a": 2, "b": 6 if rebuilt else 3}  # with a hole the mask is put in by hand
