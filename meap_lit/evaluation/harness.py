@@ -6,11 +6,12 @@ is the command line of the harness itself, with all of its tasks and options. Ne
 """
 
 import hashlib
+import inspect
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -27,7 +28,11 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise UserError(f"lm-evaluation-harness is needed for this ({error}): pip install 'meap-lit[harness]'") from error
+    reason = f"lm-evaluation-harness is needed for this ({error}): pip install 'meap-lit[harness]'"
+    if __name__ == "__main__":
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(2)
+    raise UserError(reason) from error
 
 
 @register_model("meap_lit")
@@ -46,8 +51,10 @@ class HarnessModel(TemplateLM):
     Args:
         checkpoint: A Hugging Face folder, a .ckpt file or folder, or the folder of a run; or a model that is loaded.
         tokenizer: Folder of the tokenizer; the checkpoint's own if not given.
-        dtype: Dtype of the weights; if not given, bfloat16 on a GPU, and on a CPU the checkpoint's own.
-        device: Where to compute, such as cpu or cuda:1; auto takes a GPU if there is one.
+        dtype: Dtype of the weights, float32 or bfloat16; if not given or auto, bfloat16 on a GPU, and on a CPU the
+            checkpoint's own.
+        device: Where to compute, such as cpu or cuda:1; auto takes a GPU if there is one. The harness's command line
+            says cuda:0 where nothing is named, so without a GPU that is the CPU, as in the `hf` model.
         batch_tokens: Positions in one batch at most, padding included, unless a single text needs more.
         max_gen_toks: Most tokens to generate where a task does not say.
         batch_size: Not used: batches are limited by their tokens. The harness's command line always gives it.
@@ -61,7 +68,7 @@ class HarnessModel(TemplateLM):
         self,
         checkpoint: str | LanguageModel,
         tokenizer: str | None = None,
-        dtype: Dtype | None = None,
+        dtype: Dtype | Literal["auto"] | None = None,
         device: str | None = "auto",
         batch_tokens: int = 16_384,
         max_gen_toks: int = 256,
@@ -70,14 +77,32 @@ class HarnessModel(TemplateLM):
     ) -> None:
         super().__init__()
         if isinstance(checkpoint, str):
-            where: Any = torch.device(device) if device and ":" in device else device or "auto"
-            checkpoint = LanguageModel(checkpoint, tokenizer, dtype, where)
+            if dtype not in (None, "auto", "float32", "bfloat16"):
+                raise UserError(f"dtype must be float32, bfloat16 or auto, got {dtype}")
+            checkpoint = LanguageModel(checkpoint, tokenizer, None if dtype == "auto" else dtype, _device(device))
         self.model = checkpoint
         self.batch_tokens = batch_tokens
         self.max_gen_toks = max_gen_toks
         self._template = "tokenizer"
         self._has_templated = False
         """Whether texts are prompts of a chat template, whose special tokens are to be found in them."""
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "HarnessModel":
+        """Make a model of `--model_args`, which count more than the other options, such as a device nobody named.
+
+        Raises:
+            UserError: If an argument is unknown, or the checkpoint is missing.
+        """
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None} | arg_dict
+        try:
+            inspect.signature(cls).bind(**given)
+        except TypeError as error:
+            known = ", ".join(inspect.signature(cls).parameters)
+            raise UserError(f"--model_args: {error}; there are {known}") from error
+        return cls(**given)
 
     @property
     def tokenizer_name(self) -> str:
@@ -228,6 +253,25 @@ class HarnessModel(TemplateLM):
             _before(self.model.text_after(prompt, continuation), options["until"])
             for prompt, continuation in zip(prompts, continuations, strict=True)
         ]
+
+
+def _device(name: str | None) -> torch.device | Literal["auto"]:
+    """Return the device of that name, the CPU for a GPU where there is none.
+
+    Raises:
+        UserError: If torch knows no such device, or this machine has fewer GPUs.
+    """
+    if not name or name == "auto":
+        return "auto"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name} is not known to torch; write cpu, cuda, cuda:1 or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name} is not there; this machine has {torch.cuda.device_count()} GPUs")
+    return device
 
 
 def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[str, Any]:

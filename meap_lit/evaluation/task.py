@@ -149,6 +149,7 @@ class GenerationTask(Task):
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         if self.prompt_style == "chat":
             self.encode_prompt(model, "")
+            _ = model.chat_template(self.template).stop_token_ids
         return None
 
     def item(self, model: LanguageModel, prompt: Prompt) -> Item:
@@ -190,4 +191,9 @@ class PromptTask(GenerationTask):
         return self.item(model, shortest).num_tokens, self.item(model, longest).num_tokens
 
     def items(self, model: LanguageModel) -> list[Item]:
-        return [self.item(model, prompt) for prompt in self.prompts()]
+        items = []
+        known: dict[int, int] = {}  # equal ids become one object: many long prompts then take a quarter of the memory
+        for prompt in self.prompts():
+            items.append(self.item(model, prompt))
+            items[-1].input_ids[:] = [known.setdefault(token_id, token_id) for token_id in items[-1].input_ids]
+        return items

@@ -153,7 +153,10 @@ def pickle_refusal(file: Path) -> str:
 
 
 def _read_generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return generation_config.json, with the ids that only config.json names, as transformers does."""
+    """Return generation_config.json, with the ids that only config.json names.
+
+    Transformers takes them from there if it finds no generation_config.json; one that leaves them out says no more.
+    """
     file = folder / GENERATION_FILE
     content = _read_json(file) if file.is_file() else {}
     for key in ("eos_token_id", "suppress_tokens"):

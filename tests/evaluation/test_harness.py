@@ -2,7 +2,9 @@
 # ruff: noqa: E402  without the harness nothing below can be imported
 
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -287,8 +289,17 @@ def test_the_command_line_applies_a_chat_template(source_folder, tasks, tmp_path
     shutil.copytree(source_folder, copy)
     manager = TaskManager(include_path=tasks, include_defaults=False)  # its own tasks take ten seconds to find
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager)
-    words = ["run", "--model", "meap_lit", "--model_args", f"checkpoint={copy}", "--device", "cpu"]
-    words += ["--tasks", "own_write", "--limit", "1", "--apply_chat_template"]
+    words = ["run", "--model", "meap_lit", "--tasks", "own_write", "--limit", "1", "--model_args"]
+    for wrong, message in (
+        ("chekpoint=x", "--model_args: missing a required argument: 'checkpoint'; there are checkpoint, tokenizer,"),
+        ("checkpoint=no/where", "checkpoint no/where does not exist"),
+        (f"checkpoint={copy},dtype=half", "dtype must be float32, bfloat16 or auto, got half"),
+        (f"checkpoint={copy},device=gpu", "device gpu is not known to torch; write cpu, cuda, cuda:1 or auto"),
+    ):
+        monkeypatch.setattr("sys.argv", ["harness", *words, wrong])
+        assert harness.main() == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+    words += [f"checkpoint={copy},dtype=auto", "--apply_chat_template"]  # no device, which then is cuda:0
     monkeypatch.setattr("sys.argv", ["harness", *words])
     assert harness.main() == 2
     assert f"error: tokenizer {copy} has no chat_template; name a template" in capsys.readouterr().err
@@ -298,6 +309,14 @@ def test_the_command_line_applies_a_chat_template(source_folder, tasks, tmp_path
     (copy / "chat_template.jinja").write_text(TEMPLATE)
     monkeypatch.setattr("sys.argv", ["harness", *words])
     assert harness.main() == 0
+
+
+def test_without_the_harness_its_command_line_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(SystemExit) as ending:
+        runpy.run_path(harness.__file__, run_name="__main__")
+    assert ending.value.code == 2
+    assert "pip install 'meap-lit[harness]'" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_model_that_knows_is_always_right_and_its_opposite_never(ours, tasks, monkeypatch):
