@@ -54,7 +54,10 @@ def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type
     core = text[max((match.end() for kind in (_KEY, _CLASS) for match in kind.finditer(text)), default=0) :]
 
     if match := re.match(r"Option '([^']+)' is not accepted", core):
-        core = f"{classes[-1]} has no option '{match[1]}'{_hint(match[1], _parameters(_class(classes[-1])))}"
+        kind = _class(classes[-1])
+        decides = getattr(kind, "decided_by", {}).get(match[1])
+        hint = f"; leave it out: {decides} decides it" if decides else _hint(match[1], _parameters(kind))
+        core = f"{classes[-1]} has no option '{match[1]}'{hint}"
     elif match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", core):
         group = _parameters(_class(classes[-1])).get(match[1]) if classes else None
         options = inspect.signature(group.annotation).parameters if group else ()

@@ -288,6 +288,16 @@ def test_a_model_and_data_that_do_not_go_together_are_named(toy_recipe, toy_sft_
         RecipeCLI.run(["fit", "--config", str(toy_sft_recipe)])
 
 
+@pytest.mark.parametrize(("option", "decides"), [("seed", "data.seed"), ("mask_token_id", "data.tokenizer")])
+def test_options_that_do_nothing_in_fine_tuning_are_refused(toy_sft_recipe, option, decides):
+    old = yaml.safe_load(toy_sft_recipe.read_text())
+    old["model"]["init_args"][option] = 0
+    toy_sft_recipe.write_text(yaml.safe_dump(old))
+    message = f"model: meap_lit.modules.MEAPFineTuning has no option '{option}'; leave it out: {decides} decides it"
+    with pytest.raises(UserError, match=f"^{message}$"):
+        RecipeCLI.run(["fit", "--config", str(toy_sft_recipe)])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -119,12 +119,6 @@ class Budget(L.Callback):
         end, rows = max_steps * data.global_batch_size, data.rows_in(self.max_epochs) if self.max_epochs else 0
         if end < rows:
             self.left_out = data.describe_rows(end, rows)
-            if trainer.is_global_zero:
-                print(
-                    f"budget.max_epochs {self.max_epochs}: the last {self.left_out} do not fill an optimizer step of "
-                    f"data.global_batch_size {data.global_batch_size} rows and are not trained on; a smaller one "
-                    f"leaves out fewer"
-                )
 
     def check_resume(self, trainer: L.Trainer, checkpoint: Mapping[str, Any], path: str | Path | None) -> None:
         """Refuse a checkpoint that this run cannot go on from; end the process if nothing is left to train.
@@ -167,6 +161,12 @@ class Budget(L.Callback):
             trainer.should_stop = True  # makes Lightning validate once more before it leaves
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After a resume, count the finished micro-batches as this number of devices would have made them."""
+        """Say what is left out; after a resume, count finished micro-batches as these devices would have made them."""
+        if self.left_out is not None and trainer.is_global_zero:
+            print(
+                f"budget.max_epochs {self.max_epochs} leaves out {self.left_out} at the end, less than an optimizer "
+                f"step of data.global_batch_size {trainer.datamodule.global_batch_size} rows; a smaller one leaves out "
+                f"fewer"
+            )
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
         progress.increment_by(trainer.global_step * trainer.accumulate_grad_batches - progress.ready)

@@ -115,7 +115,7 @@ class StreamingData(L.LightningDataModule, ABC):
 
     @abstractmethod
     def describe_rows(self, start: int, stop: int) -> str:
-        """Return in words what the rows from number `start` to `stop` - 1 hold, such as `3 rows (11 conversations)`."""
+        """Return in words what the rows from `start` to `stop` - 1 hold, such as `3 rows (conversations: 11)`."""
 
     @property
     def row_settings(self) -> dict[str, Any]:

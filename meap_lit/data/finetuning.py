@@ -90,7 +90,7 @@ class FineTuningData(StreamingData):
     def describe_rows(self, start: int, stop: int) -> str:
         rows = list(islice(self._order().iterate(start), stop - start))
         conversations = sum(document.has_original for row in rows for document in row.documents)
-        return f"{len(rows)} rows ({conversations} conversations)"
+        return f"{len(rows)} row{'s' if len(rows) > 1 else ''} (conversations: {conversations})"
 
     @property
     def longest_input(self) -> int:

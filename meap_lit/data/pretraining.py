@@ -22,7 +22,7 @@ class PretrainingData(StreamingData):
         return epochs * sum(len(self._open(path, "train")) for path in self.datasets)
 
     def describe_rows(self, start: int, stop: int) -> str:
-        return f"{stop - start} rows"
+        return f"{stop - start} row{'s' if stop - start > 1 else ''}"
 
     @property
     def longest_input(self) -> int:

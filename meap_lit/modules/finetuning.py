@@ -1,6 +1,6 @@
 """Fine-tuning with MEAP: every sample twice, some of the copy's answer masked."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class MEAPFineTuning(DecoderModule):
     Args:
         **kwargs: As for `DecoderModule`.
     """
+
+    decided_by: ClassVar[dict[str, str]] = {"seed": "data.seed", "mask_token_id": "data.tokenizer"}
+    """Options of pretraining that are no options here, and what decides instead."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
