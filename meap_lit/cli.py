@@ -164,7 +164,7 @@ def _command_parser(command: type, prog: str) -> Any:
 
     from meap_lit.recipe_file import KeepsSecrets, RecipeFile
 
-    class Parser(KeepsSecrets, jsonargparse.ArgumentParser):
+    class Parser(KeepsSecrets, jsonargparse.ArgumentParser):  # type: ignore[misc]
         pass
 
     doc = docstring_parser.parse(command.__doc__ or "")

@@ -28,10 +28,10 @@ def test_a_run(toy_recipe, tmp_path, target):
     assert "Traceback" not in log
     [line] = [line for line in log.splitlines() if line.startswith("error: ")]
     saved = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "step=2.ckpt"
-    last_good = saved if saved.exists() else "none was saved yet"
+    last = saved if saved.exists() else "none was saved yet"
     assert line == (
         f"error: cannot write into {tmp_path / 'runs'}: No space left on device; free some space or name another "
-        f"folder, such as trainer.logger.save_dir; last good checkpoint: {last_good}"
+        f"folder, such as trainer.logger.save_dir; last good checkpoint: {last}"
     )
     assert saved.exists() == target.endswith("measure")
 

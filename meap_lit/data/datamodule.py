@@ -3,7 +3,7 @@
 import math
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -348,7 +348,7 @@ class _Arrays:
     values: dict[str, Any]
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> "_Arrays":
+    def of(cls, batch: Any) -> "_Arrays":
         return cls({name: value.numpy() if isinstance(value, Tensor) else value for name, value in batch.items()})
 
     def batch(self) -> dict[str, Any]:

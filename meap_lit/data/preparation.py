@@ -120,8 +120,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot make folder {output}: {error.strerror}") from error
     owner = folder / _OWNER_FILE
-    owner.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
     try:
+        owner.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         yield folder
         owner.unlink()
         try:

@@ -64,10 +64,10 @@ def without_secrets(content: Any, where: tuple[str, ...] = ()) -> Any:
         where: Keys above it.
     """
     if isinstance(content, argparse.Namespace):
-        shown = copy.copy(content)
+        namespace = copy.copy(content)
         for name, value in vars(content).items():
-            setattr(shown, name, without_secrets(value, (*where, name)))
-        return shown
+            setattr(namespace, name, without_secrets(value, (*where, name)))
+        return namespace
     if isinstance(content, Mapping):
         return {name: without_secrets(value, (*where, str(name))) for name, value in content.items()}
     if isinstance(content, list | tuple):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import socket
@@ -116,3 +117,13 @@ def test_a_full_disk_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no space left to make"), new_folder(tmp_path / "out"):
         raise OSError(28, "No space left on device")
     assert names(tmp_path) == []
+
+
+def test_a_disk_that_is_full_from_the_start_keeps_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(UserError, match="no space left to make"), new_folder(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -2,12 +2,15 @@
 
 import errno
 import re
+from unittest import mock
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from meap_lit.cli import main
+from meap_lit.data.datamodule import _Arrays
 from meap_lit.recipe import RecipeCLI, _as_user_error
 from tests.callbacks.test_stopping import fit
 
@@ -67,3 +70,12 @@ def test_the_loss_of_another_rank_is_one_line():
     assert str(_as_user_error(error)) == (
         "another process of this run is gone (Connection closed by peer [10.0.0.2]); what ended it is said there"
     )
+
+
+def test_a_batch_of_a_worker_is_pinned_for_a_gpu():
+    """PyTorch's thread calls the method of a batch that is no tensor."""
+    batch = {"input_ids": torch.arange(6).view(2, 3), "num_labels": 5}
+    with mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor + 1):
+        pinned = pin_memory(_Arrays.of(batch))
+    assert torch.equal(pinned["input_ids"], batch["input_ids"] + 1)
+    assert pinned["num_labels"] == 5
