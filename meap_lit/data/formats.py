@@ -178,7 +178,9 @@ def _lines_of(file: IO[bytes], span: Span) -> Iterator[bytes]:
     if span.start > 0:
         file.seek(span.start - 1)
         next(lines, None)  # a line of the span before, or only its line break
-    while file.tell() < span.stop and (line := next(lines, None)) is not None:
+    for line in lines:
+        if file.tell() - len(line) >= span.stop:
+            return
         yield line
 
 

@@ -235,9 +235,10 @@ class Input:
         """Return the line that says what was passed over; none if nothing was."""
         if not self.passed_over:
             return []
-        kinds = [f"{count} {ending or 'without an ending'}" for ending, count in self.passed_over.most_common(8)]
-        others = sum(self.passed_over.values()) - sum(count for _, count in self.passed_over.most_common(8))
-        return [f"  not read {', '.join(kinds)}" + (f", {others} others" if others else "") + " in the folders"]
+        counts = sorted(self.passed_over.items(), key=lambda entry: (-entry[1], entry[0]))
+        kinds = [f"{count} {ending or 'without an ending'}" for ending, count in counts[:8]]
+        kinds += [f"{sum(count for _, count in counts[8:])} others"] if len(counts) > 8 else []
+        return [f"  not read {', '.join(kinds)} in the folders"]
 
 
 def find_files(
