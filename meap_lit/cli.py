@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meap_lit.data.secrets import hide_in_text
-from meap_lit.errors import NO_SPACE, UserError
+from meap_lit.errors import NO_SPACE, UserError, shorten
 
 USAGE = """\
 usage: python -m meap_lit COMMAND [options]
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments[0] in RECIPE_COMMANDS:
             _run_trainer(arguments)
         else:
-            _run_command(arguments)
+            _run_command(read_command(arguments))
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -104,10 +104,15 @@ def _stdout_is_closed() -> bool:
     return True
 
 
+_LONGEST_LINE = 1000
+
+
 def _one_line(error: UserError) -> str:
-    # a worker process of a DataLoader hands on its whole traceback as the message; the last line is the error's own
-    last = str(error).strip().splitlines()[-1]
-    return hide_in_text(re.sub(r"^(\w+\.)*UserError: ", "", last))
+    """Return the message as a line that a terminal shows whole, without secrets, whatever values it quotes."""
+    # a worker process of a DataLoader hands on its whole traceback as the message, which ends in the error's own
+    text = re.sub(r"(?s)^Caught UserError in .*\n(\w+\.)*UserError: ", "", str(error)).strip()
+    text = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in " ".join(text.split()))
+    return shorten(hide_in_text(text), _LONGEST_LINE)
 
 
 # ---------------------------------------------------------------------------------------------- thin commands
@@ -130,10 +135,13 @@ COMMANDS = {
 """Each is a dataclass of its options with a method `run`; only the one that is asked for is imported."""
 
 
-def _run_command(arguments: list[str]) -> None:
-    from jsonargparse import ArgumentError
+def read_command(arguments: list[str]) -> Any:
+    """Return the command that the words ask for, with its options; its method `run` runs it.
 
-    from meap_lit.explain import explain
+    Raises:
+        UserError: If there is no such command, or an option is wrong.
+    """
+    from meap_lit.explain import check_options, input_errors
 
     words = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
     if words not in COMMANDS:
@@ -142,18 +150,19 @@ def _run_command(arguments: list[str]) -> None:
     module, name = COMMANDS[words].rsplit(".", 1)
     command = getattr(importlib.import_module(module), name)
     parser = _command_parser(command, prog=f"python -m meap_lit {words}")
-    try:
+    with input_errors([option for action in parser._actions for option in action.option_strings]):
         namespace = parser.parse_args(arguments[len(words.split()) :])
-    except ArgumentError as error:
-        options = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(explain(str(error), options)) from error
-    namespace.pop("config", None)
-    job = command(**vars(parser.instantiate_classes(namespace)))
+        namespace.pop("config", None)
+        check_options(namespace.as_dict(), command)
+        return command(**vars(parser.instantiate_classes(namespace)))
+
+
+def _run_command(command: Any) -> None:
     try:
-        job.run()
+        command.run()
     except OSError as error:
         if error.errno in NO_SPACE and error.filename is None:  # a write does not say where
-            error.filename = getattr(job, "output", None)
+            error.filename = getattr(command, "output", None)
         raise
 
 

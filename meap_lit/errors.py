@@ -12,3 +12,11 @@ class UserError(ValueError):
     The command line prints it as a single line and exits with status 2; anything else is a bug of ours
     and keeps its traceback.
     """
+
+
+def shorten(text: str, limit: int = 100) -> str:
+    """Return `text` without its middle if it is longer than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    head = limit * 2 // 3
+    return f"{text[:head]}... ({len(text):,} characters) ...{text[-(limit - head) :]}"

@@ -1,18 +1,24 @@
 """What is wrong with a recipe, as one line that names the key, the value and the likely fix.
 
 Most of it is what jsonargparse complains of, put into other words; some it lets pass, and a class fails on it later.
+
+Reading a recipe and building its objects run libraries on values that a user wrote. What a library raises there is
+wrong input, whatever the exception; what this package raises there, unless it is a `UserError`, is a bug and keeps its
+traceback, as does everything that is raised once a run has begun.
 """
 
 import dataclasses
 import difflib
 import importlib
 import inspect
+import math
 import re
-from collections.abc import Iterable, Mapping
-from types import NoneType
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, shorten
 
 TOP_LEVEL_KEYS = (
     *("model", "data", "trainer", "budget", "checkpoint", "probe", "hang"),
@@ -23,6 +29,7 @@ _KEY = re.compile(r'Parser key "([^"]+)": ')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)': ")
 # where a class is optional, jsonargparse tells at length that the value is not null either, and prints all of it
 _TAIL = re.compile(r"(\s*- Expected a <class 'NoneType'>| Given value type: ).*")
+_UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ")
 _EXPECTED = re.compile(r"Expected a (?:typing\.Literal\[([^]]*)\]|<class '([^']+)'>)(\. Got value)?")
 _NOT_A_CLASS = r"(?:Expected a dot import path string|Unexpected import path format|Not a valid subclass of \w+)"
 _GIVEN = re.compile(rf"(?:Got value|{_NOT_A_CLASS}|Given value): ([^\n]*)")
@@ -32,8 +39,79 @@ _IN_WORDS = {
     "bool": "true or false",
     "str": "text",
     "list": "a list ([...])",
+    "tuple": "a list ([...])",
+    "collections.abc.Iterable": "a list ([...])",
     "dict": "a mapping ({key: value})",
 }
+
+
+@contextmanager
+def input_errors(options: Iterable[str] = (), groups: Mapping[str, type] | None = None) -> Iterator[None]:
+    """Turn what libraries raise while a recipe is read or its objects are built into a `UserError`.
+
+    Args:
+        options: As for `explain`.
+        groups: As for `explain`.
+
+    Raises:
+        UserError: Says what is wrong with the recipe.
+        Exception: As it is, if code of this package raised it: a bug.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or any(raised_by(cause, "meap_lit") for cause in _causes(error)):
+            raise
+        raise find_user_error(error) or UserError(_line(error, options, groups)) from error
+
+
+def find_user_error(error: BaseException) -> UserError | None:
+    """Return the `UserError` that a library replaced by an exception of its own, if there is one."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, UserError):
+        found = found.__cause__ or found.__context__
+    return found
+
+
+def _line(error: Exception, options: Iterable[str], groups: Mapping[str, type] | None) -> str:
+    if any(isinstance(cause, RecursionError) for cause in _causes(error)):
+        return "a value of the recipe is nested too deeply, or refers to itself"
+    if hasattr(error, "full_key"):  # of OmegaConf
+        return _explain_interpolation(error)
+    first = _causes(error)[-1]
+    if isinstance(first, ModuleNotFoundError):  # a logger's package
+        return " ".join(str(first).split())
+    line = explain(str(error), options, groups)
+    is_complaint = type(error).__name__ in _COMPLAINTS or str(error).startswith(("Parser key", "Does not validate"))
+    return line if is_complaint else f"cannot build what the recipe names ({type(error).__name__}): {line}"
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The exception and those that it was raised from."""
+    return [error, *([] if error.__cause__ is None else _causes(error.__cause__))]
+
+
+_COMPLAINTS = ("ArgumentError", "MisconfigurationException")
+"""Exceptions of jsonargparse and Lightning whose messages are sentences for users."""
+
+
+def raised_by(error: BaseException, package: str) -> bool:
+    """Return whether code of the package raised the exception, not code that it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == package
+
+
+def _explain_interpolation(error: Exception) -> str:
+    """Say which `${...}` leads nowhere; OmegaConf names keys below the command and the classes' `init_args`."""
+    key = re.sub(r"^(fit|validate|test|predict)\.|\.init_args", "", getattr(error, "full_key", None) or "")
+    message = str(error).splitlines()[0]
+    if match := re.search(r"Interpolation key '[^']*' not found \(resolved to '\w+\.(.*)'\)", message):
+        message = f"the recipe has no key {shorten(match[1])} for ${{...}} to refer to"
+    elif type(error).__name__ == "GrammarParseError":
+        message = "a reference (${...}) that cannot be read; write it as ${data.init_args.seed}"
+    return f"{shorten(key) or 'a value'}: {message}"
 
 
 def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type] | None = None) -> str:
@@ -48,16 +126,18 @@ def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type
     'global_batch' is not accepted - Expected ...` becomes `data: m.Data has no option 'global_batch'; did you mean
     'global_batch_size'?`.
     """
-    text = _TAIL.sub("", " ".join(message.split()))
+    text = _UNION.sub("", _TAIL.sub("", " ".join(message.split())))
     keys, classes = _KEY.findall(text), _CLASS.findall(text)
     where = ".".join(keys)
     core = text[max((match.end() for kind in (_KEY, _CLASS) for match in kind.finditer(text)), default=0) :]
 
     if match := re.match(r"Option '([^']+)' is not accepted", core):
-        kind = _class(classes[-1])
+        kind = _class(classes[-1]) if classes else None
+        known = [option.removeprefix("--") for option in options] if kind is None else _parameters(kind)
         decides = getattr(kind, "decided_by", {}).get(match[1])
-        hint = f"; leave it out: {decides} decides it" if decides else _hint(match[1], _parameters(kind))
-        core = f"{classes[-1]} has no option '{match[1]}'{hint}"
+        owner = f"{classes[-1]} has no option" if classes else "there is no key"
+        hint = f"; leave it out: {decides} decides it" if decides else _hint(match[1], known)
+        core = f"{owner} '{match[1]}'{hint}"
     elif match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", core):
         group = _parameters(_class(classes[-1])).get(match[1]) if classes else None
         options = inspect.signature(group.annotation).parameters if group else ()
@@ -67,19 +147,27 @@ def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type
         core = f"class_path {match[1]}.{match[2]} does not exist{_hint(match[2], names)}"
     elif match := re.search(r"does not accept option '([^']+)'", core):
         core = f"there is no key '{match[1]}'{_key_hint(match[1], groups or {})}"
+    elif match := re.match(r"Key must be a string, got: (.*)\.", core):
+        core = f"the key {match[1]} is not text"
+    elif match := re.match(r"(?:unhashable type:|argument of type) '(\w+)'", core):
+        core = f"a class_path must be text, not a {match[1]}"
+    elif match := re.match(r"'(\w+)' object has no attribute 'keys'", core):
+        core = f"init_args must be {_IN_WORDS['dict']}, not a {match[1]}"
+    elif match := re.match(r"Expected a tuple with (\d+) elements\. Got value: (.*)", core):
+        return f"{where} must be a list of {match[1]} values, got {shorten(match[2])}"
     elif re.search(r"arguments are required: .*\.model", core):
         core += "; name a recipe with --config"
     elif match := re.match(r"the following arguments are required: [\w., ]+\w", core):
         core = match[0]  # of a class; what follows says that the value is nothing else that may stand there
     elif match := re.match(r"Unable to load config \"([^\"]*)\"", core):
         where = re.sub(r"\b(\w+)\.\1$", r"\1", where)  # a group is named twice
-        return f"{where} must be {_IN_WORDS['dict']}, got {match[1]}"
+        return f"{where} must be {_IN_WORDS['dict']}, got {shorten(match[1])}"
     elif match := re.match(r"unrecognized arguments: --([^\s=]+)", core):
         # of a recipe the parser knows too many options
         core += _hint(f"--{match[1]}", options) if options else _key_hint(match[1], groups or {}, "--")
     elif wanted := _wanted(core):
         given = _GIVEN.search(message)  # the innermost comes first
-        return f"{where} must be {wanted}, got {(given and given[1]) or 'nothing'}"
+        return f"{where} must be {wanted}, got {shorten((given and given[1]) or 'nothing')}"
     return f"{where}: {core}" if where else core
 
 
@@ -91,10 +179,14 @@ def check_values(recipe: Mapping[str, Any], groups: Mapping[str, type]) -> None:
         groups: The classes that take the values of keys without a class_path, such as `trainer`.
 
     Raises:
-        UserError: If a value is null where none may be, or one of Lightning's is out of range.
+        UserError: If a value is null where none may be, not finite, no mapping where one is wanted, or out of the range
+            of one of Lightning's options.
     """
+    for key in groups:
+        if not isinstance(recipe.get(key, {}), Mapping):
+            raise UserError(f"{key} must be {_IN_WORDS['dict']}, got {shorten(str(recipe[key]))}")
     for key, value in recipe.items():
-        _refuse_null(value, groups.get(key, object), key)
+        _check_value(value, groups.get(key, object), key)
     seed = recipe["seed_everything"]
     if not 0 <= seed < 2**32:  # numpy's limits
         raise UserError(f"seed_everything must be in [0, {2**32 - 1}], got {seed}")
@@ -102,25 +194,43 @@ def check_values(recipe: Mapping[str, Any], groups: Mapping[str, type]) -> None:
         value = recipe["trainer"].get(name)
         if value is not None and value < limit:
             raise UserError(f"trainer.{name} must be at least {limit}, got {value}")
+    if (nodes := recipe["trainer"].get("num_nodes") or 1) > 100_000:
+        raise UserError(f"trainer.num_nodes must be at most 100000, got {nodes}")
 
 
-def _refuse_null(value: Any, kind: Any, where: str) -> None:
-    """Look for a null in what is given to the class `kind`, or the one that the value names, and to those within."""
+def check_options(options: Mapping[str, Any], command: type) -> None:
+    """Refuse values of a command's options, or within them, that the parser lets pass.
+
+    Raises:
+        UserError: If a value is null where it may not be, not finite, or no mapping where a dataclass is wanted.
+    """
+    _check_value(options, command, "")
+
+
+def _check_value(value: Any, kind: Any, where: str) -> None:
+    """Look at what is given to the class `kind`, or the one that the value names, and to those within."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} must be finite, got {value}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where} must have at most 64 bits, got {shorten(str(value))}")
     if isinstance(value, list):
         for number, entry in enumerate(value):
-            _refuse_null(entry, kind, f"{where}[{number}]")
+            _check_value(entry, kind, f"{where}[{number}]")
     if not isinstance(value, Mapping):
         return
     if "class_path" in value:
         value, kind = value.get("init_args") or {}, _class(value["class_path"])
     parameters = _parameters(kind) if inspect.isclass(kind) else {}  # a class_path may name a function
     for name, entry in value.items():
+        place = f"{where}.{name}" if where else name
         parameter = parameters.get(name, _UNKNOWN)
         if entry is None and not _takes_null(parameter):
             default = "give it a value" if parameter.default is parameter.empty else "leave it out for its default"
-            raise UserError(f"{where}.{name} must not be null; {default}")
+            raise UserError(f"{place} must not be null; {default}")
+        if entry is not None and not isinstance(entry, Mapping) and _takes_only_mappings(parameter.annotation):
+            raise UserError(f"{place} must be {_IN_WORDS['dict']}, got {shorten(str(entry))}")
         kinds = (parameter.annotation, *get_args(parameter.annotation))
-        _refuse_null(entry, next(filter(dataclasses.is_dataclass, kinds), object), f"{where}.{name}")
+        _check_value(entry, next(filter(dataclasses.is_dataclass, kinds), object), place)
 
 
 _UNKNOWN = inspect.Parameter("unknown", inspect.Parameter.KEYWORD_ONLY)
@@ -135,6 +245,11 @@ def _takes_null(parameter: inspect.Parameter) -> bool:
         or isinstance(annotation, str)  # written for type checkers only
         or NoneType in get_args(annotation)
     )
+
+
+def _takes_only_mappings(annotation: Any) -> bool:
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return all(kind is NoneType or dataclasses.is_dataclass(kind) for kind in kinds)
 
 
 def _wanted(core: str) -> str:

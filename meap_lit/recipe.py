@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -30,8 +30,9 @@ from meap_lit.callbacks.budget import check_trainer
 from meap_lit.callbacks.checkpoint import VerifyCheckpoint
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.stopping import StopOnSignal
+from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import NO_SPACE, UserError
-from meap_lit.explain import check_values, explain
+from meap_lit.explain import check_values, explain, find_user_error, input_errors, raised_by
 from meap_lit.host import keep_freed_memory
 from meap_lit.integrity import find_checkpoint
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
@@ -89,7 +90,7 @@ class RecipeCLI(LightningCLI):
                 model_class=L.LightningModule,
                 datamodule_class=L.LightningDataModule,
             )
-        except (ArgumentError, MisconfigurationException, ValueError, RuntimeError) as error:
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise _as_user_error(error) from error
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -114,7 +115,12 @@ class RecipeCLI(LightningCLI):
         parser.set_defaults({"seed_everything": 0})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(_nest_nulls(args))
+        words = _nest_nulls(args)
+        unprinted = [word for word in words if word.partition("=")[0] != "--print_config"]
+        if any(word.partition("=")[0] in ("-c", "--config") for word in words) and unprinted != words:
+            self.parse_arguments(parser, unprinted)  # jsonargparse prints before the values could be checked
+        with input_errors(groups=GROUPS):
+            self.config = parser.parse_args(words)
         check_values(self.config[self.config.subcommand].as_dict(), GROUPS)
 
     def _parse_ckpt_path(self) -> None:
@@ -159,7 +165,8 @@ class RecipeCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         for options in _options_of_loggers(self.config[self.subcommand]) if self.subcommand == "fit" else ():
             _make_log_folder(options)
-        super().instantiate_classes()
+        with input_errors(groups=GROUPS):
+            super().instantiate_classes()
         _check_pair(self.model, self.datamodule)
         if isinstance(self.trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
@@ -286,7 +293,13 @@ def _make_log_folder(options: Namespace) -> None:
 
 
 def _check_pair(model: L.LightningModule, data: L.LightningDataModule | None) -> None:
-    """Raise `UserError` if the model is given data of the other kind, before any of it is prepared."""
+    """Raise `UserError` if the model or the data is none of ours, or they do not fit, before any data is prepared."""
+    if type(model) is L.LightningModule or not isinstance(data, StreamingData):
+        key, value, fitting = ("data", data, "meap_lit.data.pretraining.PretrainingData")
+        if type(model) is L.LightningModule:
+            key, value, fitting = ("model", model, "meap_lit.modules.MEAPPretraining")
+        given = "nothing" if value is None else type(value).__name__
+        raise UserError(f"{key}.class_path must name a class of this project, such as {fitting}, got {given}")
     fitting = MODULES.get(getattr(data, "kind", ""))
     if fitting is not None and not isinstance(model, fitting) and isinstance(model, tuple(MODULES.values())):
         raise UserError(
@@ -296,11 +309,10 @@ def _check_pair(model: L.LightningModule, data: L.LightningDataModule | None) ->
 
 
 def _as_user_error(error: Exception) -> Exception:
-    """What the user should read of an error that jsonargparse or Lightning wrapped; bugs of ours stay as they are."""
-    for cause in _causes(error):
-        if isinstance(cause, UserError):
-            return cause
-    if isinstance(error, ArgumentError | MisconfigurationException):
+    """Return what the user should read of an error that Lightning wrapped; a bug of ours stays as it is."""
+    if (wrong := find_user_error(error)) is not None:
+        return wrong
+    if isinstance(error, MisconfigurationException):
         return UserError(explain(str(error), groups=GROUPS))
     if died := re.match(r"DataLoader worker \((pid.*?)\) (.*)", str(error)):
         return UserError(
@@ -309,6 +321,8 @@ def _as_user_error(error: Exception) -> Exception:
         )
     if lost := re.search(r"Connection \w+ by peer( \[.*?\])?|remote process exit\w*", str(error)):
         return UserError(f"another process of this run is gone ({lost[0]}); what ended it is said there")
+    if isinstance(error, ValueError) and raised_by(error, "lightning"):  # it checks some of its arguments only now
+        return UserError(f"trainer: {error}")
     return error
 
 

@@ -2,15 +2,27 @@
 
 import re
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import ActionConfigFile, Namespace, get_loader
 from omegaconf.errors import InterpolationResolutionError
 
+from meap_lit.data.formats import decode
 from meap_lit.data.secrets import without_secrets
 from meap_lit.errors import UserError
+
+MAX_BYTES = 10_000_000
+MAX_LEVELS = 50
+MAX_VALUES = 100_000
+"""What a recipe may hold, aliases counted as what they name; recipes of this project have 8 levels and 80 values."""
+MAX_DIGITS = 400
+"""Longer numbers are beyond every float."""
+MAX_REFERENCES = 20
+
+_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxXoO_:.+-]*")
 
 
 class KeepsSecrets:
@@ -64,15 +76,13 @@ class RecipeFile(ActionConfigFile):
 
 
 def lineage(path: Path) -> list[Path]:
-    """The recipe at `path` and all that it is based on, the most basic first.
+    """Return the recipe at `path` and all that it is based on, the most basic first.
 
     Raises:
-        UserError: If a file is missing, is a folder, is not YAML, or is based on itself.
+        UserError: If a file is missing, cannot be read as a recipe, or is based on itself.
     """
     chain: list[Path] = []
     while True:
-        if path.resolve() in (other.resolve() for other in chain):
-            raise UserError(f"recipe {path} is based on itself")
         if not path.is_file():
             named_by = f" (named as base by {chain[0]})" if chain else ""
             if path.is_dir():
@@ -80,13 +90,100 @@ def lineage(path: Path) -> list[Path]:
                 inside = f"name a file in it, such as {files[0]}" if files else "no .yaml lies in it"
                 raise UserError(f"recipe {path} is a folder{named_by}; {inside}")
             raise UserError(f"recipe {path} does not exist{named_by}; the recipes of this project lie in recipes/")
+        if path.resolve() in (other.resolve() for other in chain):
+            raise UserError(f"recipe {path} is based on itself")
         chain.insert(0, path)
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"recipe {path} is empty or not a mapping of keys to values")
-        if not content.get("base"):
+        base = _read(path).get("base")
+        if not base:
             return chain
-        path = path.parent / content["base"]
+        if not isinstance(base, str):
+            raise UserError(f"base of recipe {path} must be the path of a recipe, got {base}")
+        path = path.parent / base
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of one file, whose size as a value is bounded.
+
+    Raises:
+        UserError: If it is not a YAML mapping in UTF-8, or exceeds a limit.
+    """
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise UserError(f"recipe {path} has {size:,} bytes, which no recipe needs; name a YAML file")
+    text = decode(path.read_bytes(), f"recipe {path}")
+    if isinstance(text, UserError):
+        raise text
+    try:
+        _check(text, path)
+        content = get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
+        raise UserError(f"recipe {path} is not YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} is empty or not a mapping of keys to values")
+    return content
+
+
+@dataclass
+class _Level:
+    """A mapping or list that has begun."""
+
+    anchor: str | None
+    keys: set[str] | None
+    """The keys of a mapping so far; None for a list."""
+    num_values: int = 1
+    expects_key: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.expects_key = self.keys is not None
+
+
+def _check(text: str, path: Path) -> None:
+    """Refuse text that is a small file but a huge, deep or ambiguous value; nothing is built from it.
+
+    Raises:
+        UserError: Names the line.
+        YAMLError: If it is not YAML.
+    """
+    levels = [_Level(None, None)]
+    sizes: dict[str, int] = {}  # values behind each anchor
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        where = f"recipe {path}, line {event.start_mark.line + 1}"
+        above = levels[-1]
+        if isinstance(event, yaml.CollectionEndEvent):
+            ended = levels.pop()
+            num_values = ended.num_values
+            if ended.anchor is not None:
+                sizes[ended.anchor] = num_values
+            above = levels[-1]
+        elif isinstance(event, yaml.NodeEvent):
+            if above.keys is not None:
+                if above.expects_key and isinstance(event, yaml.ScalarEvent):
+                    if event.value in above.keys:
+                        raise UserError(f"{where}: the key {event.value!r} appears twice; keep one of the two")
+                    above.keys.add(event.value)
+                above.expects_key = not above.expects_key
+            if isinstance(event, yaml.CollectionStartEvent):
+                keys: set[str] | None = set() if isinstance(event, yaml.MappingStartEvent) else None
+                levels.append(_Level(event.anchor, keys))
+                if len(levels) > MAX_LEVELS:
+                    raise UserError(f"{where}: values are nested more than {MAX_LEVELS} levels deep")
+                continue
+            num_values = 1
+            if isinstance(event, yaml.AliasEvent):
+                if any(level.anchor == event.anchor for level in levels):
+                    raise UserError(f"{where}: *{event.anchor} is a part of itself")
+                num_values = sizes.get(event.anchor, 1)
+            elif isinstance(event, yaml.ScalarEvent):
+                _check_scalar(event, where)
+        else:
+            continue
+        above.num_values += num_values
+        if above.num_values > MAX_VALUES:
+            raise UserError(f"{where}: more than {MAX_VALUES:,} values, aliases (*name) counted as what they name")
+
+
+def _check_scalar(event: Any, where: str) -> None:
+    if len(event.value) > MAX_DIGITS and event.implicit[0] and _NUMBER.fullmatch(event.value):
+        raise UserError(f"{where}: a number of {len(event.value):,} digits; the most is {MAX_DIGITS}")
+    if event.value.count("${") > MAX_REFERENCES:  # OmegaConf takes minutes for some thousands within each other
+        raise UserError(f"{where}: more than {MAX_REFERENCES} references (${{...}}) in a value")

@@ -20,7 +20,7 @@ from meap_lit.data.formats import RECORD_FORMATS
 from meap_lit.data.manifest import ChatDetails, Manifest, ShardDetails, Source
 from meap_lit.data.parallel import default_num_workers, map_in_order
 from meap_lit.data.preparation import Preparation, progress_bar
-from meap_lit.data.readers import SKIP_HINT, InputShard, Record, RecordReader, check_text, find_files
+from meap_lit.data.readers import SKIP_HINT, InputShard, Record, RecordReader, check_text, find_input
 from meap_lit.data.splits import ShardWriter, SplitWriter, draw
 from meap_lit.data.templates import ChatTemplate, EncodedChat
 from meap_lit.data.tokenizer import Tokenizer
@@ -76,7 +76,8 @@ class PrepareChat(Preparation):
         tokenizer = Tokenizer.load(self.tokenizer)
         template = ChatTemplate.load(self.template, tokenizer)
         shard = None if self.shard is None else InputShard.parse(self.shard)
-        reader = RecordReader(find_files(self.input, formats=RECORD_FORMATS), self.on_error, shard)
+        found = find_input(self.input, formats=RECORD_FORMATS)
+        reader = RecordReader(found.files, self.on_error, shard)
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
         writer = SplitWriter if shard is None else ShardWriter
         splits = writer(ChatWriter, folder, dtype, chunk_bytes, self.val_share)
@@ -99,11 +100,12 @@ class PrepareChat(Preparation):
                 bar.set_postfix_str(f"{counts.samples} conversations", refresh=False)
                 bar.update(batch.bytes_read - bar.n)
         counts.skipped += reader.num_skipped
+        counts.first_skipped = reader.first_skipped or counts.first_skipped
         if counts.samples == 0 and shard is None:
             raise UserError(
                 f"no conversation to tokenise in {', '.join(self.input)} "
                 f"({counts.dropped} too long for max_tokens, {counts.untrained} without a turn to learn, "
-                f"{counts.skipped} unreadable)"
+                f"{counts.skipped} unreadable{counts.why_skipped})"
             )
         sizes = splits.close()
         assert sum(split.documents for split in sizes.values()) == counts.samples, "samples were lost on the way"
@@ -130,7 +132,7 @@ class PrepareChat(Preparation):
             ),
             shard=None if shard is None else ShardDetails(shard.index, shard.count, splits.reserve_draw),
         ).save(folder)
-        return self._summary(sizes, counts, time.perf_counter() - started)
+        return "\n".join([self._summary(sizes, counts, time.perf_counter() - started), *found.lines_of_summary()])
 
     def _check_options(self) -> int:
         """Size of a chunk in bytes."""
@@ -157,7 +159,7 @@ class PrepareChat(Preparation):
                 f"{counts.answer_tokens} tokens, {closing}",
                 *self._warnings(counts),
                 f"  left out {counts.dropped} too long, {counts.untrained} without a turn to learn, "
-                f"{counts.skipped} unreadable; {counts.truncated} truncated",
+                f"{counts.skipped} unreadable; {counts.truncated} truncated{counts.why_skipped}",
                 f"  took     {seconds:.1f} s, {counts.samples / seconds:.0f} conversations/s",
             ]
         )
@@ -192,6 +194,8 @@ class _EncodedBatch:
     num_skipped: int = 0
     num_other_prompts: int = 0
     """Samples that do not begin as the prompt of their first answer."""
+    first_skipped: str = ""
+    """Why the first record was skipped."""
 
 
 @dataclass
@@ -210,6 +214,11 @@ class _Counts:
     skipped: int = 0
     unknown: int = 0
     other_prompts: int = 0
+    first_skipped: str = ""
+
+    @property
+    def why_skipped(self) -> str:
+        return f"; first unreadable: {self.first_skipped}" if self.skipped else ""
 
     def add(self, batch: _EncodedBatch) -> None:
         self.samples += len(batch.samples)
@@ -227,6 +236,7 @@ class _Counts:
         self.untrained += batch.num_untrained
         self.other_prompts += batch.num_other_prompts
         self.skipped += batch.num_skipped
+        self.first_skipped = self.first_skipped or batch.first_skipped
 
 
 class _Encoder:
@@ -264,6 +274,7 @@ class _Encoder:
                 if self.on_error == "stop":
                     raise UserError(f"{record.where}: {error}; {SKIP_HINT}") from error
                 result.num_skipped += 1
+                result.first_skipped = result.first_skipped or f"{record.where}: {error}"
                 continue
             if self.max_tokens is not None and len(chat.input_ids) > self.max_tokens:
                 shorter = self._shorten(chat, record.where)

@@ -1,7 +1,7 @@
 """What files hold: .txt, .md, .json, .jsonl (plain, gzip, zstandard) and .parquet.
 
-Lines and rows are read as a stream, so such a file may be larger than memory. A plain text file is one document and
-a .json file, which only holds records, is read whole.
+Lines and rows are read as a stream, so such a file may be larger than memory, but a line has at most `MAX_LINE_BYTES`.
+A plain text file is one document and a .json file, which only holds records, is read whole.
 """
 
 import gzip
@@ -15,6 +15,9 @@ from types import ModuleType
 from typing import IO, Any, NamedTuple
 
 from meap_lit.errors import UserError
+
+MAX_LINE_BYTES = 1 << 28
+"""Longest line of a .jsonl file, decompressed: 256 MiB."""
 
 
 class Span(NamedTuple):
@@ -62,6 +65,8 @@ def read_file(path: Path, formats: Mapping[str, Format], span: Span, column: str
             yield from read(path, file, span, column)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise UserError(f"not enough memory to read {path}; write its documents as lines of a .jsonl file") from error
 
 
 def has_suffix(path: Path, suffixes: Sequence[str]) -> bool:
@@ -71,14 +76,14 @@ def has_suffix(path: Path, suffixes: Sequence[str]) -> bool:
 
 def _read_text(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     raw = file.read()
-    content = _decode(raw, str(path))
+    content = decode(raw, str(path))
     yield Entry(len(raw), str(path), content)
 
 
 def _read_json(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     """The objects of an array, or one object."""
     raw = file.read()
-    text = _decode(raw, str(path))
+    text = decode(raw, str(path))
     content = text if isinstance(text, UserError) else _parse_json(text, str(path))
     if not isinstance(content, list):
         yield Entry(len(raw), str(path), _checked_object(content, str(path)))
@@ -93,7 +98,7 @@ def _read_jsonl(path: Path, file: IO[bytes], span: Span, column: str | None) -> 
 
 
 def _read_jsonl_gz(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
-    return _parse_lines(path, file, gzip.GzipFile(fileobj=file))
+    return _parse_lines(path, file, _lines(gzip.GzipFile(fileobj=file)))
 
 
 def _read_jsonl_zst(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
@@ -154,7 +159,13 @@ def _parse_lines(path: Path, file: IO[bytes], lines: Iterable[bytes], start: int
             if number == 1 and start == 0:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
             if line.strip():
-                yield Entry(file.tell(), where, _parse_line(line, where))
+                content = _parse_line(line, where)
+                if number == 1 and start == 0 and isinstance(content, UserError) and line.lstrip().startswith(b"["):
+                    content = UserError(
+                        f"{where}: begins a JSON array, but a .jsonl file has an object on each line; write it so, or "
+                        f"give a file of conversations the ending .json"
+                    )
+                yield Entry(file.tell(), where, content)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         where = f"{path}, line {number + 1}"
         reason = UserError(f"{where}: damaged or cut compressed file ({_first_line(error)})")
@@ -163,35 +174,60 @@ def _parse_lines(path: Path, file: IO[bytes], lines: Iterable[bytes], start: int
 
 def _lines_of(file: IO[bytes], span: Span) -> Iterator[bytes]:
     """The lines that begin in the span."""
-    position = span.start
+    lines = _lines(file)
     if span.start > 0:
         file.seek(span.start - 1)
-        position += len(file.readline()) - 1  # a line of the span before, or only its line break
-    for line in file:
-        if position >= span.stop:
+        next(lines, None)  # a line of the span before, or only its line break
+    for line in lines:
+        if file.tell() - len(line) >= span.stop:
             return
         yield line
-        position += len(line)
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file; a line that is too long without what comes after its first `MAX_LINE_BYTES` + 1 bytes."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        yield line
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES + 1)
 
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some Windows programs begin a file with it
 
 
 def _parse_line(line: bytes, where: str) -> dict[str, Any] | UserError:
+    if len(line) > MAX_LINE_BYTES:
+        return UserError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; divide it, a document is a line")
     try:
         text = line.strip().decode("utf-8")
     except UnicodeDecodeError:
-        return UserError(f"{where}: not valid UTF-8")
+        return UserError(f"{where}: {_why_no_text(line)}")
+    if "\0" in text:
+        return UserError(f"{where}: {_why_no_text(line)}")
     return _checked_object(_parse_json(text, where), where)
 
 
-def _decode(raw: bytes, path: str) -> str | UserError:
+def decode(raw: bytes, path: str) -> str | UserError:
+    """Return the text of a file, or why it holds none; the reason names `path` and the line."""
     raw = raw.removeprefix(_BYTE_ORDER_MARK)
     try:
-        return raw.decode("utf-8")
+        text = raw.decode("utf-8")
+        position = raw.find(b"\0")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        return UserError(f"{path}, line {line}: not valid UTF-8")
+        position = error.start
+    if position < 0:
+        return text
+    line = raw[:position].count(b"\n") + 1
+    return UserError(f"{path}, line {line}: {_why_no_text(raw)}")
+
+
+def _why_no_text(raw: bytes) -> str:
+    sample = raw[:1000]
+    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or even + odd > len(sample) // 5:
+        order = "BE" if raw.startswith(b"\xfe\xff") or even > odd else "LE"
+        return f"UTF-16 instead of UTF-8; convert the file: iconv -f UTF-16{order} -t UTF-8 FILE > NEW"
+    return "holds NUL bytes, which no text has" if b"\0" in raw else "not valid UTF-8"
 
 
 def _parse_json(text: str, where: str) -> Any | UserError:
@@ -252,7 +288,7 @@ def _decompress_zstd(file: IO[bytes], zstandard: ModuleType) -> Iterator[bytes]:
     """
     frame = None
     try:
-        while block := file.read(1 << 16):
+        while block := file.read(1 << 12):  # which may become 2^15 times as much
             while block:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 yield frame.decompress(block)
@@ -266,13 +302,17 @@ def _decompress_zstd(file: IO[bytes], zstandard: ModuleType) -> Iterator[bytes]:
 
 
 def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines as `_lines` gives them, without their line breaks."""
     begun: list[bytes] = []  # pieces of a line whose end has not come yet
+    size = 0
     for block in blocks:
         *ended, rest = block.split(b"\n")
         for piece in ended:
             yield b"".join([*begun, piece])
-            begun = []
-        begun.append(rest)
+            begun, size = [], 0
+        if size <= MAX_LINE_BYTES:
+            begun.append(rest)
+            size += len(rest)
     if line := b"".join(begun):
         yield line
 

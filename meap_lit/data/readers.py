@@ -3,7 +3,9 @@
 import glob
 import os
 import re
+import stat
 from abc import ABC, abstractmethod
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +99,18 @@ class Reader(ABC, Generic[Item]):
         self.on_error = on_error
         self.column = column
         self.num_skipped = 0
+        self.first_skipped = ""
+        """Why the first item was skipped."""
         self.bytes_read = 0
         """Bytes on disk that have been read so far, of `num_bytes`."""
         self.sizes = [_size(file) for file in files]
         self.parts = (shard or InputShard()).parts(files, self.sizes)
         self.num_bytes = sum(span.stop - span.start for _, span in self.parts)
+
+    @property
+    def skipped(self) -> str:
+        """How many items were skipped, and why the first was."""
+        return f"{self.num_skipped} unreadable lines" + (f", first: {self.first_skipped}" if self.num_skipped else "")
 
     @abstractmethod
     def convert(self, entry: Entry) -> Item:
@@ -125,6 +134,7 @@ class Reader(ABC, Generic[Item]):
                     if self.on_error == "stop":
                         raise UserError(f"{error}; {SKIP_HINT}") from error
                     self.num_skipped += 1
+                    self.first_skipped = self.first_skipped or str(error)
                 else:
                     yield item
             finished += span.stop - span.start
@@ -209,10 +219,41 @@ def check_text(name: str, text: Any) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Input:
+    """What `find_input` found.
+
+    Args:
+        files: Files to read, sorted, each once.
+        passed_over: Number of files in folders that have other endings, by ending.
+    """
+
+    files: list[Path]
+    passed_over: Counter[str]
+
+    def lines_of_summary(self) -> list[str]:
+        """Return the line that says what was passed over; none if nothing was."""
+        if not self.passed_over:
+            return []
+        counts = sorted(self.passed_over.items(), key=lambda entry: (-entry[1], entry[0]))
+        kinds = [f"{count} {ending or 'without an ending'}" for ending, count in counts[:8]]
+        kinds += [f"{sum(count for _, count in counts[8:])} others"] if len(counts) > 8 else []
+        return [f"  not read {', '.join(kinds)} in the folders"]
+
+
 def find_files(
     inputs: Sequence[str], suffixes: Sequence[str] | None = None, formats: Mapping[str, Format] | None = None
 ) -> list[Path]:
-    """Files named by paths, folders (all levels, hidden ones left out) and glob patterns, sorted, each once.
+    """Return the files that `find_input` finds, without what it passed over."""
+    return find_input(inputs, suffixes, formats).files
+
+
+def find_input(
+    inputs: Sequence[str], suffixes: Sequence[str] | None = None, formats: Mapping[str, Format] | None = None
+) -> Input:
+    """Find the files named by paths, folders and glob patterns.
+
+    Folders are read at all levels, links to other folders included; hidden files and folders are left out.
 
     Args:
         inputs: Paths, folders and patterns.
@@ -226,15 +267,20 @@ def find_files(
     formats = FORMATS if formats is None else formats
     wanted = [suffix if suffix.startswith(".") else f".{suffix}" for suffix in suffixes or formats]
     found: dict[str, Path] = {}
+    others: dict[str, Path] = {}
     for name in inputs:
-        for path in sorted(_expand(name, wanted, formats)):  # of two names of a file always the same one
+        files, passed_over = _expand(name, wanted, formats)
+        for path in sorted(files):  # of two names of a file always the same one
             found.setdefault(os.path.realpath(path), path)
+        others.update((os.path.realpath(path), path) for path in passed_over)
     if not found:
         raise UserError("no input named; give files, folders or patterns with --input")
-    return sorted(found.values(), key=Path.as_posix)
+    endings = Counter(path.suffix.lower() for real, path in others.items() if real not in found)
+    return Input(sorted(found.values(), key=Path.as_posix), endings)
 
 
-def _expand(name: str, wanted: Sequence[str], formats: Mapping[str, Format]) -> list[Path]:
+def _expand(name: str, wanted: Sequence[str], formats: Mapping[str, Format]) -> tuple[list[Path], list[Path]]:
+    """The files that an input names, and those in its folders that have other endings."""
     path = Path(name).expanduser()
     if path.exists():
         named = [path]
@@ -242,10 +288,11 @@ def _expand(name: str, wanted: Sequence[str], formats: Mapping[str, Format]) -> 
         named = [Path(match) for match in glob.glob(str(path), recursive=True)]
     else:
         raise UserError(f"input {name} does not exist")
-    files = []
+    files, others = [], []
     for entry in named:
         if entry.is_dir():
-            files += _files_in(entry, wanted)
+            for file in _files_in(entry):
+                (files if has_suffix(file, wanted) else others).append(file)
         elif has_suffix(entry, [*formats, *wanted]):
             files.append(entry)
         else:
@@ -253,25 +300,40 @@ def _expand(name: str, wanted: Sequence[str], formats: Mapping[str, Format]) -> 
             raise UserError(f"input file {entry} ends in none of {', '.join(formats)}{hint}")
     if not files:
         raise UserError(f"input {name} holds no file that ends in {', '.join(wanted)}")
-    return files
+    return files, others
 
 
-def _files_in(folder: Path, wanted: Sequence[str]) -> list[Path]:
+def _files_in(folder: Path) -> list[Path]:
+    """The files of a folder and of those below it, each folder once, whatever links lead to it."""
+
     def refuse(error: OSError) -> NoReturn:
         reason = f"cannot list folder {error.filename}: {error.strerror}"
         raise UserError(f"{reason}; give this user access, or name other input") from error
 
     files: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        # what a preparation step says of a folder is no input
-        named = [name for name in names if not name.startswith(".") and name != RECORD_FILE]
-        files += [Path(parent, name) for name in named if has_suffix(Path(name), wanted)]
+    roots, seen = deque([str(folder)]), set[str]()
+    while roots:  # the folder itself first: what lies in it is named without links
+        links = []
+        for parent, folders, names in os.walk(roots.popleft(), onerror=refuse):
+            real = os.path.realpath(parent)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            links += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
+            # what a preparation step says of a folder is no input
+            named = [name for name in names if not name.startswith(".") and name != RECORD_FILE]
+            files += [Path(parent, name) for name in named]
+        roots += sorted(links)
     return files
 
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        status = path.stat()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"cannot read {path}: not a regular file")  # a pipe would be waited for
+    return status.st_size

@@ -19,7 +19,7 @@ from meap_lit.data.chunks import Split, TokenWriter, parse_bytes
 from meap_lit.data.manifest import Manifest, ShardDetails, Source
 from meap_lit.data.parallel import default_num_workers, map_in_order
 from meap_lit.data.preparation import Preparation, progress_bar
-from meap_lit.data.readers import DocumentReader, InputShard, find_files
+from meap_lit.data.readers import DocumentReader, InputShard, find_input
 from meap_lit.data.splits import ShardWriter, SplitWriter, draw
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
@@ -63,7 +63,8 @@ class PrepareText(Preparation):
         chunk_bytes = self._check_options()
         tokenizer = Tokenizer.load(self.tokenizer)
         shard = None if self.shard is None else InputShard.parse(self.shard)
-        reader = DocumentReader(find_files(self.input, self.suffixes), self.text_field, self.on_error, shard)
+        found = find_input(self.input, self.suffixes)
+        reader = DocumentReader(found.files, self.text_field, self.on_error, shard)
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
         writer = SplitWriter if shard is None else ShardWriter
         splits = writer(TokenWriter, folder, dtype, chunk_bytes, self.val_share)
@@ -79,7 +80,8 @@ class PrepareText(Preparation):
                 bar.set_postfix_str(f"{counts.documents} documents, {counts.tokens / 1e6:.2f}M tokens", refresh=False)
                 bar.update(batch.bytes_read - bar.n)
         if counts.documents == 0 and shard is None:
-            raise UserError(f"no text to tokenise in {', '.join(self.input)} ({counts.empty} empty documents)")
+            left_out = [f"{counts.empty} empty documents", *([reader.skipped] if reader.num_skipped else [])]
+            raise UserError(f"no text to tokenise in {', '.join(self.input)} ({', '.join(left_out)})")
         sizes = splits.close()
         assert sum(split.tokens for split in sizes.values()) == counts.tokens, "documents were lost on the way"
         Manifest(
@@ -96,12 +98,12 @@ class PrepareText(Preparation):
             num_skipped=reader.num_skipped,
             shard=None if shard is None else ShardDetails(shard.index, shard.count, splits.reserve_draw),
         ).save(folder)
-        summary = self._summary(sizes, counts, reader.num_skipped, time.perf_counter() - started)
+        left_out = [f"  left out {counts.empty} empty documents, {reader.skipped}", *found.lines_of_summary()]
         if tokenizer.drops_unknown:
-            summary += (
-                "\n  unknown  characters outside the vocabulary are left out: the tokenizer has no token for them"
+            left_out.append(
+                "  unknown  characters outside the vocabulary are left out: the tokenizer has no token for them"
             )
-        return summary
+        return self._summary(sizes, counts, left_out, time.perf_counter() - started)
 
     def _check_options(self) -> int:
         """Size of a chunk in bytes."""
@@ -109,7 +111,7 @@ class PrepareText(Preparation):
             raise UserError(f"num_workers must be at least 1, got {self.num_workers}")
         return parse_bytes(self.chunk_bytes, "chunk_bytes")
 
-    def _summary(self, sizes: dict[str, Split], counts: "_Counts", num_skipped: int, seconds: float) -> str:
+    def _summary(self, sizes: dict[str, Split], counts: "_Counts", left_out: list[str], seconds: float) -> str:
         megabytes = counts.text_bytes / 1e6
         unknown = f"  unknown  {counts.unknown} tokens ({counts.unknown / max(1, counts.tokens):.2%}) of text outside"
         return "\n".join(
@@ -118,7 +120,7 @@ class PrepareText(Preparation):
                 *(f"  {name:<9}{size.documents} documents, {size.tokens} tokens" for name, size in sizes.items()),
                 f"  in all   {counts.documents} documents, {counts.tokens} tokens, end-of-text tokens included",
                 *([f"{unknown} the vocabulary"] if counts.unknown else []),
-                f"  left out {counts.empty} empty documents, {num_skipped} unreadable lines",
+                *left_out,
                 f"  took     {seconds:.1f} s for {megabytes:.1f} MB of text, {megabytes / seconds:.2f} MB/s",
             ]
         )

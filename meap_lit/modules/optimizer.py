@@ -30,12 +30,18 @@ class AdamW:
     weight_decay: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise UserError(f"optimizer.lr must be above 0, got {self.lr:g}")
+        if not 0 < self.lr <= 1:  # Adam moves every weight by about so much
+            raise UserError(f"optimizer.lr must be in (0, 1], got {self.lr:g}")
         if not 0 <= self.final_lr <= self.lr:
             raise UserError(f"optimizer.final_lr must be in [0, optimizer.lr = {self.lr:g}], got {self.final_lr:g}")
         if not 0 <= self.warmup_share <= 1:
             raise UserError(f"optimizer.warmup_share must be in [0, 1], got {self.warmup_share:g}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas must be in [0, 1), got {self.betas[0]:g} and {self.betas[1]:g}")
+        if not 0 < self.eps < 1:
+            raise UserError(f"optimizer.eps must be in (0, 1), got {self.eps:g}")
+        if not 0 <= self.weight_decay * self.lr < 1:  # a step takes this share of every weight
+            raise UserError(f"optimizer.weight_decay must be in [0, 1 / optimizer.lr), got {self.weight_decay:g}")
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
         """Optimizer over the trained parameters of `model`; matrices decay, vectors do not."""

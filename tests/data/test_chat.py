@@ -441,8 +441,19 @@ def test_bad_records_stop_or_are_counted(tmp_path, tokenizer, record, message, c
     assert not (tmp_path / "out").exists()
     prepare(tmp_path / "out", source, str(tmp_path / "tokenizer"), on_error="skip", **options)
     assert len(read_samples(tmp_path / "out" / "train")) == 2
-    assert "left out 0 too long, 0 without a turn to learn, 1 unreadable" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "left out 0 too long, 0 without a turn to learn, 1 unreadable; 0 truncated; first unreadable: " in printed
+    assert "in.json, element 2: " in printed
     assert Manifest.load(str(tmp_path / "out"), kind="chat").num_skipped == 1
+
+
+def test_data_without_a_readable_record_says_why(tmp_path, tokenizer_folder):
+    source = write_json(tmp_path / "in.json", [{"prompt": "q"}, {"prompt": "r"}])
+    message = (
+        r"\(0 too long for max_tokens, 2 unreadable; first unreadable: \S+/in.json, element 1: no answer: field 'com"
+    )
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path / "out", source, tokenizer_folder, on_error="skip")
 
 
 @pytest.mark.parametrize(("name", "content"), [("in.json", "[]"), ("in.jsonl", ""), ("in.jsonl", "\n\n")])

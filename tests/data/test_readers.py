@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from meap_lit.data.formats import RECORD_FORMATS
-from meap_lit.data.readers import DocumentReader, RecordReader, find_files
+from meap_lit.data.readers import DocumentReader, InputShard, RecordReader, find_files, find_input
 from meap_lit.errors import UserError
 
 SKIP_HINT = "use --on_error skip to leave such lines out"
@@ -98,6 +98,41 @@ def test_file_that_vanished(tmp_path):
 # ------------------------------------------------------------------------------------------------- formats
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    (tmp_path / "in" / "real").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    wanted = [write(tmp_path / "in" / "real" / "a.txt", b"a"), tmp_path / "in" / "linked" / "deep" / "b.txt"]
+    write(tmp_path / "elsewhere" / "deep" / "b.txt", b"b")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in" / "real")
+    (tmp_path / "in" / "real" / "up").symlink_to(tmp_path / "in")  # a cycle
+    (tmp_path / "elsewhere" / "deep" / "self").symlink_to(tmp_path / "elsewhere" / "deep")
+    assert find_files([str(tmp_path / "in")]) == sorted(wanted)
+    (tmp_path / "root").symlink_to(tmp_path / "in")
+    assert [file.name for file in find_files([str(tmp_path / "root")])] == ["b.txt", "a.txt"]
+
+
+def test_what_is_passed_over_is_counted_by_ending(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("a.txt", "1.csv", "b/2.CSV", "b/README", "b/x.docx", ".hidden", "b/y.md"):
+        (tmp_path / name).touch()
+    found = find_input([str(tmp_path), str(tmp_path / "b")])
+    assert found.passed_over == {".csv": 2, "": 1, ".docx": 1}
+    assert found.lines_of_summary() == ["  not read 2 .csv, 1 without an ending, 1 .docx in the folders"]
+    assert find_input([str(tmp_path), str(tmp_path / "b")], [".csv", "txt"]).passed_over == {
+        ".md": 1,
+        "": 1,
+        ".docx": 1,
+    }
+    assert find_input([str(tmp_path / "a.txt")]).lines_of_summary() == []
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match=r"^cannot read \S+/pipe.txt: not a regular file$"):
+        DocumentReader(find_files([str(tmp_path)]))
+
+
 def test_every_format_gives_the_same_documents(tmp_path):
     texts = ["first", "zweitens: äöü\nnew line", "", "四"]
     lines = jsonl(*texts)
@@ -181,6 +216,80 @@ def test_text_file_that_is_not_utf8(tmp_path):
     with pytest.raises(UserError, match=rf"^\S+/a.txt, line 2: not valid UTF-8; {SKIP_HINT}$"):
         read(*files)
     assert read(*files, on_error="skip") == ["fine"]
+
+
+@pytest.mark.parametrize(("encoding", "order"), [("utf-16", "LE"), ("utf-16-le", "LE"), ("utf-16-be", "BE")])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.json"])
+def test_utf16_is_named_with_the_fix(tmp_path, encoding, order, name):
+    content = (json.dumps({"text": "One line.", "messages": []}) + "\n").encode(encoding) * 2
+    file = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+    other = write(tmp_path / ("other.json" if name == "a.json" else "other.jsonl"), b'{"text": "fine"}\n')
+    reader = RecordReader if name == "a.json" else DocumentReader
+    message = (
+        rf"{name}, line 1: UTF-16 instead of UTF-8; convert the file: iconv -f UTF-16{order} -t UTF-8 FILE > NEW; "
+    )
+    with pytest.raises(UserError, match=f"{re.escape(message)}{SKIP_HINT}$"):
+        list(reader([file, other]))
+    lenient = reader([file, other], on_error="skip")
+    assert len(list(lenient)) == 1
+    assert lenient.skipped.startswith(
+        f"{lenient.num_skipped} unreadable lines, first: {file}, line 1: UTF-16 instead of"
+    )
+
+
+def test_a_nul_byte_is_no_text(tmp_path):
+    file = write(tmp_path / "a.txt", b"one\ntwo \0" + b"three " * 200)
+    with pytest.raises(UserError, match=r"a.txt, line 2: holds NUL bytes, which no text has"):
+        read(file)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.jsonl.zst"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_line_has_a_limit(tmp_path, monkeypatch, name, place):
+    monkeypatch.setattr("meap_lit.data.formats.MAX_LINE_BYTES", 1000)
+    texts = ["one", "two"]
+    lines = [jsonl(text) for text in texts]
+    lines.insert(place, jsonl("x" * 900_000))
+    content = b"".join(lines)
+    compress = {"d.jsonl": bytes, "d.jsonl.gz": gzip.compress, "d.jsonl.zst": zstandard.ZstdCompressor().compress}
+    file = write(tmp_path / name, compress[name](content))
+    message = rf"^\S+/{name}, line {place + 1}: longer than 1,000 bytes; divide it, a document is a line; {SKIP_HINT}$"
+    with pytest.raises(UserError, match=message):
+        read(file)
+    reader = DocumentReader([file], on_error="skip")
+    assert list(reader) == texts
+    assert reader.num_skipped == 1
+
+
+def test_shards_agree_on_a_line_that_is_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("meap_lit.data.formats.MAX_LINE_BYTES", 1000)
+    texts = [str(number) * (400 if number == 3 else 5000 if number == 5 else 1) for number in range(9)]
+    file = write(tmp_path / "d.jsonl", jsonl(*texts))
+    readers = [DocumentReader([file], on_error="skip", shard=InputShard(index, 4)) for index in range(4)]
+    assert [text for reader in readers for text in reader] == texts[:5] + texts[6:]
+    assert sum(reader.num_skipped for reader in readers) == 1
+
+
+def test_too_little_memory_is_named(tmp_path, monkeypatch):
+    def fail(raw, path):
+        raise MemoryError
+
+    monkeypatch.setattr("meap_lit.data.formats.decode", fail)
+    file = write(tmp_path / "a.txt", b"a")
+    with pytest.raises(
+        UserError, match=r"^not enough memory to read \S+/a.txt; write its documents as lines of a .jsonl"
+    ):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    "content", [b'[{"text": "a"}]', b'[\n{"text": "a"},\n{"text": "b"}\n]\n', b' [{"text": "a"},\n']
+)
+def test_a_json_array_named_jsonl_is_named(tmp_path, content):
+    file = write(tmp_path / "d.jsonl", content)
+    message = r"d.jsonl, line 1: begins a JSON array, but a .jsonl file has an object on each line; write it so"
+    with pytest.raises(UserError, match=message):
+        read(file)
 
 
 def cut_gzip():

@@ -241,6 +241,27 @@ def test_input_without_text(tmp_path, tokenizer_folder):
         prepare(tmp_path / "out", write_jsonl(tmp_path / "in.jsonl", ["", " "]), tokenizer_folder)
 
 
+def test_input_without_a_readable_line_says_why(tmp_path, tokenizer_folder):
+    source = tmp_path / "in.jsonl"
+    source.write_text("[1]\n[2]\n\n")
+    message = r"^no text to tokenise in \S+ \(0 empty documents, 2 unreadable lines, first: \S+/in.jsonl, line 1: "
+    with pytest.raises(UserError, match=message + "begins a JSON array"):
+        prepare(tmp_path / "out", source, tokenizer_folder, on_error="skip")
+
+
+def test_the_summary_says_what_was_skipped_and_passed_over(tmp_path, tokenizer_folder, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": 2}\n')
+    (folder / "b.csv").touch()
+    prepare(tmp_path / "out", folder, tokenizer_folder, on_error="skip")
+    printed = capsys.readouterr().out
+    assert (
+        f"left out 0 empty documents, 1 unreadable lines, first: {folder}/a.jsonl, line 2: field 'text' is " in printed
+    )
+    assert "not read 1 .csv in the folders\n" in printed
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_bad_lines_stop_or_are_counted(tmp_path, tokenizer_folder, capsys, num_workers):
     source = tmp_path / "in.jsonl"

@@ -1,0 +1,216 @@
+"""Hundreds of recipes made wrong at random: each is accepted, or refused in one line."""
+
+import logging
+import random
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from meap_lit.cli import main, read_command
+from meap_lit.errors import UserError
+from meap_lit.recipe import RecipeCLI
+from tests.mutations import VALUES, any_place, merged, mutants
+from tests.test_recipe import EVALUATIONS, OVERLAYS, RUNNABLE
+
+LONGEST = 1000
+
+
+class Built(RecipeCLI):
+    """Reads a recipe and builds its objects; nothing is run."""
+
+    @staticmethod
+    def subcommands():
+        return {"fit": RecipeCLI.subcommands()["fit"]}
+
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
+def training_seeds(runs):
+    seeds = {str(path): merged(path) for path in RUNNABLE}
+    seeds |= {str(path): merged(Path("recipes/quickstart.yaml"), path) for path in OVERLAYS}
+    for tree in seeds.values():
+        tree["trainer"] |= {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False}
+        tree["trainer"]["logger"]["init_args"]["save_dir"] = str(runs)
+    return seeds
+
+
+def outcomes(cases, run, monkeypatch, capsys):
+    """How many of the cases, each a name and words of a command, were accepted and how many refused."""
+    accepted = refused = 0
+    for name, words in cases:
+        with monkeypatch.context() as patch:
+            patch.setattr("meap_lit.cli.read_command", lambda arguments, words=words: _Run(run, words))
+            try:
+                status = main(["stand-in"])
+            except BaseException as error:
+                raise AssertionError(f"{name} ends in a traceback") from error
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert (status, len(lines)) in ((0, 0), (2, 1)), f"{name}: {lines}"
+        assert all(len(line) < LONGEST + 100 and line.isprintable() for line in lines), f"{name}: {lines}"
+        assert all(len(line) > len("error: ") + 10 for line in lines), f"{name}: {lines}"
+        accepted += status == 0
+        refused += status == 2
+    return accepted, refused
+
+
+class _Run:
+    def __init__(self, run, words):
+        self.words, self._run = words, run
+
+    def run(self):
+        self._run(self.words)
+
+
+def test_a_mutated_recipe_is_accepted_or_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+
+    def cases():
+        for mutant in mutants(training_seeds(tmp_path / "runs"), 204, seed=1):
+            recipe.write_bytes(mutant.text)
+            yield mutant.name, ["fit", "--config", str(recipe)]
+
+    accepted, refused = outcomes(cases(), Built.run, monkeypatch, capsys)
+    assert accepted >= 10  # otherwise something else is wrong with all
+    assert refused >= 130
+
+
+def test_a_mutated_evaluation_is_accepted_or_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+
+    def cases():
+        for mutant in mutants({str(path): merged(path) for path in EVALUATIONS}, 136, seed=2):
+            recipe.write_bytes(mutant.text)
+            command = ["judge", "--predictions", "x"] if "judge" in mutant.name else ["evaluate", "--checkpoint", "x"]
+            yield mutant.name, [*command, "--config", str(recipe)]
+
+    accepted, refused = outcomes(cases(), read_command, monkeypatch, capsys)
+    assert accepted >= 5
+    assert refused >= 80
+
+
+def test_a_random_option_is_accepted_or_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    generator = random.Random(3)
+    tree = merged(Path("recipes/quickstart.yaml"))
+    logs = ["--trainer.logger.init_args.save_dir", str(tmp_path)]
+
+    def cases():
+        for _ in range(60):
+            place = any_place(tree, generator, inside=dict)
+            value = generator.choice(VALUES)
+            text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n...")[0]
+            option = "--" + ".".join(str(key) for key in place if key != "init_args")
+            words = ["fit", "--config", "recipes/quickstart.yaml", *logs, f"{option}={text.strip()}"]
+            yield shlex.join(words)[:200], words
+
+    accepted, refused = outcomes(cases(), Built.run, monkeypatch, capsys)
+    assert accepted >= 3
+    assert refused >= 30
+
+
+# ----------------------------------------------------------------------------------------------- one by one
+
+BOMB = "bomb:\n- &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"- &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed_everything: 1", "seed_everything: \xff", "recipe {recipe}, line 1: not valid UTF-8"),
+        ("lr: 3.0e-3", "lr: " + "9" * 5000, "recipe {recipe}, line 8: a number of 5,000 digits; the most is 400"),
+        ("mask: ", f"mask: {'[' * 2000}1{']' * 2000}\n    x: ", "line 7: values are nested more than 50 levels deep"),
+        ("seed_everything: 1", BOMB, "line 7: more than 100,000 values, aliases (*name) counted as what they name"),
+        ("seed_everything: 1", "x: &x [*x]", "line 1: *x is a part of itself"),
+        ("lr: 3.0e-3", "lr: 3.0e-3, lr: 1.0e-3", "line 8: the key 'lr' appears twice; keep one of the two"),
+        ("micro_batch_size: 4", "micro_batch_size: ${nope.key}", "data.micro_batch_size: the recipe has no key nope"),
+        ("micro_batch_size: 4", "micro_batch_size: ${model}", "data.micro_batch_size must be a whole number, got "),
+        ("micro_batch_size: 4", "micro_batch_size: ${", "data.micro_batch_size: a reference (${...}) that"),
+        ("log_every_n_steps: 1", "overfit_batches: 1", "trainer: `val_check_interval` (10) must be less than or equal"),
+        ("max_steps: 12", "max_steps: '${budget.max_steps}'", "budget.max_steps"),
+        ("lr: 3.0e-3", "lr: 1.0e+30", "optimizer.lr must be in (0, 1], got 1e+30"),
+        ("lr: 3.0e-3", "lr: .nan", "model.optimizer.lr must be finite, got nan"),
+        ("lr: 3.0e-3", "betas: [0.9, 1.5], lr: 3.0e-3", "optimizer.betas must be in [0, 1), got 0.9 and 1.5"),
+        ("lr: 3.0e-3", "eps: 0.0, lr: 3.0e-3", "optimizer.eps must be in (0, 1), got 0"),
+        ("lr: 3.0e-3", "weight_decay: -1.0, lr: 3.0e-3", "optimizer.weight_decay must be in [0, 1 / optimizer"),
+        ("lr: 3.0e-3", f"lr: {'x' * 10_000}", "got xxx"),
+        ("class_path: meap_lit.data.pretraining.PretrainingData", "class_path: [a]", "a class_path must be text, not"),
+        ("max_steps: 12", "max_steps: 100000000000000000000", "budget.max_steps must have at most 64 bits, got 1000"),
+        ("lightning.pytorch.loggers.TensorBoardLogger", "lightning.pytorch.loggers.WandbLogger", "wandb"),
+    ],
+)
+def test_what_was_a_traceback_or_accepted_is_refused(toy_recipe, capsys, old, new, message):
+    text = toy_recipe.read_text()
+    assert old in text
+    toy_recipe.write_bytes(text.replace(old, new).encode("latin-1"))
+    assert main(["fit", "--config", str(toy_recipe)]) == 2
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message.replace("{recipe}", str(toy_recipe)) in line
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize("value", ["null", "[]", "[1]", "5", "text", "1.5"])
+@pytest.mark.parametrize("key", ["trainer", "budget", "checkpoint"])
+def test_a_group_that_is_no_mapping_is_named(toy_recipe, capsys, key, value):
+    content = yaml.safe_load(toy_recipe.read_text()) | {key: yaml.safe_load(value)}
+    toy_recipe.write_text(yaml.safe_dump(content))
+    assert main(["fit", "--config", str(toy_recipe)]) == 2
+    assert f"error: {key} must be a mapping ({{key: value}}), got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model:", "modle:", "there is no key 'modle"),
+        ("log_every_n_steps: 1", "log_every_n_steps: -1", "trainer.log_every_n_steps must be at least 1, got -1"),
+    ],
+)
+def test_what_is_printed_is_checked_too(toy_recipe, capsys, old, new, message):
+    toy_recipe.write_text(toy_recipe.read_text().replace(old, new))
+    assert main(["fit", "--config", str(toy_recipe), "--print_config"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {message}")
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("key", ["model", "data"])
+def test_a_model_or_data_of_no_class_is_named(toy_recipe, capsys, key):
+    toy_recipe.write_text(yaml.safe_dump(yaml.safe_load(toy_recipe.read_text()) | {key: {}}))
+    assert main(["fit", "--config", str(toy_recipe)]) == 2
+    assert f"error: {key}.class_path must name a class of this project" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(toy_recipe, monkeypatch):
+    def bug(self):
+        return {}["of ours"]
+
+    monkeypatch.setattr("meap_lit.modules.optimizer.AdamW.__post_init__", bug)
+    monkeypatch.setitem(bug.__globals__, "__name__", "meap_lit.modules.optimizer")
+    with pytest.raises(ValueError, match="of ours") as error:
+        Built.run(["fit", "--config", str(toy_recipe)])
+    assert not isinstance(error.value, UserError)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_a_message_of_several_lines_is_printed_as_one(capsys, monkeypatch):
+    def fail(arguments):
+        raise UserError("data.datasets a\nb\x1b[31m does not exist; " + "x" * 5000 + "; name another")
+
+    monkeypatch.setattr("meap_lit.cli.read_command", fail)
+    assert main(["export"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: data.datasets a b\\x1b[31m does not exist; xxx")
+    assert line.endswith("xxx; name another\n")
+    assert len(line) < 1100
