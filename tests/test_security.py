@@ -189,6 +189,11 @@ def test_code_is_not_run_even_if_a_recipe_asks_for_it(runs, prepared, file, caps
     assert line == "error: weights_only false would run code from a checkpoint, which is never done; leave it out"
 
 
+def test_a_checkpoint_at_an_address_is_refused(runs, capsys):
+    words = ["fit", "--config", runs / "toy.yaml", "--ckpt_path", "s3://bucket/step=2.ckpt"]
+    assert "is an address, which cannot be verified; copy the checkpoint here first" in refuse(capsys, *words)
+
+
 @pytest.mark.parametrize("form", ["file", "shards"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_names_a_flipped_byte(runs, prepared, file, shards, capsys, name, form):
@@ -370,6 +375,17 @@ def test_a_remote_dataset_is_compared_with_its_hashes(prepared, store, tmp_path)
     file.write_text(file.read_text().replace("64000000", "64000001"))
     with pytest.raises(UserError, match=r"^s3://bucket/dataset/val/index.json is damaged: it has another SHA-256 than"):
         open_dataset("s3://bucket/dataset", "text", storage)
+
+
+def test_a_damaged_index_in_the_cache_is_written_again(prepared, store, tmp_path):  # noqa: F811
+    shutil.copytree(prepared.dataset, store.root / "bucket" / "dataset")
+    storage = store.storage(tmp_path)
+    expected = TokenBlocks("s3://bucket/dataset/train", 32, storage)[3]
+    (cached,) = tmp_path.glob("*/index.json")
+    good = cached.read_bytes()
+    cached.write_bytes(good.replace(b"no_header_tensor:20", b"no_header_tensor:15"))  # other tokens, without a word
+    assert torch.equal(TokenBlocks("s3://bucket/dataset/train", 32, storage)[3], expected)
+    assert cached.read_bytes() == good
 
 
 def test_a_split_is_one_of_the_known_folders(prepared, tmp_path):

@@ -79,7 +79,7 @@ class CachedChunks:
         self.folder = str(self.root / name)
         try:
             os.makedirs(self.folder, exist_ok=True)
-            _write_once(Path(self.folder, INDEX_FILE), index)
+            _write_unless_there(Path(self.folder, INDEX_FILE), index)
         except OSError as error:
             raise UserError(
                 f"cannot write the cache {self.root}: {error.strerror}; name another data.cache_dir"
@@ -241,9 +241,9 @@ def _files(root: Path) -> Iterator[tuple[int, int, Path]]:
             yield stat.st_mtime_ns, stat.st_size, path
 
 
-def _write_once(file: Path, content: bytes) -> None:
-    """Write `file` unless it stands there, in one step."""
-    if file.exists():
+def _write_unless_there(file: Path, content: bytes) -> None:
+    """Write `file` in one step, unless it holds this content already; LitData reads it from there."""
+    if file.exists() and file.read_bytes() == content:
         return
     aside = file.with_name(f"{file.name}.{os.getpid()}")
     aside.write_bytes(content)
