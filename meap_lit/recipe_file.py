@@ -172,9 +172,10 @@ def _check(text: str, path: Path) -> None:
                 continue
             num_values = 1
             if isinstance(event, yaml.AliasEvent):
-                if any(level.anchor == event.anchor for level in levels):
-                    raise UserError(f"{where}: *{event.anchor} is a part of itself")
-                num_values = sizes.get(event.anchor, 1)
+                anchor = str(event.anchor)
+                if any(level.anchor == anchor for level in levels):
+                    raise UserError(f"{where}: *{anchor} is a part of itself")
+                num_values = sizes.get(anchor, 1)
             elif isinstance(event, yaml.ScalarEvent):
                 _check_scalar(event, where)
         else:
