@@ -336,8 +336,8 @@ class DirectCheckpointIO(TorchCheckpointIO):
 class VerifyCheckpoint(L.Callback):
     """Compares a checkpoint with its checksums before anything is loaded from it; each file is hashed by one rank.
 
-    A checkpoint that was written without checksums passes. Whether the run can and need go on from it is found out here
-    too, before the model is built.
+    A checkpoint that was written without checksums passes. Then `Budget` is asked whether the run can go on from it,
+    before the model is built.
 
     Args:
         path: A .ckpt file or a folder of shards.
