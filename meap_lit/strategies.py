@@ -389,6 +389,11 @@ def _of_slurm() -> tuple[int, int]:
     """Tasks of each node, and nodes."""
     total, nodes = (int(os.environ.get(f"SLURM_{name}", "1")) for name in ("NTASKS", "NNODES"))
     local = os.environ.get("SLURM_NTASKS_PER_NODE")
+    if total > 1 and "SLURM_STEP_NUM_TASKS" not in os.environ:  # it would wait for the others for good
+        raise UserError(
+            f"this job has {total} tasks, and SLURM started this process alone; start all of them with srun: "
+            f"srun python -m meap_lit fit ..."
+        )
     if local is None and total > 1:
         raise UserError(
             f"SLURM started {total} tasks on {nodes} nodes without saying how many on each; give --ntasks-per-node"

@@ -47,6 +47,7 @@ SRUN = """\
 #!/usr/bin/env bash
 # Starts the tasks of a job as srun does, on one machine: what SLURM tells a task is in its environment.
 [ "$1" = --kill-on-bad-exit=1 ] && shift || exit 64
+export SLURM_STEP_NUM_TASKS=$SLURM_NTASKS
 for task in $(seq 0 $((SLURM_NTASKS - 1))); do
     export SLURM_PROCID=$task SLURM_NODEID=$((task / SLURM_NTASKS_PER_NODE))
     SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE)) "$@" &
@@ -136,6 +137,7 @@ def test_no_run_starts_from_what_lightning_saved_to_requeue_another(slurm_job, t
 
 TORCHRUN_OF_TWO_NODES = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 SLURM_OF_TWO_NODES = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "x"}
+SLURM_OF_TWO_NODES |= {"SLURM_STEP_NUM_TASKS": "8"}
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN_OF_TWO_NODES, SLURM_OF_TWO_NODES])
@@ -160,7 +162,12 @@ def test_devices_and_nodes_follow_the_launcher(monkeypatch, launcher, devices):
         (SLURM_OF_TWO_NODES, {"devices": 8}, "trainer.devices 8 contradicts SLURM, .* --ntasks-per-node 4; leave"),
         (SLURM_OF_TWO_NODES, {"num_nodes": 4}, "trainer.num_nodes 4 contradicts SLURM, .* with --nodes 2"),
         (SLURM_OF_TWO_NODES | {"SLURM_NTASKS": "7"}, {}, "SLURM started 7 tasks on 2 nodes, not --ntasks-per-node 4"),
-        ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "x"}, {}, "SLURM started 2 tasks .* give --ntasks-per-node"),
+        (
+            {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NAME": "x"},
+            {},
+            "SLURM started 2 tasks .* give --ntasks-per-node",
+        ),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "x"}, {}, "SLURM started this process alone; start all .* with srun"),
     ],
 )
 def test_contradictions_to_the_launcher(monkeypatch, launcher, options, message):

@@ -440,6 +440,21 @@ def test_deep_nesting_ends_in_one_line(source_folder, tmp_path, name):
         (HFFolder.open if name == "config.json" else lambda path: Tokenizer.load(str(path)))(folder)
 
 
+def test_a_flip_anywhere_in_a_tokenizer_ends_in_no_traceback(prepared, tmp_path):
+    folder = Path(shutil.copytree(prepared.tokenizer, tmp_path / "tokenizer"))
+    num_named = 0
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = (folder / name).read_bytes()
+        for damaged in flips(content, 150, seed=3):
+            (folder / name).write_bytes(damaged)
+            try:
+                ChatTemplate.load("alpaca", Tokenizer.load(str(folder))).encode_prompt([])
+            except UserError:
+                num_named += 1
+        (folder / name).write_bytes(content)
+    assert num_named > 150
+
+
 def nested(count):
     return "{% for x in range(99999) %}" * count + "x" + "{% endfor %}" * count
 

@@ -361,8 +361,8 @@ class DirectCheckpointIO(TorchCheckpointIO):
 class VerifyCheckpoint(L.Callback):
     """Compares a checkpoint with its checksums before anything is loaded from it; each file is hashed by one rank.
 
-    A checkpoint that was written without checksums passes with a note, unless it has code in it. Whether the run can
-    and must go on from it is checked here too, before the model is built.
+    A checkpoint that was written without checksums passes with a note, unless it has code in it. Then `Budget` is asked
+    whether the run can go on from it, before the model is built.
 
     Args:
         path: A .ckpt file or a folder of shards.

@@ -33,7 +33,7 @@ class RunSummary(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = time.monotonic()
-        self._first_step: int | None = None  # a run that had spent its budget makes no step
+        self._first_step: int | None = None  # a run that trainer.max_time ends at once makes no step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step = trainer.global_step

@@ -59,7 +59,7 @@ class Throughput(L.Callback):
             self._excluded += time.perf_counter() - self._pause
 
     def tokens_per_second(self, tokens_per_step: int) -> float | None:
-        """Mean rate of the run so far; None before the first step, as when a finished run is resumed."""
+        """Return the mean rate of the run so far; None before the first step."""
         return self._train_steps * tokens_per_step / self._train_seconds if self._train_steps else None
 
     def _start_window(self, trainer: L.Trainer) -> None:

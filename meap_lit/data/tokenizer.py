@@ -287,7 +287,11 @@ class Tokenizer:
 
     def copy_backend(self) -> tokenizers.Tokenizer:
         """A copy of the tokenizer that a caller may change; it finds special tokens in the text."""
-        return tokenizers.Tokenizer.from_str(self._backend.to_str())
+        try:
+            return tokenizers.Tokenizer.from_str(self._backend.to_str())
+        except Exception as error:  # the library raises nothing more special, and not all of it on the first reading
+            reason = " ".join(str(error).split())
+            raise UserError(f"tokenizer {self.path} is damaged: {reason}; copy or download it anew") from error
 
     def ids_without_token(self, num_rows: int) -> list[int]:
         """Ids below `num_rows` that stand for nothing: holes in the vocabulary, and padding above it."""

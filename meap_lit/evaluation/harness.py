@@ -108,7 +108,7 @@ class HarnessModel(TemplateLM):
     def tokenizer_name(self) -> str:
         """Name under which the harness caches requests: what decides the ids of a prompt."""
         template = self.model.chat_template(self._template).source
-        return f"{self.model.tokenizer.fingerprint[:16]}-{hashlib.sha256(template.encode()).hexdigest()[:16]}"
+        return f"{self.model.tokenizer.document_fingerprint[:16]}-{hashlib.sha256(template.encode()).hexdigest()[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Choose the template of `apply_chat_template` by name, True for the tokenizer's own, and return its source."""

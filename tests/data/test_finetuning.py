@@ -90,9 +90,7 @@ def test_epochs_are_a_budget(toy_sft_recipe, chat, capsys):
     assert len(trained) + len(left) == len(list(StreamingDataset(f"{chat}/train")))
     said = f"{len(rows) % 14} rows (conversations: {len(left)})"
     out = capsys.readouterr().out
-    assert (
-        f"budget.max_epochs 1: the last {said} do not fill an optimizer step of data.global_batch_size 14 rows" in out
-    )
+    assert f"budget.max_epochs 1 leaves out {said} at the end, less than an optimizer step of data.global_ba" in out
     assert re.search(rf"^left out of the last epoch +{re.escape(said)}$", out, re.MULTILINE)
 
 
