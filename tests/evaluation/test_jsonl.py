@@ -62,11 +62,7 @@ def test_a_wrong_field_is_named(row, read, message):
         ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: not a JSON object but list"),
         ("a.jsonl", b"\xff\n", r"a\.jsonl, line 1: not valid UTF-8"),
         ("a.jsonl", b"\n", r"a\.jsonl is empty"),
-        (
-            "a.jsonl.gz",
-            gzip.compress(LINES * 99, mtime=0)[:-20],
-            r"a\.jsonl\.gz, line \d+: damaged or cut compressed file",
-        ),
+        ("a.jsonl.gz", gzip.compress(LINES * 99, mtime=0)[:-20], r"a\.jsonl\.gz, line \d+: damaged or cut compressed file"),
         ("a.csv", b"a,b\n", r"a\.csv ends in none of \.json, \.jsonl, "),
     ],
 )
