@@ -4,6 +4,7 @@ Only the standard library is imported at the top, so that `--help` answers at on
 """
 
 import dataclasses
+import errno
 import importlib
 import logging
 import os
@@ -76,19 +77,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"error: no permission for {error.filename}: give this user access, or name another path", file=sys.stderr
         )
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         if not _stdout_is_closed():
             raise
         return 141  # who read the output, such as head, has enough: what a shell says of SIGPIPE
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # no path of ours is so long, or a link to itself
+            print(f"error: {shorten(str(error.filename))}: {error.strerror}; name another path", file=sys.stderr)
+            return 2
         if error.errno not in NO_SPACE:
             raise
         where = f" {error.filename}" if error.filename else ""
         print(f"error: cannot write{where}: {error.strerror}; free some space or name another folder", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     finally:
         _close_process_group()
     return 0

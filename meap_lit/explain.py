@@ -78,6 +78,8 @@ def _line(error: Exception, options: Iterable[str], groups: Mapping[str, type] |
         return "a value of the recipe is nested too deeply, or refers to itself"
     if hasattr(error, "full_key"):  # of OmegaConf
         return _explain_interpolation(error)
+    if str(error).startswith("dictionary changed size"):  # jsonargparse (4.53), of a recipe with several such keys
+        return "the recipe has keys that this command does not know; recipes of `fit` are not those of `evaluate`"
     first = _causes(error)[-1]
     if isinstance(first, ModuleNotFoundError):  # a logger's package
         return " ".join(str(first).split())
@@ -147,6 +149,8 @@ def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type
         core = f"class_path {match[1]}.{match[2]} does not exist{_hint(match[2], names)}"
     elif match := re.search(r"does not accept option '([^']+)'", core):
         core = f"there is no key '{match[1]}'{_key_hint(match[1], groups or {})}"
+    elif match := re.match(r"Exceeds the limit \((\d+) digits\)", core):
+        core = f"a number of more than {match[1]} digits"
     elif match := re.match(r"Key must be a string, got: (.*)\.", core):
         core = f"the key {match[1]} is not text"
     elif match := re.match(r"(?:unhashable type:|argument of type) '(\w+)'", core):
@@ -213,6 +217,8 @@ def _check_value(value: Any, kind: Any, where: str) -> None:
         raise UserError(f"{where} must be finite, got {value}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise UserError(f"{where} must have at most 64 bits, got {shorten(str(value))}")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where} holds a NUL character, got {shorten(value)}")
     if isinstance(value, list):
         for number, entry in enumerate(value):
             _check_value(entry, kind, f"{where}[{number}]")

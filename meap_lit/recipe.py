@@ -91,7 +91,9 @@ class RecipeCLI(LightningCLI):
                 datamodule_class=L.LightningDataModule,
             )
         except (MisconfigurationException, ValueError, RuntimeError) as error:
-            raise _as_user_error(error) from error
+            if (wrong := _as_user_error(error)) is error:
+                raise  # from what it was raised from
+            raise wrong from error
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = RecipeParser(dump_header=[], **kwargs)
@@ -295,11 +297,11 @@ def _make_log_folder(options: Namespace) -> None:
 def _check_pair(model: L.LightningModule, data: L.LightningDataModule | None) -> None:
     """Raise `UserError` if the model or the data is none of ours, or they do not fit, before any data is prepared."""
     if type(model) is L.LightningModule or not isinstance(data, StreamingData):
-        key, value, fitting = ("data", data, "meap_lit.data.pretraining.PretrainingData")
+        key, value, example = "data", data, "meap_lit.data.pretraining.PretrainingData"
         if type(model) is L.LightningModule:
-            key, value, fitting = ("model", model, "meap_lit.modules.MEAPPretraining")
+            key, value, example = "model", model, "meap_lit.modules.MEAPPretraining"  # type: ignore[assignment]
         given = "nothing" if value is None else type(value).__name__
-        raise UserError(f"{key}.class_path must name a class of this project, such as {fitting}, got {given}")
+        raise UserError(f"{key}.class_path must name a class of this project, such as {example}, got {given}")
     fitting = MODULES.get(getattr(data, "kind", ""))
     if fitting is not None and not isinstance(model, fitting) and isinstance(model, tuple(MODULES.values())):
         raise UserError(

@@ -1,6 +1,7 @@
 """Recipes as files: each may name another as its `base`."""
 
 import re
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,7 +147,8 @@ def _check(text: str, path: Path) -> None:
     """
     levels = [_Level(None, None)]
     sizes: dict[str, int] = {}  # values behind each anchor
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    events: Iterator[Any] = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    for event in events:
         where = f"recipe {path}, line {event.start_mark.line + 1}"
         above = levels[-1]
         if isinstance(event, yaml.CollectionEndEvent):
@@ -170,9 +172,10 @@ def _check(text: str, path: Path) -> None:
                 continue
             num_values = 1
             if isinstance(event, yaml.AliasEvent):
-                if any(level.anchor == event.anchor for level in levels):
-                    raise UserError(f"{where}: *{event.anchor} is a part of itself")
-                num_values = sizes.get(event.anchor, 1)
+                anchor = str(event.anchor)
+                if any(level.anchor == anchor for level in levels):
+                    raise UserError(f"{where}: *{anchor} is a part of itself")
+                num_values = sizes.get(anchor, 1)
             elif isinstance(event, yaml.ScalarEvent):
                 _check_scalar(event, where)
         else:

@@ -184,7 +184,7 @@ def _lines_of(file: IO[bytes], span: Span) -> Iterator[bytes]:
         yield line
 
 
-def _lines(file: IO[bytes]) -> Iterator[bytes]:
+def _lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
     """The lines of a file; a line that is too long without what comes after its first `MAX_LINE_BYTES` + 1 bytes."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         yield line

@@ -282,13 +282,16 @@ def find_input(
 def _expand(name: str, wanted: Sequence[str], formats: Mapping[str, Format]) -> tuple[list[Path], list[Path]]:
     """The files that an input names, and those in its folders that have other endings."""
     path = Path(name).expanduser()
+    if not name:
+        raise UserError("an input has no name; give files, folders or patterns with --input")
     if path.exists():
         named = [path]
     elif glob.has_magic(name):
         named = [Path(match) for match in glob.glob(str(path), recursive=True)]
     else:
         raise UserError(f"input {name} does not exist")
-    files, others = [], []
+    files: list[Path] = []
+    others: list[Path] = []
     for entry in named:
         if entry.is_dir():
             for file in _files_in(entry):

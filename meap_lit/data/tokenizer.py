@@ -478,6 +478,8 @@ class TrainTokenizer(Preparation):
                 f"vocab_size must be at least {len(alphabet) + len(special)} ({len(alphabet)} bytes and "
                 f"{len(special)} special tokens), got {self.vocab_size}"
             )
+        if self.max_megabytes is not None and not self.max_megabytes > 0:
+            raise UserError(f"max_megabytes must be above 0, got {self.max_megabytes:g}")
         reader = DocumentReader(find_files(self.input, self.suffixes), self.text_field, self.on_error)
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

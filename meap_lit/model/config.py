@@ -98,6 +98,8 @@ class DecoderConfig:
             value = getattr(self, name)  # the last two may be left open
             if value is not None and value < 1:
                 raise UserError(f"decoder.{name} must be at least 1, got {value}")
+        if self.num_layers > 10_000:  # the blocks are put together even by `plan`
+            raise UserError(f"decoder.num_layers must be at most 10000, got {self.num_layers}")
         for name in ("norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise UserError(f"decoder.{name} must be above 0, got {getattr(self, name):g}")

@@ -80,6 +80,7 @@ def test_flops_are_those_that_torch_counts(config: DecoderConfig) -> None:
     ("build", "message"),
     [
         (lambda: toy(num_layers=0), "decoder.num_layers must be at least 1, got 0"),
+        (lambda: toy(num_layers=10**9), "decoder.num_layers must be at most 10000, got 1000000000"),
         (lambda: toy(num_kv_heads=0), "decoder.num_kv_heads must be at least 1, got 0"),
         (lambda: toy(vocab_size=0), "decoder.vocab_size must be at least 1, got 0"),
         (lambda: toy(head_dim=0), "decoder.head_dim must be at least 1, got 0"),
