@@ -296,12 +296,13 @@ def _make_log_folder(options: Namespace) -> None:
 
 def _check_pair(model: L.LightningModule, data: L.LightningDataModule | None) -> None:
     """Raise `UserError` if the model or the data is none of ours, or they do not fit, before any data is prepared."""
-    if type(model) is L.LightningModule or not isinstance(data, StreamingData):
-        key, value, example = "data", data, "meap_lit.data.pretraining.PretrainingData"
-        if type(model) is L.LightningModule:
-            key, value, example = "model", model, "meap_lit.modules.MEAPPretraining"  # type: ignore[assignment]
-        given = "nothing" if value is None else type(value).__name__
-        raise UserError(f"{key}.class_path must name a class of this project, such as {example}, got {given}")
+    for key, value, fits, example in (
+        ("model", model, type(model) is not L.LightningModule, "meap_lit.modules.MEAPPretraining"),
+        ("data", data, isinstance(data, StreamingData), "meap_lit.data.pretraining.PretrainingData"),
+    ):
+        if not fits:
+            given = "nothing" if value is None else type(value).__name__
+            raise UserError(f"{key}.class_path must name a class of this project, such as {example}, got {given}")
     fitting = MODULES.get(getattr(data, "kind", ""))
     if fitting is not None and not isinstance(model, fitting) and isinstance(model, tuple(MODULES.values())):
         raise UserError(

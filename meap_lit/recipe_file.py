@@ -55,7 +55,7 @@ class KeepsSecrets:
         if is_for_reader:
             if not kwargs.get("skip_validation"):
                 self.validate(namespace)  # type: ignore[attr-defined]
-            # what is shown in place of a secret is no value yet
+            # a reference to the environment would not validate
             shown, kwargs["skip_validation"] = without_secrets(namespace), True
         before = _is_dumping.set(True)
         try:

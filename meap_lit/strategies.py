@@ -414,4 +414,4 @@ def _number_of_devices(devices: list[int] | str | int) -> int | None:
         return len([device for device in devices.split(",") if device.strip()])
     if str(devices) in ("auto", "-1"):
         return None
-    return int(devices) if str(devices).isdigit() else 0  # what is no number contradicts any
+    return int(devices) if str(devices).isdigit() else 0  # anything else contradicts every number

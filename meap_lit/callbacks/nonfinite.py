@@ -122,7 +122,7 @@ def _bad_validation(trainer: L.Trainer, name: str | None) -> str:
 
 
 def _advice(trainer: L.Trainer, last_step: float = math.inf) -> str:
-    """How to go on from the newest checkpoint, one of `last_step` at most."""
+    """Say how to go on from the newest checkpoint, one of `last_step` at most."""
     steps = getattr(trainer.checkpoint_callback, "best_k_models", {})  # by path; also of one that was to be saved
     good = [path for path, step in steps.items() if int(step) <= last_step and Path(path).exists()]
     last = max(good, key=lambda path: int(steps[path])) if good else trainer.ckpt_path
@@ -135,6 +135,6 @@ def _advice(trainer: L.Trainer, last_step: float = math.inf) -> str:
 
 
 def _not_finite(trainer: L.Trainer) -> str | None:
-    """Name of the first parameter that is not finite on this rank."""
+    """Return the name of the first parameter that is not finite on this rank, if any is."""
     named = trainer.lightning_module.named_parameters()
     return next((name for name, parameter in named if not is_finite([parameter])), None)

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+import torch
 
 from meap_lit.callbacks.checkpoint import Checkpoint
 from meap_lit.data.datamodule import STOP_SIGNALS
@@ -29,11 +30,12 @@ class StopOnSignal(L.Callback):
 
     def __init__(self) -> None:
         self._signal: int | None = None
-        self._is_leaving = False
+        self._leaving_for = 0
+        """The signal for which all ranks leave."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals, SIGTERM from Lightning, which would end a run between two micro-batches."""
-        self._signal, self._is_leaving = None, False
+        self._signal, self._leaving_for = None, 0
         if trainer.received_sigterm:  # while the run was set up: there is nothing to save
             raise SystemExit(128 + signal.SIGTERM)
         if threading.current_thread() is threading.main_thread():
@@ -63,9 +65,10 @@ class StopOnSignal(L.Callback):
             self._leave(trainer)
 
     def _ask(self, trainer: L.Trainer) -> None:
-        """Whether any rank was told to stop; if so, save."""
-        self._is_leaving = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
-        if self._is_leaving and isinstance(trainer.checkpoint_callback, Checkpoint):
+        """Ask all ranks whether one was told to stop; if so, save."""
+        told = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
+        self._leaving_for = int(trainer.strategy.reduce(told, reduce_op="max"))
+        if self._leaving_for and isinstance(trainer.checkpoint_callback, Checkpoint):
             trainer.checkpoint_callback.save(trainer)
 
     # the step is logged after its hooks: leave at the first hook that comes then
@@ -80,10 +83,10 @@ class StopOnSignal(L.Callback):
         self._leave(trainer)
 
     def _leave(self, trainer: L.Trainer) -> None:
-        if not self._is_leaving:
+        if not self._leaving_for:
             return
         log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
-        number = signal.Signals(self._signal or signal.SIGTERM)
+        number = signal.Signals(self._leaving_for)
         if trainer.is_global_zero:
             print(f"{number.name}: {_how_to_resume(trainer, log_dir)}", file=sys.stderr)
         trainer.strategy.barrier("StopOnSignal")

@@ -226,12 +226,12 @@ class StreamingData(L.LightningDataModule, ABC):
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """A short name of each dataset, for what is logged of it."""
+        """Return a short name of each dataset, by path, for what is logged of it."""
         return dict(zip(self.datasets, short_names(list(self.datasets)), strict=True))
 
     @cached_property
     def val_counts(self) -> dict[str, int]:
-        """Samples read at a validation of each dataset that has a validation split.
+        """Return how many samples a validation reads of each dataset that has a validation split, by path.
 
         Raises:
             UserError: If `val_samples` is less than one for each.
@@ -249,7 +249,7 @@ class StreamingData(L.LightningDataModule, ABC):
 
     @cached_property
     def val_shares(self) -> dict[str, float]:
-        """What share of the mixture's supervised tokens each dataset with a validation split gives, by name.
+        """Return the share of the mixture's supervised tokens that each dataset with a validation split gives, by name.
 
         The weights of the mixture are shares of samples; the loss is a mean over tokens, in training as here. So the
         validation loss is that of the mixture however many samples of each dataset were read.
@@ -260,11 +260,11 @@ class StreamingData(L.LightningDataModule, ABC):
 
     @abstractmethod
     def _num_val(self, path: str) -> int:
-        """Samples in the validation split of a dataset."""
+        """Return the number of samples in the validation split of a dataset."""
 
     @abstractmethod
     def _mean_val_labels(self, path: str, count: int) -> float:
-        """Supervised tokens in each of the first `count` samples of a dataset's validation split, on average."""
+        """Return the mean number of supervised tokens of the first `count` samples of a dataset's validation split."""
 
     @property
     def shard(self) -> Shard:
@@ -309,7 +309,7 @@ def share_out(number: int, weights: Sequence[float], available: Sequence[int]) -
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The last component of each path, or as many of them as tell all paths apart."""
+    """Return the last component of each path, or as many of them as tell all paths apart."""
     parts = [path.rstrip("/").split("/") for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(path[-length:]) for path in parts]

@@ -9,14 +9,15 @@ import lightning as L
 
 
 class SignalAt(L.Callback):
-    """Sends `number` to this process when the micro-batch `batch` begins."""
+    """Sends `number` to this process, or to that of one rank, when the micro-batch `batch` begins."""
 
-    def __init__(self, batch: int, number: int) -> None:
+    def __init__(self, batch: int, number: int, rank: int | None = None) -> None:
         self.batch = batch
         self.number = number
+        self.rank = rank
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == self.batch:
+        if batch_idx == self.batch and self.rank in (None, trainer.global_rank):
             os.kill(os.getpid(), self.number)
 
 

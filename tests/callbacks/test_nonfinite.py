@@ -92,7 +92,7 @@ def test_no_update_is_made_from_such_a_gradient_on_until_the_host_knows(toy_reci
         assert torch.equal(one, other)
 
 
-def test_a_gradient_that_is_not_finite_in_the_last_step_is_no_success(toy_recipe, tmp_path, capsys):
+def test_a_gradient_that_is_not_finite_in_the_last_step_fails_the_run(toy_recipe, tmp_path, capsys):
     assert main(["fit", "--config", str(toy_recipe), *overflow_at(12)]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: the gradients are not finite at optimizer step 12, though the loss is")
@@ -117,7 +117,7 @@ def test_all_ranks_stop_where_one_has_such_a_gradient(toy_recipe, tmp_path, over
     assert saved(tmp_path) == ["step=4.ckpt"]
 
 
-def test_a_learning_rate_that_ruins_the_weights_is_no_success(toy_recipe, tmp_path):
+def test_a_learning_rate_that_ruins_the_weights_fails_the_run(toy_recipe, tmp_path):
     """The checkpoint of the same step has finite weights, and yet is not what to go on from."""
     rate = ["--model.optimizer.lr", "1e10", "--model.optimizer.warmup_share", "0", "--checkpoint.every_n_steps", "1"]
     message = (

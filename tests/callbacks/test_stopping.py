@@ -116,3 +116,12 @@ def test_a_kill_after_a_checkpoint_loses_nothing_that_was_logged_before(toy_reci
     [folder] = (path.parent for path in tmp_path.rglob("step=5.ckpt"))
     rows = list(csv.DictReader((folder.parent / "metrics.csv").open()))
     assert {int(row["step"]) for row in rows if row["train/loss"]} == set(range(5))
+
+
+def test_all_ranks_leave_for_the_signal_of_one(toy_recipe, tmp_path):
+    """With the status of that signal: a job is requeued by it."""
+    words = ["fit", "--config", str(toy_recipe), "--config", "recipes/strategy/ddp.yaml", "--trainer.devices", "2"]
+    words += [*signal_at(5, signal.SIGUSR1), "--trainer.callbacks.rank", "1"]  # one micro-batch a step
+    assert fork(lambda: sys.exit(main(words)), num_ranks=2, timeout=150) == [128 + signal.SIGUSR1, 0]
+    checkpoints = (tmp_path / "runs" / "toy" / "version_0" / "checkpoints").glob("step=*.ckpt")
+    assert {path.name for path in checkpoints} == {"step=5.ckpt", "step=6.ckpt"}

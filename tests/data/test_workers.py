@@ -54,7 +54,7 @@ def test_a_killed_worker_is_named(toy_recipe, tmp_path):
 
 
 def test_workers_that_cannot_start(toy_recipe, monkeypatch, capsys):
-    """Their semaphores lie in /dev/shm; Lightning's teardown fails over the error, and hides it."""
+    """They keep semaphores in /dev/shm; Lightning's teardown fails over the error, and hides it."""
 
     def full(self):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -73,7 +73,7 @@ def test_the_loss_of_another_rank_is_one_line():
 
 
 def test_a_batch_of_a_worker_is_pinned_for_a_gpu():
-    """PyTorch's thread calls the method of a batch that is no tensor."""
+    """PyTorch's thread calls this method of a batch that is not a tensor."""
     batch = {"input_ids": torch.arange(6).view(2, 3), "num_labels": 5}
     with mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor + 1):
         pinned = pin_memory(_Arrays.of(batch))

@@ -17,6 +17,9 @@ def row(tmp_path):
     return list(read_rows(str(tmp_path / "data.jsonl")))[1]
 
 
+CUT = gzip.compress(LINES * 99, mtime=0)[:-20]
+
+
 @pytest.mark.parametrize(("name", "content"), [("a.jsonl", LINES), ("a.jsonl.gz", gzip.compress(LINES, mtime=0))])
 def test_lines_plain_or_compressed(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -62,7 +65,7 @@ def test_a_wrong_field_is_named(row, read, message):
         ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: not a JSON object but list"),
         ("a.jsonl", b"\xff\n", r"a\.jsonl, line 1: not valid UTF-8"),
         ("a.jsonl", b"\n", r"a\.jsonl is empty"),
-        ("a.jsonl.gz", gzip.compress(LINES * 99, mtime=0)[:-20], r"a\.jsonl\.gz, line \d+: damaged or cut compressed file"),
+        ("a.jsonl.gz", CUT, r"a\.jsonl\.gz, line \d+: damaged or cut compressed file"),
         ("a.csv", b"a,b\n", r"a\.csv ends in none of \.json, \.jsonl, "),
     ],
 )
