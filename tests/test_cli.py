@@ -125,7 +125,7 @@ def test_what_is_misspelt_in_a_recipe_is_named_with_what_was_meant(capsys, toy_r
         ("export --checkpoint x --output y --dtype fp16", "dtype must be float32, bfloat16 or float16, got fp16"),
         ("export --chekpoint x", "unrecognized arguments: --chekpoint x; did you mean '--checkpoint'?"),
         ("fit --config {} --budget.max_steps many", "budget.max_steps must be a whole number, got many"),
-        ("fit --config {} --model.protect [pad]", "model.protect must be bos or eos, got pad"),
+        ("fit --config {} --model.protect [pad]", "model.protect must be bos, eos or last, got pad"),
         ("fit --config {} --model.protect eos", "model.protect must be a list ([...]), got eos"),
         ("fit --config {} --model.mask 0.1", "model.mask must be a mapping ({{key: value}}) or a class_path, got 0.1"),
         ("fit --config {} --data.datasets '{{a: half}}'", "data.datasets must be a number, got half"),
@@ -258,6 +258,9 @@ def test_a_token_outside_the_vocabulary_is_named_even_by_a_worker_process(capsys
         path.write_bytes(content)
         del chunk["sha256"]  # as a dataset of another writer
     (damaged / "train" / "index.json").write_text(json.dumps(index))
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    del manifest["sha256"], manifest["splits"]["train"]["files"]
+    (damaged / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
     line = complain(
         capsys, "fit", "--config", toy_recipe, "--data.datasets", damaged, "--data.init_args.num_workers", 1,
         "--budget.max_steps", 300,

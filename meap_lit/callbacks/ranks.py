@@ -65,7 +65,7 @@ def _file_error(error: BaseException) -> OSError | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
-            return OSError(cause.errno, cause.strerror or str(cause))
+            return OSError(cause.errno, cause.strerror or str(cause), cause.filename)
         cause = cause.__cause__ or cause.__context__
     if "inline_container" in str(error):  # torch's ZIP writer
         return OSError(None, "the disk is full, or cannot be written to")
