@@ -245,10 +245,8 @@ def _tool_calls(where: str, value: Any) -> list[dict[str, Any]]:
         place = f"{where}[{number}]"
         call = _object(place, entry)
         function = _object(f"{place}.function", call.get("function", call))
-        if "arguments" in function:
-            # OpenAI's API has a string here; templates write the object, and a string would be quoted twice
-            arguments = _object(f"{place} arguments", _parsed(f"{place} arguments", function["arguments"]))
-            function = {**function, "arguments": arguments}
+        if "arguments" in function:  # kept as they are written: `ChatTemplate` gives a template what it takes
+            _object(f"{place} arguments", _parsed(f"{place} arguments", function["arguments"]))
         calls.append({**call, "function": function} if "function" in call else function)
     return calls
 

@@ -142,7 +142,7 @@ class ChatTemplate:
             UserError: If the template raises, does not write what the conversation holds, marks nothing that the
                 assistant says, does not render turn by turn or begins with an answer.
         """
-        chat = _HiddenChat(messages, tools, self._text_encoder.special_token)
+        chat = self._hidden(messages, tools)
         self._check_written(chat)
         if trained is None:
             trained = [message["role"] == "assistant" for message in messages]
@@ -177,10 +177,33 @@ class ChatTemplate:
         Raises:
             UserError: If the template raises, or does not write what the conversation holds.
         """
-        chat = _HiddenChat(messages, tools, self._text_encoder.special_token)
+        chat = self._hidden(messages, tools)
         self._check_written(chat)
         text, _ = self._render(chat, add_generation_prompt=True)
         return self._text_encoder.encode(text, chat.spellings).ids
+
+    def _hidden(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> "_HiddenChat":
+        if any(message.get("tool_calls") for message in messages) and not self._takes_json_text:
+            messages = [_with_parsed_arguments(message) for message in messages]
+        return _HiddenChat(messages, tools, self._text_encoder.special_token)
+
+    @cached_property
+    def _takes_json_text(self) -> bool:
+        """Whether the template writes the arguments of a call that are JSON in a string, as OpenAI has them, unchanged.
+
+        That of Qwen3 does. Others quote the string once more or refuse it, and need the object.
+        """
+        arguments = '{"a":  "b"}'  # with a space that no JSON writer makes
+        call = {"id": "000000000", "type": "function", "function": {"name": "c", "arguments": arguments}}
+        messages: list[Message] = [
+            {"role": "user", "content": "d"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        try:
+            text, _ = self._render(_HiddenChat(messages, None, self._text_encoder.special_token))
+        except UserError:
+            return False
+        return arguments in text
 
     def _check_written(self, chat: "_HiddenChat") -> None:
         """Make sure that the template writes the conversation's tools, their calls and results, and its reasoning.
@@ -489,6 +512,20 @@ def _with_reasoning(message: Message) -> Message:
     """Return the message with its reasoning under all names that templates read, as transformers does."""
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _with_parsed_arguments(message: Message) -> Message:
+    """Return the message with the arguments of its calls as objects, where they are JSON in a string."""
+
+    def parsed(function: dict[str, Any]) -> dict[str, Any]:
+        arguments = function.get("arguments")
+        return {**function, "arguments": json.loads(arguments)} if isinstance(arguments, str) else function
+
+    calls = [
+        {**call, "function": parsed(call["function"])} if "function" in call else parsed(call)
+        for call in message.get("tool_calls") or ()
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _with_mark(message: Message, mark: str) -> Message:

@@ -188,7 +188,7 @@ def test_tools_and_calls_of_openai():
     expected = Conversation(
         [
             user("q"),
-            {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "hm"},
+            {"role": "assistant", "tool_calls": [as_text], "reasoning_content": "hm"},
             {"role": "tool", "content": "rain", "tool_call_id": "c1", "name": "f"},
             assistant("a"),
         ],
@@ -237,7 +237,7 @@ def test_the_older_call_of_openai():
         {"role": "function", "name": "f", "content": "rain"},
         {"role": "assistant", "content": "a"},
     ]
-    called = [{"type": "function", "function": CALL["function"]}]
+    called = [{"type": "function", "function": call}]
     assert to_conversation({"messages": messages}).messages[1:3] == [
         {"role": "assistant", "tool_calls": called},
         {"role": "tool", "name": "f", "content": "rain"},

@@ -231,6 +231,48 @@ def test_like_transformers(ours, theirs, name, chat, tools):
         assert learnt(ours, one) == [text]
 
 
+def with_arguments_as_text(messages, text):
+    """Return the messages with every call's arguments as `text` makes a string of them."""
+    copy = json.loads(json.dumps(messages))
+    for message in copy:
+        for entry in message.get("tool_calls", []):
+            entry["function"]["arguments"] = text(entry["function"]["arguments"])
+    return copy
+
+
+def spaced(arguments):
+    return json.dumps(arguments, ensure_ascii=True, separators=(" ,  ", ":"))
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "llama3.1", "qwen3"])
+def test_arguments_as_json_text_are_quoted_once(ours, name):
+    template = ChatTemplate(name, TEMPLATES[name], ours)
+    record = {"messages": with_arguments_as_text(ASKED, spaced), "tools": TOOLS}
+    conversation = to_conversation(record)
+    assert template.encode(conversation.messages, TOOLS) == template.encode(ASKED, TOOLS)
+    assert template.encode_prompt(conversation.messages[:-1], TOOLS) == template.encode_prompt(ASKED[:-1], TOOLS)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "call.arguments if call.arguments is string else call.arguments | tojson",  # Qwen3
+        "call.arguments",  # a template that takes text only, such as DeepSeek's
+    ],
+)
+def test_arguments_as_json_text_stay_as_they_are(ours, theirs, written):
+    """A template that writes such text unchanged is given it, as transformers gives it."""
+    source = QWEN25.replace("call.arguments | tojson", written)
+    messages = with_arguments_as_text(ASKED, spaced)
+    template = ChatTemplate("qwen3", source, ours)
+    encoded = template.encode(to_conversation({"messages": messages}).messages, TOOLS)
+    options = {"chat_template": source, "tools": TOOLS, "return_dict": False}
+    assert encoded.input_ids == theirs.apply_chat_template(messages, **options)
+    assert '{"city":"Oslo" ,  "days":2}' in learnt(ours, encoded)[0]
+    prompt = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
+    assert template.encode_prompt(messages[:-1], TOOLS) == prompt
+
+
 def test_the_names_of_reasoning(ours, theirs):
     template = ChatTemplate("qwen3", QWEN3, ours)
     expected = template.encode(REASONED)
