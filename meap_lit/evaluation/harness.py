@@ -249,10 +249,9 @@ class HarnessModel(TemplateLM):
             sampling=sampling,
             batch_size=len(prompts),
         )
-        return [
-            _before(self.model.text_after(prompt, continuation), options["until"])
-            for prompt, continuation in zip(prompts, continuations, strict=True)
-        ]
+        # decoded alone, as the hf model does: the decoder of Llama 2 leaves out a space at the beginning
+        texts = [self.model.tokenizer.decode(ids, skip_special_tokens=True) for ids in continuations]
+        return [_before(text, options["until"]) for text in texts]
 
 
 def _device(name: str | None) -> torch.device | Literal["auto"]:

@@ -17,7 +17,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer as Backend
-from tokenizers import processors
+from tokenizers import decoders, processors
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation import harness
@@ -119,6 +119,8 @@ def folder(request, source_folder, tmp_path_factory) -> str:
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
         )
+        # and leaves out the space at the beginning of what it decodes
+        backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     backend.save(str(folder / "tokenizer.json"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": "<s>"}))
