@@ -197,7 +197,7 @@ class Tokenizer:
 
     @property
     def start_token_id(self) -> int:
-        """BOS, or EOS if no BOS is named: what a model reads where there is no text before the one that it predicts."""
+        """BOS, or EOS if no BOS is named: what a model reads where no text precedes the one that it predicts."""
         return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
