@@ -84,8 +84,9 @@ def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
 def new_mask_token(source: WeightSource, tokenizer: Tokenizer) -> int | None:
     """Return the id of the mask token if `source` has not been trained with it, so that its row starts anew.
 
-    A tokenizer without a mask token gets one in memory. A run of ours knows its mask token all the same, and an export
-    has it in its own tokenizer: their row is kept.
+    A tokenizer without a mask token gets one in memory. A run of ours that masked inputs knows its mask token all the
+    same, and its export has it in its own tokenizer: their row is kept. That of a plain run was never read, and the
+    export of one is without it.
 
     Args:
         source: Where a training starts from.
@@ -95,7 +96,8 @@ def new_mask_token(source: WeightSource, tokenizer: Tokenizer) -> int | None:
     if not tokenizer.mask_is_new:
         return None
     if isinstance(source, Checkpoint):
-        return None if source.mask_token_id == mask else mask
+        was_masked = source.rows_without_mask is None
+        return None if was_masked and source.mask_token_id == mask else mask
     folder = source.tokenizer_folder
     return None if folder is not None and id_of_token(folder, MASK_TOKEN) == mask else mask
 

@@ -136,9 +136,12 @@ def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type
     if match := re.match(r"Option '([^']+)' is not accepted", core):
         kind = _class(classes[-1]) if classes else None
         known = [option.removeprefix("--") for option in options] if kind is None else _parameters(kind)
-        decides = getattr(kind, "decided_by", {}).get(match[1])
+        decided_by = dict(getattr(kind, "decided_by", {}))
+        decides = decided_by.pop(match[1], None)
         owner = f"{classes[-1]} has no option" if classes else "there is no key"
-        hint = f"; leave it out: {decides} decides it" if decides else _hint(match[1], known)
+        # the config.yaml of an older run names them all, and one line should do
+        likewise = ", ".join(f"{name} ({other} decides it)" for name, other in decided_by.items())
+        hint = f"; leave it out: {decides} decides it; likewise {likewise}" if decides else _hint(match[1], known)
         core = f"{owner} '{match[1]}'{hint}"
     elif match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", core):
         group = _parameters(_class(classes[-1])).get(match[1]) if classes else None

@@ -26,7 +26,7 @@ from meap_lit.callbacks import (
     StopOnNonFiniteLoss,
     Throughput,
 )
-from meap_lit.callbacks.budget import check_trainer
+from meap_lit.callbacks.budget import TimeLimit, check_trainer
 from meap_lit.callbacks.checkpoint import VerifyCheckpoint
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.stopping import StopOnSignal
@@ -146,6 +146,8 @@ class RecipeCLI(LightningCLI):
         if given.ckpt_path is None:
             _refuse_requeued(Path(config["default_root_dir"]))
         try:
+            if config["max_time"] is not None:
+                callbacks.append(TimeLimit(config.pop("max_time")))
             trainer = super()._instantiate_trainer(config, callbacks)
         except UserError:
             raise

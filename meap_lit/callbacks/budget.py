@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Timer
 
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import UserError
@@ -43,6 +44,16 @@ def check_trainer(options: Mapping[str, Any]) -> None:
         value = options.get(name)
         if repr(value) not in map(repr, allowed):  # 1 batch is not 1.0 of them
             raise UserError(f"trainer.{name} {value} contradicts the budget, which decides it; state {instead} instead")
+
+
+class TimeLimit(Timer):
+    """Ends a process after `trainer.max_time`, a resumed one after as much again.
+
+    Lightning's own counts what earlier processes of the run took, so that a run which it ended could not be resumed.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
 
 class Budget(L.Callback):

@@ -285,3 +285,25 @@ def test_a_mask_row_that_nothing_has_trained_starts_as_the_mean(toy_recipe, with
     source = open_source(tmp_path / "exported")
     assert new_mask_token(source, Tokenizer.load(tokenizer)) == 100
     assert new_mask_token(open_source(tmp_path / "runs" / "toy"), Tokenizer.load(tokenizer)) is None
+    # nor has a plain run, whose row was never read
+    run(toy_recipe, *words, "2", "--data.tokenizer", tokenizer, "--model.mask.ratio", "0")
+    assert new_mask_token(open_source(tmp_path / "runs" / "toy"), Tokenizer.load(tokenizer)) == 100
+
+
+class Clock:
+    """A module `time` whose clock goes on by a second whenever it is read."""
+
+    def __init__(self):
+        self.seconds = 0
+
+    def monotonic(self):
+        self.seconds += 1
+        return self.seconds
+
+
+def test_a_resumed_run_has_the_whole_max_time_again(toy_recipe, monkeypatch):
+    """Lightning's own timer goes on with the time of the run before, and would end the second at once."""
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", Clock())
+    words = ["--trainer.max_time", "00:00:00:04", "--ckpt_path", "last"]
+    steps = [run(toy_recipe, *words).trainer.global_step for _ in range(2)]
+    assert 0 < steps[0] < steps[1] < 12
