@@ -146,7 +146,9 @@ def read_command(arguments: list[str]) -> Any:
         UserError: If there is no such command, or an option is wrong.
     """
     from meap_lit.explain import check_options, input_errors
+    from meap_lit.recipe_file import check_words
 
+    check_words(arguments)
     words = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
     if words not in COMMANDS:
         known = ", ".join((*RECIPE_COMMANDS, *COMMANDS))
@@ -214,6 +216,9 @@ def _run_trainer(arguments: list[str]) -> None:
         raise UserError(
             "the installed torchvision does not fit torch; nothing here uses it: pip uninstall torchvision"
         ) from error
+    from meap_lit.recipe_file import check_words
+
+    check_words(arguments)
     if arguments[0] == "plan":
         from meap_lit.plan import PlanCLI
 

@@ -1,9 +1,11 @@
 """Recipes as files: each may name another as its `base`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,7 @@ def _read(path: Path) -> dict[str, Any]:
     if isinstance(text, UserError):
         raise text
     try:
-        _check(text, path)
+        _check(text, f"recipe {path}")
         content = get_loader("yaml")(text)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
@@ -138,8 +140,27 @@ class _Level:
         self.expects_key = self.keys is not None
 
 
-def _check(text: str, path: Path) -> None:
-    """Refuse text that is a small file but a huge, deep or ambiguous value; nothing is built from it.
+def check_words(words: Sequence[str]) -> None:
+    """Refuse words of a command that are short but a huge value; without aliases a word is bounded by its length.
+
+    Raises:
+        UserError: Names the option.
+    """
+    for before, word in pairwise(("", *words)):
+        option, equals, value = word.partition("=")
+        name, text = (option, value) if option.startswith("--") and equals else (before, word)
+        if "&" in text and "*" in text:
+            with suppress(yaml.YAMLError):  # text that is not YAML is taken as it is
+                _check(text, name, is_recipe=False)
+
+
+def _check(text: str, name: str, is_recipe: bool = True) -> None:
+    """Refuse text that is short but a huge, deep or, in a recipe, ambiguous value; nothing is built from it.
+
+    Args:
+        text: YAML.
+        name: What it is, for the message.
+        is_recipe: Refuse a key that appears twice; a text such as a prompt may repeat what looks like one.
 
     Raises:
         UserError: Names the line.
@@ -149,7 +170,7 @@ def _check(text: str, path: Path) -> None:
     sizes: dict[str, int] = {}  # values behind each anchor
     events: Iterator[Any] = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     for event in events:
-        where = f"recipe {path}, line {event.start_mark.line + 1}"
+        where = f"{name}, line {event.start_mark.line + 1}"
         above = levels[-1]
         if isinstance(event, yaml.CollectionEndEvent):
             ended = levels.pop()
@@ -160,7 +181,7 @@ def _check(text: str, path: Path) -> None:
         elif isinstance(event, yaml.NodeEvent):
             if above.keys is not None:
                 if above.expects_key and isinstance(event, yaml.ScalarEvent):
-                    if event.value in above.keys:
+                    if is_recipe and event.value in above.keys:
                         raise UserError(f"{where}: the key {event.value!r} appears twice; keep one of the two")
                     above.keys.add(event.value)
                 above.expects_key = not above.expects_key

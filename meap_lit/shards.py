@@ -78,7 +78,11 @@ def read_index(folder: Path) -> Metadata:
         raise UserError(f"cannot read checkpoint file {file}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle may fail in any way
         raise UserError(f"checkpoint file {file} is damaged, or has code in it and so is not read ({error})") from error
-    if not isinstance(index, Metadata) or not _is_consistent(index):
+    try:
+        is_index = isinstance(index, Metadata) and _is_consistent(index)
+    except AttributeError:  # a part of it has fewer fields than its class
+        is_index = False
+    if not is_index:
         raise UserError(f"checkpoint file {file} is not an index of shards, or is damaged")
     outside = next(
         (place for place in index.storage_data.values() if not _SHARD_NAME.fullmatch(place.relative_path)), None
@@ -126,6 +130,7 @@ def _is_consistent(index: Metadata) -> bool:
                 isinstance(about, TensorStorageMetadata)
                 and isinstance(about.size, torch.Size)
                 and isinstance(about.properties.dtype, torch.dtype)
+                and isinstance(about.chunks, list)
             )
             for about in index.state_dict_metadata.values()
         )

@@ -11,6 +11,7 @@ import yaml
 from meap_lit.cli import main, read_command
 from meap_lit.errors import UserError
 from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe_file import check_words
 from tests.mutations import VALUES, any_place, merged, mutants
 from tests.test_recipe import EVALUATIONS, OVERLAYS, RUNNABLE
 
@@ -159,6 +160,30 @@ def test_what_was_a_traceback_or_accepted_is_refused(toy_recipe, capsys, old, ne
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert message.replace("{recipe}", str(toy_recipe)) in line
     assert len(line) < 400
+
+
+FLOW_BOMB = ", ".join(f"&a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fit", "--config", "recipes/quickstart.yaml", "--data.storage_options"),
+        ("plan", "--config", "recipes/quickstart.yaml", "--data.datasets"),
+        ("evaluate", "--config", "recipes/eval/needle.yaml", "--checkpoint", "x", "--task"),
+    ],
+)
+@pytest.mark.parametrize("between", [" ", "="])
+def test_a_word_that_is_a_huge_value_is_refused(capsys, words, between):
+    *others, option = words
+    bomb = f"[&a0 [1, 1], {FLOW_BOMB}]"
+    assert main([*others, *([option, bomb] if between == " " else [f"{option}={bomb}"])]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option}, line 1: more than 100,000 values, aliases")
+
+
+@pytest.mark.parametrize("text", ["a: 1 & b: 2 * c", "&x {a: 1, a: 2, b: *x1}", "{&*", "&a [1, 2] *a"])
+def test_a_text_that_looks_like_aliases_is_taken_as_it_is(text):
+    check_words(["generate", "--prompt", text, f"--stop={text}"])
 
 
 @pytest.mark.parametrize("value", ["null", "[]", "[1]", "5", "text", "1.5"])

@@ -263,6 +263,16 @@ def test_an_index_of_shards_stays_in_its_folder_and_within_what_there_is(shards)
         read_index(shards)
 
 
+@pytest.mark.parametrize("part", ["size", "properties", "chunks"])
+def test_an_index_of_shards_without_a_part_is_named(shards, part):
+    index = pickle.loads((shards / ".metadata").read_bytes())
+    (weight, *_) = (about for about in index.state_dict_metadata.values() if isinstance(about, TensorStorageMetadata))
+    delattr(weight, part)
+    (shards / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match=r"\.metadata is not an index of shards, or is damaged$"):
+        read_index(shards)
+
+
 # ------------------------------------------------------------------------------------------------- datasets
 
 
@@ -502,6 +512,7 @@ def test_an_exponential_macro_ends(prepared, monkeypatch):
 
 def test_answers_of_an_evaluation_are_json_and_damage_is_named(tmp_path):
     records = Records(tmp_path / "out", {"task": "x", "weights": "1 byte"})
+    records.begin("items")
     records.add([{"id": "1", "answer": "a"}, {"id": "2", "answer": "b"}])
     (answers,) = (tmp_path / "out").glob("*.jsonl*")
     answers.write_bytes(answers.read_bytes().replace(b'"id"', b'"ie"', 1))

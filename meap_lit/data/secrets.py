@@ -7,7 +7,7 @@ reads the file sees where the secret belongs, and a run that is resumed from it 
 import argparse
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,17 +15,34 @@ HIDDEN = "***"
 """Replaces a secret in a message or a command."""
 
 _ANYWHERE = {"secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd", "apikey", "bearer"}
-_ANYWHERE |= {"credential", "credentials"}
+_ANYWHERE |= {"credential", "credentials", "accesskey", "accesstoken", "accountkey", "authtoken", "secretkey"}
 _LAST = {"auth", "authorization", "cookie", "sas", "sig", "signature"}
-_KEYS = {"access", "account", "api", "auth", "client", "customer", "private", "shared", "signing", "storage"}
-_TOKENS_OF_TEXT = {"begin", "bos", "cls", "end", "eos", "first", "image", "last", "mask", "pad", "sep", "stop", "unk"}
+_KEYS = {"access", "account", "api", "auth", "client", "customer", "encryption", "private", "shared", "signing", "ssh"}
+_KEYS |= {"storage"}
+_TOKENS_OF_TEXT = {
+    "added",
+    "begin",
+    "bos",
+    "cls",
+    "end",
+    "eos",
+    "every",
+    "first",
+    "image",
+    "last",
+    "mask",
+    "new",
+    "next",
+}
+_TOKENS_OF_TEXT |= {"pad", "sep", "special", "start", "stop", "text", "unk"}
+_BEFORE_TOKEN = tuple(f"{word} " for word in _TOKENS_OF_TEXT)
 _PLACES = {"dir", "env", "file", "folder", "name", "path", "url", "var", "variable"}
 """A name that ends so says where a secret is kept."""
 
 _LOGIN = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]+(?=@)")
 _VALUE = re.compile(r"""([A-Za-z][\w.-]*)(["']?\s*[:=]\s*["']?)([^\s,;&"'}\]]+)""")
 _GOT = re.compile(r"""([A-Za-z][\w.-]*)(["']? must be .*, got )(.+)""")
-_QUERY = re.compile(r"([?&])([\w-]+)=([^&\s]+)")
+_QUERY = re.compile(r"""([?&])([\w-]+)=[^&\s"']+""")
 _BEARER = re.compile(r"(?<=\bBearer )\S+")
 
 
@@ -78,14 +95,7 @@ def without_secrets(content: Any, where: tuple[str, ...] = ()) -> Any:
     if isinstance(content, str):
         shown = _LOGIN.sub(lambda _: _reference((*where, "login")), content)
         shown = _BEARER.sub(lambda _: _reference((*where, "bearer")), shown)
-        if "://" in shown:
-            shown = _QUERY.sub(
-                lambda match: (
-                    f"{match[1]}{match[2]}={_reference((*where, match[2]))}" if is_secret(match[2]) else match[0]
-                ),
-                shown,
-            )
-        return shown
+        return _in_queries(shown, lambda name: _reference((*where, name))) if "://" in shown else shown
     return content
 
 
@@ -96,14 +106,24 @@ def _reference(where: Sequence[str]) -> str:
     return f"${{oc.env:{re.sub(r'[^A-Z0-9]', '_', name.upper())}}}"
 
 
+def _in_queries(text: str, replacement: Callable[[str], str]) -> str:
+    """Replace the secrets in the queries of addresses, as in `https://host/x?sig=123`, by what their names give."""
+    return _QUERY.sub(
+        lambda match: f"{match[1]}{match[2]}={replacement(match[2])}" if is_secret(match[2]) else match[0], text
+    )
+
+
 def hide_in_text(text: str) -> str:
     """Return `text` with `***` for what it says of secrets, as in `api_key: 123` or `https://me:password@host`."""
 
     def hide(match: re.Match) -> str:
         name, between, _ = match.groups()
+        if name == "token" and match.string[: match.start()].endswith(_BEFORE_TOKEN):
+            return match[0]  # prose, as in "has no mask token: ..."
         return f"{name}{between}{HIDDEN}" if any(map(is_secret, name.split("."))) else match[0]
 
-    return _GOT.sub(hide, _VALUE.sub(hide, _BEARER.sub(HIDDEN, _LOGIN.sub(HIDDEN, text))))
+    shown = _in_queries(_BEARER.sub(HIDDEN, _LOGIN.sub(HIDDEN, text)), lambda _: HIDDEN)
+    return _GOT.sub(hide, _VALUE.sub(hide, shown))
 
 
 def hide_in_words(words: Sequence[str]) -> list[str]:

@@ -33,6 +33,7 @@ class KeyedLogger(CSVLogger):
         *("aws_access_key_id", "aws_secret_access_key", "aws_session_token", "account_key", "api_key", "apiKey"),
         *("api_token", "Authorization", "client_secret", "clientSecret", "connection_string", "hf_token", "password"),
         *("sas_token", "token", "x-api-key", "private_key", "access_tokens", "credentials"),
+        *("secretkey", "accessToken", "ssh_key", "encryption_key"),
     ],
 )
 def test_names_of_secrets(name):
@@ -93,6 +94,8 @@ def test_a_secret_is_replaced_by_where_it_is_read_from():
         f"data.storage_options must be a mapping ({{key: value}}), got {{aws_secret_access_key: {SECRET}, b: 2}}",
         f"trainer.logger.api_key must be text, got ['{SECRET}', 1]",
         f"cannot reach https://me:{SECRET}@host/x",
+        f"cannot reach https://host/x?se=1&sig={SECRET}&st=2",
+        f'{{endpoint_url: "https://host/x?X-Amz-Signature={SECRET}"}}',
         f"got {{'api_key': '{SECRET}'}}",
     ],
 )
@@ -102,8 +105,15 @@ def test_messages(text):
     assert "***" in shown
 
 
-def test_a_message_without_secrets_stays_as_it_is():
-    text = "tokenizer: max_tokens must be at least 1, got 0; eos_token: </s>, see https://host:80/x"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tokenizer: max_tokens must be at least 1, got 0; eos_token: </s>, see https://host:80/x?page=1",
+        "checkpoint x has no vocabulary row for the mask token: its id is 5, the vocabulary has 4",
+        "its answers are none closed by a special token: a model cannot learn from them where to stop",
+    ],
+)
+def test_a_message_without_secrets_stays_as_it_is(text):
     assert hide_in_text(text) == text
 
 
