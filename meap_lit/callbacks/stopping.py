@@ -66,8 +66,10 @@ class StopOnSignal(L.Callback):
 
     def _ask(self, trainer: L.Trainer) -> None:
         """Ask all ranks whether one was told to stop; if so, save."""
-        told = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
-        self._leaving_for = int(trainer.strategy.reduce(told, reduce_op="max"))
+        self._leaving_for = self._signal or 0
+        if trainer.world_size > 1:
+            told = torch.tensor(self._leaving_for, device=trainer.strategy.root_device)
+            self._leaving_for = int(trainer.strategy.reduce(told, reduce_op="max"))
         if self._leaving_for and isinstance(trainer.checkpoint_callback, Checkpoint):
             trainer.checkpoint_callback.save(trainer)
 

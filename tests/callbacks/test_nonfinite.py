@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from meap_lit.cli import main
 from meap_lit.errors import UserError
+from meap_lit.modules import AdamW
 from meap_lit.recipe import RecipeCLI
 from tests.callbacks.toy import fork
 
@@ -117,9 +118,15 @@ def test_all_ranks_stop_where_one_has_such_a_gradient(toy_recipe, tmp_path, over
     assert saved(tmp_path) == ["step=4.ckpt"]
 
 
-def test_a_learning_rate_that_ruins_the_weights_fails_the_run(toy_recipe, tmp_path):
+def learn_at(monkeypatch, rate):
+    """Update at a rate that no recipe can ask for."""
+    monkeypatch.setattr(AdamW, "lr_factor", lambda optimizer, step, max_steps: rate / optimizer.lr)
+
+
+def test_an_update_that_ruins_the_weights_fails_the_run(toy_recipe, tmp_path, monkeypatch):
     """The checkpoint of the same step has finite weights, and yet is not what to go on from."""
-    rate = ["--model.optimizer.lr", "1e10", "--model.optimizer.warmup_share", "0", "--checkpoint.every_n_steps", "1"]
+    learn_at(monkeypatch, 1e10)
+    rate = ["--checkpoint.every_n_steps", "1"]
     message = (
         r"validation loss is not finite at optimizer step 1 \(val/loss nan\); no good checkpoint was saved yet; start"
     )
@@ -133,9 +140,9 @@ def test_a_learning_rate_that_ruins_the_weights_fails_the_run(toy_recipe, tmp_pa
         run(toy_recipe, *rate)
 
 
-def test_a_loss_too_large_for_a_perplexity_is_written_down(toy_recipe, capsys):
-    rate = ["--model.optimizer.lr", "1e3", "--model.optimizer.final_lr", "1e3", "--model.optimizer.warmup_share", "0"]
-    cli = run(toy_recipe, *rate, "--budget.max_steps", "1")
+def test_a_loss_too_large_for_a_perplexity_is_written_down(toy_recipe, capsys, monkeypatch):
+    learn_at(monkeypatch, 1e3)
+    cli = run(toy_recipe, "--budget.max_steps", "1")
     assert float(cli.trainer.callback_metrics["val/loss"]) > 709, "its exponential overflows"
     assert "(perplexity inf)" in capsys.readouterr().out
 

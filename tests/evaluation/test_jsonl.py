@@ -62,7 +62,7 @@ def test_a_wrong_field_is_named(row, read, message):
     ("name", "content", "message"),
     [
         ("a.jsonl", b"{}\n{'a': 1}\n", r"a\.jsonl, line 2: not valid JSON"),
-        ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: not a JSON object but list"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: begins a JSON array, but a \.jsonl file has an object on each line"),
         ("a.jsonl", b"\xff\n", r"a\.jsonl, line 1: not valid UTF-8"),
         ("a.jsonl", b"\n", r"a\.jsonl is empty"),
         ("a.jsonl.gz", CUT, r"a\.jsonl\.gz, line \d+: damaged or cut compressed file"),
