@@ -18,6 +18,9 @@ from meap_lit.data.chat import PrepareChat
 from meap_lit.data.text import PrepareText
 from meap_lit.data.tokenizer import TrainTokenizer
 
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+"""As the session began."""
+
 WORDS = ("the", "a", "old", "new", "river", "market", "lantern", "garden", "keeps", "finds")
 WORDS += ("near", "under", "every", "quiet", "bright", "stone")
 
@@ -33,12 +36,11 @@ class Prepared:
 
 @pytest.fixture(autouse=True)
 def _same_environment() -> Iterator[None]:
-    """Undo what a test sets, as Lightning does: processes that a later test starts would share a port with others."""
-    before = dict(os.environ)
+    """Undo what a test or a fixture sets, as Lightning sets MASTER_PORT: later tests start processes of their own."""
     yield
-    for name in os.environ.keys() - before.keys():
+    for name in os.environ.keys() - _ENVIRONMENT.keys() - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
-    os.environ.update(before)
+    os.environ.update(_ENVIRONMENT)
 
 
 @pytest.fixture(scope="session")
