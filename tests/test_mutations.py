@@ -76,9 +76,11 @@ class _Run:
 
 def test_a_mutated_recipe_is_accepted_or_refused_in_a_line(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
+    seeds = training_seeds(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)  # some mutants name a folder of logs, which is made
 
     def cases():
-        for mutant in mutants(training_seeds(tmp_path / "runs"), 204, seed=1):
+        for mutant in mutants(seeds, 204, seed=1):
             recipe.write_bytes(mutant.text)
             yield mutant.name, ["fit", "--config", str(recipe)]
 
@@ -89,9 +91,11 @@ def test_a_mutated_recipe_is_accepted_or_refused_in_a_line(tmp_path, monkeypatch
 
 def test_a_mutated_evaluation_is_accepted_or_refused_in_a_line(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
+    seeds = {str(path): merged(path) for path in EVALUATIONS}
+    monkeypatch.chdir(tmp_path)
 
     def cases():
-        for mutant in mutants({str(path): merged(path) for path in EVALUATIONS}, 136, seed=2):
+        for mutant in mutants(seeds, 136, seed=2):
             recipe.write_bytes(mutant.text)
             command = ["judge", "--predictions", "x"] if "judge" in mutant.name else ["evaluate", "--checkpoint", "x"]
             yield mutant.name, [*command, "--config", str(recipe)]
@@ -103,7 +107,9 @@ def test_a_mutated_evaluation_is_accepted_or_refused_in_a_line(tmp_path, monkeyp
 
 def test_a_random_option_is_accepted_or_refused_in_a_line(tmp_path, monkeypatch, capsys):
     generator = random.Random(3)
-    tree = merged(Path("recipes/quickstart.yaml"))
+    recipe = Path("recipes/quickstart.yaml").resolve()
+    tree = merged(recipe)
+    monkeypatch.chdir(tmp_path)
     logs = ["--trainer.logger.init_args.save_dir", str(tmp_path)]
 
     def cases():
@@ -112,7 +118,7 @@ def test_a_random_option_is_accepted_or_refused_in_a_line(tmp_path, monkeypatch,
             value = generator.choice(VALUES)
             text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n...")[0]
             option = "--" + ".".join(str(key) for key in place if key != "init_args")
-            words = ["fit", "--config", "recipes/quickstart.yaml", *logs, f"{option}={text.strip()}"]
+            words = ["fit", "--config", str(recipe), *logs, f"{option}={text.strip()}"]
             yield shlex.join(words)[:200], words
 
     accepted, refused = outcomes(cases(), Built.run, monkeypatch, capsys)
