@@ -142,7 +142,7 @@ _Weights = dict[str, tuple[int, torch.dtype]]
 def _read_file(path: Path) -> tuple[dict[str, Any], _Weights, str]:
     content = read_file(path)
     if "global_step" not in content:
-        raise UserError(f"{path} is no checkpoint of a run: it has no global_step in it")
+        raise UserError(f"{path} is not a checkpoint of a run: it has no global_step in it")
     return content, {name: (tensor.numel(), tensor.dtype) for name, tensor in content["state_dict"].items()}, "one file"
 
 

@@ -315,7 +315,7 @@ def _files_in(folder: Path) -> list[Path]:
 
     files: list[Path] = []
     roots, seen = deque([str(folder)]), set[str]()
-    while roots:  # the folder itself first: what lies in it is named without links
+    while roots:  # the folder itself first, so that its files are named without links
         links = []
         for parent, folders, names in os.walk(roots.popleft(), onerror=refuse):
             real = os.path.realpath(parent)
@@ -325,7 +325,7 @@ def _files_in(folder: Path) -> list[Path]:
             seen.add(real)
             folders[:] = [name for name in folders if not name.startswith(".")]
             links += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
-            # what a preparation step says of a folder is no input
+            # the record that a preparation step leaves in a folder is not input
             named = [name for name in names if not name.startswith(".") and name != RECORD_FILE]
             files += [Path(parent, name) for name in named]
         roots += sorted(links)
