@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from meap_lit.callbacks.throughput import peak_flops
 from meap_lit.errors import UserError
-from meap_lit.host import processor
 from meap_lit.masking import mask_inputs
 from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
 from meap_lit.model.config import pad_vocab_size
 from meap_lit.model.parallelize import checkpoint_and_compile
 from meap_lit.modules import AdamW
+from meap_lit.provenance import processor
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Model = Literal["small", "quickstart", "10m", "0.1b", "0.3b", "0.5b", "1.1b"]

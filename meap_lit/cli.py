@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from meap_lit.data.secrets import hide_in_text
 from meap_lit.errors import NO_SPACE, UserError, shorten
+from meap_lit.secrets import hide_in_text
 
 USAGE = """\
 usage: python -m meap_lit COMMAND [options]

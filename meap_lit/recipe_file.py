@@ -14,8 +14,8 @@ from jsonargparse import ActionConfigFile, Namespace, get_loader
 from omegaconf.errors import InterpolationResolutionError
 
 from meap_lit.data.formats import decode
-from meap_lit.data.secrets import without_secrets
 from meap_lit.errors import UserError
+from meap_lit.secrets import without_secrets
 
 MAX_BYTES = 10_000_000
 MAX_LEVELS = 50

@@ -32,13 +32,13 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 from meap_lit.cli import main
 from meap_lit.data.manifest import Manifest, load_samples
 from meap_lit.data.packed import ChatSamples
-from meap_lit.data.preparation import new_folder
 from meap_lit.data.streaming import TokenBlocks
 from meap_lit.data.templates import ChatTemplate
 from meap_lit.data.text import PrepareText
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.runner import Records
+from meap_lit.files import new_folder
 from meap_lit.integrity import CHECKSUMS_FILE, check, checksums, seal
 from meap_lit.model.hf_folder import HFFolder
 from meap_lit.shards import read_index

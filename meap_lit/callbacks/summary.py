@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -20,8 +19,8 @@ from meap_lit.callbacks.budget import Budget
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.callbacks.throughput import Throughput
-from meap_lit.data.secrets import hide_in_words
-from meap_lit.host import processor
+from meap_lit.provenance import _git_commit, processor
+from meap_lit.secrets import hide_in_words
 
 C = TypeVar("C", bound=L.Callback)
 
@@ -83,19 +82,6 @@ def measure(trainer: L.Trainer, seconds: float, first_step: int) -> dict[str, An
         "decoder": dataclasses.asdict(trainer.lightning_module.decoder.config),
         "datasets": data.state_dict()["datasets"],
     }
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout that this package lies in, with `-dirty` if files differ from it; None outside of one."""
-    folder = Path(meap_lit.__file__).parent.parent
-    if not (folder / ".git").exists():
-        return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):  # no git here, or a slow disk: nothing that should end a run
-        return None
-    return found.stdout.strip() or None
 
 
 def summarise(trainer: L.Trainer, log_dir: str | None) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from meap_lit.data.chunks import ChatWriter, Split, parse_bytes
+from meap_lit.data.chunks import ChatWriter, Split
 from meap_lit.data.conversations import Conversation, to_conversation
 from meap_lit.data.formats import RECORD_FORMATS
 from meap_lit.data.manifest import ChatDetails, Manifest, ShardDetails, Source
@@ -25,6 +25,7 @@ from meap_lit.data.splits import ShardWriter, SplitWriter, draw
 from meap_lit.data.templates import ChatTemplate, EncodedChat
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from meap_lit.files import parse_bytes
 
 _BATCH_RECORDS = 256  # what a worker encodes at once: a tenth of a second for answers of a few sentences
 

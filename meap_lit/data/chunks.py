@@ -29,28 +29,6 @@ SAMPLES_FILE = "samples.npz"
 SHA256 = "sha256"
 """Key of the hash of a chunk's file in the index; LitData reads past it. Older datasets lack it."""
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def parse_bytes(value: str, name: str) -> int:
-    """Number of bytes in "64MB" (decimal units).
-
-    Args:
-        value: Number and unit.
-        name: Name of the option, for the message.
-
-    Raises:
-        UserError: If it is not a number with a unit, or not above 0.
-    """
-    number, unit = value[:-2].strip(), value[-2:].upper()
-    try:
-        num_bytes = int(float(number) * _UNITS[unit])
-    except (KeyError, OverflowError, ValueError):  # "infMB" overflows
-        num_bytes = 0
-    if num_bytes < 1:
-        raise UserError(f"{name} must be a size in {', '.join(_UNITS)} such as 64MB, got {value!r}")
-    return num_bytes
-
 
 @dataclass(frozen=True)
 class Split:

@@ -16,13 +16,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from meap_lit.data.chunks import parse_bytes
 from meap_lit.data.manifest import Manifest
 from meap_lit.data.preparation import Preparation
 from meap_lit.data.storage import Storage
 from meap_lit.data.streaming import Shard
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from meap_lit.files import parse_bytes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Those that tell a run to save and leave."""

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from meap_lit.data.chunks import INDEX_FILE, SAMPLES_FILE, ChatSplit, Split, check_chunk, check_index, hash_files
 from meap_lit.data.manifest import VERSION, Kind, Manifest, ShardDetails, Source, load_samples
-from meap_lit.data.preparation import RECORD_FILE, Preparation, is_unfinished, progress_bar
+from meap_lit.data.preparation import RECORD_FILE, Preparation, progress_bar
 from meap_lit.data.splits import RESERVE
 from meap_lit.errors import UserError
+from meap_lit.files import is_unfinished
 
 _KINDS: dict[str, Kind] = {"PrepareText": "text", "PrepareChat": "chat"}
 

@@ -6,18 +6,9 @@ the run. A folder is built aside and renamed when it is whole, so a folder that 
 """
 
 import dataclasses
-import errno
-import glob
 import json
-import os
-import re
-import shutil
-import socket
 import sys
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from meap_lit.errors import UserError
+from meap_lit.files import new_folder
 
 RECORD_FILE = "preparation.json"
 """Written into every folder that a step makes: the step's class and arguments."""
@@ -99,64 +91,6 @@ def _read_record(file: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f"{file} is damaged; remove the folder or name another output")
-
-
-_OWNER_FILE = ".owner.json"
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` that takes its name when the block ends well, and vanishes when it fails.
-
-    What a killed run left behind is removed, recognised by its name and by the record of its process; a folder
-    whose process still lives is left alone.
-    """
-    for old in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
-        if _is_abandoned(old):
-            shutil.rmtree(old)
-    folder = output.parent / f"{output.name}.partial-{uuid.uuid4().hex[:8]}"
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {output}: {error.strerror}") from error
-    owner = folder / _OWNER_FILE
-    try:
-        owner.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        yield folder
-        owner.unlink()
-        try:
-            os.rename(folder, output)
-        except OSError as error:
-            raise UserError(f"output folder {output} appeared while it was being made; nothing was replaced") from error
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left to make {output}; nothing was kept") from error
-        raise
-
-
-def is_unfinished(folder: Path) -> bool:
-    """Whether a folder is one that `new_folder` has not renamed: it is being made, or a killed run left it behind."""
-    return re.search(r"\.partial-[0-9a-f]{8}$", folder.name) is not None
-
-
-def _is_abandoned(folder: Path) -> bool:
-    if folder.is_symlink():  # somebody else's: what a run makes is a folder
-        return False
-    try:
-        owner = json.loads((folder / _OWNER_FILE).read_text())
-        host, pid = owner["host"], int(owner["pid"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    if host != socket.gethostname() or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        pass
-    return False
 
 
 def progress_bar(description: str, num_bytes: int) -> tqdm:

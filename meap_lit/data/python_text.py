@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meap_lit.data.chunks import parse_bytes
 from meap_lit.data.preparation import Preparation
 from meap_lit.data.readers import DocumentReader, find_files
 from meap_lit.data.splits import draw
 from meap_lit.errors import UserError
+from meap_lit.files import parse_bytes
 
 FILES_FILE = "files.json"
 """In the folder that is made: each file that was read, with its size, SHA-256 and side."""

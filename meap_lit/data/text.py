@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from meap_lit.data.chunks import Split, TokenWriter, parse_bytes
+from meap_lit.data.chunks import Split, TokenWriter
 from meap_lit.data.manifest import Manifest, ShardDetails, Source
 from meap_lit.data.parallel import default_num_workers, map_in_order
 from meap_lit.data.preparation import Preparation, progress_bar
@@ -23,6 +23,7 @@ from meap_lit.data.readers import DocumentReader, InputShard, find_input
 from meap_lit.data.splits import ShardWriter, SplitWriter, draw
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from meap_lit.files import parse_bytes
 
 _BATCH_CHARACTERS = 1 << 19  # what a worker tokenises at once: a tenth of a second
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from meap_lit import __version__
-from meap_lit.data.secrets import without_secrets
 from meap_lit.errors import UserError
 from meap_lit.evaluation.language_model import Device, Dtype, LanguageModel, choose_device
 from meap_lit.evaluation.result import Difference, Mean, Result, difference
@@ -32,7 +31,8 @@ from meap_lit.evaluation.runner import (
     start_ranks,
 )
 from meap_lit.evaluation.task import Item, Task
-from meap_lit.host import processor
+from meap_lit.provenance import processor
+from meap_lit.secrets import without_secrets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

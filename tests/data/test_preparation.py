@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from meap_lit.data.preparation import Preparation, is_unfinished, new_folder
+from meap_lit.data.preparation import Preparation
 from meap_lit.errors import UserError
+from meap_lit.files import is_unfinished, new_folder
 
 
 @dataclass(kw_only=True)

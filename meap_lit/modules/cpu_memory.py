@@ -1,20 +1,10 @@
-"""The machine that a process runs on: its processor's name, and how it hands out memory."""
+"""How a process that trains on its CPU keeps freed memory."""
 
 import ctypes
 import os
-import platform
 import sys
-from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-
-def processor() -> str:
-    """Name of this machine's processor."""
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux, where `platform.processor` is empty
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def keep_freed_memory() -> None:

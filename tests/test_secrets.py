@@ -11,10 +11,10 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from meap_lit.cli import main
-from meap_lit.data.secrets import hide_in_text, hide_in_words, is_secret, without_secrets
 from meap_lit.evaluation.evaluate import describe
 from meap_lit.evaluation.task import Task
 from meap_lit.recipe import RecipeCLI
+from meap_lit.secrets import hide_in_text, hide_in_words, is_secret, without_secrets
 
 SECRET = "hunter2-do-not-write"
 
@@ -130,7 +130,7 @@ def secret_words(folder):
     return [
         "--data.storage_options",
         f"{{aws_secret_access_key: {SECRET}, region_name: eu}}",
-        *("--trainer.logger+", "tests.data.test_secrets.KeyedLogger"),
+        *("--trainer.logger+", "tests.test_secrets.KeyedLogger"),
         *("--trainer.logger.save_dir", str(folder)),
         *("--trainer.logger.api_key", SECRET),
         *("--trainer.logger.url", f"https://me:{SECRET}@host"),
