@@ -31,8 +31,8 @@ from meap_lit.data.chunks import ChatIndex
 from meap_lit.data.order import Visit
 from meap_lit.data.packed import RowReader
 from meap_lit.data.packing import Row, Sizes, pack_rows
-from meap_lit.duplication import Answer, Document, Duplication
 from meap_lit.errors import UserError
+from meap_lit.masking.duplication import Answer, Document, Duplication
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig, Documents, linear_cross_entropy
 from meap_lit.modules import AdamW
 

@@ -15,7 +15,7 @@ def processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the checkout that this package lies in, with `-dirty` if files differ from it; None outside of one."""
     folder = Path(meap_lit.__file__).parent.parent
     if not (folder / ".git").exists():

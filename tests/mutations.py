@@ -26,7 +26,7 @@ VALUES: tuple[Any, ...] = (
 CLASSES = (
     *("builtins.object", "builtins.int", "torch.nn.Linear", "lightning.Trainer", "collections.Counter"),
     *("meap_lit.masking.Constant", "meap_lit.modules.MEAPFineTuning", "meap_lit.data.pretraining.PretrainingData"),
-    *("meap_lit.masking", "meap_lit.nowhere.Nothing", "os.path.join", "Constant"),
+    *("meap_lit.masking.positions", "meap_lit.nowhere.Nothing", "os.path.join", "Constant"),
     *("lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.WandbLogger"),
 )
 

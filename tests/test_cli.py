@@ -102,7 +102,11 @@ def test_an_unknown_command_is_named(capsys):
         ("num_layers:", "n_layers:", "DecoderConfig has no option 'n_layers'; did you mean 'num_layers'?"),
         ("{ratio: 0.15}", "{raito: 0.15}", "masking.Constant has no option 'raito'; did you mean 'ratio'?"),
         ("budget:", "buget:", "there is no key 'buget.max_steps'; did you mean 'budget'?"),
-        ("masking.Constant", "masking.Constnat", "meap_lit.masking.Constnat does not exist; did you mean 'Constant'?"),
+        (
+            "masking.Constant",
+            "masking.Constnat",
+            "meap_lit.masking.positions.Constnat does not exist; did you mean 'Constant'?",
+        ),
         ("optimizer:", "optimiser:", "MEAPPretraining has no option 'optimiser.lr'; did you mean 'optimizer'?"),
         ("num_layers: 2", "num_layers: two", "model.decoder.num_layers must be a whole number, got two"),
     ],

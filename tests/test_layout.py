@@ -9,7 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meap_lit.errors import UserError
 from meap_lit.layout import Layout, layout_of, precision
-from meap_lit.masking import Constant
+from meap_lit.masking.schedules import Constant
 from meap_lit.memory import Step, parameter_bytes, weights_of
 from meap_lit.model import DecoderConfig
 from meap_lit.model.weights import meta_decoder

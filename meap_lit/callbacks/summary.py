@@ -19,7 +19,7 @@ from meap_lit.callbacks.budget import Budget
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.callbacks.throughput import Throughput
-from meap_lit.provenance import _git_commit, processor
+from meap_lit.provenance import git_commit, processor
 from meap_lit.secrets import hide_in_words
 
 C = TypeVar("C", bound=L.Callback)
@@ -77,7 +77,7 @@ def measure(trainer: L.Trainer, seconds: float, first_step: int) -> dict[str, An
             "cuda": torch.version.cuda,
         },
         "command": shlex.join(["python", "-m", "meap_lit", *hide_in_words(sys.argv[1:])]),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         # what checkpoints say too: a run can be reported where they are not, since they are large
         "decoder": dataclasses.asdict(trainer.lightning_module.decoder.config),
         "datasets": data.state_dict()["datasets"],

@@ -16,7 +16,7 @@ from meap_lit.data.cache import open_chunks
 from meap_lit.data.packing import DocumentKey, PackedOrder, Row
 from meap_lit.data.storage import Storage
 from meap_lit.data.streaming import Shard, check_vocabulary, validation_batches, worker_number
-from meap_lit.duplication import Answer, Document, Duplication, concatenate, masked_copy, original
+from meap_lit.masking.duplication import Answer, Document, Duplication, concatenate, masked_copy, original
 from meap_lit.model.attention import Documents
 from meap_lit.model.loss import IGNORE_INDEX
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from meap_lit.data.chunks import ChatIndex
 from meap_lit.data.order import MixedOrder, Visit, Visits, rng
-from meap_lit.duplication import Duplication
+from meap_lit.masking.duplication import Duplication
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:

@@ -20,8 +20,8 @@ from meap_lit.data.manifest import Manifest, load_samples
 from meap_lit.data.named_templates import NAMED
 from meap_lit.data.templates import ChatTemplate
 from meap_lit.data.tokenizer import Tokenizer
-from meap_lit.duplication import Answer, Duplication, masked_copy, original
 from meap_lit.errors import UserError
+from meap_lit.masking.duplication import Answer, Duplication, masked_copy, original
 from meap_lit.model.loss import IGNORE_INDEX
 
 

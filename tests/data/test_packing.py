@@ -6,7 +6,7 @@ import pytest
 from meap_lit.data.chunks import ChatIndex
 from meap_lit.data.order import MixedOrder, ShuffledOrder, Visit
 from meap_lit.data.packing import PackedOrder, Sizes, pack, pack_rows
-from meap_lit.duplication import Duplication
+from meap_lit.masking.duplication import Duplication
 
 
 def alpaca_like(count, seed=0):

@@ -16,7 +16,7 @@ from torchao.float8.float8_training_tensor import Float8TrainingTensor
 from meap_lit.checkpoints import open_source
 from meap_lit.cli import main
 from meap_lit.errors import UserError
-from meap_lit.masking import Constant
+from meap_lit.masking.schedules import Constant
 from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.model.float8 import use_float8
 from meap_lit.model.lora import PROJECTIONS

@@ -13,7 +13,8 @@ from meap_lit.data.streaming import TokenBlocks
 from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.export import Export
-from meap_lit.masking import Constant, WarmupHold, num_masked
+from meap_lit.masking import num_masked
+from meap_lit.masking.schedules import Constant, WarmupHold
 from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.modules import AdamW, MEAPPretraining
 from meap_lit.recipe import RecipeCLI

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from meap_lit.duplication import Answer, Duplication, concatenate, masked_copy, original
 from meap_lit.errors import UserError
 from meap_lit.masking import num_masked
+from meap_lit.masking.duplication import Answer, Duplication, concatenate, masked_copy, original
 from meap_lit.model.loss import IGNORE_INDEX
 
 MASK = 99

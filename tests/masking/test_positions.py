@@ -9,18 +9,8 @@ import torch
 from torch import Tensor
 
 from meap_lit.errors import UserError
-from meap_lit.masking import (
-    Constant,
-    Cosine,
-    Linear,
-    MaskSchedule,
-    Piecewise,
-    WarmupHold,
-    mask_inputs,
-    num_masked,
-    rare_ids,
-    sample_positions,
-)
+from meap_lit.masking import mask_inputs, num_masked, rare_ids, sample_positions
+from meap_lit.masking.schedules import Constant, Cosine, Linear, MaskSchedule, Piecewise, WarmupHold
 
 MASK = 999
 

@@ -1,0 +1,18 @@
+"""The method: which input tokens are masked, how many at each step, and the masked copy of fine-tuning."""
+
+from meap_lit.masking.positions import check_ratio, mask_inputs, num_masked, rare_ids, sample_positions
+from meap_lit.masking.schedules import Constant, Cosine, Linear, MaskSchedule, Piecewise, WarmupHold
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Linear",
+    "MaskSchedule",
+    "Piecewise",
+    "WarmupHold",
+    "check_ratio",
+    "mask_inputs",
+    "num_masked",
+    "rare_ids",
+    "sample_positions",
+]

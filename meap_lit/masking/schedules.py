@@ -1,0 +1,135 @@
+"""How many tokens are masked at each step: schedules of the mask ratio."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from meap_lit.errors import UserError
+from meap_lit.masking.positions import check_ratio
+
+
+def _check_steps(name: str, value: int | None) -> None:
+    if value is not None and value < 0:
+        raise UserError(f"mask schedule '{name}' must be at least 0, got {value}")
+
+
+class MaskSchedule(ABC):
+    """The mask ratio P as a function of the optimizer step."""
+
+    @abstractmethod
+    def __call__(self, step: int, max_steps: int) -> float:
+        """P at optimizer step `step`, counted from 0, of a run of `max_steps` steps."""
+
+
+@dataclass(frozen=True)
+class Constant(MaskSchedule):
+    """The same P at every step, as in the paper.
+
+    Args:
+        ratio: Share of the input tokens that is masked; 0 is plain next-token prediction.
+    """
+
+    ratio: float = 0.15
+
+    def __post_init__(self) -> None:
+        check_ratio("mask ratio", self.ratio)
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        return self.ratio
+
+
+@dataclass(frozen=True)
+class Ramp(MaskSchedule):
+    """P moves from `start` to `end`, then stays there.
+
+    Args:
+        start: P at step 0.
+        end: P from `steps` on.
+        steps: Length of the ramp in optimizer steps; the whole run if not given.
+    """
+
+    start: float = 0.0
+    end: float = 0.15
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio("mask ratio 'start'", self.start)
+        check_ratio("mask ratio 'end'", self.end)
+        _check_steps("steps", self.steps)
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        return self.start + (self.end - self.start) * self.shape(_progress(step, self.steps, max_steps))
+
+    @abstractmethod
+    def shape(self, progress: float) -> float:
+        """Share of the way from `start` to `end` after a share `progress` of the steps; both from 0 to 1."""
+
+
+class Linear(Ramp):
+    """P moves from `start` to `end` in a straight line."""
+
+    def shape(self, progress: float) -> float:
+        return progress
+
+
+class Cosine(Ramp):
+    """P moves from `start` to `end` along half a cosine wave."""
+
+    def shape(self, progress: float) -> float:
+        return (1 - math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class WarmupHold(MaskSchedule):
+    """No masking for `hold_off` steps, then a straight ramp to `ratio` over `warmup_steps`, which is held.
+
+    Args:
+        ratio: P once warmed up.
+        warmup_steps: Length of the ramp in optimizer steps.
+        hold_off: Steps of plain next-token prediction before the ramp.
+    """
+
+    ratio: float = 0.15
+    warmup_steps: int = 1000
+    hold_off: int = 0
+
+    def __post_init__(self) -> None:
+        check_ratio("mask ratio", self.ratio)
+        _check_steps("warmup_steps", self.warmup_steps)
+        _check_steps("hold_off", self.hold_off)
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        return self.ratio * _progress(step - self.hold_off, self.warmup_steps, max_steps)
+
+
+@dataclass(frozen=True)
+class Piecewise(MaskSchedule):
+    """P jumps at given steps.
+
+    Args:
+        ratios: One P for each piece.
+        boundaries: Step at which each piece but the first begins, rising; one fewer than `ratios`.
+    """
+
+    ratios: list[float]
+    boundaries: list[int]
+
+    def __post_init__(self) -> None:
+        for ratio in self.ratios:
+            check_ratio("mask ratio in 'ratios'", ratio)
+        if len(self.ratios) != len(self.boundaries) + 1 or self.boundaries != sorted(set(self.boundaries)):
+            raise UserError(
+                f"a piecewise mask schedule needs rising 'boundaries', one fewer than 'ratios'; "
+                f"got boundaries {self.boundaries} for ratios {self.ratios}"
+            )
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        return self.ratios[sum(step >= boundary for boundary in self.boundaries)]
+
+
+def _progress(step: int, steps: int | None, max_steps: int) -> float:
+    """Share of a ramp that lies behind at `step`; a ramp of no steps is over at step 0."""
+    if steps is None and not 0 <= max_steps < math.inf:
+        raise UserError(f"a mask schedule over the whole run needs trainer.max_steps, got {max_steps}; or set 'steps'")
+    length = max_steps if steps is None else steps
+    return min(1.0, max(0.0, step / length)) if length > 0 else float(step >= 0)
