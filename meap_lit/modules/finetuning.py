@@ -18,8 +18,8 @@ class MEAPFineTuning(DecoderModule):
 
     The loss is taken on the answers of the originals (U_q) and on the masked tokens of the copies (U_m), and divided
     by |U_q| + |U_m| of the whole optimizer step, over its micro-batches and all devices, so that it does not depend on
-    how a batch is split. What is duplicated and masked is a matter of the data (`meap_lit/masking/duplication.py`). Validation
-    has neither copies nor masks.
+    how a batch is split. What is duplicated and masked is a matter of the data (`meap_lit/masking/duplication.py`).
+    Validation has neither copies nor masks.
 
     Args:
         **kwargs: As for `DecoderModule`.
