@@ -29,9 +29,10 @@ from jsonargparse import auto_cli
 from benchmarks.fresh import in_fresh_process
 from benchmarks.step import environment, publish
 from meap_lit.data.manifest import Manifest
+from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.data.readers import DocumentReader, find_files
-from meap_lit.data.tokenizer import Tokenizer, TrainTokenizer
 from meap_lit.errors import UserError
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 BATCH_CHARACTERS = 1 << 24

@@ -229,7 +229,11 @@ def _recipe(folder: Path, bare: TrainingStep, micro_batch_size: int, compile: bo
     corpus, tokenizer, dataset = (str(folder / name) for name in ("corpus", "tokenizer", "dataset"))
     preparation = {
         "meap_lit.data.synthetic.FactCorpus": {"output": corpus, "num_documents": 4000},
-        "meap_lit.data.tokenizer.TrainTokenizer": {"input": [corpus], "vocab_size": VOCAB_SIZE, "output": tokenizer},
+        "meap_lit.data.prepare.tokenizer.TrainTokenizer": {
+            "input": [corpus],
+            "vocab_size": VOCAB_SIZE,
+            "output": tokenizer,
+        },
         "meap_lit.data.text.PrepareText": {
             "input": [corpus],
             "tokenizer": tokenizer,

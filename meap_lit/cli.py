@@ -130,7 +130,7 @@ COMMANDS = {
     "checkpoint inspect": "meap_lit.checkpoint_commands.Inspect",
     "checkpoint verify": "meap_lit.checkpoint_commands.Verify",
     "checkpoint consolidate": "meap_lit.checkpoint_commands.Consolidate",
-    "tokenizer train": "meap_lit.data.tokenizer.TrainTokenizer",
+    "tokenizer train": "meap_lit.data.prepare.tokenizer.TrainTokenizer",
     "prepare text": "meap_lit.data.text.PrepareText",
     "prepare chat": "meap_lit.data.chat.PrepareChat",
     "prepare merge": "meap_lit.data.merge.MergeShards",

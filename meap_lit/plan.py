@@ -18,7 +18,6 @@ from meap_lit.checkpoints import open_source
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.data.finetuning import FineTuningData
 from meap_lit.data.manifest import MANIFEST_FILE
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.layout import Layout, layout_of, precision
 from meap_lit.memory import Memory, Step, memory_of, weights_of
@@ -28,6 +27,7 @@ from meap_lit.model.hf_folder import CONFIG_FILE
 from meap_lit.modules.base import DecoderModule
 from meap_lit.recipe import RecipeCLI
 from meap_lit.savings import smallest_changes
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 USUAL_VOCAB_SIZE = 32_064
 """Llama 2's 32,000 tokens and the mask token, padded: the vocabulary of the paper's models."""

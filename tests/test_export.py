@@ -18,10 +18,10 @@ from torch import Tensor
 from meap_lit.checkpoints import build_decoder, open_source
 from meap_lit.cli import main
 from meap_lit.data.text import PrepareText
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.export import Export
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling
+from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.hf_models import VARIANTS, random_ids, save_variant
 from tests.word_tokenizer import save_word_level
 

@@ -40,7 +40,7 @@ def test_a_command(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("words")
     words = ["tokenizer", "train", "--input", str(tmp_path / "text.txt"), "--output", str(tmp_path / "tokenizer")]
     words += ["--vocab_size", "320"]
-    with mock.patch("meap_lit.data.tokenizer.TrainTokenizer.run", full):
+    with mock.patch("meap_lit.data.prepare.tokenizer.TrainTokenizer.run", full):
         assert main(words) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line == (

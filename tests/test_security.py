@@ -33,15 +33,15 @@ from meap_lit.cli import main
 from meap_lit.data.manifest import Manifest, load_samples
 from meap_lit.data.packed import ChatSamples
 from meap_lit.data.streaming import TokenBlocks
-from meap_lit.data.templates import ChatTemplate
 from meap_lit.data.text import PrepareText
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.runner import Records
 from meap_lit.files import new_folder
 from meap_lit.integrity import CHECKSUMS_FILE, check, checksums, seal
 from meap_lit.model.hf_folder import HFFolder
 from meap_lit.shards import read_index
+from meap_lit.tokenizer.chat_template import ChatTemplate
+from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TOY_RECIPE
 from tests.data.object_store import one_store, store  # noqa: F401  fixtures
 from tests.data.older import make_older
@@ -501,7 +501,7 @@ def test_a_template_that_never_ends_or_fills_the_memory_ends_in_one_line(prepare
 
 
 def test_an_exponential_macro_ends(prepared, monkeypatch):
-    monkeypatch.setattr("meap_lit.data.bounded_jinja.BUDGET", 1_000_000)
+    monkeypatch.setattr("meap_lit.tokenizer.bounded_jinja.BUDGET", 1_000_000)
     source = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}"
     with pytest.raises(UserError, match=r"it takes more than 1,000,000 steps and characters"):
         ChatTemplate("bomb", source, Tokenizer.load(prepared.tokenizer)).encode_prompt([])

@@ -22,10 +22,10 @@ from meap_lit.data.parallel import default_num_workers, map_in_order
 from meap_lit.data.preparation import Preparation, progress_bar
 from meap_lit.data.readers import SKIP_HINT, InputShard, Record, RecordReader, check_text, find_input
 from meap_lit.data.splits import ShardWriter, SplitWriter, draw
-from meap_lit.data.templates import ChatTemplate, EncodedChat
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
+from meap_lit.tokenizer.chat_template import ChatTemplate, EncodedChat
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 _BATCH_RECORDS = 256  # what a worker encodes at once: a tenth of a second for answers of a few sentences
 

@@ -20,13 +20,7 @@ from typing import Any
 
 from meap_lit.data.readers import check_text
 from meap_lit.errors import UserError
-
-Message = dict[str, Any]
-"""What a chat template is given: `role` (system, user, assistant or tool) and `content`; a user message of Alpaca also
-has `instruction` and `input`, one of the assistant may have `tool_calls` and `reasoning_content`."""
-
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""The names under which a message may hold its reasoning, the one that templates should read first."""
+from meap_lit.tokenizer.chat_template import REASONING, Message
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from meap_lit.data.manifest import Manifest
 from meap_lit.data.preparation import Preparation
 from meap_lit.data.storage import Storage
 from meap_lit.data.streaming import Shard
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Those that tell a run to save and leave."""

@@ -14,9 +14,9 @@ from meap_lit.data.manifest import load_samples
 from meap_lit.data.order import MixedOrder, ShuffledOrder, Visit
 from meap_lit.data.packed import ChatSamples, PackedTrainStream, PackedValidationStream, RowReader
 from meap_lit.data.packing import PackedOrder, Sizes, pack_rows
-from meap_lit.data.templates import ChatTemplate
 from meap_lit.errors import UserError
 from meap_lit.masking.duplication import Duplication
+from meap_lit.tokenizer.chat_template import ChatTemplate
 
 _PLAIN = Duplication(mask_ratio=0.0)
 

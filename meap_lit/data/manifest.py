@@ -25,8 +25,8 @@ from meap_lit.data.chunks import (
     parse_index,
 )
 from meap_lit.data.storage import Storage
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 MANIFEST_FILE = "manifest.json"
 VERSION = 2

@@ -21,9 +21,9 @@ from meap_lit.data.parallel import default_num_workers, map_in_order
 from meap_lit.data.preparation import Preparation, progress_bar
 from meap_lit.data.readers import DocumentReader, InputShard, find_input
 from meap_lit.data.splits import ShardWriter, SplitWriter, draw
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS = 1 << 19  # what a worker tokenises at once: a tenth of a second
 

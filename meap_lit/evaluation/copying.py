@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import curves
 from meap_lit.evaluation.language_model import LanguageModel
 from meap_lit.evaluation.sequences import SequenceTask
 from meap_lit.evaluation.task import Item, Record
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.generation import Sampling
 from meap_lit.evaluation.language_model import Device, Dtype, LanguageModel
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(kw_only=True)

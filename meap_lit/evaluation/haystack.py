@@ -12,8 +12,8 @@ import numpy as np
 
 from meap_lit.data.formats import FORMATS, Span, read_file
 from meap_lit.data.readers import DocumentReader, find_files
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 Boundary = Literal["sentence", "line", "token"]
 """After what a text may be cut: a period that white space follows, a line break, or any token."""

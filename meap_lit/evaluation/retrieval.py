@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from meap_lit.data.synthetic import NAMES, OPENING, Filler, draw_facts
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from meap_lit.callbacks.ranks import Ranks
 from meap_lit.checkpoints import Checkpoint, new_mask_token, open_source, vocab_size_for
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.logged import host_number, is_logged
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig
@@ -24,6 +23,7 @@ from meap_lit.model.parallelize import checkpoint_and_compile, clip_grad_norm, w
 from meap_lit.model.weights import WeightSource, allocate, copy_whole, init_weights, load_weights, meta_decoder
 from meap_lit.modules.optimizer import AdamW
 from meap_lit.strategies import Sharded
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 
 class DecoderModule(L.LightningModule, ABC):

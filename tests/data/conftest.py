@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from meap_lit.data.tokenizer import Tokenizer, TrainTokenizer
+from meap_lit.data.prepare.tokenizer import TrainTokenizer
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",

@@ -17,12 +17,12 @@ from litdata.streaming.sampler import ChunkedIndex
 
 from meap_lit.data.chat import PrepareChat
 from meap_lit.data.manifest import Manifest, load_samples
-from meap_lit.data.named_templates import NAMED
-from meap_lit.data.templates import ChatTemplate
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.masking.duplication import Answer, Duplication, masked_copy, original
 from meap_lit.model.loss import IGNORE_INDEX
+from meap_lit.tokenizer.builtin_templates import NAMED
+from meap_lit.tokenizer.chat_template import ChatTemplate
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 
 def records(number):

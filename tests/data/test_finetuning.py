@@ -146,7 +146,7 @@ def test_datasets_are_mixed_and_must_share_a_template(toy_sft_recipe, prepared, 
 
 
 def test_another_tokenizer_is_refused(toy_sft_recipe, tmp_path):
-    from meap_lit.data.tokenizer import TrainTokenizer
+    from meap_lit.data.prepare.tokenizer import TrainTokenizer
 
     (tmp_path / "text.txt").write_text("quite another text " * 50)
     TrainTokenizer(input=[str(tmp_path / "text.txt")], vocab_size=270, output=str(tmp_path / "tokenizer")).run()

@@ -9,8 +9,8 @@ from tokenizers import processors
 from meap_lit.data.chat import PrepareChat
 from meap_lit.data.manifest import VERSION, Manifest, load_samples
 from meap_lit.data.text import PrepareText
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.data.object_store import one_store, store  # noqa: F401  fixtures
 from tests.data.older import make_older
 

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from meap_lit.data.manifest import Manifest
 from meap_lit.data.text import PrepareText
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.word_tokenizer import save_word_level
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from meap_lit.data.templates import ChatTemplate
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.evaluation.result import Result
+from meap_lit.tokenizer.chat_template import ChatTemplate
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 
 class Oracle:

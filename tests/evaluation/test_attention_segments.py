@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.attention_segments import SEGMENTS, AttentionSegments
 from meap_lit.evaluation.language_model import LanguageModel
 from meap_lit.evaluation.result import Result
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from transformers import LlamaForCausalLM
 
 from meap_lit.cli import main
 from meap_lit.data.streaming import TokenBlocks
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.copying import Copying, ordinary_ids
 from meap_lit.evaluation.language_model import LanguageModel
 from meap_lit.evaluation.result import Result, bootstrap, difference
 from meap_lit.evaluation.runner import choose_items
+from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.evaluation.oracle import run
 from tests.word_tokenizer import save_word_level
 

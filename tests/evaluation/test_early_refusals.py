@@ -208,8 +208,8 @@ def test_too_little_haystack_is_said_before_the_grid_is_filled(source_folder, tm
 
 
 def test_a_retrieval_length_without_room_is_said_first(prepared, monkeypatch):
-    from meap_lit.data.tokenizer import Tokenizer
     from meap_lit.evaluation import retrieval
+    from meap_lit.tokenizer.tokenizer import Tokenizer
 
     built: list[int] = []
     build = retrieval._build_item

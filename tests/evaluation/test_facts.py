@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from meap_lit.cli import main
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.facts import FactRetrieval
 from meap_lit.evaluation.language_model import LanguageModel
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 
 class LooksUp:

@@ -11,11 +11,11 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from meap_lit.cli import main
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.generate import Generate, TextStream
 from meap_lit.evaluation.key_value import KeyValueRetrieval
 from meap_lit.evaluation.language_model import LanguageModel
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 VOCAB_SIZE = 320
 CHAT_TEMPLATE = (

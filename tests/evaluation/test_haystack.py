@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.haystack import Documents, Haystack
+from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.evaluation.oracle import shared_data
 
 

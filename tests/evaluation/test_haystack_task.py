@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.haystack_task import HaystackTask, Question, length_depth_maps
+from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.evaluation.oracle import Oracle, run, shared_data, text_of
 
 DEPTHS = (0.0, 10.0, 50.0, 94.0, 100.0)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.needle import (
     BUILT_IN,
@@ -19,6 +18,7 @@ from meap_lit.evaluation.needle import (
     needlebench_score,
     string_match_all,
 )
+from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.evaluation.oracle import Oracle, run, shared_data, text_of
 
 NEEDLES = str(Path(__file__).parents[2] / "data" / "eval" / "needles.jsonl")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.reasoning import Reasoning, word_recall
+from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.evaluation.oracle import Oracle, run, text_of
 
 FILE = Path(__file__).parents[2] / "data" / "eval" / "reasoning.json"

@@ -9,10 +9,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 from meap_lit.data.synthetic import NAMES, OPENING, PLACES, FactCorpus
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.evaluation.retrieval import RetrievalGrid, build_items, option_scores, plot_grid, score_items
 from meap_lit.model import Decoder, DecoderConfig
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 GRID = RetrievalGrid(lengths=(200, 400), depths=(0.0, 0.5, 1.0), num_items=10, num_options=4, seed=0)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.evaluation.key_value import KeyValueRetrieval
+from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.evaluation.oracle import Oracle, text_of
 
 

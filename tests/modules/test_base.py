@@ -14,12 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from meap_lit.checkpoints import new_mask_token, open_source
 from meap_lit.data.text import PrepareText
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.export import Export
 from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.modules import AdamW
 from meap_lit.recipe import RecipeCLI
+from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.word_tokenizer import save_word_level
 
 

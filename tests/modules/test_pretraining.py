@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from meap_lit.data.pretraining import PretrainingData
 from meap_lit.data.streaming import TokenBlocks
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
 from meap_lit.export import Export
 from meap_lit.masking import num_masked
@@ -18,6 +17,7 @@ from meap_lit.masking.schedules import Constant, WarmupHold
 from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.modules import AdamW, MEAPPretraining
 from meap_lit.recipe import RecipeCLI
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 TOY = DecoderConfig(num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=32, intermediate_size=64, max_seq_len=64)
 

@@ -5,16 +5,13 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, models
 
-from meap_lit.data.preparation import Preparation
-from meap_lit.data.readers import DocumentReader, find_files
 from meap_lit.errors import UserError
 
 MASK_TOKEN = "[MASK]"
@@ -445,84 +442,3 @@ def _parse(text: str, file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a JSON object, not a {type(content).__name__}")
     return content
-
-
-@dataclass(kw_only=True)
-class TrainTokenizer(Preparation):
-    """Train a byte-level BPE tokenizer, for which no text is unknown.
-
-    Args:
-        output: Folder to make.
-        input: Files, folders and glob patterns of text to train on (.txt, .md, .jsonl, .jsonl.gz, .jsonl.zst,
-            .parquet).
-        vocab_size: Number of tokens, the 256 bytes and the 2 special tokens included.
-        text_field: Name of the text in .jsonl and .parquet files.
-        suffixes: File name endings to take from folders, such as .py, which is read as plain text; the endings listed
-            under `input` if not given.
-        max_megabytes: Read no more text than this (in the order of the file names); all of it if not given.
-        on_error: What to do at a line that cannot be read: stop, or skip it.
-    """
-
-    input: list[str]
-    vocab_size: int
-    text_field: str = "text"
-    suffixes: list[str] | None = None
-    max_megabytes: float | None = None
-    on_error: Literal["stop", "skip"] = "stop"
-
-    def make(self, folder: Path) -> str:
-        special = [END_OF_TEXT, MASK_TOKEN]
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        if self.vocab_size < len(alphabet) + len(special):
-            raise UserError(
-                f"vocab_size must be at least {len(alphabet) + len(special)} ({len(alphabet)} bytes and "
-                f"{len(special)} special tokens), got {self.vocab_size}"
-            )
-        if self.max_megabytes is not None and not self.max_megabytes > 0:
-            raise UserError(f"max_megabytes must be above 0, got {self.max_megabytes:g}")
-        reader = DocumentReader(find_files(self.input, self.suffixes), self.text_field, self.on_error)
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=self.vocab_size,
-            special_tokens=special,
-            initial_alphabet=sorted(alphabet),
-            min_frequency=2,
-            show_progress=False,
-        )
-        texts = _Counted(reader, self.max_megabytes)
-        backend.train_from_iterator(texts, trainer)
-        if texts.num_bytes == 0:
-            skipped = f" ({reader.skipped})" if reader.num_skipped else ""
-            raise UserError(f"no text to train on in {', '.join(self.input)}{skipped}")
-        tokenizer = Tokenizer(backend, {"eos_token": END_OF_TEXT, "mask_token": MASK_TOKEN})
-        tokenizer.save(folder)
-        short = "" if tokenizer.vocab_size == self.vocab_size else f" ({self.vocab_size} asked: too little text)"
-        return (
-            f"tokenizer {self.output}: {tokenizer.vocab_size} tokens{short} from {texts.num_documents} documents, "
-            f"{texts.num_bytes / 1e6:.1f} MB, {reader.num_skipped} lines skipped"
-        )
-
-
-class _Counted:
-    """Texts up to a limit in bytes, counted as they pass."""
-
-    def __init__(self, texts: Iterable[str], max_megabytes: float | None) -> None:
-        self.texts = texts
-        self.max_bytes = float("inf") if max_megabytes is None else max_megabytes * 1e6
-        self.num_documents = self.num_bytes = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self.texts:
-            raw = text.encode()
-            room = self.max_bytes - self.num_bytes
-            if len(raw) > room:
-                raw = raw[: int(room)]
-                text = raw.decode(errors="ignore")  # the cut may go through a character
-            if raw:
-                self.num_documents += 1
-                self.num_bytes += len(raw)
-                yield text
-            if len(raw) == room:
-                return

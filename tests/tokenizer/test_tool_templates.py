@@ -7,10 +7,11 @@ import tokenizers
 import transformers
 
 from meap_lit.data.conversations import to_conversation
-from meap_lit.data.named_templates import NAMED
-from meap_lit.data.templates import ChatTemplate
-from meap_lit.data.tokenizer import Tokenizer, TrainTokenizer
+from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
+from meap_lit.tokenizer.builtin_templates import NAMED
+from meap_lit.tokenizer.chat_template import ChatTemplate
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 # Tools in the system message, calls as JSON, what tools return in a turn of the user, several of them in one.
 QWEN25 = """\

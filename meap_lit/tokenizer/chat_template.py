@@ -25,11 +25,16 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
-from meap_lit.data.bounded_jinja import BoundedEnvironment
-from meap_lit.data.conversations import REASONING, Message
-from meap_lit.data.named_templates import BOS, NAMED
-from meap_lit.data.tokenizer import Tokenizer
 from meap_lit.errors import UserError
+from meap_lit.tokenizer.bounded_jinja import BoundedEnvironment
+from meap_lit.tokenizer.builtin_templates import BOS, NAMED
+from meap_lit.tokenizer.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+"""What a chat template is given: `role` (system, user, assistant or tool) and `content`; a user message of Alpaca also
+has `instruction` and `input`, one of the assistant may have `tool_calls` and `reasoning_content`."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names under which a message may hold its reasoning, the one that templates should read first."""
 
 
 @dataclass(frozen=True)

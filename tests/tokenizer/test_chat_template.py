@@ -9,10 +9,11 @@ import pytest
 import tokenizers
 import transformers
 
-from meap_lit.data.named_templates import NAMED
-from meap_lit.data.templates import ChatTemplate
-from meap_lit.data.tokenizer import Tokenizer, TrainTokenizer
+from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
+from meap_lit.tokenizer.builtin_templates import NAMED
+from meap_lit.tokenizer.chat_template import ChatTemplate
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 FIRST_SPECIAL = 258  # after end-of-text, mask and the 256 bytes

@@ -7,9 +7,10 @@ import pytest
 import tokenizers
 import transformers
 
-from meap_lit.data.tokenizer import Tokenizer, TrainTokenizer
+from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
 from meap_lit.model.config import pad_vocab_size
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 SAMPLE = "The quick fox says [MASK] and <|endoftext|>, ünïcode too: 四\n\ttab"
 

@@ -1,0 +1,1 @@
+"""Steps that turn files into a dataset once: tokenize, split, write, merge."""
