@@ -29,8 +29,8 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from benchmarks.step import environment, known_decoder, publish
+from meap_lit.data.corpora.facts import filler_sentence
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
-from meap_lit.data.synthetic import filler_sentence
 from meap_lit.errors import UserError
 from meap_lit.evaluation.generation import generate
 from meap_lit.evaluation.language_model import LanguageModel

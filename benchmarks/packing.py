@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.step import environment, known_decoder, publish
-from meap_lit.data.chunks import ChatIndex
-from meap_lit.data.order import Visit
-from meap_lit.data.packed import RowReader
-from meap_lit.data.packing import Row, Sizes, pack_rows
+from meap_lit.data.store.chunks import ChatIndex
+from meap_lit.data.stream.chat import RowReader
+from meap_lit.data.stream.order import Visit
+from meap_lit.data.stream.packing import Row, Sizes, pack_rows
 from meap_lit.errors import UserError
 from meap_lit.masking.duplication import Answer, Document, Duplication
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig, Documents, linear_cross_entropy

@@ -28,9 +28,9 @@ from jsonargparse import auto_cli
 
 from benchmarks.fresh import in_fresh_process
 from benchmarks.step import environment, publish
-from meap_lit.data.manifest import Manifest
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
-from meap_lit.data.readers import DocumentReader, find_files
+from meap_lit.data.read.readers import DocumentReader, find_files
+from meap_lit.data.store.manifest import Manifest
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.step import environment, publish
+from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
-from meap_lit.data.text import PrepareText
 from meap_lit.errors import UserError
 from meap_lit.memory import Memory
 from meap_lit.model import DecoderConfig

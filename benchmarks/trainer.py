@@ -228,13 +228,13 @@ def _recipe(folder: Path, bare: TrainingStep, micro_batch_size: int, compile: bo
     """A run on the bare loop's shapes, budget aside, with the steps that prepare its data."""
     corpus, tokenizer, dataset = (str(folder / name) for name in ("corpus", "tokenizer", "dataset"))
     preparation = {
-        "meap_lit.data.synthetic.FactCorpus": {"output": corpus, "num_documents": 4000},
+        "meap_lit.data.corpora.facts.FactCorpus": {"output": corpus, "num_documents": 4000},
         "meap_lit.data.prepare.tokenizer.TrainTokenizer": {
             "input": [corpus],
             "vocab_size": VOCAB_SIZE,
             "output": tokenizer,
         },
-        "meap_lit.data.text.PrepareText": {
+        "meap_lit.data.prepare.text.PrepareText": {
             "input": [corpus],
             "tokenizer": tokenizer,
             "output": dataset,

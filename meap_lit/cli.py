@@ -131,10 +131,10 @@ COMMANDS = {
     "checkpoint verify": "meap_lit.checkpoint_commands.Verify",
     "checkpoint consolidate": "meap_lit.checkpoint_commands.Consolidate",
     "tokenizer train": "meap_lit.data.prepare.tokenizer.TrainTokenizer",
-    "prepare text": "meap_lit.data.text.PrepareText",
-    "prepare chat": "meap_lit.data.chat.PrepareChat",
-    "prepare merge": "meap_lit.data.merge.MergeShards",
-    "prepare facts": "meap_lit.data.synthetic.FactCorpus",
+    "prepare text": "meap_lit.data.prepare.text.PrepareText",
+    "prepare chat": "meap_lit.data.prepare.chat.PrepareChat",
+    "prepare merge": "meap_lit.data.prepare.merge.MergeShards",
+    "prepare facts": "meap_lit.data.corpora.facts.FactCorpus",
 }
 """Each is a dataclass of its options with a method `run`; only the one that is asked for is imported."""
 

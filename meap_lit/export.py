@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meap_lit.checkpoints import DTYPES, Checkpoint, open_source, vocab_size_for
-from meap_lit.data.preparation import Preparation
+from meap_lit.data.prepare.step import Preparation
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
 from meap_lit.model.decoder import Decoder

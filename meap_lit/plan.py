@@ -17,7 +17,7 @@ from meap_lit.callbacks import Budget
 from meap_lit.checkpoints import open_source
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.data.finetuning import FineTuningData
-from meap_lit.data.manifest import MANIFEST_FILE
+from meap_lit.data.store.manifest import MANIFEST_FILE
 from meap_lit.errors import UserError
 from meap_lit.layout import Layout, layout_of, precision
 from meap_lit.memory import Memory, Step, memory_of, weights_of

@@ -14,9 +14,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-from meap_lit.data.chat import PrepareChat
+from meap_lit.data.prepare.chat import PrepareChat
+from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
-from meap_lit.data.text import PrepareText
 
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
 """As the session began."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from meap_lit.checkpoints import build_decoder, open_source
 from meap_lit.cli import main
-from meap_lit.data.text import PrepareText
+from meap_lit.data.prepare.text import PrepareText
 from meap_lit.errors import UserError
 from meap_lit.export import Export
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling

@@ -12,7 +12,7 @@ from litdata import StreamingDataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meap_lit.cli import main
-from meap_lit.data.text import PrepareText
+from meap_lit.data.prepare.text import PrepareText
 from tests.callbacks.toy import fork
 from tests.split_model import save_split_model
 

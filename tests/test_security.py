@@ -30,10 +30,10 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from meap_lit.cli import main
-from meap_lit.data.manifest import Manifest, load_samples
-from meap_lit.data.packed import ChatSamples
-from meap_lit.data.streaming import TokenBlocks
-from meap_lit.data.text import PrepareText
+from meap_lit.data.prepare.text import PrepareText
+from meap_lit.data.store.manifest import Manifest, load_samples
+from meap_lit.data.stream.chat import ChatSamples
+from meap_lit.data.stream.text import TokenBlocks
 from meap_lit.errors import UserError
 from meap_lit.evaluation.runner import Records
 from meap_lit.files import new_folder

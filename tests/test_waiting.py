@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from meap_lit.data.text import PrepareText
+from meap_lit.data.prepare.text import PrepareText
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from tests.callbacks.toy import fork
 from tests.waiting import waits_of

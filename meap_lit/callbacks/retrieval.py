@@ -13,7 +13,7 @@ from meap_lit.evaluation.retrieval import RetrievalGrid, build_items, plot_grid,
 class RetrievalProbe(L.Callback):
     """Asks for a fact stated somewhere in the context; logs accuracy and its picture over length and depth.
 
-    The facts are made up (`meap_lit/data/synthetic.py`) and the answer is chosen among the people that the context
+    The facts are made up (`meap_lit/data/corpora/facts.py`) and the answer is chosen among the people that the context
     names, so guessing gives `1 / num_options`. It needs no data of the user's and works with any tokenizer.
 
     A validation goes without it while its share of the time since the training began would exceed `max_share`. The

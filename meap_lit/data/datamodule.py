@@ -16,10 +16,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from meap_lit.data.manifest import Manifest
-from meap_lit.data.preparation import Preparation
-from meap_lit.data.storage import Storage
-from meap_lit.data.streaming import Shard
+from meap_lit.data.prepare.step import Preparation
+from meap_lit.data.store.manifest import Manifest
+from meap_lit.data.store.remote import Storage
+from meap_lit.data.stream.text import Shard
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
 from meap_lit.tokenizer.tokenizer import Tokenizer

@@ -10,10 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from meap_lit.data.datamodule import StreamingData
-from meap_lit.data.manifest import load_samples
-from meap_lit.data.order import MixedOrder, ShuffledOrder, Visit
-from meap_lit.data.packed import ChatSamples, PackedTrainStream, PackedValidationStream, RowReader
-from meap_lit.data.packing import PackedOrder, Sizes, pack_rows
+from meap_lit.data.store.manifest import load_samples
+from meap_lit.data.stream.chat import ChatSamples, PackedTrainStream, PackedValidationStream, RowReader
+from meap_lit.data.stream.order import MixedOrder, ShuffledOrder, Visit
+from meap_lit.data.stream.packing import PackedOrder, Sizes, pack_rows
 from meap_lit.errors import UserError
 from meap_lit.masking.duplication import Duplication
 from meap_lit.tokenizer.chat_template import ChatTemplate

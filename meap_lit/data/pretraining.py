@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from meap_lit.data.datamodule import StreamingData
-from meap_lit.data.streaming import TokenBlocks, TrainStream, ValidationStream, check_vocabulary
+from meap_lit.data.stream.text import TokenBlocks, TrainStream, ValidationStream, check_vocabulary
 from meap_lit.errors import UserError
 
 COUNTED_TOKENS = 4_000_000

@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from meap_lit.data.formats import FORMATS, Span, read_file
-from meap_lit.data.readers import DocumentReader, find_files
+from meap_lit.data.read.formats import FORMATS, Span, read_file
+from meap_lit.data.read.readers import DocumentReader, find_files
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meap_lit.data.formats import RECORD_FORMATS, Span, has_suffix, read_file
-from meap_lit.data.readers import check_text
+from meap_lit.data.read.formats import RECORD_FORMATS, Span, has_suffix, read_file
+from meap_lit.data.read.readers import check_text
 from meap_lit.errors import UserError
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from meap_lit.data.synthetic import NAMES, OPENING, Filler, draw_facts
+from meap_lit.data.corpora.facts import NAMES, OPENING, Filler, draw_facts
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from meap_lit.data.manifest import Manifest
-from meap_lit.data.streaming import TokenBlocks
+from meap_lit.data.store.manifest import Manifest
+from meap_lit.data.stream.text import TokenBlocks
 from meap_lit.errors import UserError
 from meap_lit.evaluation.language_model import LanguageModel
 from meap_lit.evaluation.task import Task

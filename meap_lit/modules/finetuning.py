@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from meap_lit.data.packed import PackedBatch
+from meap_lit.data.stream.chat import PackedBatch
 from meap_lit.errors import UserError
 from meap_lit.logged import host_number, is_logged
 from meap_lit.model import linear_cross_entropy

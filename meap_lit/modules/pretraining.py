@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from meap_lit.data.streaming import Batch
+from meap_lit.data.stream.text import Batch
 from meap_lit.errors import UserError
 from meap_lit.logged import host_number, is_logged
 from meap_lit.masking import check_ratio, mask_inputs, rare_ids

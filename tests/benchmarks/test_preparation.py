@@ -9,8 +9,8 @@ import pytest
 
 import benchmarks.preparation
 from benchmarks.preparation import benchmark, encode, prepare
+from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
-from meap_lit.data.text import PrepareText
 from meap_lit.errors import UserError
 
 

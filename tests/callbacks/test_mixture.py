@@ -5,7 +5,7 @@ from litdata import StreamingDataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meap_lit.callbacks.mixture import Mixture
-from meap_lit.data.chat import PrepareChat
+from meap_lit.data.prepare.chat import PrepareChat
 from meap_lit.recipe import RecipeCLI
 
 

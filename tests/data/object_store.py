@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from meap_lit.data.storage import Storage
+from meap_lit.data.store.remote import Storage
 
 ACCESS_KEY = "AKIATEST"
 

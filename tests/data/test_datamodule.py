@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import meap_lit.data.storage as storage_module
+import meap_lit.data.store.remote as storage_module
 from meap_lit.cli import main
-from meap_lit.data.chat import PrepareChat
+from meap_lit.data.prepare.chat import PrepareChat
+from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.pretraining import PretrainingData
-from meap_lit.data.text import PrepareText
 from meap_lit.errors import UserError
 from meap_lit.recipe import RecipeCLI
 from tests.data.object_store import one_store, store  # noqa: F401  fixtures

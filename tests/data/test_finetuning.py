@@ -7,9 +7,9 @@ import pytest
 import torch
 from litdata import StreamingDataset
 
-from meap_lit.data.chat import PrepareChat
-from meap_lit.data.packed import PackedTrainStream
-from meap_lit.data.streaming import Shard
+from meap_lit.data.prepare.chat import PrepareChat
+from meap_lit.data.stream.chat import PackedTrainStream
+from meap_lit.data.stream.text import Shard
 from meap_lit.errors import UserError
 from meap_lit.recipe import RecipeCLI
 

@@ -3,9 +3,9 @@ import shutil
 import pytest
 import torch
 
+from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.pretraining import PretrainingData
-from meap_lit.data.streaming import Shard
-from meap_lit.data.text import PrepareText
+from meap_lit.data.stream.text import Shard
 from meap_lit.errors import UserError
 from meap_lit.recipe import RecipeCLI
 
@@ -100,7 +100,7 @@ def test_preparation_makes_what_is_missing_and_only_that(toy_recipe, prepared, t
         f"""\
     seq_len: 32
     preparation:
-      - class_path: meap_lit.data.text.PrepareText
+      - class_path: meap_lit.data.prepare.text.PrepareText
         init_args: {{input: [{prepared.texts}], tokenizer: {prepared.tokenizer}, output: {dataset}, val_share: 0.1}}
 """,
     )

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from meap_lit.cli import main
-from meap_lit.data.streaming import TokenBlocks
+from meap_lit.data.stream.text import TokenBlocks
 from meap_lit.errors import UserError
 from meap_lit.evaluation.copying import Copying, ordinary_ids
 from meap_lit.evaluation.language_model import LanguageModel

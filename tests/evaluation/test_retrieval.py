@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from meap_lit.data.synthetic import NAMES, OPENING, PLACES, FactCorpus
+from meap_lit.data.corpora.facts import NAMES, OPENING, PLACES, FactCorpus
 from meap_lit.errors import UserError
 from meap_lit.evaluation.retrieval import RetrievalGrid, build_items, option_scores, plot_grid, score_items
 from meap_lit.model import Decoder, DecoderConfig

@@ -1,8 +1,8 @@
 import pytest
 
+from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
-from meap_lit.data.streaming import TokenBlocks
-from meap_lit.data.text import PrepareText
+from meap_lit.data.stream.text import TokenBlocks
 from meap_lit.errors import UserError
 from meap_lit.evaluation.language_model import LanguageModel
 from meap_lit.evaluation.perplexity import Perplexity

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from meap_lit.callbacks import Budget
 from meap_lit.data.finetuning import FineTuningData
-from meap_lit.data.manifest import load_samples
-from meap_lit.data.packed import ChatSamples
+from meap_lit.data.store.manifest import load_samples
+from meap_lit.data.stream.chat import ChatSamples
 from meap_lit.errors import UserError
 from meap_lit.evaluation.language_model import LanguageModel
 from meap_lit.export import Export

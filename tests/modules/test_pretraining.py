@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from meap_lit.data.pretraining import PretrainingData
-from meap_lit.data.streaming import TokenBlocks
+from meap_lit.data.stream.text import TokenBlocks
 from meap_lit.errors import UserError
 from meap_lit.export import Export
 from meap_lit.masking import num_masked
@@ -92,7 +92,7 @@ def test_ratio_zero_is_plain_next_token_prediction_bit_for_bit(prepared, tmp_pat
 def batches(data, prepared, count):
     from itertools import islice
 
-    from meap_lit.data.streaming import Shard, TokenBlocks, TrainStream
+    from meap_lit.data.stream.text import Shard, TokenBlocks, TrainStream
 
     stream = TrainStream(
         [TokenBlocks(f"{prepared.dataset}/train", 32)],

@@ -6,8 +6,8 @@ import pytest
 import tokenizers
 import transformers
 
-from meap_lit.data.conversations import to_conversation
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
+from meap_lit.data.read.conversations import to_conversation
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.builtin_templates import NAMED
 from meap_lit.tokenizer.chat_template import ChatTemplate

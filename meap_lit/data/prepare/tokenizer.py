@@ -8,8 +8,8 @@ from typing import Literal
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from meap_lit.data.preparation import Preparation
-from meap_lit.data.readers import DocumentReader, find_files
+from meap_lit.data.prepare.step import Preparation
+from meap_lit.data.read.readers import DocumentReader, find_files
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import END_OF_TEXT, MASK_TOKEN, Tokenizer
 

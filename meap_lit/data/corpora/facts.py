@@ -1,0 +1,253 @@
+"""A small English-like world of facts, to pretrain on without downloading anything.
+
+A document is about a few places. In each some person sings, drawn anew for every document, so that only the document
+itself can tell who sings where:
+
+    This is what people say. In Oslo Anna sings. In Lima Hugo sings. The old river shone near the mill. In Lima Hugo
+    sings. Who sings in Oslo? In Oslo Anna sings. ...
+
+What is stated once is restated and asked for again and again, between filler that tells nothing. To guess among the
+people of the document is learned early; to name the right one takes attention to what was said of that place. The
+world is small in words and in sentences, and the answer follows its place at once, so that two layers of attention
+learn this within minutes on a CPU. (With words between, "Anna lives in Oslo", they had not after as many steps.)
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count as count_up
+from pathlib import Path
+from textwrap import shorten
+
+from meap_lit.data.prepare.step import Preparation
+from meap_lit.data.read.readers import DocumentReader, find_files
+from meap_lit.errors import UserError
+
+NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Hugo", "Maria", "Peter")
+PLACES = ("Athens", "Berlin", "Cairo", "Lima", "London", "Oslo", "Paris", "Tokyo")
+
+OPENING = "This is what people say."
+"""First sentence of every document; what follows has a space in front, so each word is always the same token."""
+
+_ADJECTIVES = ("old", "small", "quiet", "green", "heavy", "bright", "narrow", "cold")
+_NOUNS = ("river", "garden", "market", "bridge", "tower", "bakery", "train", "harbour", "library", "meadow")
+_VERBS = ("stood", "waited", "opened", "closed", "slept", "shone")
+_PREPOSITIONS = ("near", "behind", "beside", "above")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Who sings where."""
+
+    place: str
+    name: str
+
+    @property
+    def prompt(self) -> str:
+        """The statement up to the name, which it lacks with the space before it."""
+        return f"In {self.place}"
+
+    @property
+    def statement(self) -> str:
+        return f"{self.prompt} {self.name} sings."
+
+    @property
+    def question(self) -> str:
+        return f"Who sings in {self.place}?"
+
+
+def draw_facts(rng: random.Random, count: int) -> list[Fact]:
+    """`count` facts, no place and no person twice."""
+    return [Fact(*pair) for pair in zip(rng.sample(PLACES, count), rng.sample(NAMES, count), strict=True)]
+
+
+def filler_sentence(rng: random.Random) -> str:
+    """A sentence without person or place."""
+    first, second = rng.sample(_NOUNS, 2)
+    return f"The {rng.choice(_ADJECTIVES)} {first} {rng.choice(_VERBS)} {rng.choice(_PREPOSITIONS)} the {second}."
+
+
+class Filler:
+    """Sentences that tell nothing of the facts: made up, or those of texts, in their order from a random place on.
+
+    Args:
+        sentences: Sentences of texts; made up if there are none.
+    """
+
+    def __init__(self, sentences: Sequence[str] = ()) -> None:
+        self.sentences = sentences
+
+    @classmethod
+    def read(cls, path: str) -> "Filler":
+        """The sentences of a file, or of all files in a folder, of 20 to 100 characters; longer ones are cut.
+
+        Raises:
+            UserError: If there is no such file, or it has no sentence.
+        """
+        pieces = (piece for text in DocumentReader(find_files([path])) for piece in _SENTENCE_END.split(text))
+        sentences = [shorten(piece, 100, placeholder="") for piece in pieces]
+        sentences = [sentence for sentence in sentences if len(sentence) >= 20]
+        if not sentences:
+            raise UserError(f"filler {path} holds no sentence")
+        return cls(sentences)
+
+    def draw(self, rng: random.Random) -> Iterator[str]:
+        """Sentences without end; `rng` is advanced."""
+        if not self.sentences:
+            while True:
+                yield filler_sentence(rng)
+        for number in count_up(rng.randrange(len(self.sentences))):
+            yield self.sentences[number % len(self.sentences)]
+
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
+
+
+def document(
+    rng: random.Random,
+    *,
+    num_facts: int,
+    num_mentions: int,
+    question_share: float,
+    filler_share: float,
+    filler: Filler | None = None,
+) -> str:
+    """Text of one document.
+
+    Every fact is stated once. Then come restatements, some of them after a question, each of a fact drawn at random
+    from all. (Were they taken in turn, the place not heard of for longest would be the likely answer: a shortcut
+    that a decoder finds before it looks at the name.)
+
+    Args:
+        rng: Source of all choices; advanced.
+        num_facts: Places that the document is about.
+        num_mentions: Statements for each fact, on average.
+        question_share: Chance that a restatement follows a question.
+        filler_share: Chance that a sentence of filler stands before a statement.
+        filler: Where that is from; made up if not given.
+    """
+    facts = draw_facts(rng, num_facts)
+    filler_sentences = (filler or Filler()).draw(rng)
+    num_restatements = num_facts * (num_mentions - 1)
+    sentences = [OPENING]
+    for number, fact in enumerate([*facts, *rng.choices(facts, k=num_restatements)]):
+        if rng.random() < filler_share:
+            sentences.append(next(filler_sentences))
+        if number >= num_facts and rng.random() < question_share:
+            sentences.append(fact.question)
+        sentences.append(fact.statement)
+    return " ".join(sentences)
+
+
+def instructions(count: int, seed: int = 0, filler: Filler | None = None) -> list[dict[str, str]]:
+    """Records of an instruction set in the same world, in Alpaca's fields; `data/instructions.jsonl` holds 400.
+
+    Half ask for one fact of the input, half for all of them in turn, which makes the longer answers. One sentence of
+    filler stands in the inputs of the former; in all, if `filler` says where it is from.
+    """
+    records = []
+    for number in range(count):
+        rng = random.Random(f"instructions/{seed}/{number}")
+        facts = draw_facts(rng, rng.randint(3, 4))
+        asked = facts if number % 2 else [rng.choice(facts)]
+        sentences = [fact.statement for fact in facts]
+        if len(asked) == 1 or filler is not None:
+            sentences.insert(rng.randint(0, len(sentences)), next((filler or Filler()).draw(rng)))
+        records.append(
+            {
+                "instruction": "Who sings where?" if number % 2 else asked[0].question,
+                "input": " ".join([OPENING, *sentences]),
+                "output": " ".join(fact.statement for fact in asked),
+            }
+        )
+    return records
+
+
+@dataclass(kw_only=True)
+class FactCorpus(Preparation):
+    """Write documents of facts stated, restated and asked for, as .jsonl files with a `text` on each line.
+
+    Args:
+        output: Folder to make.
+        num_documents: Number of documents.
+        seed: The same seed and numbers give the same files, byte for byte.
+        min_facts: Fewest facts in a document.
+        max_facts: Most facts in a document.
+        num_mentions: Statements for each fact of a document, on average.
+        question_share: Share of the restatements that follow a question.
+        filler_share: Sentences of filler for each statement, in [0, 1].
+        filler: File or folder of text whose sentences are the filler, as they follow each other; made up if not given.
+        num_files: Files that the documents are spread over.
+    """
+
+    num_documents: int = 8000
+    seed: int = 0
+    min_facts: int = 2
+    max_facts: int = 6
+    num_mentions: int = 5
+    question_share: float = 0.15
+    filler_share: float = 0.1
+    filler: str | None = None
+    num_files: int = 4
+
+    def make(self, folder: Path) -> str:
+        self._check()
+        filler = Filler() if self.filler is None else Filler.read(self.filler)
+        num_characters = 0
+        for index in range(self.num_files):
+            with open(folder / f"facts-{index:03}.jsonl", "w", encoding="utf-8") as file:
+                for number in range(index, self.num_documents, self.num_files):
+                    text = self._document(number, filler)
+                    num_characters += len(text)
+                    file.write(json.dumps({"text": text}) + "\n")
+        return f"corpus {self.output}: {self.num_documents:,} documents, {num_characters / 1e6:.1f} MB"
+
+    def _document(self, number: int, filler: Filler | None = None) -> str:
+        rng = random.Random(f"{self.seed}/{number}")  # seeding by text is the same in every process and version
+        return document(
+            rng,
+            num_facts=rng.randint(self.min_facts, self.max_facts),
+            num_mentions=self.num_mentions,
+            question_share=self.question_share,
+            filler_share=self.filler_share,
+            filler=filler,
+        )
+
+    def _check(self) -> None:
+        for name in ("num_documents", "num_mentions", "num_files"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("question_share", "filler_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be in [0, 1], got {getattr(self, name):g}")
+        if not 1 <= self.min_facts <= self.max_facts <= len(NAMES):
+            raise UserError(
+                f"facts must satisfy 1 <= min_facts <= max_facts <= {len(NAMES)}, "
+                f"got min_facts {self.min_facts} and max_facts {self.max_facts}"
+            )
+
+
+@dataclass(kw_only=True)
+class FactInstructions(Preparation):
+    """Write questions on facts of a text, and their answers, in Alpaca's fields, as a .jsonl file.
+
+    Args:
+        output: Folder to make.
+        num_records: Number of questions.
+        seed: The same seed and numbers give the same file, byte for byte.
+        filler: File or folder of text, of which each question has a sentence among its facts; made up if not given.
+    """
+
+    num_records: int = 400
+    seed: int = 0
+    filler: str | None = None
+
+    def make(self, folder: Path) -> str:
+        if self.num_records < 1:
+            raise UserError(f"num_records must be at least 1, got {self.num_records}")
+        records = instructions(self.num_records, self.seed, None if self.filler is None else Filler.read(self.filler))
+        lines = [json.dumps(record) + "\n" for record in records]
+        (folder / "instructions.jsonl").write_text("".join(lines), encoding="utf-8")
+        return f"instructions {self.output}: {len(lines):,} questions"

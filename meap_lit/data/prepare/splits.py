@@ -1,0 +1,101 @@
+"""Documents shared out between the training and the validation split, by a hash of their text."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meap_lit.data.store.chunks import Split
+from meap_lit.data.store.writers import ChunkWriter
+from meap_lit.errors import UserError
+
+RESERVE = "reserve"
+"""Split of a shard without a document for validation: the one that is to be it if no other shard has any."""
+
+
+def draw(text: bytes) -> float:
+    """A number in [0, 1). Equal texts get equal numbers, so that copies are never on both sides of a split."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest()) / 2**48  # 48 bits: exact in a float
+
+
+class SplitWriter:
+    """Writes documents whose draw is below `val_share` into `val`, the others into `train`.
+
+    A small corpus may have no such document. The one with the smallest draw is therefore kept back to the end, and
+    becomes the validation split if nothing else did.
+
+    Args:
+        writer: Class of what each split is written with.
+        folder: Folder of the dataset.
+        dtype: Type of the tokens, uint16 or int32.
+        chunk_bytes: Size at which a chunk is closed.
+        val_share: Share of documents to hold out, in [0, 1).
+
+    Raises:
+        UserError: If `val_share` is not.
+    """
+
+    def __init__(
+        self, writer: type[ChunkWriter], folder: Path, dtype: np.dtype, chunk_bytes: int, val_share: float
+    ) -> None:
+        if not 0 <= val_share < 1:
+            raise UserError(f"val_share must be in [0, 1), got {val_share:g}; write 0.01 for 1%")
+        names = ("train", "val") if val_share > 0 else ("train",)
+        self._new_writer = lambda name: writer(folder / name, dtype, chunk_bytes)
+        self._writers = {name: self._new_writer(name) for name in names}
+        self._val_share = val_share
+        self.reserve_draw: float | None = None
+        """Draw of the document in the split `reserve`; only a shard may have one."""
+        self._reserve: Any = None
+        self._reserve_draw = 1.0 if val_share > 0 else 0.0
+
+    def add(self, document: Any, draw: float) -> None:
+        """Write one document, or keep it back."""
+        if draw < self._val_share:
+            self._writers["val"].add(document)
+        elif draw >= self._reserve_draw:
+            self._writers["train"].add(document)
+        else:
+            self._release("train")
+            self._reserve, self._reserve_draw = document, draw
+
+    def _release(self, name: str) -> None:
+        if self._reserve is not None:
+            self._writers[name].add(self._reserve)
+            self._reserve = None
+
+    def close(self) -> dict[str, Split]:
+        """Finish both splits.
+
+        Raises:
+            UserError: If one of them is empty; LitData could not open it.
+        """
+        without_val = "val" in self._writers and self._writers["val"].num_documents == 0
+        self._release("val" if without_val else "train")
+        if self._writers["train"].num_documents == 0:
+            count = self._writers["val"].num_documents
+            raise UserError(
+                f"no document is left to train on: the validation split took {count} of {count}; "
+                f"lower val_share, got {self._val_share:g}, or set it to 0 for no validation split"
+            )
+        return {name: writer.close() for name, writer in self._writers.items()}
+
+
+class ShardWriter(SplitWriter):
+    """Writes the documents of one shard, so that the shards of a dataset hold what one run would.
+
+    Whether a document that was kept back is needed for validation is known when all shards are there: until then it is
+    a split of its own, `RESERVE`. Splits without a document are left out.
+    """
+
+    def close(self) -> dict[str, Split]:
+        """Finish the splits that have a document."""
+        if "val" in self._writers and self._writers["val"].num_documents == 0 and self._reserve is not None:
+            self._writers[RESERVE] = self._new_writer(RESERVE)
+            self.reserve_draw = self._reserve_draw
+            self._release(RESERVE)
+        self._release("train")
+        for name in [name for name, writer in self._writers.items() if writer.num_documents == 0]:
+            self._writers.pop(name).folder.rmdir()  # LitData cannot open a folder without samples
+        return {name: writer.close() for name, writer in self._writers.items()}

@@ -1,0 +1,98 @@
+"""Steps that make something on disk once: a corpus, a tokenizer, a dataset.
+
+A step is a dataclass of what it needs plus `output`, the folder it makes. The same classes serve the command line
+(`python -m meap_lit prepare text ...`) and a recipe's `data.preparation` list, which makes what is missing before
+the run. A folder is built aside and renamed when it is whole, so a folder that exists is complete.
+"""
+
+import dataclasses
+import json
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from meap_lit.data.read.readers import RECORD_FILE
+from meap_lit.errors import UserError
+from meap_lit.files import new_folder
+
+
+@dataclass(kw_only=True)
+class Preparation(ABC):
+    """One step. Subclasses are dataclasses; a field with `compare=False` does not change what is made.
+
+    Args:
+        output: Folder to make.
+    """
+
+    output: str
+
+    @abstractmethod
+    def make(self, folder: Path) -> str | None:
+        """Write the whole result into the empty `folder`, which becomes `output` afterwards.
+
+        Returns:
+            A summary for the user, printed once `output` is there.
+        """
+
+    def run(self) -> None:
+        """Make `output`.
+
+        Raises:
+            UserError: If `output` exists already; nothing in it is touched.
+        """
+        if Path(self.output).exists():
+            raise UserError(f"output folder {self.output} exists already; remove it or name another --output")
+        with new_folder(Path(self.output)) as folder:
+            summary = self.make(folder)
+            (folder / RECORD_FILE).write_text(json.dumps(self._record(), indent=2) + "\n")
+        if summary:
+            print(summary)
+
+    def ensure(self) -> None:
+        """Make `output` unless this very step made it before.
+
+        Raises:
+            UserError: If `output` exists and was made otherwise.
+        """
+        output = Path(self.output)
+        if not output.exists():
+            self.run()
+            return
+        record = output / RECORD_FILE
+        if not record.is_file():
+            raise UserError(f"folder {output} exists but was not made by meap_lit; remove it or name another output")
+        was, now = _read_record(record), self._record()
+        if was["step"] != now["step"]:
+            raise UserError(f"folder {output} was made by {was['step']}, not {now['step']}; name another output")
+        for name, value in now["arguments"].items():
+            if was["arguments"].get(name) != value:
+                raise UserError(
+                    f"folder {output} was made with {name} = {was['arguments'].get(name)!r}, "
+                    f"the recipe says {value!r}; remove the folder or name another output"
+                )
+
+    def _record(self) -> dict[str, Any]:
+        names = [f.name for f in dataclasses.fields(self) if f.compare and f.name != "output"]
+        arguments = {name: getattr(self, name) for name in names}
+        return {"step": type(self).__name__, "arguments": json.loads(json.dumps(arguments))}
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text())
+        if isinstance(record["step"], str) and isinstance(record["arguments"], dict):
+            return record
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{file} is damaged; remove the folder or name another output")
+
+
+def progress_bar(description: str, num_bytes: int) -> tqdm:
+    """A bar over so many bytes of input, for the caller to move."""
+    # a log file gets a line every half minute instead of ten a second
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(total=num_bytes, desc=description, unit="B", unit_scale=True, mininterval=seconds)

@@ -1,0 +1,337 @@
+"""What a prepared dataset says about itself, and the proof that it is whole."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, UnionType
+from typing import Any, Literal
+
+from meap_lit.data.store.chunks import (
+    INDEX_FILE,
+    SAMPLES_FILE,
+    SHA256,
+    ChatIndex,
+    ChatSplit,
+    Split,
+    check_chunk_files,
+    check_hash,
+    check_index,
+    parse_index,
+)
+from meap_lit.data.store.remote import Storage
+from meap_lit.errors import UserError
+from meap_lit.tokenizer.tokenizer import Tokenizer
+
+MANIFEST_FILE = "manifest.json"
+VERSION = 2
+"""Since 2 the manifest has the hashes of the files that describe the dataset, and of itself."""
+Kind = Literal["text", "chat"]
+_NO_STORAGE = Storage()
+_FIRST_TRIES = 3
+"""A wrong address or endpoint should not wait as long for its message as a run that has begun waits for its data."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file that the dataset was made of."""
+
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ChatDetails:
+    """What only a dataset of conversations says of itself."""
+
+    template: str
+    """Name of the chat template."""
+    template_source: str
+    """Its Jinja source."""
+    max_tokens: int | None
+    """Length to which samples were limited."""
+    num_dropped: int
+    """Conversations left out because they are longer."""
+    num_truncated: int
+    """Conversations cut because they are longer."""
+    num_untrained: int = 0
+    """Conversations left out because no turn is to be learnt."""
+
+
+@dataclass(frozen=True)
+class ShardDetails:
+    """What only a shard says of itself: it is one of `count`, which `prepare merge` makes a dataset of."""
+
+    index: int
+    count: int
+    reserve_draw: float | None
+    """Draw of the document in the split `reserve`, if there is one; see `splits.ShardWriter`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Content of the manifest.json that stands beside the splits and is written last.
+
+    Args:
+        tokenizer_fingerprint: `Tokenizer.document_fingerprint` of the tokenizer that made the ids; in a chat dataset,
+            where the template writes all special tokens, its `fingerprint`.
+        vocab_size: Its vocabulary: every id is below.
+        eos_token_id: Id that closes every document of text.
+        bos_token_id: The id of the BOS that the tokenizer names; documents start with it if the tokenizer writes it.
+        mask_token_id: Id of the mask token; it stands nowhere in the data.
+        dtype: uint16 or int32.
+        val_share: Share of documents that was to be held out.
+        splits: `train`, and `val` unless val_share is 0; of a shard those with a document (see `splits.ShardWriter`).
+        sources: Files read, in order; in a shard, all files that the shards share out.
+        num_empty: Documents left out because they hold nothing but white space.
+        num_skipped: Lines left out because they could not be read.
+        version: Version of this format.
+        kind: `text` or `chat`.
+        chat: More of what a chat dataset is; None for text.
+        shard: Which part of a dataset this is; None for a whole one.
+    """
+
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eos_token_id: int
+    bos_token_id: int | None
+    mask_token_id: int
+    dtype: str
+    val_share: float
+    splits: Mapping[str, Split]  # ChatSplit in a chat dataset
+    sources: list[Source]
+    num_empty: int
+    num_skipped: int
+    version: int = VERSION
+    kind: Kind = "text"
+    chat: ChatDetails | None = None
+    shard: ShardDetails | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the dataset's tokens, their layout and their tokenizer; independent of where it lies."""
+        parts = [self.tokenizer_fingerprint, *(f"{name}:{split.fingerprint}" for name, split in self.splits.items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, location: str, storage: Storage = _NO_STORAGE, kind: Kind = "text") -> "Manifest":
+        """Read the manifest of a dataset and check that the dataset is whole.
+
+        The files that describe the dataset are compared with their hashes. In a local folder every chunk must be there
+        and have its size; what chunks hold is compared when they are first read.
+
+        Args:
+            location: Folder or address such as s3://bucket/path; the one above `train` and `val`.
+            storage: How a remote dataset is read.
+            kind: Kind of dataset that is wanted.
+
+        Raises:
+            UserError: If there is no whole dataset, or one of another kind; says what is wrong.
+        """
+        read = _reader(location, storage, kind)
+        manifest = cls._parse(read(MANIFEST_FILE), location)
+        if manifest.kind != kind:
+            found = _CONTENT.get(manifest.kind, manifest.kind)
+            raise UserError(
+                f"dataset {location} holds {found}, made by prepare {manifest.kind}; wanted are {_CONTENT[kind]}, "
+                f"which are made with: {_command('DIR', kind)}"
+            )
+        for name, split in manifest.splits.items():
+            index = check_index(read(f"{name}/{INDEX_FILE}"), split, f"{location}/{name}")
+            if not _is_remote(location):
+                check_chunk_files(Path(location, name), index)
+        return manifest
+
+    @classmethod
+    def _parse(cls, text: bytes, location: str) -> "Manifest":
+        content = _parse_json(text, f"{location}/{MANIFEST_FILE}")
+        version = content.get("version")
+        if isinstance(version, int) and version > VERSION:
+            raise UserError(
+                f"dataset {location} has a manifest of version {version}, this meap_lit reads up to {VERSION}; "
+                f"upgrade meap_lit or prepare the dataset anew"
+            )
+        _check_own_hash(text, content, location)
+        try:
+            chat, shard = content.pop("chat", None), content.pop("shard", None)
+            split_type = ChatSplit if chat else Split
+            splits = {name: split_type(**split) for name, split in content.pop("splits").items()}
+            sources = [Source(**source) for source in content.pop("sources")]
+            manifest = cls(
+                **content,
+                splits=splits,
+                sources=sources,
+                chat=ChatDetails(**chat) if chat else None,
+                shard=ShardDetails(**shard) if shard else None,
+            )
+            parts = (manifest, manifest.chat, manifest.shard, *sources, *splits.values())
+            for part in filter(None, parts):
+                _check_types(part)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{location}/{MANIFEST_FILE} is not a manifest of meap_lit ({error})") from error
+        if not splits.keys() <= _SPLITS or (shard is None and "train" not in splits):
+            raise UserError(
+                f"{location}/{MANIFEST_FILE} is damaged: its splits are {', '.join(splits) or 'none'}; copy the "
+                f"dataset again or prepare it anew"
+            )
+        return manifest
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json into `folder`."""
+        content = dataclasses.asdict(self)
+        for name in ("chat", "shard"):
+            if content[name] is None:
+                del content[name]
+        body = json.dumps(content, indent=1).removesuffix("\n}")
+        (folder / MANIFEST_FILE).write_text(f'{body},\n "{SHA256}": "{_hash_of(body.encode())}"\n}}\n')
+
+    def check_tokenizer(
+        self, tokenizer: Tokenizer, dataset: str, tokenizer_folder: str, option: str = "data.tokenizer"
+    ) -> None:
+        """Make sure that the data's ids mean what `tokenizer` takes them for.
+
+        Args:
+            tokenizer: The tokenizer of the recipe.
+            dataset: Where the dataset lies, for the message.
+            tokenizer_folder: Where the tokenizer lies, for the message.
+            option: What names it, for the message.
+
+        Raises:
+            UserError: If the dataset was prepared with another tokenizer.
+        """
+        expected = tokenizer.document_fingerprint if self.kind == "text" else tokenizer.fingerprint
+        if expected == self.tokenizer_fingerprint:
+            return
+        if tokenizer.fingerprint == self.tokenizer_fingerprint:
+            around = tokenizer.decode([*tokenizer.before_text, *tokenizer.after_text])
+            raise UserError(
+                f"dataset {dataset} was prepared by an earlier version, without the {around} that {tokenizer_folder} "
+                f"writes around each text; prepare the dataset anew"
+            )
+        raise UserError(
+            f"dataset {dataset} was prepared with another tokenizer than {tokenizer_folder} (fingerprint "
+            f"{self.tokenizer_fingerprint[:8]} against {expected[:8]}); name that one as {option}, or prepare the "
+            f"dataset anew with this one"
+        )
+
+
+def load_samples(
+    location: str, split: str, storage: Storage = _NO_STORAGE, files: Mapping[str, str] = MappingProxyType({})
+) -> ChatIndex:
+    """Read the sizes of the samples of one split of a chat dataset.
+
+    Args:
+        location: Folder or address of the dataset, as for `Manifest.load`, which is to check it first.
+        split: `train` or `val`.
+        storage: How a remote dataset is read.
+        files: Hashes to compare with, `Split.files` of its manifest; none are compared if not given.
+
+    Raises:
+        UserError: If the table is missing, damaged or belongs to other data.
+    """
+    read = _reader(location, storage, "chat")
+    folder = f"{location}/{split}"
+    index, table = read(f"{split}/{INDEX_FILE}"), read(f"{split}/{SAMPLES_FILE}")
+    check_hash(index, files, f"{folder}/{INDEX_FILE}")
+    check_hash(table, files, f"{folder}/{SAMPLES_FILE}")
+    return ChatIndex.parse(table, parse_index(index, folder), folder)
+
+
+_SPLITS = {"train", "val", "reserve"}
+"""Names that a split may have, since each is a folder; see `splits`."""
+
+_OWN_HASH = re.compile(rb'(.*),\n "sha256": "([0-9a-f]{64})"\n}\n', re.DOTALL)
+"""The end of a manifest: the hash of all that comes before it."""
+
+_told: set[str] = set()
+"""Datasets that this process has said to be unverified."""
+
+
+def _hash_of(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+def _check_own_hash(text: bytes, content: dict[str, Any], location: str) -> None:
+    """Compare a manifest with the hash at its end, which is taken out of `content`.
+
+    Raises:
+        UserError: If they differ.
+    """
+    stated = content.pop(SHA256, None)
+    if stated is None and content.get("version", 1) == 1:
+        if "splits" in content and location not in _told:
+            _told.add(location)
+            print(f"note: dataset {location} is of an older version without hashes of its manifest", file=sys.stderr)
+        return
+    found = _OWN_HASH.fullmatch(text)
+    if found is None or _hash_of(found[1]) != stated:
+        raise UserError(
+            f"{location}/{MANIFEST_FILE} is damaged: it has another SHA-256 than it says; copy the dataset again or "
+            f"prepare it anew"
+        )
+
+
+def _check_types(part: Any) -> None:
+    """Raise TypeError if a field of a dataclass that was read from JSON has another type than it says."""
+    for name, hint in typing.get_type_hints(type(part)).items():
+        value, classes = getattr(part, name), typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if all(kind in (int, float, str, type(None)) for kind in classes):
+            allowed = (*classes, int) if float in classes else classes
+            if not isinstance(value, allowed) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r:.80}")
+
+
+_CONTENT = {"text": "documents of text", "chat": "conversations"}
+
+
+def _command(location: str, kind: Kind) -> str:
+    return f"python -m meap_lit prepare {kind} --input FILES --tokenizer DIR --output {location}"
+
+
+def _is_remote(location: str) -> bool:
+    return "://" in location
+
+
+def _reader(location: str, storage: Storage, kind: Kind) -> Callable[[str], bytes]:
+    """A function that reads a file of the dataset at `location`."""
+    if not _is_remote(location):
+        return _local_reader(location, kind)
+    hasty = dataclasses.replace(storage, tries=min(storage.tries, _FIRST_TRIES))
+    return lambda name: hasty.read(f"{location.rstrip('/')}/{name}")
+
+
+def _local_reader(location: str, kind: Kind) -> Callable[[str], bytes]:
+    """A function that reads a file of the dataset in the folder `location`."""
+    folder = Path(location)
+    if not folder.is_dir():
+        raise UserError(f"dataset folder {location} does not exist; make it with: {_command(location, kind)}")
+    if not (folder / MANIFEST_FILE).is_file():
+        if (folder.parent / MANIFEST_FILE).is_file():
+            raise UserError(f"{location} is one split of a dataset; name the folder above it, {folder.parent}")
+        state = f"holds no {MANIFEST_FILE}" if any(folder.iterdir()) else "is empty"
+        raise UserError(
+            f"dataset folder {location} {state}: it was not made, or not finished, by meap_lit prepare {kind}"
+        )
+
+    def read(name: str) -> bytes:
+        try:
+            return (folder / name).read_bytes()
+        except OSError as error:
+            raise UserError(f"dataset {location} is incomplete: cannot read {name} ({error.strerror})") from error
+
+    return read
+
+
+def _parse_json(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is damaged: not a JSON object")
+    return content

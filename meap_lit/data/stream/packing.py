@@ -1,0 +1,286 @@
+"""Samples into rows of a fixed length: which documents share a row, and which row stands where in a run.
+
+As in `order.py`, the run is one endless line, here of rows, and step s trains on rows s*G to (s+1)*G - 1 whatever the
+number of devices. Only lengths are needed to know it. The endless line of samples is cut into windows; the documents
+of a window are packed, and its rows shuffled. Example, rows of 8 tokens:
+
+    lengths 5 3 6 2 4 -> rows (6 2) (5 3) (4)
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, count
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from meap_lit.data.store.chunks import ChatIndex
+from meap_lit.data.stream.order import MixedOrder, Visit, Visits, rng
+from meap_lit.masking.duplication import Duplication
+
+
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: the longest first, each into the fullest row that still has room for it.
+
+    Args:
+        lengths: Length of each document, in [1, capacity]. Equal lengths are taken in the order given.
+        capacity: Length of a row.
+
+    Returns:
+        Indices of the documents of each row.
+    """
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the room they have left
+    rooms = 0  # bit r is set when some row has room for exactly r tokens: the fullest fit is one shift away
+    longest_first = np.argsort(-np.asarray(lengths), kind="stable")
+    for index, length in zip(longest_first.tolist(), np.asarray(lengths)[longest_first].tolist(), strict=True):
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            rows_of_room = with_room[room]
+            row = rows_of_room.pop()
+            if not rows_of_room:
+                rooms ^= 1 << room
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if room > length:
+            left = room - length
+            with_room[left].append(row)
+            rooms |= 1 << left
+    return rows
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the samples of one source will count once they are duplicated; each [N].
+
+    Args:
+        num_tokens: Tokens of the sample.
+        num_masked: Masked tokens of its copy, |U_m|; 0 where it gets no copy.
+        num_supervised: Supervised tokens of the original, |U_q|.
+        without_room: Samples that lost their copy because they do not fit twice into a row.
+    """
+
+    num_tokens: np.ndarray
+    num_masked: np.ndarray
+    num_supervised: np.ndarray
+    without_room: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    @classmethod
+    def of(cls, index: ChatIndex, duplication: Duplication, seq_len: int) -> "Sizes":
+        answers, closing = index.answer_tokens.T
+        masked = _per_sample(duplication.num_masked(answers), index.num_answers)
+        without_room = (masked > 0) & (2 * index.num_tokens > seq_len) & (duplication.layout == "concat")
+        supervised = _per_sample(answers + closing, index.num_answers)
+        return cls(index.num_tokens, np.where(without_room, 0, masked), supervised, without_room)
+
+    def spans(self, layout: Literal["concat", "separate"]) -> np.ndarray:
+        """Length of every document of an epoch, in no order that matters, int64."""
+        tokens = self.num_tokens.astype(np.int64)
+        copied = self.num_masked > 0
+        if layout == "concat":
+            return np.where(copied, 2 * tokens, tokens)
+        return np.concatenate((tokens, tokens[copied]))
+
+
+def _per_sample(of_answers: np.ndarray, num_answers: np.ndarray) -> np.ndarray:
+    """Sums over the answers of each sample, [N] for [A] and the number of answers of each sample, [N]."""
+    sums = np.concatenate(([0], np.cumsum(of_answers, dtype=np.int64)))
+    last = np.cumsum(num_answers)
+    return sums[last] - sums[last - num_answers]
+
+
+class DocumentKey(NamedTuple):
+    """What stands in a row: a visit of a sample as itself, as its masked copy, or as both in one document."""
+
+    visit: Visit
+    has_original: bool
+    has_copy: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """The documents of one row and what they count.
+
+    Args:
+        documents: From left to right.
+        num_tokens: Tokens, the row's empty rest not counted.
+        num_labels: Supervised tokens, |U_q| + |U_m|.
+        num_masked: Masked tokens of copies, |U_m|.
+        num_copies: Masked copies.
+    """
+
+    documents: tuple[DocumentKey, ...]
+    num_tokens: int
+    num_labels: int
+    num_masked: int
+    num_copies: int
+
+
+def pack_rows(
+    visits: Iterable[Visit], sizes: Sequence[Sizes], seq_len: int, layout: Literal["concat", "separate"]
+) -> list[Row]:
+    """Rows of the documents that the samples of `visits` make."""
+    return Window.pack(Visits.of(list(visits)), sizes, seq_len, layout).rows()
+
+
+@dataclass(frozen=True)
+class Window:
+    """Documents packed together; all but the last are columns, [D].
+
+    Args:
+        visits: The visit of a sample that each document is of.
+        has_original: Whether it holds the sample as it is, bool.
+        has_copy: Whether it holds the masked copy, bool.
+        num_tokens: Its tokens.
+        num_labels: Its supervised tokens.
+        num_masked: Its masked tokens.
+        places: Numbers of the documents of each row.
+    """
+
+    visits: Visits
+    has_original: np.ndarray
+    has_copy: np.ndarray
+    num_tokens: np.ndarray
+    num_labels: np.ndarray
+    num_masked: np.ndarray
+    places: list[list[int]]
+
+    @classmethod
+    def pack(
+        cls, visits: Visits, sizes: Sequence[Sizes], seq_len: int, layout: Literal["concat", "separate"]
+    ) -> "Window":
+        """Pack the documents that the samples of `visits` make into rows of `seq_len` tokens."""
+        has_copy = _look_up(sizes, "num_masked", visits) > 0
+        has_original = np.ones_like(has_copy)
+        if layout == "separate":  # a copy follows its original
+            num_documents = 1 + has_copy
+            visits = Visits(*(np.repeat(column, num_documents) for column in visits))
+            has_copy = np.repeat(has_copy, num_documents)
+            has_copy[np.cumsum(num_documents) - num_documents] = False
+            has_original = ~has_copy
+        num_tokens = _look_up(sizes, "num_tokens", visits) * (has_original.astype(np.int64) + has_copy)
+        num_masked = _look_up(sizes, "num_masked", visits) * has_copy
+        num_labels = _look_up(sizes, "num_supervised", visits) * has_original + num_masked
+        return cls(visits, has_original, has_copy, num_tokens, num_labels, num_masked, pack(num_tokens, seq_len))
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.places)
+
+    def shuffle(self, generator: np.random.Generator) -> "Window":
+        """The same rows in another order."""
+        return replace(self, places=[self.places[row] for row in generator.permutation(len(self)).tolist()])
+
+    def rows(self, start: int = 0) -> list[Row]:
+        """The rows from number `start` on."""
+        visits = map(Visit, *(column.tolist() for column in self.visits))
+        keys = list(map(DocumentKey, visits, self.has_original.tolist(), self.has_copy.tolist()))
+        counts = [column.tolist() for column in (self.num_tokens, self.num_labels, self.num_masked, self.has_copy)]
+        return [
+            Row(tuple(keys[place] for place in row), *(sum(count[place] for place in row) for count in counts))
+            for row in self.places[start:]
+        ]
+
+    def tokens_of_sources(self, num_rows: int, num_sources: int) -> np.ndarray:
+        """Tokens of each source in the first `num_rows` rows, [S] int64."""
+        places = list(chain.from_iterable(self.places[:num_rows]))
+        tokens = np.zeros(num_sources, dtype=np.int64)
+        np.add.at(tokens, self.visits.sources[places], self.num_tokens[places])
+        return tokens
+
+
+def _look_up(sizes: Sequence[Sizes], name: str, visits: Visits) -> np.ndarray:
+    """The size `name` of the sample of each visit, [N] int64."""
+    values = np.empty_like(visits.samples)
+    for source, of_source in enumerate(sizes):
+        places = np.flatnonzero(visits.sources == source)
+        values[places] = getattr(of_source, name)[visits.samples[places]]
+    return values
+
+
+class PackedOrder:
+    """The endless line of rows of a run.
+
+    Args:
+        samples: The endless line of samples.
+        sizes: Sizes of the samples of each of its sources.
+        seq_len: Length of a row; no document is longer.
+        layout: Where a copy stands.
+        seed: Seed of the order of rows.
+        window: Most samples that are packed together; an epoch is cut into equal windows of at most so many.
+    """
+
+    def __init__(
+        self,
+        samples: MixedOrder,
+        sizes: Sequence[Sizes],
+        *,
+        seq_len: int,
+        layout: Literal["concat", "separate"],
+        seed: int,
+        window: int = 16_384,
+    ) -> None:
+        self.samples = samples
+        self.sizes = sizes
+        self.seq_len = seq_len
+        self.layout = layout
+        self.seed = seed
+        self.epoch = sum(map(len, sizes))
+        self.num_windows = -(-self.epoch // window)
+        # rows before each window and their tokens of each source, as far as was asked for: both are known only once the
+        # windows before are packed, which takes a microsecond a sample
+        self._first_rows = [0]
+        self._tokens = [np.zeros(len(sizes), dtype=np.int64)]
+        self._cached: tuple[int, Window] | None = None
+
+    def iterate(self, start: int) -> Iterator[Row]:
+        """Yield the rows from row `start` on, without end."""
+        first = self._locate(start)
+        start -= self._first_rows[first]
+        for number in count(first):
+            yield from self._window(number).rows(start)
+            start = 0
+
+    def num_rows(self, epochs: int) -> int:
+        """Rows that `epochs` epochs fill; with several sources an epoch is as many samples as they have together."""
+        while len(self._first_rows) <= epochs * self.num_windows:
+            self._count_window()
+        return self._first_rows[epochs * self.num_windows]
+
+    def count_by_source(self, end: int) -> np.ndarray:
+        """Tokens of each source in the first `end` rows, [S] int64."""
+        number = self._locate(end)
+        rows = end - self._first_rows[number]
+        return self._tokens[number] + self._window(number).tokens_of_sources(rows, len(self.sizes))
+
+    def _locate(self, row: int) -> int:
+        """Number of the window that holds a row."""
+        while self._first_rows[-1] <= row:
+            self._count_window()
+        return bisect_right(self._first_rows, row) - 1
+
+    def _count_window(self) -> None:
+        """Count the rows and tokens of the first window that was not counted."""
+        window = self._window(len(self._first_rows) - 1)
+        self._first_rows.append(self._first_rows[-1] + len(window))
+        self._tokens.append(self._tokens[-1] + window.tokens_of_sources(len(window), len(self.sizes)))
+
+    def _window(self, number: int) -> Window:
+        if self._cached is None or self._cached[0] != number:
+            epoch, part = divmod(number, self.num_windows)
+            size, num_larger = divmod(self.epoch, self.num_windows)
+            start = epoch * self.epoch + part * size + min(part, num_larger)
+            visits = self.samples.visits(start, start + size + (part < num_larger))
+            window = Window.pack(visits, self.sizes, self.seq_len, self.layout)
+            self._cached = number, window.shuffle(rng(_ROWS, self.seed, number))
+        return self._cached[1]
+
+
+_ROWS = 4  # a kind of draw, beside those of order.py

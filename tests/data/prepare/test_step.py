@@ -1,0 +1,130 @@
+import errno
+import json
+import os
+import socket
+from dataclasses import dataclass, field
+
+import pytest
+
+from meap_lit.data.prepare.step import Preparation
+from meap_lit.errors import UserError
+from meap_lit.files import is_unfinished, new_folder
+
+
+@dataclass(kw_only=True)
+class Write(Preparation):
+    text: str
+    num_workers: int = field(default=1, compare=False)
+
+    def make(self, folder):
+        if self.text == "fail":
+            raise UserError("as asked")
+        (folder / "result.txt").write_text(self.text)
+        return f"wrote {self.text}"
+
+
+@dataclass(kw_only=True)
+class Other(Write):
+    pass
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_run_makes_the_folder_and_says_so(tmp_path, capsys):
+    Write(output=str(tmp_path / "deep" / "out"), text="hello").run()
+    assert names(tmp_path / "deep") == ["out"]
+    assert names(tmp_path / "deep" / "out") == ["preparation.json", "result.txt"]
+    assert capsys.readouterr().out == "wrote hello\n"
+
+
+def test_run_refuses_an_existing_output(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.bin").write_text("precious")
+    with pytest.raises(UserError, match="exists already; remove it or name another"):
+        Write(output=str(tmp_path / "out"), text="hello").run()
+    assert names(tmp_path / "out") == ["mine.bin"]
+
+
+def test_failure_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="as asked"):
+        Write(output=str(tmp_path / "out"), text="fail").run()
+    assert names(tmp_path) == []
+
+
+def test_output_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make folder \S+/file/out: Not a directory"):
+        Write(output=str(tmp_path / "file" / "out"), text="hello").run()
+
+
+def test_ensure_runs_once_and_compares(tmp_path, capsys):
+    output = str(tmp_path / "out")
+    Write(output=output, text="hello").ensure()
+    Write(output=output, text="hello", num_workers=7).ensure()
+    assert capsys.readouterr().out == "wrote hello\n"
+    with pytest.raises(UserError, match="made with text = 'hello', the recipe says 'bye'"):
+        Write(output=output, text="bye").ensure()
+    with pytest.raises(UserError, match="was made by Write, not Other"):
+        Other(output=output, text="hello").ensure()
+    (tmp_path / "foreign").mkdir()
+    with pytest.raises(UserError, match="exists but was not made by meap_lit"):
+        Write(output=str(tmp_path / "foreign"), text="hello").ensure()
+
+
+def dead_process():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return pid
+
+
+def partial(tmp_path, name, pid, host=None):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / ".owner.json").write_text(json.dumps({"host": host or socket.gethostname(), "pid": pid}))
+
+
+def test_only_what_an_ended_run_left_behind_is_removed(tmp_path):
+    dead = dead_process()
+    partial(tmp_path, "out.partial-0001", dead)
+    partial(tmp_path, "out.partial-0002", os.getpid())
+    partial(tmp_path, "out.partial-0003", dead, host="elsewhere")
+    partial(tmp_path, "other.partial-0004", dead)
+    (tmp_path / "out.partial-mine").mkdir()
+    Write(output=str(tmp_path / "out"), text="hello").run()
+    assert names(tmp_path) == ["other.partial-0004", "out", *[f"out.partial-{n}" for n in ("0002", "0003", "mine")]]
+
+
+def test_a_folder_is_unfinished_until_it_has_its_name(tmp_path):
+    with new_folder(tmp_path / "out") as folder:
+        assert is_unfinished(folder)
+    assert not is_unfinished(tmp_path / "out")
+    assert not is_unfinished(tmp_path / "my.partial-results")
+
+
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
+    output = tmp_path / "out"
+    theirs = output / "theirs"
+    with pytest.raises(UserError, match="appeared while it was being made"), new_folder(output):
+        os.makedirs(theirs)
+    assert names(tmp_path) == ["out"]
+    assert names(output) == ["theirs"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no space left to make"), new_folder(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert names(tmp_path) == []
+
+
+def test_a_disk_that_is_full_from_the_start_keeps_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(UserError, match="no space left to make"), new_folder(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,135 @@
+import dataclasses
+import socket
+import time
+
+import pytest
+
+from meap_lit.data.store.remote import Storage
+from meap_lit.errors import UserError
+from tests.data.object_store import one_store, store  # noqa: F401  fixtures
+
+CONTENT = bytes(range(256)) * 20
+ADDRESS = "s3://bucket/folder/object"
+
+
+@pytest.fixture
+def filled(store):  # noqa: F811
+    file = store.root / "bucket" / "folder" / "object"
+    file.parent.mkdir()
+    file.write_bytes(CONTENT)
+    return store
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr("meap_lit.data.store.remote._LONGEST_PAUSE", 0.01)
+
+
+FAULTS = {
+    "reset": "Connection was closed before we received a valid response",
+    "500": r"InternalError \(status 500\): told to",
+    "503": r"SlowDown \(status 503\): told to",
+    "stall": "Read timeout on endpoint URL",
+    "trickle": r"only \d+ of 5120 bytes came in [12] seconds",
+    "truncate": "2560 of 5120 bytes|2560 bytes read, 2560 more expected",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_passes_is_not_seen(filled, tmp_path, fault):
+    filled.fault = lambda key, number: fault if number < 2 else None
+    assert filled.storage(tmp_path, timeout=0.5).read(ADDRESS) == CONTENT
+    assert filled.requests["bucket/folder/object"] == 3
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS.items())
+def test_a_fault_that_stays_ends_in_one_line(filled, tmp_path, fault, message):
+    filled.fault = lambda key, number: fault
+    start = time.monotonic()
+    with pytest.raises(UserError, match=rf"cannot read {ADDRESS} \(tries: 2\): .*({message})") as error:
+        filled.storage(tmp_path, tries=2, timeout=0.5).read(ADDRESS)
+    assert "\n" not in str(error.value)
+    assert filled.requests["bucket/folder/object"] == 2
+    assert time.monotonic() - start < 30, "each try is given up in time"
+
+
+def test_wrong_content_is_read_again(filled, tmp_path):
+    filled.fault = lambda key, number: "flip" if number == 0 else None
+
+    def problem(file):
+        file.seek(0)
+        return None if file.read() == CONTENT else "has a flipped byte"
+
+    with open(tmp_path / "file", "w+b") as file:
+        file.write(b"x" * 10_000)  # of another try, and longer
+        filled.storage(tmp_path).download(ADDRESS, file, problem)
+        assert filled.requests["bucket/folder/object"] == 2
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    filled.fault = lambda key, number: "flip"
+    message = rf"cannot read {ADDRESS} \(tries: 3\): has a flipped byte"
+    with open(tmp_path / "file", "w+b") as file, pytest.raises(UserError, match=message):
+        filled.storage(tmp_path).download(ADDRESS, file, problem)
+
+
+def test_damaged_json_is_read_again(filled, tmp_path):
+    (filled.root / "bucket" / "index.json").write_text('{"a": 1}')  # the flip makes the last brace a |
+    filled.fault = lambda key, number: "flip" if number == 0 else None
+    assert filled.storage(tmp_path).read("s3://bucket/index.json") == b'{"a": 1}'
+    filled.fault = lambda key, number: "flip"
+    with pytest.raises(UserError, match=r"cannot read s3://bucket/index.json \(tries: 3\): it is not JSON: Expecting"):
+        filled.storage(tmp_path).read("s3://bucket/index.json")
+
+
+@pytest.mark.parametrize(
+    ("address", "options", "message"),
+    [
+        ("s3://bucket/none", {}, r"cannot read s3://bucket/none at http://127.*NoSuchKey.*is it part of a dataset"),
+        ("s3://other/object", {}, r"NoSuchBucket.*check the name of the bucket and AWS_ENDPOINT_URL"),
+        (
+            ADDRESS,
+            {"aws_access_key_id": "wrong"},
+            r"InvalidAccessKeyId.*check the address, AWS_ENDPOINT_URL and",
+        ),
+        (ADDRESS, {"endpoint_url": "127.0.0.1"}, r"Invalid endpoint: 127.0.0.1; check AWS_ENDPOINT_URL"),
+        (ADDRESS, {"endpoint": "x"}, r"unexpected keyword argument 'endpoint'; check .* data.storage_options"),
+        ("s3://b*d/object", {}, r"Invalid bucket name .b\*d.*; check the address"),
+        ("s3:///object", {}, "address s3:///object must begin with one of s3, .* and ://, then name a bucket"),
+        ("ftp://host/object", {}, "dataset address ftp://host/object must begin with one of s3, gs, r2, azure and ://"),
+    ],
+)
+def test_what_does_not_pass_is_tried_once(filled, tmp_path, address, options, message):
+    storage = filled.storage(tmp_path)
+    storage = dataclasses.replace(storage, options=storage.options | options)
+    with pytest.raises(UserError, match=message) as error:
+        storage.read(address)
+    assert "\n" not in str(error.value)
+    assert sum(filled.requests.values()) <= 1
+
+
+def test_an_endpoint_that_nobody_answers(filled, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound but not listening
+        options = {**filled.storage(tmp_path).options, "endpoint_url": f"http://127.0.0.1:{taken.getsockname()[1]}"}
+        with pytest.raises(UserError, match=r"\(tries: 3\): Could not connect to the endpoint URL"):
+            filled.storage(tmp_path, options=options).read(ADDRESS)
+
+
+def test_endpoint_and_credentials_come_from_the_environment(filled, monkeypatch):
+    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "NO_PROXY")
+    for name in names:
+        monkeypatch.setenv(name, filled.environment[name])
+    assert Storage(timeout=7.1).read(ADDRESS) == CONTENT  # a plain http:// endpoint
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r'\(tries: 1\): Could not connect to the endpoint URL: "http://127.0.0.1:9/'):
+        Storage(timeout=7.2, tries=1).read(ADDRESS)
+
+
+def test_without_credentials(filled, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    options = {"endpoint_url": filled.endpoint}
+    with pytest.raises(UserError, match=r"Unable to locate credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS"):
+        filled.storage(tmp_path, options=options).read(ADDRESS)
