@@ -17,12 +17,21 @@ import torch
 from meap_lit.data.prepare.chat import PrepareChat
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
+from meap_lit.tokenizer.tokenizer import Tokenizer
 
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
 """As the session began."""
 
 WORDS = ("the", "a", "old", "new", "river", "market", "lantern", "garden", "keeps", "finds")
 WORDS += ("near", "under", "every", "quiet", "bright", "stone")
+
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Pack my box with five dozen liquor jugs.",
+    "How vexingly quick daft zebras jump!",
+    "def add(a, b):\n    return a + b\n",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,29 @@ def _same_environment() -> Iterator[None]:
     for name in os.environ.keys() - _ENVIRONMENT.keys() - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update(_ENVIRONMENT)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> str:
+    """A byte-level BPE of 300 tokens at most."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "corpus.txt").write_text("\n".join(SENTENCES * 3))
+    TrainTokenizer(input=[str(folder / "corpus.txt")], vocab_size=300, output=str(folder / "bpe")).run()
+    return str(folder / "bpe")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder) -> Tokenizer:
+    return Tokenizer.load(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real files from public repositories; not part of this project."""
+    folder = Path(__file__).parents[1].parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist")
+    return folder
 
 
 @pytest.fixture(scope="session")
