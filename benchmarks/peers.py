@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from benchmarks.fresh import Growth, Worker, in_fresh_process
 from benchmarks.step import Model, TrainingStep, environment, known_decoder, publish
 from meap_lit.errors import UserError
+from meap_lit.hf.config import family, write_config
 from meap_lit.model import DecoderConfig
-from meap_lit.model.hf import family, write_config
 from meap_lit.modules.cpu_memory import keep_freed_memory
 
 Name = Literal["meap_lit", "transformers", "litgpt"]

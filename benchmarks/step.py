@@ -32,7 +32,7 @@ from meap_lit.errors import UserError
 from meap_lit.masking import mask_inputs
 from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
 from meap_lit.model.config import pad_vocab_size
-from meap_lit.model.parallelize import checkpoint_and_compile
+from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.modules import AdamW
 from meap_lit.provenance import processor
 

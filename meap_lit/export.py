@@ -16,10 +16,10 @@ from meap_lit.checkpoints import DTYPES, Checkpoint, open_source, vocab_size_for
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
+from meap_lit.hf.config import family, hf_name, write_config
+from meap_lit.hf.folder import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE
+from meap_lit.hf.weights import EMBEDDING, HEAD, WeightSource, check_weights
 from meap_lit.model.decoder import Decoder
-from meap_lit.model.hf import family, hf_name, write_config
-from meap_lit.model.hf_folder import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE
-from meap_lit.model.weights import EMBEDDING, HEAD, WeightSource, check_weights
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
 QWEN2_SPLIT = (

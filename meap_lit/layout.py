@@ -8,7 +8,7 @@ import torch
 from jsonargparse import Namespace
 
 from meap_lit.errors import UserError
-from meap_lit.strategies import gathered_dtype
+from meap_lit.parallel.strategies import gathered_dtype
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def layout_of(trainer: Namespace, devices: int | None = None, nodes: int | None 
     if name not in ("Sharded", "FlatSharded"):
         raise UserError(
             f"trainer.strategy {name} is not known to plan; it knows auto, ddp, SingleDeviceStrategy, and of "
-            f"meap_lit.strategies Sharded and FlatSharded"
+            f"meap_lit.parallel.strategies Sharded and FlatSharded"
         )
     return _sharded(num_devices, int(devices), options, precision(trainer.precision))
 

@@ -19,11 +19,11 @@ from meap_lit.data.datamodule import StreamingData
 from meap_lit.data.finetuning import FineTuningData
 from meap_lit.data.store.manifest import MANIFEST_FILE
 from meap_lit.errors import UserError
+from meap_lit.hf.config import read_config
+from meap_lit.hf.folder import CONFIG_FILE
 from meap_lit.layout import Layout, layout_of, precision
 from meap_lit.memory import Memory, Step, memory_of, weights_of
 from meap_lit.model.config import DecoderConfig, pad_vocab_size
-from meap_lit.model.hf import read_config
-from meap_lit.model.hf_folder import CONFIG_FILE
 from meap_lit.modules.base import DecoderModule
 from meap_lit.recipe import RecipeCLI
 from meap_lit.savings import smallest_changes

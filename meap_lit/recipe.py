@@ -36,8 +36,8 @@ from meap_lit.explain import check_values, explain, find_user_error, input_error
 from meap_lit.integrity import find_checkpoint
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.modules.cpu_memory import keep_freed_memory
+from meap_lit.parallel.strategies import follow_launcher
 from meap_lit.recipe_file import KeepsSecrets, RecipeFile
-from meap_lit.strategies import follow_launcher
 
 # `--budget.max_step` is a mistake, not short for `--budget.max_steps`
 PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}

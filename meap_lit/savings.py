@@ -9,7 +9,7 @@ import torch
 
 from meap_lit.layout import PRECISIONS
 from meap_lit.memory import Memory, Step, memory_of
-from meap_lit.strategies import gathered_dtype
+from meap_lit.parallel.strategies import gathered_dtype
 
 Change = tuple[str, dict[str, Any]]
 """Words for the command line, and the fields of `Step` (or of its layout) that they change."""

@@ -11,8 +11,8 @@ from torch import Tensor
 import meap_lit.checkpoints
 from meap_lit.checkpoints import Checkpoint, build_decoder, open_source, vocab_size_for
 from meap_lit.errors import UserError
+from meap_lit.hf.folder import HFFolder
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling
-from meap_lit.model.hf_folder import HFFolder
 from meap_lit.model.lora import LoRA, add_lora
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.hf_models import SIZES, random_ids, save_variant

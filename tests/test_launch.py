@@ -14,8 +14,8 @@ import torch
 
 from meap_lit.cli import main
 from meap_lit.errors import UserError
+from meap_lit.parallel.strategies import follow_launcher
 from meap_lit.recipe import RecipeCLI
-from meap_lit.strategies import follow_launcher
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

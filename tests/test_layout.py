@@ -8,16 +8,16 @@ from jsonargparse import Namespace
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meap_lit.errors import UserError
+from meap_lit.hf.weights import meta_decoder
 from meap_lit.layout import Layout, layout_of, precision
 from meap_lit.masking.schedules import Constant
 from meap_lit.memory import Step, parameter_bytes, weights_of
 from meap_lit.model import DecoderConfig
-from meap_lit.model.weights import meta_decoder
 from meap_lit.modules import AdamW, MEAPPretraining
-from meap_lit.strategies import Sharded
+from meap_lit.parallel.strategies import Sharded
 
-SHARDED = "meap_lit.strategies.Sharded"
-FLAT_SHARDED = "meap_lit.strategies.FlatSharded"
+SHARDED = "meap_lit.parallel.strategies.Sharded"
+FLAT_SHARDED = "meap_lit.parallel.strategies.FlatSharded"
 FLAT_SHARDED_OPTIONS = {"shard_size": 8, "reshard_after_forward": True, "param_dtype": None, "reduce_dtype": None}
 SHARDED_DEFAULTS = {
     "shard_size": None,

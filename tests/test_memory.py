@@ -29,7 +29,7 @@ from meap_lit.memory import (
 )
 from meap_lit.model import Decoder, DecoderConfig, Documents, linear_cross_entropy
 from meap_lit.model.lora import LoRA, add_lora
-from meap_lit.model.parallelize import checkpoint_and_compile
+from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.modules import AdamW
 
 TOY = DecoderConfig(

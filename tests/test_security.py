@@ -37,8 +37,8 @@ from meap_lit.data.stream.text import TokenBlocks
 from meap_lit.errors import UserError
 from meap_lit.evaluation.runner import Records
 from meap_lit.files import new_folder
+from meap_lit.hf.folder import HFFolder
 from meap_lit.integrity import CHECKSUMS_FILE, check, checksums, seal
-from meap_lit.model.hf_folder import HFFolder
 from meap_lit.shards import read_index
 from meap_lit.tokenizer.chat_template import ChatTemplate
 from meap_lit.tokenizer.tokenizer import Tokenizer

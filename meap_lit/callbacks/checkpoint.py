@@ -18,11 +18,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from meap_lit.callbacks.budget import Budget
-from meap_lit.callbacks.ranks import Ranks
 from meap_lit.errors import UserError
 from meap_lit.integrity import check, checksums, read_file, seal, write_file
+from meap_lit.parallel.ranks import Ranks
+from meap_lit.parallel.strategies import Sharded
 from meap_lit.shards import read_trainer_state, refuse_code
-from meap_lit.strategies import Sharded
 
 LAST = "last.ckpt"
 _ASIDE = ".partial-"
@@ -113,7 +113,7 @@ class Checkpoint(ModelCheckpoint):
             trainer.strategy.saving_group = self._ranks.group
         elif self.asynchronous and isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError(
-                f"checkpoint.asynchronous needs trainer.strategy meap_lit.strategies.Sharded, got "
+                f"checkpoint.asynchronous needs trainer.strategy meap_lit.parallel.strategies.Sharded, got "
                 f"{type(trainer.strategy).__name__}, which saves between training steps only"
             )
 

@@ -10,10 +10,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from meap_lit.callbacks.ranks import Ranks
 from meap_lit.errors import UserError
-from meap_lit.logged import is_logged
-from meap_lit.model.parallelize import is_finite
+from meap_lit.modules.logged import is_logged
+from meap_lit.parallel.ranks import Ranks
+from meap_lit.parallel.sharding import is_finite
 
 
 class StopOnNonFiniteLoss(L.Callback):

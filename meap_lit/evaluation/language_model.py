@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from meap_lit.checkpoints import DTYPES, open_source, vocab_size_for
 from meap_lit.errors import UserError
 from meap_lit.evaluation.generation import GREEDY, OnToken, Sampling, check_prompts, generate
+from meap_lit.hf.weights import WeightSource, build_decoder, token_ids
 from meap_lit.model import Decoder
-from meap_lit.model.weights import WeightSource, build_decoder, token_ids
 from meap_lit.tokenizer.chat_template import ChatTemplate
 from meap_lit.tokenizer.tokenizer import Tokenizer
 

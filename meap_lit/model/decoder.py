@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from meap_lit.model.attention import Attend, Documents, KVCache, causal_attention, packed_attention
+from meap_lit.model.attention import Attend, Documents, causal_attention, packed_attention
 from meap_lit.model.config import DecoderConfig
 from meap_lit.model.init import init_parameter_
+from meap_lit.model.kv_cache import KVCache
 from meap_lit.model.norm import RMSNorm
 from meap_lit.model.rope import apply_rope, rope_angles
 from meap_lit.model.swiglu import swiglu

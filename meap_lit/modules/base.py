@@ -11,18 +11,19 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from meap_lit.callbacks.ranks import Ranks
 from meap_lit.checkpoints import Checkpoint, new_mask_token, open_source, vocab_size_for
 from meap_lit.errors import UserError
-from meap_lit.logged import host_number, is_logged
+from meap_lit.hf.weights import WeightSource, allocate, copy_whole, init_weights, load_weights, meta_decoder
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig
 from meap_lit.model.config import Context, pad_vocab_size
 from meap_lit.model.float8 import MULTIPLE, use_float8
 from meap_lit.model.lora import LoRA, add_lora, draw_dropout_from, is_adapter
-from meap_lit.model.parallelize import checkpoint_and_compile, clip_grad_norm, write_shard
-from meap_lit.model.weights import WeightSource, allocate, copy_whole, init_weights, load_weights, meta_decoder
+from meap_lit.model.recompute import checkpoint_and_compile
+from meap_lit.modules.logged import host_number, is_logged
 from meap_lit.modules.optimizer import AdamW
-from meap_lit.strategies import Sharded
+from meap_lit.parallel.ranks import Ranks
+from meap_lit.parallel.sharding import clip_grad_norm, write_shard
+from meap_lit.parallel.strategies import Sharded
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from meap_lit.data.stream.chat import PackedBatch
 from meap_lit.errors import UserError
-from meap_lit.logged import host_number, is_logged
+from meap_lit.hf.weights import token_ids
 from meap_lit.model import linear_cross_entropy
-from meap_lit.model.weights import token_ids
 from meap_lit.modules.base import DecoderModule
+from meap_lit.modules.logged import host_number, is_logged
 
 
 class MEAPFineTuning(DecoderModule):

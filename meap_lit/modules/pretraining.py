@@ -7,11 +7,11 @@ from torch import Tensor
 
 from meap_lit.data.stream.text import Batch
 from meap_lit.errors import UserError
-from meap_lit.logged import host_number, is_logged
 from meap_lit.masking import check_ratio, mask_inputs, rare_ids
 from meap_lit.masking.schedules import MaskSchedule
 from meap_lit.model import linear_cross_entropy
 from meap_lit.modules.base import DecoderModule
+from meap_lit.modules.logged import host_number, is_logged
 
 
 class MEAPPretraining(DecoderModule):

@@ -203,7 +203,7 @@ TREES = {
 def test_a_common_beginning_is_read_once_and_changes_nothing(prompts, changes, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = random_decoder(max_seq_len=80, **changes)
     monkeypatch.setattr(generation, "_ROW_COST", 0)
-    monkeypatch.setattr("meap_lit.model.attention._BLOCK_SIZE", 3)
+    monkeypatch.setattr("meap_lit.model.kv_cache._BLOCK_SIZE", 3)
     shapes, logits = [], []
     forward, head = decoder.forward, decoder.logits
     monkeypatch.setattr(

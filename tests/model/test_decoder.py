@@ -323,7 +323,7 @@ def test_right_padded_rows_with_a_cache_are_the_rows_alone() -> None:
 @pytest.mark.parametrize("name", ["llama", "one key-value head", "no grouping", "yarn", "qwen2 tied", "qwen3"])
 def test_rows_with_a_common_beginning_are_the_rows_alone(name: str, block_size: int, monkeypatch) -> None:
     """Read without padding, and what a row has in common with the one above only there; then they go on."""
-    monkeypatch.setattr("meap_lit.model.attention._BLOCK_SIZE", block_size)
+    monkeypatch.setattr("meap_lit.model.kv_cache._BLOCK_SIZE", block_size)
     torch.manual_seed(0)
     model = Decoder(CONFIGS[name])
     first, second = torch.randint(0, VOCAB_SIZE, (2, 12)).tolist()

@@ -20,11 +20,11 @@ from meap_lit.masking.schedules import Constant
 from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.model.float8 import use_float8
 from meap_lit.model.lora import PROJECTIONS
-from meap_lit.model.parallelize import checkpoint_and_compile
+from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.modules import AdamW, MEAPPretraining, base
+from meap_lit.parallel.strategies import Sharded
 from meap_lit.plan import PlanCLI
 from meap_lit.recipe import RecipeCLI
-from meap_lit.strategies import Sharded
 from tests.callbacks.toy import fork
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from meap_lit.errors import UserError
-from meap_lit.model.hf import POSITION_KEYS, hf_name, our_name, read_config
-from meap_lit.model.weights import EMBEDDING, WeightSource
+from meap_lit.hf.config import POSITION_KEYS, hf_name, our_name, read_config
+from meap_lit.hf.weights import EMBEDDING, WeightSource
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"

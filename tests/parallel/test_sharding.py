@@ -9,7 +9,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
 from meap_lit.model.attention import Documents
-from meap_lit.model.parallelize import checkpoint_and_compile
+from meap_lit.model.recompute import checkpoint_and_compile
 
 TOY = DecoderConfig(
     num_layers=10,  # more than torch.compile would compile one function for

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from meap_lit.errors import UserError
+from meap_lit.hf.config import sliding_window
 from meap_lit.model.config import DecoderConfig
 from meap_lit.model.decoder import Decoder
-from meap_lit.model.hf import sliding_window
 from meap_lit.model.init import init_parameter_
 from meap_lit.model.lora import is_adapter
 

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from meap_lit.errors import UserError
 from meap_lit.integrity import TRAINER_STATE, read_file
 from meap_lit.model.decoder import Decoder
-from meap_lit.model.parallelize import flatten, shard, split
+from meap_lit.parallel.sharding import flatten, shard, split
 from meap_lit.shards import load_shards, read_trainer_state
 
 Dtype = Literal["float32", "bfloat16"]

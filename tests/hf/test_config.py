@@ -10,8 +10,8 @@ import transformers
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from meap_lit.errors import UserError
+from meap_lit.hf.config import ARCHITECTURES, family, hf_name, our_name, read_config, write_config
 from meap_lit.model import DecoderConfig, RopeScaling
-from meap_lit.model.hf import ARCHITECTURES, family, hf_name, our_name, read_config, write_config
 from meap_lit.model.rope import rope_frequencies
 from tests.hf_models import SIZES, VARIANTS, random_model
 

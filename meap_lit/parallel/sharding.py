@@ -7,9 +7,9 @@ is handed block by block to the older FSDP1 where that is asked for.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,58 +25,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from meap_lit.errors import UserError
-from meap_lit.model.decoder import Block, Decoder
+from meap_lit.model.decoder import Decoder
 from meap_lit.model.lora import LoRALinear
 from meap_lit.model.norm import RMSNorm, rms_norm
+from meap_lit.model.recompute import _blocks
 
 # ---------------------------------------------------------------------------------------- memory and speed
-
-
-_SAVED = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
-"""Operations whose results `selective` keeps: those that take time."""
-
-
-def checkpoint_and_compile(
-    decoder: Decoder, activation_checkpointing: Literal["none", "selective", "full"], compile: bool
-) -> None:
-    """Keep less of every block's forward for the backward, and compile it, in place.
-
-    `full` keeps one hidden state a block and costs one more forward, about a third of a step's time. `selective` keeps
-    the results of matrix products and attention and repeats what is cheap: norms, rotations, the SwiGLU's product.
-    The forward is replaced, not the block, so that parameters keep their names. The second forward repeats the random
-    state of the first, for the dropout of adapters.
-    """
-    selective = partial(create_selective_checkpoint_contexts, list(_SAVED))
-    for block in _blocks(decoder):
-        if activation_checkpointing == "selective":  # inside of what is compiled: it chooses among operations
-            block.forward = _checkpointed(block.forward, context_fn=selective)  # type: ignore[method-assign]
-        if compile:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
-        if activation_checkpointing == "full":  # around it: what packed rows leave to Python breaks no graph of it
-            block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
-
-
-def _checkpointed(forward: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    def run(*args: Any) -> Tensor:  # no `partial`, which the compiler does not look into
-        return checkpoint(forward, *args, use_reentrant=False, **options)
-
-    return run
-
-
-def _blocks(decoder: Decoder) -> Iterator[Block]:
-    for block in decoder.layers:
-        assert isinstance(block, Block)
-        yield block
 
 
 # ------------------------------------------------------------------------------------------------- sharding

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from meap_lit.errors import UserError
+from meap_lit.hf.weights import WeightSource, build_decoder, copy_rows, load_weights
 from meap_lit.model import Decoder, DecoderConfig
-from meap_lit.model.weights import WeightSource, build_decoder, copy_rows, load_weights
 
 CONFIG = DecoderConfig(
     num_layers=1, num_heads=2, num_kv_heads=1, hidden_size=8, intermediate_size=8, vocab_size=6, max_seq_len=16

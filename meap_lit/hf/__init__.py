@@ -1,0 +1,1 @@
+"""The bridge to Hugging Face: names, configurations, folders of safetensors."""

@@ -1,0 +1,1 @@
+"""One model over many devices: every use of torch.distributed in training."""
