@@ -21,10 +21,10 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from benchmarks.step import environment, known_decoder, publish
-from meap_lit.checkpoints import DTYPES, build_decoder, open_source
+from meap_lit.checkpoint.export import Export
+from meap_lit.checkpoint.source import DTYPES, build_decoder, open_source
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
-from meap_lit.export import Export
 from meap_lit.model import Decoder, DecoderConfig
 
 STATUS = Path("/proc/self/status")

@@ -122,14 +122,14 @@ def _one_line(error: UserError) -> str:
 # ---------------------------------------------------------------------------------------------- thin commands
 
 COMMANDS = {
-    "export": "meap_lit.export.Export",
+    "export": "meap_lit.checkpoint.export.Export",
     "generate": "meap_lit.evaluation.generate.Generate",
     "evaluate": "meap_lit.evaluation.evaluate.Evaluate",
     "judge": "meap_lit.evaluation.judge.JudgeSummaries",
     "report": "meap_lit.report.command.Report",
-    "checkpoint inspect": "meap_lit.checkpoint_commands.Inspect",
-    "checkpoint verify": "meap_lit.checkpoint_commands.Verify",
-    "checkpoint consolidate": "meap_lit.checkpoint_commands.Consolidate",
+    "checkpoint inspect": "meap_lit.checkpoint.commands.Inspect",
+    "checkpoint verify": "meap_lit.checkpoint.commands.Verify",
+    "checkpoint consolidate": "meap_lit.checkpoint.commands.Consolidate",
     "tokenizer train": "meap_lit.data.prepare.tokenizer.TrainTokenizer",
     "prepare text": "meap_lit.data.prepare.text.PrepareText",
     "prepare chat": "meap_lit.data.prepare.chat.PrepareChat",

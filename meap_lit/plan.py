@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from meap_lit.callbacks import Budget
-from meap_lit.checkpoints import open_source
+from meap_lit.checkpoint.source import open_source
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.data.finetuning import FineTuningData
 from meap_lit.data.store.manifest import MANIFEST_FILE

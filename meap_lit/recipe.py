@@ -30,10 +30,10 @@ from meap_lit.callbacks.budget import TimeLimit, check_trainer
 from meap_lit.callbacks.checkpoint import VerifyCheckpoint
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.stopping import StopOnSignal
+from meap_lit.checkpoint.find import find_checkpoint
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import NO_SPACE, UserError
 from meap_lit.explain import check_values, explain, find_user_error, input_errors, raised_by
-from meap_lit.integrity import find_checkpoint
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.modules.cpu_memory import keep_freed_memory
 from meap_lit.parallel.strategies import follow_launcher

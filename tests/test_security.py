@@ -29,6 +29,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
+from meap_lit.checkpoint.checksums import CHECKSUMS_FILE, check, checksums, seal
+from meap_lit.checkpoint.shards import read_index
 from meap_lit.cli import main
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.store.manifest import Manifest, load_samples
@@ -38,8 +40,6 @@ from meap_lit.errors import UserError
 from meap_lit.evaluation.runner import Records
 from meap_lit.files import new_folder
 from meap_lit.hf.folder import HFFolder
-from meap_lit.integrity import CHECKSUMS_FILE, check, checksums, seal
-from meap_lit.shards import read_index
 from meap_lit.tokenizer.chat_template import ChatTemplate
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TOY_RECIPE

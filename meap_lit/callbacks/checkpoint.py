@@ -18,11 +18,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from meap_lit.callbacks.budget import Budget
+from meap_lit.checkpoint.checksums import check, checksums, read_file, seal, write_file
+from meap_lit.checkpoint.shards import read_trainer_state, refuse_code
 from meap_lit.errors import UserError
-from meap_lit.integrity import check, checksums, read_file, seal, write_file
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
-from meap_lit.shards import read_trainer_state, refuse_code
 
 LAST = "last.ckpt"
 _ASIDE = ".partial-"

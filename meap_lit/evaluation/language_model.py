@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from meap_lit.checkpoints import DTYPES, open_source, vocab_size_for
+from meap_lit.checkpoint.source import DTYPES, open_source, vocab_size_for
 from meap_lit.errors import UserError
 from meap_lit.evaluation.generation import GREEDY, OnToken, Sampling, check_prompts, generate
 from meap_lit.hf.weights import WeightSource, build_decoder, token_ids

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from meap_lit.checkpoints import Checkpoint, new_mask_token, open_source, vocab_size_for
+from meap_lit.checkpoint.source import Checkpoint, new_mask_token, open_source, vocab_size_for
 from meap_lit.errors import UserError
 from meap_lit.hf.weights import WeightSource, allocate, copy_whole, init_weights, load_weights, meta_decoder
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig

@@ -23,11 +23,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from meap_lit.checkpoint.checksums import TRAINER_STATE, read_file
+from meap_lit.checkpoint.shards import load_shards, read_trainer_state
 from meap_lit.errors import UserError
-from meap_lit.integrity import TRAINER_STATE, read_file
 from meap_lit.model.decoder import Decoder
 from meap_lit.parallel.sharding import flatten, shard, split
-from meap_lit.shards import load_shards, read_trainer_state
 
 Dtype = Literal["float32", "bfloat16"]
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from meap_lit.callbacks.summary import SUMMARY_FILE
+from meap_lit.checkpoint.find import newest_checkpoint
+from meap_lit.checkpoint.shards import read_trainer_state
 from meap_lit.errors import UserError
-from meap_lit.integrity import newest_checkpoint
 from meap_lit.model import DecoderConfig
-from meap_lit.shards import read_trainer_state
 
 CONFIG_FILE = "config.yaml"
 LOSS = "val/loss"

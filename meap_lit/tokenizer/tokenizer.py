@@ -333,7 +333,7 @@ def _of_run(folder: Path) -> Path:
     if (folder / "tokenizer.json").is_file():
         return folder
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
-        from meap_lit.integrity import newest_checkpoint  # imports torch, which training a tokenizer needs not wait for
+        from meap_lit.checkpoint.find import newest_checkpoint
 
         newest = newest_checkpoint(folder)
         run = folder if newest is None else newest.parent.parent

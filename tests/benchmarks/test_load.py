@@ -7,7 +7,7 @@ import pytest
 import benchmarks.load
 from benchmarks.load import benchmark
 from benchmarks.step import SMALL
-from meap_lit.checkpoints import open_source
+from meap_lit.checkpoint.source import open_source
 from meap_lit.errors import UserError
 
 

@@ -15,9 +15,10 @@ import torch
 
 from meap_lit.callbacks import Checkpoint
 from meap_lit.callbacks.checkpoint import VerifyCheckpoint, on_host
-from meap_lit.checkpoints import open_source
+from meap_lit.checkpoint.checksums import verify, write_file
+from meap_lit.checkpoint.find import newest_checkpoint
+from meap_lit.checkpoint.source import open_source
 from meap_lit.errors import UserError
-from meap_lit.integrity import newest_checkpoint, verify, write_file
 from tests.callbacks.toy import fork, kill_at, train
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.float8.float8_linear import Float8Linear
 from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
-from meap_lit.checkpoints import open_source
+from meap_lit.checkpoint.source import open_source
 from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.masking.schedules import Constant

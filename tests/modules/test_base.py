@@ -12,10 +12,10 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from meap_lit.checkpoints import new_mask_token, open_source
+from meap_lit.checkpoint.export import Export
+from meap_lit.checkpoint.source import new_mask_token, open_source
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.errors import UserError
-from meap_lit.export import Export
 from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.modules import AdamW
 from meap_lit.recipe import RecipeCLI

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from meap_lit.callbacks import Budget
+from meap_lit.checkpoint.export import Export
 from meap_lit.data.finetuning import FineTuningData
 from meap_lit.data.store.manifest import load_samples
 from meap_lit.data.stream.chat import ChatSamples
 from meap_lit.errors import UserError
 from meap_lit.evaluation.language_model import LanguageModel
-from meap_lit.export import Export
 from meap_lit.masking.duplication import Duplication, concatenate, masked_copy, original
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig, linear_cross_entropy
 from meap_lit.model.attention import Documents

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from meap_lit.checkpoint.export import Export
 from meap_lit.data.pretraining import PretrainingData
 from meap_lit.data.stream.text import TokenBlocks
 from meap_lit.errors import UserError
-from meap_lit.export import Export
 from meap_lit.masking import num_masked
 from meap_lit.masking.schedules import Constant, WarmupHold
 from meap_lit.model import Decoder, DecoderConfig

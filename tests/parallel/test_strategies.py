@@ -8,10 +8,10 @@ from unittest import mock
 import pytest
 import torch
 
-from meap_lit.checkpoints import open_source
+from meap_lit.checkpoint.export import Export
+from meap_lit.checkpoint.source import open_source
 from meap_lit.cli import main
 from meap_lit.errors import UserError
-from meap_lit.export import Export
 from meap_lit.modules import MEAPPretraining
 from meap_lit.parallel.strategies import FlatSharded
 from meap_lit.recipe import RecipeCLI

@@ -7,7 +7,7 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from meap_lit.integrity import checksums, seal, write_file
+from meap_lit.checkpoint.checksums import checksums, seal, write_file
 
 TOKENS_PER_STEP = 4 * 8
 DECODER = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "hidden_size": 2, "intermediate_size": 2}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import meap_lit.checkpoints
-from meap_lit.checkpoints import Checkpoint, build_decoder, open_source, vocab_size_for
+import meap_lit.checkpoint.source
+from meap_lit.checkpoint.source import Checkpoint, build_decoder, open_source, vocab_size_for
 from meap_lit.errors import UserError
 from meap_lit.hf.folder import HFFolder
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling
@@ -74,7 +74,7 @@ def _hf(folder: Path) -> Path:
 @pytest.mark.parametrize("max_mapped", [0, 1 << 27])
 def test_weights_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_mapped: int) -> None:
     """Mapped once, or anew before every tensor."""
-    monkeypatch.setattr(meap_lit.checkpoints, "_MAX_MAPPED", max_mapped)
+    monkeypatch.setattr(meap_lit.checkpoint.source, "_MAX_MAPPED", max_mapped)
     config = dataclasses.replace(CONFIG, rope_scaling=RopeScaling("yarn", 2.0), qk_norm=True, tie_embeddings=True)
     state = save_checkpoint(tmp_path / "a.ckpt", config)
     source = open_source(tmp_path / "a.ckpt")

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from meap_lit.checkpoint.checksums import SHARDS_INDEX, TRAINER_STATE
 from meap_lit.errors import UserError
-from meap_lit.integrity import SHARDS_INDEX, TRAINER_STATE
 
 _INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": (

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meap_lit.checkpoint.checksums import SHARDS_INDEX, check, read_file
+from meap_lit.checkpoint.find import newest_checkpoint
+from meap_lit.checkpoint.shards import read_index, read_trainer_state, read_weight, weights_in
 from meap_lit.errors import UserError
 from meap_lit.hf.config import family
 from meap_lit.hf.folder import CONFIG_FILE, PICKLED, WEIGHTS_FILE, HFFolder, foreign_format, pickle_refusal
 from meap_lit.hf.weights import EMBEDDING, HEAD, WeightSource, build_decoder, copy_rows, load_weights
-from meap_lit.integrity import SHARDS_INDEX, check, newest_checkpoint, read_file
 from meap_lit.model.config import DecoderConfig, RopeScaling, pad_vocab_size
 from meap_lit.model.lora import LoRA, is_adapter
-from meap_lit.shards import read_index, read_trainer_state, read_weight, weights_in
 from meap_lit.tokenizer.tokenizer import MASK_TOKEN, Tokenizer, id_of_token
 
 __all__ = [

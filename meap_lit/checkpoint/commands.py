@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from meap_lit.checkpoint.checksums import check, checksums, read_file, recorded, seal, verify, write_file
+from meap_lit.checkpoint.find import find_checkpoint
+from meap_lit.checkpoint.shards import read_index, read_shards, read_trainer_state, weights_in
 from meap_lit.errors import UserError
-from meap_lit.integrity import check, checksums, find_checkpoint, read_file, recorded, seal, verify, write_file
-from meap_lit.shards import read_index, read_shards, read_trainer_state, weights_in
 
 
 @dataclass(kw_only=True)

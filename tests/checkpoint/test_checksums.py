@@ -9,17 +9,9 @@ import zipfile
 import pytest
 import torch
 
+from meap_lit.checkpoint.checksums import checksums, is_whole, recorded, seal, verify, write_file
+from meap_lit.checkpoint.find import find_checkpoint, newest_checkpoint
 from meap_lit.errors import UserError
-from meap_lit.integrity import (
-    checksums,
-    find_checkpoint,
-    is_whole,
-    newest_checkpoint,
-    recorded,
-    seal,
-    verify,
-    write_file,
-)
 
 
 def make_file(path, size=1000):

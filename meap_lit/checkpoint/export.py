@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meap_lit.checkpoints import DTYPES, Checkpoint, open_source, vocab_size_for
+from meap_lit.checkpoint.source import DTYPES, Checkpoint, open_source, vocab_size_for
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes

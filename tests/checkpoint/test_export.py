@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from meap_lit.checkpoints import build_decoder, open_source
+from meap_lit.checkpoint.export import Export
+from meap_lit.checkpoint.source import build_decoder, open_source
 from meap_lit.cli import main
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.errors import UserError
-from meap_lit.export import Export
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.hf_models import VARIANTS, random_ids, save_variant

@@ -1,0 +1,1 @@
+"""Checkpoints: written whole, verified, found, opened, exported."""

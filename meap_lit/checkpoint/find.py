@@ -1,0 +1,57 @@
+"""Find a checkpoint by the name of a file, of a run, or of a folder of runs."""
+
+import re
+from pathlib import Path
+
+from meap_lit.checkpoint.checksums import SHARDS_INDEX, is_whole
+from meap_lit.errors import UserError
+
+
+def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
+    """The checkpoint that `path` stands for: itself, or the newest whole one of a run's folder.
+
+    Args:
+        path: A .ckpt file or folder, or what `newest_checkpoint` takes.
+        option: What the user gave the path as, for messages.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"checkpoint {path} ({option}) does not exist")
+    if path.is_file() or path.suffix == ".ckpt" or (path / SHARDS_INDEX).is_file():
+        if path.suffix != ".ckpt":
+            raise UserError(f"checkpoint {path} ({option}) does not end in .ckpt, as those of a run do")
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise UserError(f"{path} ({option}) holds no whole checkpoint (step=N.ckpt); name another run or a .ckpt")
+    return newest
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run; None if there is none.
+
+    Args:
+        folder: Folder of one run (`runs/NAME/version_0`) or of its checkpoints, or the one above (`runs/NAME`), whose
+            highest version with a whole checkpoint counts.
+    """
+    for run in [folder, *reversed(_versions(folder))]:
+        for checkpoints in (run / "checkpoints", run):
+            steps = sorted(checkpoints.glob("step=*.ckpt"), key=_age, reverse=True)
+            newest = next((path for path in steps if is_whole(path)), None)
+            if newest is not None:
+                return newest
+    return None
+
+
+def _versions(folder: Path) -> list[Path]:
+    numbered = ((re.fullmatch(r"version_(\d+)", run.name), run) for run in folder.glob("version_*"))
+    return [run for _, run in sorted((int(match[1]), run) for match, run in numbered if match)]
+
+
+def _age(path: Path) -> tuple[int, int]:
+    """Optimizer step, then how often a resumed run wrote that step again (`step=8-v1.ckpt`)."""
+    match = re.fullmatch(r"step=(\d+)(?:-v(\d+))?\.ckpt", path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
