@@ -29,9 +29,9 @@ from benchmarks.step import environment, publish
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
-from meap_lit.memory import Memory
 from meap_lit.model import DecoderConfig
-from meap_lit.plan import PlanCLI
+from meap_lit.planning.command import PlanCLI
+from meap_lit.planning.memory import Memory
 
 ROOT = Path(__file__).parents[1]
 STATUS = Path("/proc/self/status")

@@ -32,7 +32,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from benchmarks.step import TrainingStep, environment, known_decoder, publish
 from meap_lit.errors import UserError
 from meap_lit.model import DecoderConfig
-from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe.cli import RecipeCLI
 
 Model = Literal["toy", "small", "quickstart", "10m", "0.1b", "0.3b", "0.5b", "1.1b"]
 LOG_EVERY_N_STEPS = 10

@@ -145,8 +145,8 @@ def read_command(arguments: list[str]) -> Any:
     Raises:
         UserError: If there is no such command, or an option is wrong.
     """
-    from meap_lit.explain import check_options, input_errors
-    from meap_lit.recipe_file import check_words
+    from meap_lit.recipe.explain import check_options, input_errors
+    from meap_lit.recipe.file import check_words
 
     check_words(arguments)
     words = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
@@ -177,7 +177,7 @@ def _command_parser(command: type, prog: str) -> Any:
     import docstring_parser
     import jsonargparse
 
-    from meap_lit.recipe_file import KeepsSecrets, RecipeFile
+    from meap_lit.recipe.file import KeepsSecrets, RecipeFile
 
     class Parser(KeepsSecrets, jsonargparse.ArgumentParser):  # type: ignore[misc]
         pass
@@ -208,7 +208,7 @@ def _command_parser(command: type, prog: str) -> Any:
 def _run_trainer(arguments: list[str]) -> None:
     silence_noise()
     try:
-        from meap_lit.recipe import RecipeCLI
+        from meap_lit.recipe.cli import RecipeCLI
     except RuntimeError as error:
         if "torchvision" not in str(error):
             raise
@@ -216,11 +216,11 @@ def _run_trainer(arguments: list[str]) -> None:
         raise UserError(
             "the installed torchvision does not fit torch; nothing here uses it: pip uninstall torchvision"
         ) from error
-    from meap_lit.recipe_file import check_words
+    from meap_lit.recipe.file import check_words
 
     check_words(arguments)
     if arguments[0] == "plan":
-        from meap_lit.plan import PlanCLI
+        from meap_lit.planning.command import PlanCLI
 
         PlanCLI.run(arguments[1:])
         return

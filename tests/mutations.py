@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from meap_lit.recipe_file import lineage
+from meap_lit.recipe.file import lineage
 
 Tree = dict[str, Any]
 Place = tuple[str | int, ...]

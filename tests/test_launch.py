@@ -15,7 +15,7 @@ import torch
 from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.parallel.strategies import follow_launcher
-from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe.cli import RecipeCLI
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.sharding import SMALL, WAYS, Held, Way, benchmark, local_bytes, plan, run, table, write_recipe
 from meap_lit.errors import UserError
-from meap_lit.memory import Memory
+from meap_lit.planning.memory import Memory
 
 TOY = replace(SMALL, num_layers=2, num_heads=4, num_kv_heads=2, hidden_size=64, intermediate_size=160, vocab_size=320)
 

@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.data.prepare.chat import PrepareChat
-from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe.cli import RecipeCLI
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.modules import AdamW
-from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe.cli import RecipeCLI
 from tests.callbacks.toy import fork
 
 OVERFLOW = "--trainer.callbacks+=tests.modules.breakdown.OverflowAtStep"

@@ -6,7 +6,7 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe.cli import RecipeCLI
 
 
 @pytest.mark.parametrize(("is_terminal", "shown"), [(True, [0, 5, 10, 12]), (False, [0, 12])])

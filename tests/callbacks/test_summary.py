@@ -2,7 +2,7 @@ import json
 import platform
 
 from meap_lit.callbacks.summary import SUMMARY_FILE
-from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe.cli import RecipeCLI
 
 
 def test_each_part_of_a_run_leaves_what_it_took(toy_recipe, tmp_path, monkeypatch):

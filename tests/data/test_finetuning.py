@@ -11,7 +11,7 @@ from meap_lit.data.prepare.chat import PrepareChat
 from meap_lit.data.stream.chat import PackedTrainStream
 from meap_lit.data.stream.text import Shard
 from meap_lit.errors import UserError
-from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe.cli import RecipeCLI
 
 
 def fit(recipe, *overrides):

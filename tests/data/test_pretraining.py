@@ -7,7 +7,7 @@ from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.pretraining import PretrainingData
 from meap_lit.data.stream.text import Shard
 from meap_lit.errors import UserError
-from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe.cli import RecipeCLI
 
 
 def fit(recipe, *overrides):

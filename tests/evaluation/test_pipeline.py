@@ -13,7 +13,7 @@ import yaml
 from meap_lit.cli import main
 from meap_lit.evaluation import evaluate
 from meap_lit.evaluation.language_model import LanguageModel
-from meap_lit.recipe_file import lineage
+from meap_lit.recipe.file import lineage
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes" / "eval").glob("*.yaml"))

@@ -23,8 +23,8 @@ from meap_lit.model.lora import PROJECTIONS
 from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.modules import AdamW, MEAPPretraining, base
 from meap_lit.parallel.strategies import Sharded
-from meap_lit.plan import PlanCLI
-from meap_lit.recipe import RecipeCLI
+from meap_lit.planning.command import PlanCLI
+from meap_lit.recipe.cli import RecipeCLI
 from tests.callbacks.toy import fork
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from meap_lit.data.prepare.text import PrepareText
 from meap_lit.errors import UserError
 from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.modules import AdamW
-from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.word_tokenizer import save_word_level
 

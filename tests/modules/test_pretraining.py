@@ -16,7 +16,7 @@ from meap_lit.masking import num_masked
 from meap_lit.masking.schedules import Constant, WarmupHold
 from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.modules import AdamW, MEAPPretraining
-from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
 TOY = DecoderConfig(num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=32, intermediate_size=64, max_seq_len=64)

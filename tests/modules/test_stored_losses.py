@@ -7,7 +7,7 @@ of the initialisation, the masks, the order of samples or the loss, stores them 
 import lightning as L
 import pytest
 
-from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe.cli import RecipeCLI
 
 BOUND = 2e-5
 """Relative. Another order of summation changes these losses by less than 1e-6."""

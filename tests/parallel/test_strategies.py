@@ -14,7 +14,7 @@ from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.modules import MEAPPretraining
 from meap_lit.parallel.strategies import FlatSharded
-from meap_lit.recipe import RecipeCLI
+from meap_lit.recipe.cli import RecipeCLI
 from tests.callbacks.toy import fork
 from tests.split_model import save_split_model
 

@@ -11,7 +11,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from meap_lit.cli import main
 from meap_lit.data.datamodule import _Arrays
-from meap_lit.recipe import RecipeCLI, _as_user_error
+from meap_lit.recipe.cli import RecipeCLI, _as_user_error
 from tests.callbacks.test_stopping import fit
 
 

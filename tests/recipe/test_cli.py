@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from meap_lit.errors import UserError
-from meap_lit.recipe import RecipeCLI
-from meap_lit.recipe_file import lineage
+from meap_lit.recipe.cli import RecipeCLI
+from meap_lit.recipe.file import lineage
 
 RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml"))
 OVERLAYS = [path for path in RECIPES if path.parent.name in ("strategy", "variant")]

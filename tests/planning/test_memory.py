@@ -12,8 +12,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from meap_lit.errors import UserError
-from meap_lit.layout import Layout
-from meap_lit.memory import (
+from meap_lit.model import Decoder, DecoderConfig, Documents, linear_cross_entropy
+from meap_lit.model.lora import LoRA, add_lora
+from meap_lit.model.recompute import checkpoint_and_compile
+from meap_lit.modules import AdamW
+from meap_lit.planning.layout import Layout
+from meap_lit.planning.memory import (
     Step,
     Weight,
     checkpointed_activations,
@@ -27,10 +31,6 @@ from meap_lit.memory import (
     weight_copies,
     weights_of,
 )
-from meap_lit.model import Decoder, DecoderConfig, Documents, linear_cross_entropy
-from meap_lit.model.lora import LoRA, add_lora
-from meap_lit.model.recompute import checkpoint_and_compile
-from meap_lit.modules import AdamW
 
 TOY = DecoderConfig(
     num_layers=4, num_heads=4, num_kv_heads=2, hidden_size=64, intermediate_size=160, vocab_size=128, max_seq_len=128

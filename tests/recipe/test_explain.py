@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from meap_lit.errors import UserError
-from meap_lit.explain import check_values, explain
+from meap_lit.recipe.explain import check_values, explain
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ class Group:
     def __init__(self, steps: int | None = None, every: int = 1000) -> None: ...
 
 
-PART = {"class_path": "tests.test_explain.Part", "init_args": {"options": {"size": 1}}}
+PART = {"class_path": "tests.recipe.test_explain.Part", "init_args": {"options": {"size": 1}}}
 RECIPE = {
     "seed_everything": 0,
     "trainer": {"log_every_n_steps": 10},

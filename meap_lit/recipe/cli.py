@@ -33,11 +33,11 @@ from meap_lit.callbacks.stopping import StopOnSignal
 from meap_lit.checkpoint.find import find_checkpoint
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import NO_SPACE, UserError
-from meap_lit.explain import check_values, explain, find_user_error, input_errors, raised_by
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.modules.cpu_memory import keep_freed_memory
 from meap_lit.parallel.strategies import follow_launcher
-from meap_lit.recipe_file import KeepsSecrets, RecipeFile
+from meap_lit.recipe.explain import check_values, explain, find_user_error, input_errors, raised_by
+from meap_lit.recipe.file import KeepsSecrets, RecipeFile
 
 # `--budget.max_step` is a mistake, not short for `--budget.max_steps`
 PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from meap_lit.layout import PRECISIONS
-from meap_lit.memory import Memory, Step, memory_of
 from meap_lit.parallel.strategies import gathered_dtype
+from meap_lit.planning.layout import PRECISIONS
+from meap_lit.planning.memory import Memory, Step, memory_of
 
 Change = tuple[str, dict[str, Any]]
 """Words for the command line, and the fields of `Step` (or of its layout) that they change."""

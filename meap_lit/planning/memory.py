@@ -14,10 +14,10 @@ import torch
 
 from meap_lit.errors import UserError
 from meap_lit.hf.weights import meta_decoder
-from meap_lit.layout import PRECISIONS, Layout, Numerics
 from meap_lit.model import DecoderConfig
 from meap_lit.model.lora import PROJECTIONS, LoRA, add_lora
 from meap_lit.model.loss import MAX_LOGITS
+from meap_lit.planning.layout import PRECISIONS, Layout, Numerics
 
 FLOAT32 = torch.float32.itemsize
 _BY_OUTPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")

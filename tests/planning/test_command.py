@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from meap_lit.cli import main
-from meap_lit.plan import PlanCLI
+from meap_lit.planning.command import PlanCLI
 
 RECIPE = "recipes/pretrain/meap_1.1b.yaml"
 

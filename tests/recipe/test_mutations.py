@@ -10,10 +10,10 @@ import yaml
 
 from meap_lit.cli import main, read_command
 from meap_lit.errors import UserError
-from meap_lit.recipe import RecipeCLI
-from meap_lit.recipe_file import check_words
+from meap_lit.recipe.cli import RecipeCLI
+from meap_lit.recipe.file import check_words
 from tests.mutations import VALUES, any_place, merged, mutants
-from tests.test_recipe import EVALUATIONS, OVERLAYS, RUNNABLE
+from tests.recipe.test_cli import EVALUATIONS, OVERLAYS, RUNNABLE
 
 LONGEST = 1000
 
@@ -260,7 +260,7 @@ def test_a_model_or_data_of_no_class_is_named(toy_recipe, capsys, key):
 )
 def test_wrong_options_of_the_other_commands_are_named(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    here = Path(__file__).parents[1]
+    here = Path(__file__).parents[2]
     assert main([str(here / word) if word.startswith("recipes/") else word for word in arguments]) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ")

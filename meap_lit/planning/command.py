@@ -21,12 +21,12 @@ from meap_lit.data.store.manifest import MANIFEST_FILE
 from meap_lit.errors import UserError
 from meap_lit.hf.config import read_config
 from meap_lit.hf.folder import CONFIG_FILE
-from meap_lit.layout import Layout, layout_of, precision
-from meap_lit.memory import Memory, Step, memory_of, weights_of
 from meap_lit.model.config import DecoderConfig, pad_vocab_size
 from meap_lit.modules.base import DecoderModule
-from meap_lit.recipe import RecipeCLI
-from meap_lit.savings import smallest_changes
+from meap_lit.planning.layout import Layout, layout_of, precision
+from meap_lit.planning.memory import Memory, Step, memory_of, weights_of
+from meap_lit.planning.savings import smallest_changes
+from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
 USUAL_VOCAB_SIZE = 32_064

@@ -9,12 +9,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meap_lit.errors import UserError
 from meap_lit.hf.weights import meta_decoder
-from meap_lit.layout import Layout, layout_of, precision
 from meap_lit.masking.schedules import Constant
-from meap_lit.memory import Step, parameter_bytes, weights_of
 from meap_lit.model import DecoderConfig
 from meap_lit.modules import AdamW, MEAPPretraining
 from meap_lit.parallel.strategies import Sharded
+from meap_lit.planning.layout import Layout, layout_of, precision
+from meap_lit.planning.memory import Step, parameter_bytes, weights_of
 
 SHARDED = "meap_lit.parallel.strategies.Sharded"
 FLAT_SHARDED = "meap_lit.parallel.strategies.FlatSharded"

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from meap_lit.layout import Layout
-from meap_lit.memory import Step, memory_of
 from meap_lit.model import DecoderConfig
-from meap_lit.savings import smallest_changes
+from meap_lit.planning.layout import Layout
+from meap_lit.planning.memory import Step, memory_of
+from meap_lit.planning.savings import smallest_changes
 
 SMALL = DecoderConfig(
     num_layers=8, num_heads=8, num_kv_heads=8, hidden_size=512, intermediate_size=1408, vocab_size=32_064

@@ -1,0 +1,1 @@
+"""Recipes: files and their bases, the command line that reads them, what is wrong with one in a line."""
