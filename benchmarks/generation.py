@@ -32,11 +32,11 @@ from benchmarks.step import environment, known_decoder, publish
 from meap_lit.data.corpora.facts import filler_sentence
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
-from meap_lit.evaluation.generation import generate
-from meap_lit.evaluation.language_model import LanguageModel
-from meap_lit.evaluation.needle import Needle
 from meap_lit.evaluation.runner import alike_together, batches
 from meap_lit.evaluation.task import Item
+from meap_lit.evaluation.tasks.needle import Needle
+from meap_lit.inference.generation import generate
+from meap_lit.inference.language_model import LanguageModel
 from meap_lit.model import DecoderConfig
 
 Prompts = list[list[int]]

@@ -123,9 +123,9 @@ def _one_line(error: UserError) -> str:
 
 COMMANDS = {
     "export": "meap_lit.checkpoint.export.Export",
-    "generate": "meap_lit.evaluation.generate.Generate",
-    "evaluate": "meap_lit.evaluation.evaluate.Evaluate",
-    "judge": "meap_lit.evaluation.judge.JudgeSummaries",
+    "generate": "meap_lit.inference.command.Generate",
+    "evaluate": "meap_lit.evaluation.command.Evaluate",
+    "judge": "meap_lit.evaluation.judging.command.JudgeSummaries",
     "report": "meap_lit.report.command.Report",
     "checkpoint inspect": "meap_lit.checkpoint.commands.Inspect",
     "checkpoint verify": "meap_lit.checkpoint.commands.Verify",

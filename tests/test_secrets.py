@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from meap_lit.cli import main
-from meap_lit.evaluation.evaluate import describe
+from meap_lit.evaluation.command import describe
 from meap_lit.evaluation.task import Task
 from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.secrets import hide_in_text, hide_in_words, is_secret, without_secrets

@@ -7,7 +7,7 @@ import lightning as L
 import numpy as np
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.retrieval import RetrievalGrid, build_items, plot_grid, score_items
+from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, build_items, plot_grid, score_items
 
 
 class RetrievalProbe(L.Callback):

@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.generation import Sampling
-from meap_lit.evaluation.language_model import Dtype, LanguageModel
 from meap_lit.evaluation.runner import batches
+from meap_lit.inference.generation import Sampling
+from meap_lit.inference.language_model import Dtype, LanguageModel
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.generation import common_beginning
-from meap_lit.evaluation.language_model import LanguageModel
 from meap_lit.evaluation.task import GenerationTask, Item, Record, Task
+from meap_lit.inference.generation import common_beginning
+from meap_lit.inference.language_model import LanguageModel
 
 RECORDS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"

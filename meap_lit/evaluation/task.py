@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.language_model import LanguageModel
+from meap_lit.inference.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from meap_lit.evaluation.result import Difference
+from meap_lit.evaluation.statistics import Difference
 from meap_lit.report.arms import Arm, Study
 from meap_lit.report.blocks import Block, Heading, Paragraph, Table
 from meap_lit.report.differences import seed_difference

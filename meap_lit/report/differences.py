@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from meap_lit.evaluation.t_test import paired_t_test
+from meap_lit.evaluation.statistics import paired_t_test
 
 
 class SeedDifference(NamedTuple):

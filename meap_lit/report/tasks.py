@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from meap_lit.evaluation.attention_segments import SEGMENTS
+from meap_lit.evaluation.attention.segments import SEGMENTS
 from meap_lit.evaluation.figures import bars, curves, heat_maps
-from meap_lit.evaluation.perplexity import nll_by_context
-from meap_lit.evaluation.result import Difference, bootstrap_seeds
+from meap_lit.evaluation.statistics import Difference, bootstrap_seeds
+from meap_lit.evaluation.tasks.perplexity import nll_by_context
 from meap_lit.report.arms import Arm, Study, describe
 from meap_lit.report.blocks import Block, Heading, Paragraph, Picture, Table
 from meap_lit.report.evaluations import Evaluation, Evaluations, check_items, compare

@@ -9,22 +9,22 @@ from typing import Any
 import pytest
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.attention import MaskedAttention
-from meap_lit.evaluation.attention_segments import AttentionSegments
-from meap_lit.evaluation.copying import Copying
-from meap_lit.evaluation.evaluate import Evaluate
-from meap_lit.evaluation.facts import FactRetrieval
-from meap_lit.evaluation.generate import Generate
-from meap_lit.evaluation.hallucination import Hallucination
-from meap_lit.evaluation.haystack_task import _Filler
-from meap_lit.evaluation.key_value import KeyValueRetrieval
-from meap_lit.evaluation.language_model import LanguageModel
-from meap_lit.evaluation.multi_document_qa import MultiDocumentQA
-from meap_lit.evaluation.needle import MagicNumber, MultiNeedle, Needle
-from meap_lit.evaluation.perplexity import Perplexity
-from meap_lit.evaluation.reasoning import Reasoning
-from meap_lit.evaluation.retrieval import RetrievalGrid, build_items
+from meap_lit.evaluation.attention.masked import MaskedAttention
+from meap_lit.evaluation.attention.segments import AttentionSegments
+from meap_lit.evaluation.command import Evaluate
 from meap_lit.evaluation.runner import choose_items
+from meap_lit.evaluation.tasks.copying import Copying
+from meap_lit.evaluation.tasks.facts import FactRetrieval
+from meap_lit.evaluation.tasks.hallucination import Hallucination
+from meap_lit.evaluation.tasks.haystack_task import _Filler
+from meap_lit.evaluation.tasks.key_value import KeyValueRetrieval
+from meap_lit.evaluation.tasks.multi_document_qa import MultiDocumentQA
+from meap_lit.evaluation.tasks.needle import MagicNumber, MultiNeedle, Needle
+from meap_lit.evaluation.tasks.perplexity import Perplexity
+from meap_lit.evaluation.tasks.reasoning import Reasoning
+from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, build_items
+from meap_lit.inference.command import Generate
+from meap_lit.inference.language_model import LanguageModel
 from tests.evaluation.toy_task import CountLetters
 
 GRID = {"lengths": (60, 500), "depths": (50.0,)}
@@ -155,7 +155,7 @@ def test_files_and_options_are_checked_before_items_are_made(name, changes, mess
     forbid(monkeypatch, type(task), "items")
     with pytest.raises(AssertionError, match="was called before"):
         task.items(None)
-    monkeypatch.setattr("meap_lit.evaluation.haystack.DocumentReader", None)  # no text is read either
+    monkeypatch.setattr("meap_lit.evaluation.tasks.haystack.DocumentReader", None)  # no text is read either
     assert re.search(message, command.refusal(task))
 
 
@@ -208,7 +208,7 @@ def test_too_little_haystack_is_said_before_the_grid_is_filled(source_folder, tm
 
 
 def test_a_retrieval_length_without_room_is_said_first(prepared, monkeypatch):
-    from meap_lit.evaluation import retrieval
+    from meap_lit.evaluation.tasks import retrieval
     from meap_lit.tokenizer.tokenizer import Tokenizer
 
     built: list[int] = []
@@ -287,7 +287,7 @@ def test_an_output_that_cannot_be_written_is_noticed_before_items_are_made(
     ],
 )
 def test_generate_refuses_before_weights_are_read(options, message, source_folder, monkeypatch):
-    forbid(monkeypatch, __import__("meap_lit.evaluation.language_model", fromlist=["x"]), "build_decoder")
+    forbid(monkeypatch, __import__("meap_lit.inference.language_model", fromlist=["x"]), "build_decoder")
     with pytest.raises(UserError, match=message):
         Generate(checkpoint=str(source_folder), prompt=["the"], **options).run()
 

@@ -21,11 +21,11 @@ from tokenizers import decoders, processors
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation import harness
-from meap_lit.evaluation.commonsense import Commonsense
 from meap_lit.evaluation.harness import HarnessModel
-from meap_lit.evaluation.language_model import LanguageModel
 from meap_lit.evaluation.result import Result
 from meap_lit.evaluation.runner import batches, choose_items
+from meap_lit.evaluation.tasks.commonsense import Commonsense
+from meap_lit.inference.language_model import LanguageModel
 
 ARC = [
     ("What keeps the old river near the market?", ["a stone", "the bright lantern of every garden", "new"], "B"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meap_lit.evaluation.key_value import KeyValueRetrieval
+from meap_lit.evaluation.tasks.key_value import KeyValueRetrieval
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.evaluation.oracle import Oracle, text_of
 

@@ -16,7 +16,7 @@ from meap_lit.data.finetuning import FineTuningData
 from meap_lit.data.store.manifest import load_samples
 from meap_lit.data.stream.chat import ChatSamples
 from meap_lit.errors import UserError
-from meap_lit.evaluation.language_model import LanguageModel
+from meap_lit.inference.language_model import LanguageModel
 from meap_lit.masking.duplication import Duplication, concatenate, masked_copy, original
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig, linear_cross_entropy
 from meap_lit.model.attention import Documents

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.result import bootstrap_seeds
+from meap_lit.evaluation.statistics import bootstrap_seeds
 from meap_lit.report.arms import find_studies
 from meap_lit.report.evaluations import check_items, compare, find_evaluations
 from meap_lit.report.runs import find_runs

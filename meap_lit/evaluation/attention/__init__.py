@@ -1,0 +1,1 @@
+"""Tasks that measure where attention goes."""

@@ -1,0 +1,151 @@
+"""Where the last token of a text looks: before the answer, at it, after it, or at the question.
+
+From the analysis in the MEAP paper (arXiv 2502.07490): a model trained with masks spends more of its attention on the
+part of the context that holds the answer. A text is context, a fact, more context, a question for that fact, and EOS,
+whose weights count.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meap_lit.errors import UserError
+from meap_lit.evaluation.attention.weights import PerHead, as_record, attention_weights, read
+from meap_lit.evaluation.figures import bars, heat_maps
+from meap_lit.evaluation.task import Item, Record, Task
+from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, RetrievalItem, build_items
+from meap_lit.inference.language_model import LanguageModel
+from meap_lit.model import Decoder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from meap_lit.evaluation.result import Result
+
+SEGMENTS = ("context_before", "answer", "context_after", "query", "eos")
+
+
+@dataclass(kw_only=True)
+class AttentionSegments(Task):
+    """Shares of the EOS token's attention, in percent, over the segments of a text; they add to 100.
+
+    Texts are those of the retrieval probe: facts about people and places among filler. `context_before` begins with
+    the first token, BOS if the tokenizer writes one, on which much attention rests that has nowhere to go (an attention
+    sink); `bos` tells its part apart. A record holds the shares in [0, 1], [num_layers, num_heads].
+
+    Args:
+        lengths: Lengths of the texts in tokens, at most.
+        depths: Depths of the answer in its context, from 0 (first) to 100 (last).
+        num_items: Texts for each length and depth.
+        num_options: Facts in a text, the one that is asked for included.
+        seed: Seed of the texts.
+    """
+
+    name: ClassVar[str] = "attention_segments"
+    metrics: ClassVar[tuple[str, ...]] = ("answer", "context_before", "context_after", "query", "eos", "bos")
+
+    lengths: list[int] = field(default_factory=lambda: [4096])
+    depths: list[float] = field(default_factory=lambda: [10.0, 30.0, 50.0, 70.0, 90.0])
+    num_items: int = 20
+    num_options: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise UserError("task.lengths must name at least one length, got none")
+        for depth in self.depths:
+            if not 0 <= depth <= 100:
+                raise UserError(f"task.depths must be in [0, 100], got {depth:g}")
+        self._grid()  # complains of the rest
+
+    def _grid(self) -> RetrievalGrid:
+        depths = tuple(depth / 100 for depth in self.depths)
+        return RetrievalGrid(tuple(self.lengths), depths, self.num_items, self.num_options, self.seed)
+
+    def extent(self, model: LanguageModel) -> tuple[int, int] | None:
+        return min(self.lengths), max(self.lengths)
+
+    def items(self, model: LanguageModel) -> list[Item]:
+        items = []
+        for number, source in enumerate(build_items(self._grid(), model.tokenizer)):
+            input_ids, ends = encode(source, model)
+            cell = {"length": source.length, "depth": round(100 * source.depth, 6)}
+            items.append(Item(f"text-{number}", cell, {"needle": source.needle, "ends": ends}, input_ids, ends[-1]))
+        return items
+
+    def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
+        rows = [torch.tensor(item.input_ids, device=model.device) for item in items]
+        return [
+            {"shares": shares(model.decoder, row, item.fields["ends"])} for row, item in zip(rows, items, strict=True)
+        ]
+
+    def score(self, record: Record) -> dict[str, float]:
+        return {metric: 100 * float(np.mean(record["shares"][metric])) for metric in self.metrics}
+
+    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
+        means = {result.label: {name: result.mean(name) for name in SEGMENTS} for result in results}
+        to_answer = {
+            result.label: 100 * np.mean([record["shares"]["answer"] for record in result.records], axis=0)
+            for result in results
+        }
+        return {
+            "attention_segments": bars(
+                {label: {name: mean.value for name, mean in row.items()} for label, row in means.items()},
+                x_label="segment",
+                y_label="attention of EOS (%)",
+                errors={label: {name: mean.error for name, mean in row.items()} for label, row in means.items()},
+            ),
+            "attention_to_answer": heat_maps(
+                to_answer,
+                range(1, max(panel.shape[1] for panel in to_answer.values()) + 1),
+                range(1, max(panel.shape[0] for panel in to_answer.values()) + 1),
+                x_label="head",
+                y_label="layer",
+                title="attention of EOS to the answer",
+            ),
+        }
+
+
+def encode(source: RetrievalItem, model: LanguageModel) -> tuple[list[int], list[int]]:
+    """Tokens of a text up to its question, with EOS behind, and the position after the last of each segment."""
+    text = source.text[: source.text.rindex("?") + 1]  # the beginning of the answer goes
+    start = text.index(source.needle) - 1  # the space before a sentence is part of its first token
+    query = text.rindex(". ") + 1
+    input_ids = model.tokenizer.encode(text)
+
+    def num_tokens_before(character: int) -> int:
+        pairs = zip(input_ids, model.tokenizer.encode(text[:character]), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    before = model.tokenizer.before_text
+    places = (start, start + 1 + len(source.needle), query, len(text))
+    ends = [len(before) + num_tokens_before(place) for place in places]
+    return [*before, *input_ids, model.tokenizer.eos_token_id], [*ends, ends[-1] + 1]
+
+
+def shares(decoder: Decoder, input_ids: Tensor, ends: Sequence[int]) -> dict[str, PerHead]:
+    """Shares of the last token's attention.
+
+    Args:
+        decoder: The model.
+        input_ids: Token ids, [T], int64, on its device.
+        ends: Position after the last token of each of `SEGMENTS`; the last is T.
+
+    Returns:
+        For each segment, and the first token as `bos`, shares in [0, 1], [num_layers, num_heads] as lists.
+    """
+    sizes = [end - start for start, end in pairwise([0, *ends])]
+    found: list[Tensor] = []
+
+    def observe(layer: int, query: Tensor, key: Tensor) -> None:
+        weights = attention_weights(query[:, -1:], key)[:, 0]  # [H, T]
+        found.append(torch.stack([part.sum(1) for part in (*weights.split(sizes, dim=1), weights[:, :1])]))  # [6, H]
+
+    read(decoder, input_ids, observe)
+    by_segment = torch.stack(found, dim=1)  # [6, L, H]
+    return {name: as_record(values) for name, values in zip((*SEGMENTS, "bos"), by_segment, strict=True)}

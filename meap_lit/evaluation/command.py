@@ -1,0 +1,315 @@
+"""`python -m meap_lit evaluate`: a task on one checkpoint, or on two side by side."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from meap_lit import __version__
+from meap_lit.errors import UserError
+from meap_lit.evaluation.result import Result, difference
+from meap_lit.evaluation.runner import (
+    Overflow,
+    Records,
+    check_task,
+    check_writable,
+    choose_items,
+    fingerprint,
+    is_first_rank,
+    num_ranks,
+    predict,
+    start_ranks,
+)
+from meap_lit.evaluation.statistics import Difference, Mean
+from meap_lit.evaluation.task import Item, Task
+from meap_lit.inference.language_model import Device, Dtype, LanguageModel, choose_device
+from meap_lit.provenance import processor
+from meap_lit.secrets import without_secrets
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULT_FILE = "result.json"
+_WEIGHTS = (".safetensors", ".distcp")
+
+
+class _Prepared(NamedTuple):
+    """A checkpoint that nothing is known against, and what it is asked."""
+
+    label: str
+    model: LanguageModel
+    records: Records
+    items: list[Item]
+    num_skipped: int
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Run a task of a recipe on one checkpoint, or on two to see the difference.
+
+    Answers, scores and figures go to OUTPUT/NAME/LABEL, of a pair also to OUTPUT/NAME/LABEL1--LABEL2. A run that was
+    killed goes on where it stopped when the same command is given again.
+
+    Args:
+        task: What is asked.
+        checkpoint: A Hugging Face folder, a .ckpt, or the folder of a run; or two, the baseline first.
+        label: Name of each checkpoint in tables and figures; made from its path if not given.
+        output: Folder for results.
+        name: Name of this evaluation; the task's own if not given.
+        batch_tokens: Positions in one batch at most, unless a single item needs more; limited by memory.
+        on_overflow: What to do when items are longer than the model's context: stop, or leave them out and count them.
+        tokenizer: Folder of the tokenizer; the checkpoint's own if not given.
+        dtype: Dtype of the weights; if not given, bfloat16 on a GPU, and on a CPU the checkpoint's own.
+        device: Where to compute; auto takes a GPU if there is one.
+        verify: Hash the checkpoint of a run and compare it with its checksums; false compares sizes only.
+        base: Recipe that this one starts from, relative to its folder.
+    """
+
+    task: Task
+    checkpoint: list[str]
+    label: list[str] | None = None
+    output: str = "evaluations"
+    name: str | None = None
+    batch_tokens: int = 16_384
+    on_overflow: Overflow = "stop"
+    tokenizer: str | None = None
+    dtype: Dtype | None = None
+    device: Device = "auto"
+    verify: bool = True
+    base: str | None = None
+
+    def run(self) -> None:
+        """Print the tables.
+
+        Raises:
+            UserError: If an option, a data file or a checkpoint is wrong.
+        """
+        if len(self.checkpoint) > 2:
+            raise UserError(f"--checkpoint takes one checkpoint or two, got {len(self.checkpoint)}")
+        if self.batch_tokens < 1:
+            raise UserError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
+        labels = self.label or [label_of(path) for path in self.checkpoint]
+        if len(labels) != len(self.checkpoint) or len(set(labels)) != len(labels):
+            raise UserError(f"--label must give each checkpoint a name of its own, got {', '.join(labels)}")
+        for option, names in (("label", labels), ("name", [self.name or self.task.name])):
+            for name in names:
+                if name in ("", ".", "..") or Path(name).name != name:
+                    raise UserError(f"--{option} must be the name of a folder, without any above it, got {name!r}")
+        start_ranks()
+        # what one of two checkpoints is refused for must not come to light when the other has been evaluated
+        prepared = self._prepare(labels)
+        results = []
+        while prepared:  # no model is kept when the next is loaded
+            results.append(self._evaluate(*prepared.pop(0)))
+        if not is_first_rank():
+            return
+        for result in results:
+            save(self.task, [result], self._folder(result.label))
+        if len(results) == 2:
+            save(self.task, results, self._folder("--".join(labels)))
+        print(report(self.task, results))
+        print(f"\nresults    {self._folder('--'.join(labels))}")
+
+    def _folder(self, label: str) -> Path:
+        return Path(self.output, self.name or self.task.name, label)
+
+    def _prepare(self, labels: Sequence[str]) -> list[_Prepared]:
+        """Open the checkpoints, check the cheapest facts of all, and only then make the items of each."""
+        verify = self.verify and is_first_rank()
+        models = [LanguageModel(path, self.tokenizer, self.dtype, self._device(), verify) for path in self.checkpoint]
+        for model in models:
+            check_task(self.task, model, self.on_overflow)
+        found = [
+            Records(
+                self._folder(label),
+                {
+                    "task": describe(self.task),
+                    "checkpoint": str(model.source.path.resolve()),
+                    "weights": state_of(model.source.path),
+                    "tokenizer": model.tokenizer.fingerprint,
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                },
+            )
+            for model, label in zip(models, labels, strict=True)
+        ]
+        check_writable(self._folder("--".join(labels)))
+        prepared = [
+            _Prepared(label, model, records, *choose_items(self.task, model, self.on_overflow))
+            for label, model, records in zip(labels, models, found, strict=True)
+        ]
+        for _, _, records, items, _ in prepared:
+            records.begin(fingerprint(items))
+        return prepared
+
+    def _evaluate(
+        self, label: str, model: LanguageModel, kept: Records, items: Sequence[Item], num_skipped: int
+    ) -> Result:
+        records = predict(self.task, model, items, kept, self.batch_tokens)
+        for record in records:
+            record["scores"] = self.task.score(record)
+        about = {
+            **kept.settings,
+            "model": dataclasses.asdict(model.config),
+            "tokens_seen": model.source.tokens_seen,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": _name_of(model.device),
+            "processes": num_ranks(),
+            "versions": {
+                "meap_lit": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "tokenizers")},
+            },
+        }
+        return Result(self.task, label, records, num_skipped, about)
+
+    def _device(self) -> torch.device:
+        device = choose_device(self.device)
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
+
+
+def _name_of(device: torch.device) -> str:
+    """The name of a GPU or of the processor, as the summary of a run has it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def label_of(checkpoint: str) -> str:
+    """A short name for a checkpoint: its last folders, without what all runs have in common."""
+    parts = [part for part in Path(checkpoint).resolve().parts if part not in ("/", "checkpoints", "runs")]
+    named = next((n for n, part in enumerate(parts[::-1], 1) if not part.startswith(("version_", "step=", "last."))), 1)
+    return "-".join(part.removesuffix(".ckpt") for part in parts[-named:])
+
+
+def state_of(path: Path) -> str:
+    """Size and age of the weights under `path`: other weights may come to lie where some were."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in _WEIGHTS]
+    stats = [file.stat() for file in files]
+    newest = datetime.fromtimestamp(max(stat.st_mtime for stat in stats), UTC)
+    return f"{sum(stat.st_size for stat in stats):,} bytes of {newest.isoformat(timespec='microseconds')}"
+
+
+def describe(task: Task) -> dict[str, Any]:
+    """The options of a task as its recipe states them, the class with them."""
+    assert dataclasses.is_dataclass(task)
+    options = without_secrets(dataclasses.asdict(task))
+    return {"class_path": f"{type(task).__module__}.{type(task).__qualname__}", "init_args": options}
+
+
+# ---------------------------------------------------------------------------------------------------- output
+
+
+def save(task: Task, results: list[Result], folder: Path) -> None:
+    """Write result.json and the figures of one result, or of two side by side, into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {"task": task.name, "unit": task.unit, "extra": task.extra(results)}
+    content["results"] = [_summary(result) for result in results]
+    if len(results) == 2:
+        first, second = results
+        content["difference"] = {metric: difference(first, second, metric)._asdict() for metric in first.metrics}
+        content["differences"] = [
+            {key: group, **difference(first, second, cell={key: group})._asdict()}
+            for key in first.cell_keys
+            for group in first.along(key)
+        ]
+    text = json.dumps(_without_nan(content), indent=1, allow_nan=False, default=str)
+    (folder / RESULT_FILE).write_text(text + "\n", encoding="utf-8")
+    figures = task.figures(results)
+    for name, figure in figures.items():
+        if len(results) == 2:
+            change = _change(difference(results[0], results[1]), task.unit)
+            figure.supxlabel(f"{task.metrics[0]}, difference: {change}", fontsize=9)
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    _log(folder, content, figures)
+
+
+def _summary(result: Result) -> dict[str, Any]:
+    keys = result.cell_keys
+    tables = {metric: result.table(metric) for metric in result.metrics}
+    cells = dict.fromkeys(cell for table in tables.values() for cell in table)
+    return {
+        "label": result.label,
+        "scores": {metric: result.mean(metric)._asdict() for metric in result.metrics},
+        "skipped": result.num_skipped,
+        "cells": [
+            {
+                **dict(zip(keys, cell, strict=True)),
+                **{metric: table[cell]._asdict() for metric, table in tables.items() if cell in table},
+            }
+            for cell in cells
+        ],
+        "about": result.about,
+        "items": result.records,
+    }
+
+
+def _without_nan(content: Any) -> Any:
+    """The same with null for numbers that JSON has not, such as the mean of nothing."""
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _log(folder: Path, content: dict[str, Any], figures: "dict[str, Figure]") -> None:
+    """The same for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        for result in content["results"]:
+            for metric, score in result["scores"].items():
+                writer.add_scalar(f"{content['task']}/{metric}/{result['label']}", score["value"], 0)
+        for name, figure in figures.items():
+            writer.add_figure(f"{content['task']}/{name}", figure, 0)
+
+
+def report(task: Task, results: list[Result]) -> str:
+    """The tables of one result or of two: each metric over all items, then the headline along each key of the cells."""
+    rows = [["", *(result.label for result in results), *(["difference"] if len(results) == 2 else [])]]
+    for metric in results[0].metrics:
+        unit = task.unit_of(metric)
+        changes = [_change(difference(results[0], other, metric), unit) for other in results[1:]]
+        rows.append([metric, *(_text(result.mean(metric), unit) for result in results), *changes])
+    headline = task.metrics[0]
+    for key in results[0].cell_keys:
+        alongs = [result.along(key) for result in results]
+        if len(alongs[0]) > 1:
+            rows.append([f"{headline} by {key}"])
+            for group in alongs[0]:
+                means = [along.get(group, Mean.of([])) for along in alongs]
+                deltas = [_change(difference(results[0], other, cell={key: group}), task.unit) for other in results[1:]]
+                name = f"{group:g}" if isinstance(group, float) else str(group)
+                rows.append([f"  {name}", *(_text(mean, task.unit) for mean in means), *deltas])
+    for name, value in task.extra(results).items():
+        rows.append([name, f"{value:.4g}"])
+    widths = [max(len(row[n]) for row in rows if n < len(row) and len(row) > 1) for n in range(len(rows[0]))]
+    widths[0] = max(len(row[0]) for row in rows)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    for result in results:
+        skipped = f", {result.num_skipped} skipped as too long" if result.num_skipped else ""
+        lines.append(f"{result.label}: {len(result.records)} items{skipped}")
+    return "\n".join(lines)
+
+
+def _text(mean: Mean, unit: str) -> str:
+    digits = _num_digits(unit)
+    return f"{mean.value:.{digits}f} ± {mean.error:.{digits}f} {unit}".rstrip()
+
+
+def _change(change: Difference, unit: str) -> str:
+    digits = _num_digits(unit)
+    return f"{change.value:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
+
+
+def _num_digits(unit: str) -> int:
+    return 2 if unit == "%" else 4

@@ -1,0 +1,1 @@
+"""Judge the summaries that `evaluate` wrote."""

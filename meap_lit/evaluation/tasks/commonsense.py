@@ -1,0 +1,160 @@
+"""Commonsense reasoning by multiple choice, zero-shot, as the MEAP paper reports it (arXiv 2502.07490).
+
+The tasks are those of EleutherAI's lm-evaluation-harness: data, prompts and choices are its own, the log-likelihood
+of each choice is ours. Needs pip install 'meap-lit[harness]'.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from meap_lit.errors import UserError
+from meap_lit.evaluation.figures import bars
+from meap_lit.evaluation.result import Result
+from meap_lit.evaluation.statistics import Mean
+from meap_lit.evaluation.task import Item, Record, Task
+from meap_lit.inference.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from meap_lit.evaluation.harness import HarnessModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultipleChoice(Item):
+    """A question; `input_ids` are those of the longest choice.
+
+    Args:
+        rows: What the model reads for each choice, and the position of the first token that counts.
+    """
+
+    rows: list[tuple[list[int], int]] = field(repr=False)
+
+
+@dataclass(kw_only=True)
+class Commonsense(Task):
+    """Which choice is most likely to follow? The harness calls it `acc`; `acc_norm` is by log-likelihood per character.
+
+    The score `accuracy` is `acc_norm` of tasks that have it in the harness, and `acc` of the others. A question that is
+    longer than the context loses its beginning, as in the harness; the report counts those.
+
+    Args:
+        tasks: Names of multiple-choice tasks of the harness, or of groups of them. Their data is downloaded from the
+            Hugging Face Hub at the first use.
+        include_path: Folder with tasks of your own, in the YAML of the harness.
+        limit: Questions of each task, from the first on; all if not given.
+    """
+
+    name: ClassVar[str] = "commonsense"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "acc", "acc_norm")
+
+    tasks: tuple[str, ...]
+    include_path: str | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise UserError("tasks names no task of lm-evaluation-harness; give some, such as [arc_easy, piqa]")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit must be at least 1, got {self.limit}")
+
+    def items(self, model: LanguageModel) -> list[Item]:
+        from meap_lit.evaluation.harness import HarnessModel, load_tasks
+
+        reader = HarnessModel(model)
+        tasks = load_tasks(self.tasks, self.include_path)
+        for name, task in tasks.items():
+            if task.OUTPUT_TYPE != "multiple_choice":
+                raise UserError(
+                    f"task {name} is not multiple choice but {task.OUTPUT_TYPE}; run it with the harness itself, "
+                    f"python -m meap_lit.evaluation.harness run --model meap_lit"
+                )
+        items: list[Item] = []
+        for name, task in tasks.items():
+            task.build_all_requests(limit=self.limit)
+            requests = groupby(task.instances, key=lambda request: request.doc_id)
+            items += [_question(name, task, list(choices), reader) for _, choices in requests]
+        return items
+
+    def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
+        from meap_lit.evaluation.harness import HarnessModel
+
+        questions = [item for item in items if isinstance(item, MultipleChoice)]
+        rows = [row for question in questions for row in question.rows]
+        # no more positions at once than the items have, of which each is several rows
+        batch_tokens = len(questions) * max(len(row) for row, _ in rows)
+        scores = iter(HarnessModel(model, batch_tokens=batch_tokens).score_rows(rows))
+        return [{"log_likelihoods": [next(scores)[0] for _ in question.rows]} for question in questions]
+
+    def score(self, record: Record) -> dict[str, float]:
+        sums = record["log_likelihoods"]
+        acc = 100.0 * (_argmax(sums) in record["gold"])
+        if not record["has_acc_norm"]:
+            return {"accuracy": acc, "acc": acc}
+        means = [s / len(choice) if choice else -math.inf for s, choice in zip(sums, record["choices"], strict=True)]
+        acc_norm = 100.0 * (_argmax(means) in record["gold"])
+        return {"accuracy": acc_norm, "acc": acc, "acc_norm": acc_norm}
+
+    def figures(self, results: Sequence[Result]) -> "dict[str, Figure]":
+        tables = {result.label: result.along("task") for result in results}
+        values = {label: {task: mean.value for task, mean in table.items()} for label, table in tables.items()}
+        errors = {label: {task: mean.error for task, mean in table.items()} for label, table in tables.items()}
+        return {"tasks": bars(values, errors=errors, x_label="task", y_label="accuracy (%)")}
+
+    def extra(self, results: Sequence[Result]) -> dict[str, float]:
+        """Means in which each task counts alike, whatever its size, and `acc` of each task."""
+        found: dict[str, float] = {}
+        for result in results:
+            whose = f"{result.label}: " if len(results) > 1 else ""
+            for metric in result.metrics:
+                found[f"{whose}{metric}, mean of tasks"] = _mean(result.along("task", metric))
+            for task, mean in result.along("task", "acc").items():
+                found[f"{whose}acc of {task}"] = mean.value
+            num_cut = sum(record["is_cut"] for record in result.records)
+            if num_cut:
+                found[f"{whose}questions that lost their beginning"] = num_cut
+        return found
+
+
+def _question(name: str, task: Any, requests: Sequence[Any], reader: "HarnessModel") -> MultipleChoice:
+    """The item of one document, given the harness's requests for it."""
+    doc = requests[0].doc
+    choices = list(task.doc_to_choice(doc))
+    pairs = [tuple(request.args[:2]) for request in requests[: len(choices)]]  # some tasks add unconditional ones
+    fields = {
+        "arguments": pairs,
+        "choices": choices,
+        "gold": _gold(task, doc, choices),
+        "has_acc_norm": "acc_norm" in task.aggregation(),
+    }
+    rows = [reader.row(context, continuation) for context, continuation in pairs]
+    longest = max(rows, key=lambda row: len(row[0]))[0]
+    context_size = reader.max_length
+    fields["is_cut"] = len(longest) > context_size
+    return MultipleChoice(
+        id=f"{name}-{requests[0].doc_id}",
+        cell={"task": name},
+        fields=fields,
+        input_ids=longest,
+        num_tokens=min(len(longest), context_size),
+        rows=rows,
+    )
+
+
+def _gold(task: Any, doc: Any, choices: Sequence[str]) -> list[int]:
+    """Indices of the right choices; a task may give one or several, as index or text."""
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    return [
+        choices.index(one) if isinstance(one, str) else int(one) for one in (gold if isinstance(gold, list) else [gold])
+    ]
+
+
+def _argmax(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda index: values[index])
+
+
+def _mean(table: Mapping[Any, Mean]) -> float:
+    return sum(mean.value for mean in table.values()) / len(table)

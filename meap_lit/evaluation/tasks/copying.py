@@ -1,0 +1,155 @@
+"""Loss on a span of tokens that comes back: does the model copy what it has read, and from how far?
+
+A span of a held-out text, then other text, then the span again. Spans of random tokens, which only copying can predict,
+are the repeated random sequences of "In-context Learning and Induction Heads" (Olsson et al. 2022, arXiv 2209.11895).
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from meap_lit.errors import UserError
+from meap_lit.evaluation.figures import curves
+from meap_lit.evaluation.task import Item, Record
+from meap_lit.evaluation.tasks.sequences import SequenceTask
+from meap_lit.inference.language_model import LanguageModel
+from meap_lit.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from meap_lit.evaluation.result import Result
+
+
+@dataclass(kw_only=True)
+class Copying(SequenceTask):
+    """Mean negative log-likelihood of a span where it stands first (`first_loss`) and where it comes back.
+
+    The latter is `copy_loss`, the difference `gain`. The first token of either occurrence does not count: nothing tells
+    that the span begins. The second has other text before it, which may help or mislead, so the gain on spans
+    of text is not that of copying alone. As in `Perplexity`, no token is put before a sequence.
+
+    Spans are drawn from the sequences of the dataset and share no token; what stands between is the end of another
+    sequence. Every span is asked for at every distance, and the text right before its return is always the same.
+
+    Args:
+        seq_len: Tokens that the model reads at most: 2 * span_len + distance - 1 must not be more.
+        num_sequences: Sequences from which spans and what stands between them are drawn.
+        source: Spans of the dataset's text, or of random tokens, special tokens excepted.
+        span_len: Tokens of a span.
+        distances: Tokens between the two occurrences.
+        num_spans: Spans, each at all distances.
+        seed: Of the spans.
+    """
+
+    name: ClassVar[str] = "copying"
+    metrics: ClassVar[tuple[str, ...]] = ("copy_loss", "first_loss", "gain", "copy_accuracy")
+    unit: ClassVar[str] = "nats"
+    other_units: ClassVar[Mapping[str, str]] = {"copy_accuracy": "%"}
+    higher_is_better: ClassVar[bool] = False
+
+    source: Literal["text", "random"] = "text"
+    span_len: int = 64
+    distances: tuple[int, ...] = (0, 64, 256, 1024, 3900)
+    num_spans: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source not in ("text", "random"):
+            raise UserError(f"task.source must be text or random, got {self.source}")
+        if self.span_len < 2:
+            raise UserError(
+                f"task.span_len must be at least 2, since its first token does not count, got {self.span_len}"
+            )
+        if self.num_spans < 1:
+            raise UserError(f"task.num_spans must be at least 1, got {self.num_spans}")
+        distances = list(self.distances)
+        if not distances or len(set(distances)) < len(distances) or min(distances) < 0:
+            raise UserError(f"task.distances must name distances from 0, at least one and each once, got {distances}")
+        longest = 2 * self.span_len + max(distances) - 1
+        if longest > self.seq_len:
+            raise UserError(
+                f"two spans of {self.span_len} tokens with {max(distances)} between need task.seq_len {longest}, got "
+                f"{self.seq_len}; shorten task.span_len or task.distances, or raise task.seq_len"
+            )
+
+    def extent(self, model: LanguageModel) -> tuple[int, int] | None:
+        super().extent(model)
+        return 2 * self.span_len + min(self.distances) - 1, 2 * self.span_len + max(self.distances) - 1
+
+    def items(self, model: LanguageModel) -> list[Item]:
+        items = []
+        for number, (span, between) in enumerate(self._draws(model)):
+            text = model.tokenizer.decode(span)
+            for distance in self.distances:
+                input_ids = [*span, *between[len(between) - distance :], *span]
+                cell, name = {"distance": distance}, f"{self.source}-{number}"
+                # the last token is a label only
+                items.append(Item(f"{name}/{distance}", cell, {"span": text}, input_ids, len(input_ids) - 1, name))
+        return items
+
+    def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
+        results = model.log_probs([item.input_ids for item in items], [1] * len(items))
+        counted = self.span_len - 1
+        return [
+            {
+                "first_loss": -float(log_probs[:counted].double().mean()),
+                "copy_loss": -float(log_probs[-counted:].double().mean()),
+                "copied": float(is_best[-counted:].double().mean()),
+            }
+            for log_probs, is_best in results
+        ]
+
+    def score(self, record: Record) -> dict[str, float]:
+        first, copy = record["first_loss"], record["copy_loss"]
+        return {"copy_loss": copy, "first_loss": first, "gain": first - copy, "copy_accuracy": 100 * record["copied"]}
+
+    def extra(self, results: "Sequence[Result]") -> dict[str, float]:
+        return {
+            f"copy_accuracy, distance {distance:,} ({result.label})": mean.value
+            for result in results
+            for distance, mean in result.along("distance", "copy_accuracy").items()
+        }
+
+    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
+        lines = {
+            # distances as text: they lie apart by factors, and 0 has no logarithm
+            f"{result.label}, {name}": {
+                f"{distance:,}": mean.value for distance, mean in result.along("distance", metric).items()
+            }
+            for name, metric in (("repeated", "copy_loss"), ("first time", "first_loss"))
+            for result in results
+        }
+        return {self.name: curves(lines, x_label="distance (tokens)", y_label="loss of the span (nats)")}
+
+    def _draws(self, model: LanguageModel) -> list[tuple[list[int], list[int]]]:
+        """Each span, and the sequence whose end stands between its occurrences."""
+        blocks, rng = self.blocks(model), random.Random(self.seed)
+        if self.source == "random":
+            vocabulary = ordinary_ids(model.tokenizer)
+            return [(rng.choices(vocabulary, k=self.span_len), rng.choice(blocks)) for _ in range(self.num_spans)]
+        spans_in_block = (self.seq_len + 1) // self.span_len
+        num_possible = len(blocks) * spans_in_block
+        if len(blocks) < 2 or num_possible < self.num_spans:
+            raise UserError(
+                f"the {self.split} split of dataset {self.dataset} gives {len(blocks)} sequences of {self.seq_len + 1} "
+                f"tokens, too few: they have {num_possible} spans for task.num_spans {self.num_spans}, and what stands "
+                f"between is of another sequence; lower task.num_spans or task.seq_len, or raise task.num_sequences"
+            )
+        draws = []
+        for place in rng.sample(range(num_possible), self.num_spans):
+            row, start = place // spans_in_block, place % spans_in_block * self.span_len
+            other = (row + rng.randrange(1, len(blocks))) % len(blocks)
+            draws.append((blocks[row][start : start + self.span_len], blocks[other]))
+        return draws
+
+
+def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that stand for text: all of the vocabulary but the special tokens."""
+    backend = tokenizer.copy_backend()
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    special |= set(tokenizer.special_tokens.values())
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    return sorted(token_id for token, token_id in vocabulary.items() if token not in special)

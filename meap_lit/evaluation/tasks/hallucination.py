@@ -1,0 +1,134 @@
+"""Contextual hallucination: summaries that say what their document does not (MEAP paper, arXiv 2502.07490).
+
+A model summarises documents of XSum, MultiNews or WikiSum; `python -m meap_lit judge` then has other models read each
+summary beside its document. The score is the share that is judged free of hallucination.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from meap_lit.errors import UserError
+from meap_lit.evaluation.figures import bars
+from meap_lit.evaluation.judging.command import agreement
+from meap_lit.evaluation.result import Result
+from meap_lit.evaluation.rows import read_rows
+from meap_lit.evaluation.statistics import Mean
+from meap_lit.evaluation.task import Item, Prompt, PromptTask, Record
+from meap_lit.inference.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# voidism/Lookback-Lens, step01_extract_attns.py: the first for XSum, the second for other summaries
+PROMPTS = {
+    "one_sentence": (
+        "Generate a summary comprising of 1 sentence for the given article.\n\n#Article#: {document}\n#Summary#:"
+    ),
+    "document": ("Generate a summary based on the information in the document.\n\n#Document#: {document}\n#Summary#:"),
+}
+
+STOPS = ("#Document#:", "#Article#:")
+"""Where a model that goes on with another example begins it."""
+
+
+@dataclass(kw_only=True)
+class Hallucination(PromptTask):
+    """Summaries of documents, for others to judge.
+
+    Args:
+        file: Records with `document` and `summary` (.jsonl, .jsonl.gz, .json, .parquet).
+        prompt: What is asked for: one sentence, as for XSum, or a summary of any length.
+        num_samples: Records drawn from the file; all of a file that has fewer.
+        seed: Seed of the draw.
+    """
+
+    name: ClassVar[str] = "hallucination"
+    metrics: ClassVar[tuple[str, ...]] = ("free", "undecided")
+
+    file: str
+    prompt: Literal["one_sentence", "document"]
+    num_samples: int = 100
+    seed: int = 0
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_samples < 1:
+            raise UserError(f"num_samples must be at least 1, got {self.num_samples}")
+
+    def prompts(self) -> Iterator[Prompt]:
+        rows = [{name: row.text(name) for name in ("document", "summary")} for row in read_rows(self.file)]
+        chosen = sorted(random.Random(self.seed).sample(range(len(rows)), min(self.num_samples, len(rows))))
+        dataset = Path(self.file).name.partition(".")[0]
+        for index in chosen:
+            yield Prompt(f"{index}", {"dataset": dataset}, rows[index], PROMPTS[self.prompt].format(**rows[index]))
+
+    def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
+        return [{"model_answer": until_stop(answer["model_answer"])} for answer in super().answer(model, items)]
+
+    def score(self, record: Record) -> dict[str, float]:
+        """Share of judges who found it free of hallucination, and of those undecided; nothing before anybody judged."""
+        verdicts = list(record.get("verdicts", {}).values())
+        if not verdicts:
+            return {}
+        return {
+            "free": 100 * verdicts.count(True) / len(verdicts),
+            "undecided": 100 * verdicts.count(None) / len(verdicts),
+        }
+
+    def figures(self, results: Sequence[Result]) -> "dict[str, Figure]":
+        shares = {result.label: _shares(result) for result in results}
+        if not all(shares.values()):
+            return {}
+        return {
+            "judges": bars(
+                {label: {judge: mean.value for judge, mean in means.items()} for label, means in shares.items()},
+                errors={label: {judge: mean.error for judge, mean in means.items()} for label, means in shares.items()},
+                x_label="judge",
+                y_label="free of hallucination (%)",
+            )
+        }
+
+    def extra(self, results: Sequence[Result]) -> dict[str, float]:
+        """Each judge's share, how far judges agree, and how many summaries nobody judged yet."""
+        found: dict[str, float] = {}
+        for result in results:
+            whose = f"{result.label}: " if len(results) > 1 else ""
+            num_open = sum(not record.get("verdicts") for record in result.records)
+            if num_open:
+                found[f"{whose}not judged yet (python -m meap_lit judge)"] = num_open
+                continue
+            for judge, mean in _shares(result).items():
+                found[f"{whose}free by {judge}"] = mean.value
+            for first, second in combinations(_judges(result), 2):
+                both = agreement(_verdicts(result, first), _verdicts(result, second))
+                found[f"{whose}{first} and {second} equal"] = both.equal
+                found[f"{whose}{first} and {second} kappa"] = both.kappa
+        return found
+
+
+def until_stop(text: str) -> str:
+    """A summary, without what follows a stop string."""
+    for stop in STOPS:
+        text = text.partition(stop)[0]
+    return text.strip()
+
+
+def _judges(result: Result) -> list[str]:
+    """Those who judged every summary."""
+    judges = [list(record.get("verdicts", {})) for record in result.records]
+    return [judge for judge in judges[0] if all(judge in others for others in judges)]
+
+
+def _verdicts(result: Result, judge: str) -> list[bool | None]:
+    return [record["verdicts"][judge] for record in result.records]
+
+
+def _shares(result: Result) -> dict[str, Mean]:
+    return {
+        judge: Mean.of(100.0 * (verdict is True) for verdict in _verdicts(result, judge)) for judge in _judges(result)
+    }

@@ -1,0 +1,156 @@
+"""Key-value retrieval: is the value of a key found wherever the pair stands in a JSON object of random pairs?
+
+The synthetic task of "Lost in the Middle" (arXiv 2307.03172; nelson-liu/lost-in-the-middle, commit 29b8a6d): neither
+knowledge nor language helps, only looking up.
+"""
+
+import random
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar
+
+from meap_lit.errors import UserError
+from meap_lit.evaluation.figures import curves
+from meap_lit.evaluation.rows import Row, read_rows
+from meap_lit.evaluation.task import Prompt, PromptTask, Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from meap_lit.evaluation.result import Result
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class KeyValueSet:
+    """A JSON object and the key that is asked for.
+
+    Args:
+        where: File and line, or what stands for it.
+        pairs: Keys, each once, and their values.
+        key: One of the keys.
+        value: Its value.
+    """
+
+    where: str
+    pairs: list[Pair]
+    key: str
+    value: str
+
+    @classmethod
+    def from_row(cls, row: Row) -> "KeyValueSet":
+        pairs = []
+        for number, pair in enumerate(row.elements("ordered_kv_records")):
+            if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+                raise row.error(f"'ordered_kv_records[{number}]' is not a pair of strings")
+            pairs.append((pair[0], pair[1]))
+        key, value = row.text("key"), row.text("value")
+        if len(dict(pairs)) < len(pairs):
+            raise row.error("a key stands twice in 'ordered_kv_records'")
+        if (key, value) not in pairs:
+            raise row.error("'key' and 'value' are no pair of 'ordered_kv_records'")
+        return cls(row.where, pairs, key, value)
+
+    @classmethod
+    def draw(cls, num_pairs: int, rng: random.Random) -> "KeyValueSet":
+        """Pairs of UUIDs, of version 4 as in the benchmark."""
+        pairs = [(_random_uuid(rng), _random_uuid(rng)) for _ in range(num_pairs)]
+        return cls(f"a set of {num_pairs} pairs", pairs, *rng.choice(pairs))
+
+    def prompt(self, gold: int) -> str:
+        """The benchmark's prompt (`kv_retrieval.prompt`) with the pair asked for at index `gold`."""
+        pairs = [pair for pair in self.pairs if pair[0] != self.key]
+        pairs.insert(gold, (self.key, self.value))
+        data = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs)
+        return (
+            "Extract the value corresponding to the specified key in the JSON object below.\n\n"
+            f'JSON data:\n{{{data}}}\n\nKey: "{self.key}"\nCorresponding value:'
+        )
+
+
+@dataclass(kw_only=True)
+class KeyValueRetrieval(PromptTask):
+    """Sets of pairs, each with the pair that is asked for at several positions.
+
+    Args:
+        file: Data in the benchmark's format; if not given, sets are made up.
+        num_pairs: Pairs in a set that is made up; a file says it itself.
+        gold: Positions of the pair, from 0; if not given, the first and the ends of the four quarters of the set.
+        num_sets: Sets to make up, or to read of the file, the first ones.
+        seed: Of the sets that are made up.
+    """
+
+    name: ClassVar[str] = "key_value"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+
+    file: str | None = None
+    num_pairs: int | None = None
+    gold: tuple[int, ...] | None = None
+    num_sets: int = 500
+    seed: int = 0
+    max_new_tokens: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.file is None) == (self.num_pairs is None):
+            got = "neither" if self.file is None else f"{self.file} and {self.num_pairs}"
+            raise UserError(f"either file or num_pairs must be given, got {got}")
+        if self.num_pairs is not None and self.num_pairs < 2:
+            raise UserError(f"num_pairs must be at least 2, got {self.num_pairs}")
+        if self.num_sets < 1:
+            raise UserError(f"num_sets must be at least 1, got {self.num_sets}")
+        if self.gold is not None and (not self.gold or len(set(self.gold)) < len(self.gold) or min(self.gold) < 0):
+            raise UserError(f"gold must name positions from 0, at least one and each once, got {list(self.gold)}")
+
+    def prompts(self) -> Iterator[Prompt]:
+        for number, entry in enumerate(self._sets()):
+            positions = quarter_ends(len(entry.pairs)) if self.gold is None else self.gold
+            if max(positions) >= len(entry.pairs):
+                raise UserError(
+                    f"gold position {max(positions)} is outside {entry.where}; the last of its {len(entry.pairs)} "
+                    f"pairs is at {len(entry.pairs) - 1}"
+                )
+            for position in positions:
+                cell = {"pairs": len(entry.pairs), "gold": position}
+                fields = {"key": entry.key, "value": entry.value}
+                yield Prompt(f"gold_at_{position}/{number}", cell, fields, entry.prompt(position), str(number))
+
+    def score(self, record: Record) -> dict[str, float]:
+        # as `evaluate_kv_responses.py` of the benchmark: anywhere in the answer, which is not cut
+        return {"accuracy": 100.0 * (record["value"].lower() in record["model_answer"].lower())}
+
+    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
+        lines = {
+            result.label: {position + 1: mean.value for position, mean in sorted(result.along("gold").items())}
+            for result in results
+        }
+        sizes = sorted(results[0].along("pairs"))
+        figure = curves(
+            lines,
+            x_label="position of the pair",
+            y_label="accuracy (%)",
+            title=f"{', '.join(map(str, sizes))} pairs",
+            y_range=(0, 100),
+        )
+        figure.axes[0].set_xticks([position + 1 for position in results[0].along("gold")])
+        return {self.name: figure}
+
+    def _sets(self) -> Iterator[KeyValueSet]:
+        if self.file is not None:
+            return (KeyValueSet.from_row(row) for row in islice(read_rows(self.file), self.num_sets))
+        assert self.num_pairs is not None
+        return (
+            KeyValueSet.draw(self.num_pairs, random.Random(f"{self.seed}/{number}")) for number in range(self.num_sets)
+        )
+
+
+def quarter_ends(num_pairs: int) -> list[int]:
+    """The first position and the last of each quarter, as the benchmark's experiments: of 140 pairs 0, 34, 69, ..."""
+    return sorted({0, *(max(0, num_pairs * quarter // 4 - 1) for quarter in (1, 2, 3, 4))})
+
+
+def _random_uuid(rng: random.Random) -> str:
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))

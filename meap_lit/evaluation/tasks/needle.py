@@ -1,0 +1,286 @@
+"""Needle in a haystack: is a sentence found again, wherever it stands in a long context?
+
+- `Needle`: one sentence among essays. Prompt, needles and scores are those of NeedleBench 2024
+  (open-compass/opencompass, opencompass/datasets/needlebench/origin.py); the built-in needle is that of
+  gkamradt/LLMTest_NeedleInAHaystack.
+- `MultiNeedle`: several at once, spread as LLMTest_NeedleInAHaystack spreads them; the prompt is ours.
+- `MagicNumber`: a number among lines of noise, so that nothing has been seen before (NVIDIA/RULER, niah.py).
+"""
+
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+
+from meap_lit.errors import UserError
+from meap_lit.evaluation.rows import Row, read_rows
+from meap_lit.evaluation.task import Record
+from meap_lit.evaluation.tasks.haystack import Boundary
+from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackTask, Question, length_depth_maps
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from meap_lit.evaluation.result import Result
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A needle and what is asked about it.
+
+    Args:
+        needle: The sentence, without the line breaks around it.
+        keyword: What an answer must hold.
+        question: The question.
+        blank: How the answer is to be given: the sentence with its end left blank, "The best thing is ________."
+    """
+
+    needle: str
+    keyword: str
+    question: str
+    blank: str
+
+    @classmethod
+    def from_row(cls, row: Row) -> "Fact":
+        """From a line of NeedleBench's needles.jsonl."""
+        match = _RETRIEVAL_QUESTION.fullmatch(row.text("retrieval_question"))
+        if match is None:
+            raise row.error("field 'retrieval_question' must end in \"Please answer in the format '... ________.'\"")
+        fact = cls(row.text("needle").strip(), row.text("arg2"), match["question"], match["blank"])
+        for name, text in (("needle", fact.needle), ("arg2", fact.keyword)):
+            if not text:
+                raise row.error(f"field {name!r} is empty")
+        return fact
+
+    @property
+    def stem(self) -> str:
+        """The sentence up to the blank, for a model that is to continue it."""
+        return self.blank.split("__")[0].rstrip()
+
+    @property
+    def retrieval_question(self) -> str:
+        return f"{self.question} Please answer in the format '{self.blank}'"
+
+
+_RETRIEVAL_QUESTION = re.compile(
+    r"(?P<question>.+?)\s*Please answer in the format '(?P<blank>.+?__.*)'\.?\s*", re.DOTALL
+)
+
+BUILT_IN = Fact(
+    needle="The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.",
+    keyword="eat a sandwich and sit in Dolores Park on a sunny day",
+    question="What is the best thing to do in San Francisco?",
+    blank="The best thing to do in San Francisco is________.",
+)
+
+
+@dataclass(kw_only=True)
+class Needle(HaystackTask):
+    """One needle at each length and depth.
+
+    The score over all items is the mean over lengths of the mean over depths, as the grid is full.
+
+    Args:
+        needles: A file of lines in the format of NeedleBench's needles.jsonl, of which each repeat takes another; the
+            built-in needle if not given.
+        boundary: Put the needle after the last sentence that ends before the depth (`sentence`), or at the depth
+            itself even within a word (`token`), as NeedleBench does.
+    """
+
+    name: ClassVar[str] = "needle"
+    metrics: ClassVar[tuple[str, ...]] = ("keyword", "needlebench")
+
+    needles: str | None = None
+    boundary: Literal["sentence", "token"] = "sentence"
+
+    @property
+    def cut_at(self) -> Boundary:
+        return self.boundary
+
+    def questions(self) -> list[Question]:
+        facts = self._facts()
+        return [self._question(repeat, facts[repeat % len(facts)]) for repeat in range(self.num_repeats)]
+
+    def score(self, record: Record) -> dict[str, float]:
+        answer, needle, keyword = (record[name] for name in ("model_answer", "needle", "arg2"))
+        return {
+            "keyword": 100.0 if keyword in answer else 0.0,
+            "needlebench": needlebench_score(answer, needle, keyword),
+        }
+
+    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
+        return {f"{self.name}_{metric}": length_depth_maps(results, metric) for metric in self.metrics}
+
+    def _question(self, repeat: int, fact: Fact) -> Question:
+        ending = fact.stem if self.prompt_style == "raw" else f"Please answer in the format '{fact.blank}'"
+        after = f"\n\nNow, the question is: {fact.question} {_consider('this question')} {ending}"
+        fields = {"needle": fact.needle, "arg2": fact.keyword, "retrieval_question": fact.retrieval_question}
+        return Question(repeat, (f"\n{fact.needle}\n",), INTRODUCTION, after, fields)
+
+    def _facts(self) -> list[Fact]:
+        """All needles there are, in the order in which the repeats take them."""
+        if self.needles is None:
+            return [BUILT_IN]
+        facts = [
+            Fact.from_row(row) for row in read_rows(self.needles) if row.fields.get("language", "English") == "English"
+        ]
+        if not facts:
+            raise UserError(f"needles {self.needles} holds no line whose language is English")
+        random.Random(self.seed).shuffle(facts)
+        return facts
+
+
+@dataclass(kw_only=True)
+class MultiNeedle(Needle):
+    """Several needles at once, the first at the depth and the others spread evenly from there to the end.
+
+    The prompt is ours: that of `Needle` with all questions and all forms of the answer one after the other, so its
+    scores compare with each other only.
+
+    `keyword` is the share of keywords found, `all_found` is 100 if that is all of them.
+
+    Args:
+        num_needles: Needles in each context; they need a file of `needles`.
+    """
+
+    name: ClassVar[str] = "multi_needle"
+    metrics: ClassVar[tuple[str, ...]] = ("keyword", "all_found")
+
+    num_needles: int = 3
+    max_new_tokens: int = 192
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_needles < 1:
+            raise UserError(f"num_needles must be at least 1, got {self.num_needles}")
+
+    def questions(self) -> list[Question]:
+        facts = self._facts()
+        return [self._joint_question(repeat, self._draw(facts, repeat)) for repeat in range(self.num_repeats)]
+
+    def score(self, record: Record) -> dict[str, float]:
+        found = [keyword in record["model_answer"] for keyword in record["arg2"]]
+        return {"keyword": 100 * sum(found) / len(found), "all_found": 100.0 * all(found)}
+
+    def _draw(self, facts: Sequence[Fact], repeat: int) -> list[Fact]:
+        """Needles of which no two share question or keyword."""
+        drawn: list[Fact] = []
+        for fact in random.Random(f"{self.seed}/{repeat}").sample(facts, len(facts)):
+            if all(fact.question != other.question and fact.keyword != other.keyword for other in drawn):
+                drawn.append(fact)
+            if len(drawn) == self.num_needles:
+                return drawn
+        raise UserError(
+            f"needles {self.needles or '(built in)'} holds {len(drawn)} that differ in question and keyword, but "
+            f"num_needles is {self.num_needles}; name a file with more, or lower num_needles"
+        )
+
+    def _joint_question(self, repeat: int, facts: Sequence[Fact]) -> Question:
+        questions = " ".join(fact.question for fact in facts)
+        blanks = " ".join(fact.blank for fact in facts)
+        after = (
+            f"\n\nNow, the questions are: {questions} {_consider('these questions')} "
+            f"Please answer in the format '{blanks}'"
+        )
+        if self.prompt_style == "raw":
+            after += f" {facts[0].stem}"  # a model that only continues is told the form and led into it
+        fields = {
+            "needle": [fact.needle for fact in facts],
+            "arg2": [fact.keyword for fact in facts],
+            "retrieval_question": [fact.retrieval_question for fact in facts],
+        }
+        return Question(repeat, tuple(f"\n{fact.needle}\n" for fact in facts), INTRODUCTION, after, fields)
+
+
+def _consider(what: str) -> str:
+    return f"Before answering, please consider what in the document is most relevant to {what}."
+
+
+@dataclass(kw_only=True)
+class MagicNumber(HaystackTask):
+    """A number of seven digits under a made-up key, drawn anew for each repeat.
+
+    Without a `haystack` the context is lines of noise and the needle is a line among them; in a text it follows the
+    last sentence that ends before the depth.
+    """
+
+    name: ClassVar[str] = "magic_number"
+    metrics: ClassVar[tuple[str, ...]] = ("string_match_all",)
+
+    max_new_tokens: int = 128
+
+    @property
+    def cut_at(self) -> Boundary:
+        return "line" if self.haystack is None else "sentence"
+
+    def questions(self) -> list[Question]:
+        return [self._question(repeat) for repeat in range(self.num_repeats)]
+
+    def score(self, record: Record) -> dict[str, float]:
+        return {"string_match_all": string_match_all(record["model_answer"], record["outputs"])}
+
+    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
+        return {self.name: length_depth_maps(results, "string_match_all")}
+
+    def _question(self, repeat: int) -> Question:
+        rng = random.Random(f"{self.seed}/{repeat}")
+        key, value = f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}", str(rng.randint(1_000_000, 9_999_999))
+        needle = f"One of the special magic numbers for {key} is: {value}."
+        before = (
+            "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you "
+            "about the number afterwards.\n"
+        )
+        after = (
+            f"What is the special magic number for {key} mentioned in the provided text? The special magic number for "
+            f"{key} mentioned in the provided text is"
+        )
+        fields = {"needle": needle, "query": key, "outputs": [value]}
+        if self.haystack is None:  # lines end in a line break of their own
+            return Question(repeat, (f"{needle}\n",), before, after, fields)
+        return Question(repeat, (f" {needle}",), before, f"\n{after}", fields)
+
+
+_ADJECTIVES = (
+    "amber", "brisk", "copper", "dusty", "eager", "foggy", "gentle", "hollow", "ivory", "jolly", "keen", "lively",
+    "mellow", "narrow", "olive", "patient", "quiet", "rapid", "silver", "tidy", "upright", "velvet", "woolen", "young",
+)  # fmt: skip
+_NOUNS = (
+    "anchor", "basket", "candle", "drum", "engine", "feather", "goblet", "hammer", "island", "jacket", "kettle",
+    "ladder", "mirror", "needle", "orchard", "pebble", "quilt", "ribbon", "saddle", "teapot", "umbrella", "violin",
+    "wagon", "yarn",
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- scoring
+
+
+def needlebench_score(prediction: str, needle: str, keyword: str) -> float:
+    """100 if the keyword stands in the prediction, else up to 20 for likeness to the needle, white space aside.
+
+    `NeedleBenchOriginEvaluator.score` in opencompass/datasets/needlebench/origin.py.
+    """
+    if keyword in prediction:
+        return 100.0
+    predicted, wanted = ("".join(text.split()) for text in (prediction, needle))
+    return 0.2 * 100 * (1 - levenshtein(predicted, wanted) / max(len(predicted), len(wanted)))
+
+
+def levenshtein(first: str, second: str) -> int:
+    """The fewest characters to insert, delete or replace to make one text of the other."""
+    letters = np.array([ord(letter) for letter in second])
+    steps = np.arange(len(second) + 1)
+    row = steps  # distances of the first characters so far to each beginning of `second`
+    for number, letter in enumerate(first, start=1):
+        # without insertions; of these the minimum so far takes care, as each costs a step to the right
+        others = np.minimum(row[1:] + 1, row[:-1] + (letters != ord(letter)))
+        row = np.minimum.accumulate(np.concatenate([[number], others]) - steps) + steps
+    return int(row[-1])
+
+
+def string_match_all(prediction: str, outputs: Iterable[str]) -> float:
+    """Percentage of `outputs` that stand in the prediction, in whatever case (NVIDIA/RULER, scripts/eval/synthetic)."""
+    found = [output.lower() in prediction.lower() for output in outputs]
+    return 100 * sum(found) / len(found)

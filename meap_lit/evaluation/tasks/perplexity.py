@@ -1,0 +1,93 @@
+"""Negative log-likelihood of a prepared dataset, also over the number of tokens that the model has read."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from meap_lit.evaluation.figures import curves
+from meap_lit.evaluation.task import Item, Record
+from meap_lit.evaluation.tasks.sequences import SequenceTask
+from meap_lit.inference.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from meap_lit.evaluation.result import Result
+
+
+@dataclass(kw_only=True)
+class Perplexity(SequenceTask):
+    """Mean negative log-likelihood of every next token, nothing masked: what `validate` calls val/loss.
+
+    A token's context is what stands before it in its sequence. Contexts are grouped by doubling length: 1, 2, 3 to 4, 5
+    to 8 tokens and so on; a record holds the sum of each group.
+    """
+
+    name: ClassVar[str] = "perplexity"
+    metrics: ClassVar[tuple[str, ...]] = ("nll",)
+    unit: ClassVar[str] = "nats"
+    higher_is_better: ClassVar[bool] = False
+
+    def items(self, model: LanguageModel) -> list[Item]:
+        return [
+            Item(f"{self.split}-{number}", {}, {"block": number}, block, num_tokens=self.seq_len)
+            for number, block in enumerate(self.blocks(model))
+        ]
+
+    def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
+        results = model.log_probs([item.input_ids for item in items], [1] * len(items))
+        ends = context_ends(self.seq_len)
+        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        return [
+            {
+                "context_ends": ends,
+                "num_tokens": sizes,
+                "nll_sums": [-float(group.sum()) for group in log_probs.double().split(sizes)],
+            }
+            for log_probs, _ in results
+        ]
+
+    def score(self, record: Record) -> dict[str, float]:
+        # all sequences have equally many tokens, so the mean over them is the mean over tokens
+        return {"nll": sum(record["nll_sums"]) / sum(record["num_tokens"])}
+
+    def extra(self, results: "Sequence[Result]") -> dict[str, float]:
+        means = {f"perplexity ({result.label})": result.mean().value for result in results}
+        figures = {name: math.inf if nll > _LARGEST else math.exp(nll) for name, nll in means.items()}
+        for result in results:
+            start = 0
+            for end, nll in nll_by_context(result.records).items():
+                figures[f"nll, context {_interval(start + 1, end)} ({result.label})"] = nll
+                start = end
+        return figures
+
+    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
+        lines = {result.label: nll_by_context(result.records) for result in results}
+        return {
+            "perplexity": curves(
+                lines, x_label="context (tokens, up to)", y_label="negative log-likelihood (nats)", log_x=True
+            )
+        }
+
+
+_LARGEST = 709.0
+"""Loss whose exponential a float still holds."""
+
+
+def context_ends(seq_len: int) -> list[int]:
+    """The longest context of each group: 1, 2, 4, 8 and so on, and `seq_len`."""
+    return [2**power for power in range((seq_len - 1).bit_length())] + [seq_len]
+
+
+def nll_by_context(records: Sequence[Record]) -> dict[Any, float]:
+    """Mean negative log-likelihood of each group of contexts, keyed by the longest context of the group."""
+    return {
+        end: sum(record["nll_sums"][group] for record in records)
+        / sum(record["num_tokens"][group] for record in records)
+        for group, end in enumerate(records[0]["context_ends"])
+    }
+
+
+def _interval(first: int, last: int) -> str:
+    return f"{last:,}" if first == last else f"{first:,} to {last:,}"

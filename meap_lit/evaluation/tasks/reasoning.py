@@ -1,0 +1,139 @@
+"""Reasoning over a long context: the answer follows from several sentences that stand apart in it (M-RS).
+
+Multi-needle reasoning of NeedleBench 2024 (open-compass/opencompass, opencompass/datasets/needlebench/multi.py). The
+data set opencompass/NeedleBench has the public questions, `multi_needle_reasoning_en.json`.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from meap_lit.errors import UserError
+from meap_lit.evaluation.figures import bars
+from meap_lit.evaluation.rows import Row, read_rows
+from meap_lit.evaluation.task import Record
+from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackTask, Question
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from meap_lit.evaluation.result import Result
+
+# no space before it, as in the reference
+_CONSIDER = "Before answering, please consider what in the document is most relevant to this question."
+
+_SPACING = 10
+"""Distance of one needle from the next, in percent of the haystack."""
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """A question and the sentences that its answer follows from, in order."""
+
+    sentences: tuple[str, ...]
+    question: str
+    answer: str
+
+    @classmethod
+    def from_row(cls, row: Row) -> "Derivation":
+        sentences = tuple(row.texts("derivations"))
+        if not sentences:
+            raise row.error("field 'derivations' is empty")
+        for number, sentence in enumerate(sentences):
+            if not sentence.strip():
+                raise row.error(f"field 'derivations[{number}]' is empty")
+        return cls(sentences, row.text("question"), row.text("answer"))
+
+
+@dataclass(kw_only=True)
+class Reasoning(HaystackTask):
+    """Questions that need several needles, the first at the depth, the others behind it at distances of a tenth.
+
+    Args:
+        file: Questions: `derivation_count`, `derivations`, `question` and `answer`, in a JSON array or a line each.
+        num_needles: Numbers of sentences that an answer follows from; each is asked at each length and depth.
+    """
+
+    name: ClassVar[str] = "reasoning"
+    metrics: ClassVar[tuple[str, ...]] = ("word_recall",)
+
+    file: str
+    num_needles: tuple[int, ...] = (2, 3, 4, 5)
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.num_needles or len(set(self.num_needles)) < len(self.num_needles):
+            raise UserError(f"num_needles must name at least one value and each once, got {list(self.num_needles)}")
+
+    def questions(self) -> list[Question]:
+        by_count: dict[int, list[Derivation]] = {}
+        for row in read_rows(self.file):
+            count = row.value("derivation_count")
+            if not isinstance(count, int):
+                raise row.error(f"field 'derivation_count' is not a whole number but {type(count).__name__}")
+            by_count.setdefault(count, []).append(Derivation.from_row(row))
+        missing = [count for count in self.num_needles if count not in by_count]
+        if missing:
+            raise UserError(
+                f"num_needles {missing[0]}: {self.file} holds no question with that derivation_count, only "
+                f"{', '.join(map(str, sorted(by_count)))}"
+            )
+        return [
+            self._question(repeat, random.Random(f"{self.seed}/{count}/{repeat}").choice(by_count[count]), count)
+            for count in self.num_needles
+            for repeat in range(self.num_repeats)
+        ]
+
+    def indices(self, num_tokens: int, depth: float, needle_lengths: Sequence[int]) -> list[int]:
+        """As in the reference, which moves each needle on by the length of the one before it twice.
+
+        It does so once among the tokens of haystack and needles together, where that length belongs, and once more:
+        here, in tokens of the haystack alone.
+        """
+        indices = [int(num_tokens * depth / 100)]
+        for needle_length in needle_lengths[:-1]:
+            indices.append(int(indices[-1] + needle_length + num_tokens * _SPACING / 100))
+        return [min(index, num_tokens) for index in indices]
+
+    def score(self, record: Record) -> dict[str, float]:
+        return {"word_recall": word_recall(record["model_answer"], record["answer"])}
+
+    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
+        return {
+            f"{self.name}_by_length": _bars(results, "length", "length (tokens)"),
+            f"{self.name}_by_num_needles": _bars(results, "num_needles", "sentences that an answer follows from"),
+        }
+
+    def _question(self, repeat: int, derivation: Derivation, count: int) -> Question:
+        needles = tuple(f"\n{sentence}\n" for sentence in derivation.sentences)
+        after = f"\n\nNow, the question is: {derivation.question}{_CONSIDER}"
+        fields = {
+            "derivations": list(derivation.sentences),
+            "question": derivation.question,
+            "answer": derivation.answer,
+        }
+        return Question(repeat, needles, INTRODUCTION, after, fields, {"num_needles": count})
+
+
+def _bars(results: "Sequence[Result]", key: str, x_label: str) -> "Figure":
+    """Mean of each result by one key of the cells, with standard errors."""
+    alongs = {result.label: result.along(key) for result in results}
+    figure = bars(
+        {label: {group: mean.value for group, mean in along.items()} for label, along in alongs.items()},
+        x_label=x_label,
+        y_label="words of the answer found (%)",
+        errors={label: {group: mean.error for group, mean in along.items()} for label, along in alongs.items()},
+    )
+    figure.axes[0].set_ylim(0, 100)
+    return figure
+
+
+def word_recall(prediction: str, answer: str) -> float:
+    """Percentage of the answer's words that stand in the prediction, in whatever case, within other words as well.
+
+    `NeedleBenchMultiEvaluator.score` in opencompass/datasets/needlebench/multi.py.
+    """
+    words = answer.lower().split()
+    return 100 * sum(word in prediction.lower() for word in words) / max(1, len(words))

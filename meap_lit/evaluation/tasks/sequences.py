@@ -1,0 +1,64 @@
+"""Items that are the token sequences of a prepared dataset."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from meap_lit.data.store.manifest import Manifest
+from meap_lit.data.stream.text import TokenBlocks
+from meap_lit.errors import UserError
+from meap_lit.evaluation.task import Task
+from meap_lit.inference.language_model import LanguageModel
+
+
+@dataclass(kw_only=True)
+class SequenceTask(Task):
+    """A task on the first sequences of a prepared dataset of text, cut as training and validation cut them.
+
+    Args:
+        dataset: Prepared folder or s3:// address (made by `python -m meap_lit prepare text`).
+        split: Part of the dataset.
+        seq_len: Tokens that the model reads of a sequence.
+        num_sequences: The first so many, or as many as there are; all if not given.
+    """
+
+    dataset: str
+    split: Literal["train", "val"] = "val"
+    seq_len: int = 4096
+    num_sequences: int | None = 100
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "num_sequences"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"task.{name} must be at least 1, got {value}")
+
+    def extent(self, model: LanguageModel) -> tuple[int, int] | None:
+        self._open(model)
+        return self.seq_len, self.seq_len
+
+    def blocks(self, model: LanguageModel) -> list[list[int]]:
+        """Token ids of each sequence, seq_len + 1 of them: the last is a label only.
+
+        Raises:
+            UserError: If there is no such dataset or split, it was made with another tokenizer, or it is too short.
+        """
+        blocks = self._open(model)
+        count = len(blocks) if self.num_sequences is None else min(self.num_sequences, len(blocks))
+        return [blocks[index].tolist() for index in range(count)]
+
+    def _open(self, model: LanguageModel) -> TokenBlocks:
+        manifest = Manifest.load(self.dataset)
+        whose = f"that of {model.checkpoint} ({model.tokenizer.path})"
+        manifest.check_tokenizer(model.tokenizer, self.dataset, whose, "--tokenizer")
+        if self.split not in manifest.splits:
+            raise UserError(
+                f"dataset {self.dataset} has no {self.split} split, only {', '.join(manifest.splits)}; "
+                f"prepare it with a val_share above 0, or choose another task.split"
+            )
+        blocks = TokenBlocks(f"{self.dataset.rstrip('/')}/{self.split}", self.seq_len)
+        if len(blocks) == 0:
+            raise UserError(
+                f"the {self.split} split of dataset {self.dataset} has no chunk with task.seq_len + 1 = "
+                f"{self.seq_len + 1} tokens ({manifest.splits[self.split].tokens} in all); shorten task.seq_len"
+            )
+        return blocks

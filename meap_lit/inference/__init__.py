@@ -1,0 +1,1 @@
+"""Generation, and a checkpoint as a language model."""

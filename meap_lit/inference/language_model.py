@@ -1,0 +1,170 @@
+"""A checkpoint as evaluation uses it: prompts in, text out, or the log-likelihood of text that is given."""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from meap_lit.checkpoint.source import DTYPES, open_source, vocab_size_for
+from meap_lit.errors import UserError
+from meap_lit.hf.weights import WeightSource, build_decoder, token_ids
+from meap_lit.inference.generation import GREEDY, OnToken, Sampling, check_prompts, generate
+from meap_lit.model import Decoder
+from meap_lit.tokenizer.chat_template import ChatTemplate
+from meap_lit.tokenizer.tokenizer import Tokenizer
+
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class LanguageModel:
+    """A decoder with its tokenizer. The weights are read when they are first needed.
+
+    Args:
+        checkpoint: A Hugging Face folder, a .ckpt file or folder, or the folder of a run.
+        tokenizer: Folder of the tokenizer; the checkpoint's own if not given.
+        dtype: Dtype of the weights; if not given, bfloat16 on a GPU, and on a CPU the checkpoint's own.
+        device: Where to compute; auto takes a GPU if there is one.
+        verify: Compare a checkpoint of a run with its hashes; if not, with their sizes only.
+
+    Raises:
+        UserError: If there is no such checkpoint or device, or no tokenizer that fits.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        tokenizer: str | None = None,
+        dtype: Dtype | None = None,
+        device: Device | torch.device = "auto",
+        verify: bool = True,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device if isinstance(device, torch.device) else choose_device(device)
+        self.source = open_source(checkpoint, verify)
+        self.config = self.source.config
+        self.tokenizer = _load_tokenizer(self.source, checkpoint, tokenizer)
+        self._templates: dict[str, ChatTemplate] = {}
+        on_gpu = self.device.type == "cuda"
+        self.dtype = DTYPES[dtype or "bfloat16"] if dtype or on_gpu else self.source.dtype
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return build_decoder(self.config, self.source, dtype=self.dtype, device=self.device).eval()
+
+    @cached_property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end a text: the tokenizer's and those that the checkpoint names."""
+        return sorted({self.tokenizer.eos_token_id, *token_ids(self.source.generation, "eos_token_id")})
+
+    @cached_property
+    def forbidden_token_ids(self) -> list[int]:
+        """The mask token, ids that stand for nothing, and what the checkpoint itself suppresses."""
+        rows = self.config.vocab_size
+        assert rows is not None
+        ids = {self.tokenizer.mask_token_id, *self.tokenizer.ids_without_token(rows)}
+        ids |= {*token_ids(self.source.generation, "suppress_tokens")}
+        return sorted(token_id for token_id in ids if token_id < rows)  # the mask token may be newer than the model
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text` as a prompt, see `Tokenizer.encode_prompt`."""
+        return self.tokenizer.encode_prompt(text)
+
+    def chat_template(self, name: str = "tokenizer") -> ChatTemplate:
+        """The chat template of that name, see `ChatTemplate.load`."""
+        if name not in self._templates:
+            self._templates[name] = ChatTemplate.load(name, self.tokenizer)
+        return self._templates[name]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        stop_token_ids: Iterable[int] = (),
+        batch_size: int = 8,
+        on_token: OnToken | None = None,
+    ) -> list[list[int]]:
+        """Continue prompts, see `generation.generate`.
+
+        Args:
+            stop_token_ids: Further ids that end a continuation, such as those of a chat template.
+        """
+        check_prompts(prompts, max_new_tokens, batch_size, self.config, self.source.context)
+        return generate(
+            self.decoder,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_token_ids=sorted({*self.stop_token_ids, *stop_token_ids}),
+            forbidden_token_ids=self.forbidden_token_ids,
+            batch_size=batch_size,
+            on_token=on_token,
+        )
+
+    def continue_texts(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_token_ids: Iterable[int] = ()
+    ) -> list[str]:
+        """The text that greedily follows each prompt; all prompts are one batch."""
+        continuations = self.generate(
+            prompts, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids, batch_size=max(1, len(prompts))
+        )
+        return [
+            self.text_after(prompt, continuation) for prompt, continuation in zip(prompts, continuations, strict=True)
+        ]
+
+    def text_after(self, prompt: Sequence[int], continuation: Sequence[int]) -> str:
+        """What `continuation` adds to the text of `prompt`; alone it might lose a space or half a character."""
+        # the end of the prompt is context enough, and a prompt may be long
+        known = list(prompt[-16:])
+        before = self.tokenizer.decode(known, skip_special_tokens=True)
+        return self.tokenizer.decode([*known, *continuation], skip_special_tokens=True)[len(before) :]
+
+    @torch.no_grad()
+    def log_probs(self, rows: Sequence[Sequence[int]], first: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Log-probabilities of the later tokens of each row, given all before; all rows are one batch.
+
+        Args:
+            rows: Token ids of each row.
+            first: For each row the position, at least 1, of the first token that is asked for.
+
+        Returns:
+            For each row the log-probabilities, [N] float32 on the CPU, and whether each token is the most likely one,
+            [N] bool, of its N = len(row) - first tokens.
+        """
+        assert min(first) >= 1, "the first token of a row follows nothing"
+        # causal: padding on the right changes nothing before it
+        input_ids = pad_sequence([torch.tensor(row[:-1]) for row in rows], batch_first=True).to(self.device)  # [B, T]
+        hidden = self.decoder(input_ids)  # [B, T, D]
+        results = []
+        for number, (row, start) in enumerate(zip(rows, first, strict=True)):
+            targets = torch.tensor(row[start:], device=self.device)
+            found, is_best = [], []
+            # a long row in pieces: [N, V] logits in float32 are large
+            for piece, wanted in zip(hidden[number, start - 1 : len(row) - 1].split(1024), targets.split(1024)):
+                logits = self.decoder.logits(piece).float()  # [n, V]
+                found.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
+                is_best.append(logits.argmax(-1) == wanted)
+            results.append((torch.cat(found).cpu(), torch.cat(is_best).cpu()))
+        return results
+
+
+def choose_device(device: Device) -> torch.device:
+    """Raises UserError if a GPU is asked for and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda is not available; use --device cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _load_tokenizer(source: WeightSource, checkpoint: str, folder: str | Path | None) -> Tokenizer:
+    folder = folder or source.tokenizer_folder
+    if folder is None:
+        raise UserError(f"checkpoint {checkpoint} has no tokenizer; name its folder with --tokenizer")
+    tokenizer = Tokenizer.load(str(folder))
+    vocab_size_for(source, tokenizer)  # refuses the tokenizer of another model
+    return tokenizer

@@ -1,0 +1,258 @@
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from meap_lit import cli
+from meap_lit.errors import UserError
+from meap_lit.evaluation.judging.command import JudgeSummaries, agreement
+from meap_lit.evaluation.judging.judges import AnswerCache, ChatJudge, RecordedJudge, judge_prompt
+
+KEY = "sk-very-secret-0123456789"
+
+
+class Server:
+    """A judge that finds free what stands in the document word for word; `fail_from` says when it breaks down."""
+
+    def __init__(self):
+        self.asked = []
+        self.fail_from = math.inf
+        self.fail_status = 401
+        lock = threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(handler):
+                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                with lock:
+                    number = len(self.asked)
+                    self.asked.append(body)
+                prompt = body["messages"][1]["content"]
+                document = prompt.split("#Document#: ")[1].split("\n\n#Ground Truth")[0]
+                response = prompt.split("#Proposed Summary#: ")[1].split("\n\nWrite your")[0]
+                said = {"content": f"I read it. **Conclusion: {response in document}**"}
+                status, content = 200, {"choices": [{"message": said}]}
+                if number >= self.fail_from:
+                    status, content = (
+                        self.fail_status,
+                        {"error": {"message": f"bad key {handler.headers['Authorization']}"}},
+                    )
+                raw = json.dumps(content).encode()
+                handler.send_response(status)
+                handler.send_header("Content-Length", str(len(raw)))
+                handler.end_headers()
+                handler.wfile.write(raw)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("TEST_KEY", KEY)
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six summaries as `evaluate` leaves them; those of odd number are in their document."""
+    folder = tmp_path / "evaluations"
+    folder.mkdir()
+    records = [
+        {
+            "id": str(number),
+            "cell": {"dataset": "xsum"},
+            "document": f"Lantern {number} is old. It hangs.",
+            "summary": f"A lantern ({number}).",
+            "model_answer": f"Lantern {number} is {'old' if number % 2 else 'new'}.",
+        }
+        for number in range(6)
+    ]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def chat(server, folder, **options):
+    cache = str(folder / "cache.jsonl")
+    return ChatJudge(url=server.url, model="m", key_variable="TEST_KEY", cache=cache, backoff=0.01, **options)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal", "kappa"),
+    [
+        # 20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: 0.7 equal, 0.5 by chance
+        ([True] * 25 + [False] * 25, [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15, 70, 0.4),
+        ([True, False], [True, False], 100, 1),
+        ([True, False], [False, True], 0, -1),
+        ([None, True], [False, True], 100, 1),  # undecided is not free
+        ([True, True], [True, False], 50, 0),
+    ],
+)
+def test_agreement(first, second, equal, kappa):
+    found = agreement(first, second)
+    assert (found.equal, found.kappa, found.n) == (pytest.approx(equal), pytest.approx(kappa), len(first))
+
+
+def test_agreement_of_judges_without_doubt():
+    assert agreement([True, True], [True, True])[0] == 100
+    assert math.isnan(agreement([True, True], [True, True]).kappa)
+    assert math.isnan(agreement([], []).equal)
+
+
+def test_command(server, folder, capsys):
+    lines = [{"id": str(n), "model_answer": r["model_answer"], "verdict": None} for n, r in enumerate(read(folder))]
+    recorded = folder / "people.jsonl"
+    recorded.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judges = {"chat": chat(server, folder), "people": RecordedJudge(file=str(recorded))}
+    before = read(folder)
+    JudgeSummaries(predictions=[str(folder)], judges=judges).run()
+    after = read(folder)
+    assert [record["verdicts"] for record in after] == [
+        {"chat": bool(number % 2), "people": None} for number in range(6)
+    ]
+    assert after[1]["explanations"] == {"chat": "I read it. **Conclusion: True**", "people": ""}
+    assert [{k: v for k, v in r.items() if k not in ("verdicts", "explanations")} for r in after] == before
+    body = server.asked[0]
+    assert {name: body[name] for name in ("model", "max_tokens", "temperature")} == {
+        "model": "m",
+        "max_tokens": 1024,
+        "temperature": 0,
+    }
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    assert body["messages"][0]["content"] == "You are a helpful assistant."
+    printed = capsys.readouterr()
+    assert "chat: 6 requests, about " in printed.out
+    assert "  chat: 50.00 ± 20.41 % free of hallucination, 0 of 6 undecided\n" in printed.out
+    assert "  people: 0.00 ± 0.00 % free of hallucination, 6 of 6 undecided\n" in printed.out
+    assert "  chat and people: 50.00 % equal, kappa 0.000\n" in printed.out
+    JudgeSummaries(predictions=[str(folder / "predictions.jsonl")], judges={"again": chat(server, folder)}).run()
+    assert len(server.asked) == 6  # all known
+    assert read(folder)[1]["verdicts"] == {"chat": True, "people": None, "again": True}
+
+
+def test_what_was_paid_for_is_kept_and_the_key_is_nowhere(server, folder, capfd, caplog):
+    server.fail_from = 3
+    judge = chat(server, folder, max_in_flight=1)
+    with pytest.raises(UserError, match=r"m at http.* refuses: status 401, bad key Bearer \*\*\*$") as caught:
+        JudgeSummaries(predictions=[str(folder)], judges={"chat": judge}).run()
+    assert "verdicts" not in read(folder)[0]
+    assert len((folder / "cache.jsonl").read_text().splitlines()) == 3
+    with open(folder / "cache.jsonl", "a") as file:
+        file.write('{"key": "cut by a kill')
+    server.fail_from = math.inf
+    num_asked = len(server.asked)
+    JudgeSummaries(predictions=[str(folder)], judges={"chat": judge}).run()
+    assert len(server.asked) == num_asked + 3
+    assert [record["verdicts"]["chat"] for record in read(folder)] == [False, True] * 3
+    captured = capfd.readouterr()
+    written = "".join(file.read_text() for file in folder.rglob("*") if file.is_file())
+    for text in (written, captured.out, captured.err, caplog.text, str(caught.value), repr(judge)):
+        assert KEY not in text
+        assert "secret" not in text
+    assert len(AnswerCache(folder / "cache.jsonl").answers) == 6
+
+
+def test_cost(server, folder, capsys):
+    judge = chat(server, folder, input_price=2.0, output_price=10.0, max_tokens=100)
+    records = read(folder)
+    cost = judge.cost(records)
+    prompts = [judge_prompt(r["document"], r["summary"], r["model_answer"]) for r in records]
+    num_read = sum(math.ceil(len(prompt) / 4) + 7 for prompt in prompts)  # 28 characters of the system's message
+    assert cost == (6, num_read, 600, pytest.approx((2 * num_read + 10 * 600) / 1e6))
+    assert judge.cost(records * 2) == cost  # equal ones are asked once
+    with pytest.raises(UserError, match=r"judging may cost 0.01, more than max_cost 0.001; nothing was asked"):
+        JudgeSummaries(predictions=[str(folder)], judges={"a": judge}, max_cost=0.001).run()
+    assert (
+        f"a: 6 requests, about {num_read:,} tokens read, at most 600 written, at most 0.01\n" in capsys.readouterr().out
+    )
+    unknown = chat(server, folder)
+    with pytest.raises(UserError, match="max_cost 1 needs input_price and output_price of judge a; give them"):
+        JudgeSummaries(predictions=[str(folder)], judges={"a": unknown}, max_cost=1).run()
+    assert server.asked == []
+    JudgeSummaries(predictions=[str(folder)], judges={"a": judge}, max_cost=1).run()
+    assert judge.cost(records) == (0, 0, 0, 0)
+    assert unknown.cost(records).num_requests == 6  # another max_tokens is another question
+
+
+def test_options_of_the_request(server, folder):
+    judge = chat(server, folder, options={"max_tokens": None, "max_completion_tokens": 9, "top_p": 0.5})
+    assert judge.cost(read(folder)).output_tokens == 6 * 9
+    judge.judge(read(folder)[:1])
+    assert sorted(server.asked[0]) == ["max_completion_tokens", "messages", "model", "top_p"]
+
+
+def test_refused_contents(server, folder):
+    server.fail_from, server.fail_status = 4, 400
+    judge = chat(server, folder, max_in_flight=1, on_refusal="undecided")
+    assert [verdict for verdict, _ in judge.judge(read(folder))] == [False, True, False, True, None, None]
+    with pytest.raises(UserError, match="refuses: status 400"):
+        chat(server, folder, max_tokens=5).judge(read(folder))
+
+
+def test_recipe(server, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "judge", "meap_lit.evaluation.judging.command.JudgeSummaries")
+    for name in ("OPENAI_API_KEY", "DEEPSEEK_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    words = ["judge", "--config", "recipes/eval/judge.yaml", "--predictions", str(folder), "--max_cost", "0.5"]
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err.startswith("error: the environment variable OPENAI_API_KEY is not set; ")
+    recipe = tmp_path / "judge.yaml"
+    recipe.write_text(
+        f"judges:\n  local:\n    class_path: meap_lit.evaluation.judging.judges.ChatJudge\n    init_args:\n"
+        f"      url: {server.url}\n      model: m\n      cache: {folder}/cache.jsonl\n"
+    )
+    assert cli.main(["judge", "--config", str(recipe), "--predictions", str(folder)]) == 0
+    assert [record["verdicts"] for record in read(folder)] == [{"local": bool(number % 2)} for number in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "predictions.jsonl, line 2"),
+        ("[]", "predictions.jsonl, line 2"),
+        ('{"id": "1"}', "predictions.jsonl, line 2: no field 'document', only 'id'"),
+        ('{"id": "1", "document": "d", "summary": "s"}', "predictions.jsonl, line 2: no field 'model_answer'"),
+        (
+            '{"id": "1", "document": "d", "summary": "s", "model_answer": 1}',
+            "predictions.jsonl, line 2: .*model_answer",
+        ),
+    ],
+)
+def test_wrong_predictions(folder, line, message):
+    file = folder / "predictions.jsonl"
+    file.write_text(file.read_text().splitlines()[0] + "\n" + line + "\n")
+    with pytest.raises(UserError, match=message):
+        JudgeSummaries(predictions=[str(folder)], judges={"people": RecordedJudge(file="x.jsonl")}).run()
+
+
+def test_other_wrong_input(folder, server, monkeypatch):
+    with pytest.raises(UserError, match="judges names nobody"):
+        JudgeSummaries(predictions=[str(folder)], judges={}).run()
+    with pytest.raises(UserError, match="no summaries; name the folder"):
+        JudgeSummaries(predictions=[], judges={"a": chat(server, folder)}).run()
+    with pytest.raises(UserError, match=r"none.jsonl does not exist; evaluate writes it"):
+        JudgeSummaries(predictions=["none.jsonl"], judges={"a": chat(server, folder)}).run()
+    (folder / "cache.jsonl").write_text('{"key": "x"}\n')
+    with pytest.raises(UserError, match=r"cache.jsonl:1 is no answer of a judge; remove that line"):
+        JudgeSummaries(predictions=[str(folder)], judges={"a": chat(server, folder)}).run()
+    (folder / "cache.jsonl").unlink()
+    monkeypatch.delenv("TEST_KEY")  # known before anything is asked
+    with pytest.raises(UserError, match="the environment variable TEST_KEY is not set"):
+        JudgeSummaries(predictions=[str(folder)], judges={"a": chat(server, folder)}).run()
+    assert server.asked == []

@@ -1,0 +1,53 @@
+import math
+
+import numpy as np
+import pytest
+
+from meap_lit.evaluation.statistics import paired_t_test
+
+
+def sample(t, n):
+    """`n` numbers whose t statistic is `t`."""
+    values = np.random.default_rng(n).normal(size=n)
+    return (values - values.mean()) / values.std(ddof=1) / math.sqrt(n) + t / n
+
+
+@pytest.mark.parametrize(
+    ("t", "n", "p"),
+    [  # critical values as printed in tables of the t distribution
+        (12.706, 2, 0.05),
+        (2.228, 11, 0.05),
+        (3.169, 11, 0.01),
+        (2.086, 21, 0.05),
+        (1.984, 101, 0.05),
+        (2.626, 101, 0.01),
+        (3.390, 101, 0.001),
+        (1.960, 100_001, 0.05),
+    ],
+)
+def test_the_p_value_is_that_of_tables(t, n, p):
+    test = paired_t_test(sample(t, n))
+    assert test.t == pytest.approx(t, rel=1e-6)
+    assert test.p == pytest.approx(p, rel=2e-3)
+    assert paired_t_test(sample(-t, n)) == pytest.approx((-t, test.p), rel=1e-6)
+
+
+@pytest.mark.parametrize("t", [0.01, 1.0, 30.0, 1e5])
+def test_small_p_values_keep_their_digits(t):
+    # for one and two degrees of freedom the distribution has a closed form
+    assert paired_t_test(sample(t, 2)).p == pytest.approx(2 / math.pi * math.atan(1 / t), rel=1e-6)
+    root = math.sqrt(2 + t * t)
+    assert paired_t_test(sample(t, 3)).p == pytest.approx(2 / (root * (root + t)), rel=1e-6)
+
+
+def test_differences_without_spread():
+    assert paired_t_test([0.0, 0.0, 0.0]) == (0.0, 1.0)
+    assert paired_t_test([-2.0, -2.0, -2.0]) == (-math.inf, 0.0)
+    assert all(map(math.isnan, (*paired_t_test([1.0]), *paired_t_test([]))))
+
+
+def test_a_sample_worked_out_by_hand():
+    # mean 2, standard deviation 1, standard error 1 / sqrt(3); two degrees of freedom: p = 1 - t / sqrt(2 + t^2)
+    test = paired_t_test([1.0, 2.0, 3.0])
+    assert test.t == pytest.approx(2 * math.sqrt(3))
+    assert test.p == pytest.approx(1 - math.sqrt(12 / 14))
