@@ -97,7 +97,7 @@ def test_sigusr1_saves_and_requeues_a_job_which_goes_on(slurm_job, toy_recipe, t
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
     monkeypatch.setenv("REQUEUE", "1")
-    told = ["--trainer.callbacks+=tests.callbacks.interruption.SignalAt", "--trainer.callbacks.batch", "13"]
+    told = ["--trainer.callbacks+=tests.support.interruption.SignalAt", "--trainer.callbacks.batch", "13"]
     told += ["--trainer.callbacks.number", str(int(signal.SIGUSR1))]
     checkpoint = tmp_path / "runs" / "toy" / "job_4711" / "checkpoints" / "step=7.ckpt"
 

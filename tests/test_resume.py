@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from meap_lit.cli import main
 from meap_lit.data.prepare.text import PrepareText
-from tests.callbacks.toy import fork
-from tests.split_model import save_split_model
+from tests.support.split_model import save_split_model
+from tests.support.toy_module import fork
 
 NUM_STEPS = 12
 
@@ -47,10 +47,10 @@ def fit(folder, leg, *arguments):
     folder.mkdir()
     options = ["--config", f"recipes/strategy/{leg.strategy}.yaml", "--trainer.devices", str(leg.num_devices)]
     options += ["--data.micro_batch_size", str(leg.micro_batch_size), "--data.num_workers", str(leg.num_workers)]
-    options += ["--trainer.logger.save_dir", str(folder), "--trainer.callbacks+=tests.recording.Recorder"]
+    options += ["--trainer.logger.save_dir", str(folder), "--trainer.callbacks+=tests.support.recording.Recorder"]
     options += ["--trainer.callbacks.folder", str(folder)]
     if leg.stop < NUM_STEPS:
-        options += ["--trainer.callbacks+=tests.callbacks.interruption.SignalAt"]
+        options += ["--trainer.callbacks+=tests.support.interruption.SignalAt"]
         options += ["--trainer.callbacks.number", str(int(signal.SIGTERM))]
         options += ["--trainer.callbacks.batch", str(leg.stop * leg.accumulation - 1)]
 

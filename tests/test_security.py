@@ -43,8 +43,8 @@ from meap_lit.hf.folder import HFFolder
 from meap_lit.tokenizer.chat_template import ChatTemplate
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TOY_RECIPE
-from tests.data.object_store import one_store, store  # noqa: F401  fixtures
-from tests.data.older import make_older
+from tests.support.object_store import one_store, store  # noqa: F401  fixtures
+from tests.support.older_dataset import make_older
 
 
 class Harm:

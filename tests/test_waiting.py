@@ -8,8 +8,8 @@ import torch
 
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
-from tests.callbacks.toy import fork
-from tests.waiting import waits_of
+from tests.support.toy_module import fork
+from tests.support.waiting import waits_of
 
 on_devices = pytest.mark.parametrize(
     "device",

@@ -19,7 +19,7 @@ from meap_lit.checkpoint.checksums import verify, write_file
 from meap_lit.checkpoint.find import newest_checkpoint
 from meap_lit.checkpoint.source import open_source
 from meap_lit.errors import UserError
-from tests.callbacks.toy import fork, kill_at, train
+from tests.support.toy_module import fork, kill_at, train
 
 
 def visible(folder):

@@ -41,7 +41,7 @@ def test_the_rank_that_is_behind_is_named(after, message):
 def command(recipe, *options):
     command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(recipe)]
     command += ["--config", "recipes/strategy/ddp.yaml", "--trainer.devices", "2", "--data.micro_batch_size", "2"]
-    command += ["--hang.timeout_minutes", "0.1", "--trainer.callbacks+=tests.callbacks.interruption.HangAt"]
+    command += ["--hang.timeout_minutes", "0.1", "--trainer.callbacks+=tests.support.interruption.HangAt"]
     return [*command, "--trainer.callbacks.rank", "1", "--trainer.callbacks.batch", "5", *options]
 
 

@@ -34,7 +34,7 @@ def short_answers(prepared, tmp_path_factory) -> str:
 
 def test_shares_are_those_of_the_tokens_in_the_batches(toy_sft_recipe, chat, short_answers, tmp_path):
     options = ["--data.datasets", json.dumps({chat: 0.4, short_answers: 0.6}), "--trainer.log_every_n_steps", "5"]
-    options += ["--trainer.callbacks+=tests.recording.Recorder", "--trainer.callbacks.folder", str(tmp_path)]
+    options += ["--trainer.callbacks+=tests.support.recording.Recorder", "--trainer.callbacks.folder", str(tmp_path)]
     trainer = RecipeCLI.run(["fit", "--config", str(toy_sft_recipe), *options]).trainer
     short = {tuple(sample["input_ids"].tolist()) for sample in StreamingDataset(f"{short_answers}/train")}
     tokens, expected = {True: 0, False: 0}, []

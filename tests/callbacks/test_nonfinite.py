@@ -14,9 +14,9 @@ from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.modules import AdamW
 from meap_lit.recipe.cli import RecipeCLI
-from tests.callbacks.toy import fork
+from tests.support.toy_module import fork
 
-OVERFLOW = "--trainer.callbacks+=tests.modules.breakdown.OverflowAtStep"
+OVERFLOW = "--trainer.callbacks+=tests.support.breakdown.OverflowAtStep"
 
 
 @pytest.fixture(params=["toy_recipe", "toy_sft_recipe"])
@@ -44,7 +44,7 @@ def saved(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(any_recipe, tmp_path):
     message = r"loss is not finite at optimizer step 8; last good checkpoint: .*step=5.ckpt; resume from it"
     with pytest.raises(UserError, match=message):
-        run(any_recipe, "--trainer.callbacks+=tests.modules.breakdown.BreakAtStep7")
+        run(any_recipe, "--trainer.callbacks+=tests.support.breakdown.BreakAtStep7")
     assert saved(tmp_path) == ["step=5.ckpt"]
 
 

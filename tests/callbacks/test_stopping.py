@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meap_lit.cli import main
-from tests.callbacks.toy import fork
+from tests.support.toy_module import fork
 
 
 def fit(recipe, *arguments, log=None):
@@ -29,7 +29,7 @@ def fit(recipe, *arguments, log=None):
 
 def signal_at(batch, number):
     return [
-        "--trainer.callbacks+=tests.callbacks.interruption.SignalAt",
+        "--trainer.callbacks+=tests.support.interruption.SignalAt",
         *("--trainer.callbacks.batch", str(batch)),
         *("--trainer.callbacks.number", str(int(number))),
     ]
@@ -70,7 +70,7 @@ def test_a_long_validation_is_broken_off(toy_recipe, tmp_path):
     """The run goes on with the next step; later validations are whole."""
     options = ["--budget.val_every_n_steps", "4", "--data.micro_batch_size", "2"]  # a checkpoint every 5
     assert fit(toy_recipe, *options, log=tmp_path / "log")[0] == 0
-    told = ["--trainer.callbacks+=tests.callbacks.interruption.SignalInValidation", "--trainer.callbacks.step", "8"]
+    told = ["--trainer.callbacks+=tests.support.interruption.SignalInValidation", "--trainer.callbacks.step", "8"]
     status, log = fit(toy_recipe, *options, *told, log=tmp_path / "log")
     assert status == 143
     assert "SIGTERM: stopped after optimizer step 8, saved" in log

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from meap_lit.cli import main
-from tests.callbacks.toy import Toy, fork, train
+from tests.support.toy_module import Toy, fork, train
 
 
 @pytest.fixture(scope="module")

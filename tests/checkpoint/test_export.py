@@ -22,13 +22,13 @@ from meap_lit.data.prepare.text import PrepareText
 from meap_lit.errors import UserError
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling
 from meap_lit.tokenizer.tokenizer import Tokenizer
-from tests.hf_models import VARIANTS, random_ids, save_variant
-from tests.word_tokenizer import save_word_level
+from tests.support.hf_models import VARIANTS, random_ids, save_variant
+from tests.support.word_tokenizer import save_word_level
 
 CONFIG = DecoderConfig(
     num_layers=2, num_heads=4, num_kv_heads=2, hidden_size=32, intermediate_size=48, vocab_size=128, max_seq_len=64
 )
-MASK = 2  # of tests.word_tokenizer, whose ids 100 to 127 are padding here
+MASK = 2  # of tests.support.word_tokenizer, whose ids 100 to 127 are padding here
 PADDING = list(range(100, 128))
 
 

@@ -15,8 +15,8 @@ from meap_lit.hf.folder import HFFolder
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling
 from meap_lit.model.lora import LoRA, add_lora
 from meap_lit.tokenizer.tokenizer import Tokenizer
-from tests.hf_models import SIZES, random_ids, save_variant
-from tests.word_tokenizer import save_word_level
+from tests.support.hf_models import SIZES, random_ids, save_variant
+from tests.support.word_tokenizer import save_word_level
 
 CONFIG = DecoderConfig(
     num_layers=1, num_heads=2, num_kv_heads=1, hidden_size=8, intermediate_size=8, vocab_size=64, max_seq_len=16

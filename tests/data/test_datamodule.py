@@ -14,7 +14,7 @@ from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.pretraining import PretrainingData
 from meap_lit.errors import UserError
 from meap_lit.recipe.cli import RecipeCLI
-from tests.data.object_store import one_store, store  # noqa: F401  fixtures
+from tests.support.object_store import one_store, store  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="module")

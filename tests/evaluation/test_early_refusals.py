@@ -25,7 +25,7 @@ from meap_lit.evaluation.tasks.reasoning import Reasoning
 from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, build_items
 from meap_lit.inference.command import Generate
 from meap_lit.inference.language_model import LanguageModel
-from tests.evaluation.toy_task import CountLetters
+from tests.support.toy_task import CountLetters
 
 GRID = {"lengths": (60, 500), "depths": (50.0,)}
 CONTEXT = 400  # of `source_folder`

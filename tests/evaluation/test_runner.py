@@ -22,14 +22,14 @@ from meap_lit.evaluation.statistics import Mean, bootstrap
 from meap_lit.evaluation.task import Item
 from meap_lit.evaluation.tasks.key_value import KeyValueRetrieval
 from meap_lit.inference.language_model import LanguageModel
-from tests.evaluation.toy_task import CountLetters
+from tests.support.toy_task import CountLetters
 
 
 @pytest.fixture
 def recipe(tmp_path):
     file = tmp_path / "letters.yaml"
     file.write_text(
-        f"task:\n  class_path: tests.evaluation.toy_task.CountLetters\noutput: {tmp_path / 'out'}\nbatch_tokens: 40\n"
+        f"task:\n  class_path: tests.support.toy_task.CountLetters\noutput: {tmp_path / 'out'}\nbatch_tokens: 40\n"
     )
     return file
 

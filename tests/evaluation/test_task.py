@@ -4,7 +4,7 @@ import pytest
 
 from meap_lit.evaluation.tasks.key_value import KeyValueRetrieval
 from meap_lit.tokenizer.tokenizer import Tokenizer
-from tests.evaluation.oracle import Oracle, text_of
+from tests.support.oracle import Oracle, text_of
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from meap_lit.errors import UserError
 from meap_lit.hf.config import ARCHITECTURES, family, hf_name, our_name, read_config, write_config
 from meap_lit.model import DecoderConfig, RopeScaling
 from meap_lit.model.rope import rope_frequencies
-from tests.hf_models import SIZES, VARIANTS, random_model
+from tests.support.hf_models import SIZES, VARIANTS, random_model
 
 LLAMA2 = {  # what meta-llama/Llama-2-7b-hf states, a layout of 2023
     "architectures": ["LlamaForCausalLM"],

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from meap_lit.errors import UserError
 from meap_lit.hf.folder import HFFolder
 from meap_lit.hf.weights import build_decoder
-from tests.hf_models import VARIANTS, edit_config, random_ids, save_variant
+from tests.support.hf_models import VARIANTS, edit_config, random_ids, save_variant
 
 
 @pytest.mark.parametrize("name", VARIANTS)

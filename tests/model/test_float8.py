@@ -25,7 +25,7 @@ from meap_lit.modules import AdamW, MEAPPretraining, base
 from meap_lit.parallel.strategies import Sharded
 from meap_lit.planning.command import PlanCLI
 from meap_lit.recipe.cli import RecipeCLI
-from tests.callbacks.toy import fork
+from tests.support.toy_module import fork
 
 CPU = torch.device("cpu")
 TOY = DecoderConfig(

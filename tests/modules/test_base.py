@@ -20,7 +20,7 @@ from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.modules import AdamW
 from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.tokenizer.tokenizer import Tokenizer
-from tests.word_tokenizer import save_word_level
+from tests.support.word_tokenizer import save_word_level
 
 
 @pytest.fixture(params=["toy_recipe", "toy_sft_recipe"])
@@ -96,7 +96,7 @@ def as_words(options):
 
 def test_optimizer_options_given_on_a_resume_apply(any_recipe, tmp_path):
     """Each of them, from the first resumed step on; the schedule goes on at its step."""
-    change = "--trainer.callbacks+=tests.modules.breakdown.ChangeOptimizer"
+    change = "--trainer.callbacks+=tests.support.breakdown.ChangeOptimizer"
     changed = run(any_recipe, change, "--trainer.callbacks.changes", json.dumps({5: OTHER_OPTIONS}))
     checkpoint = ["--ckpt_path", str(tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "step=5.ckpt")]
     resumed = run(any_recipe, *as_words(OTHER_OPTIONS), *checkpoint)
@@ -201,7 +201,7 @@ def test_a_step_is_logged_alike_however_many_are(any_recipe, tmp_path):
 
 
 def test_what_was_logged_is_not_logged_again_where_a_run_is_stopped(any_recipe, tmp_path):
-    stop = "--trainer.callbacks+=tests.modules.breakdown.StopAtStep7"
+    stop = "--trainer.callbacks+=tests.support.breakdown.StopAtStep7"
     run(any_recipe, "--trainer.log_every_n_steps", "5", stop)
     found = scalars(tmp_path / "runs" / "toy" / "version_0")
     assert list(found["train/loss"]) == [4]

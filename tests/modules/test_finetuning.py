@@ -22,7 +22,7 @@ from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig, linear_cross_en
 from meap_lit.model.attention import Documents
 from meap_lit.model.lora import LoRA
 from meap_lit.modules import AdamW, MEAPFineTuning
-from tests.hf_models import edit_config
+from tests.support.hf_models import edit_config
 
 TOY = DecoderConfig(num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=32, intermediate_size=64, max_seq_len=400)
 OPTIMIZER = AdamW(lr=1e-3, final_lr=1e-4)

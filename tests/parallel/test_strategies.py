@@ -15,8 +15,8 @@ from meap_lit.errors import UserError
 from meap_lit.modules import MEAPPretraining
 from meap_lit.parallel.strategies import FlatSharded
 from meap_lit.recipe.cli import RecipeCLI
-from tests.callbacks.toy import fork
-from tests.split_model import save_split_model
+from tests.support.split_model import save_split_model
+from tests.support.toy_module import fork
 
 # heads that two devices can share; a tied embedding; every step is four micro-batches of a device
 MODEL = [
@@ -162,7 +162,7 @@ def test_optimizer_options_given_on_a_resume_apply_on_any_devices(toy_recipe, tm
     runs, options = tmp_path / "runs" / "toy", [*MODEL, "--checkpoint.every_n_steps", "3", "--budget.max_steps", "15"]
     changes = {3 * leg: {"lr": 4e-3 / leg, "final_lr": 1e-4 * leg, "weight_decay": 0.3 * leg} for leg in range(1, 5)}
     changes[6] |= {"betas": [0.5, 0.9], "eps": 1e-3}
-    change = ["--trainer.callbacks+=tests.modules.breakdown.ChangeOptimizer"]
+    change = ["--trainer.callbacks+=tests.support.breakdown.ChangeOptimizer"]
     expected = train(toy_recipe, *options, *change, "--trainer.callbacks.changes", json.dumps(changes))
     for number, overlay in enumerate(("ddp", "fsdp2", "fsdp2_tp", "fsdp")):
         step = 3 * (number + 1)

@@ -12,8 +12,8 @@ from meap_lit.cli import main, read_command
 from meap_lit.errors import UserError
 from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.recipe.file import check_words
-from tests.mutations import VALUES, any_place, merged, mutants
 from tests.recipe.test_cli import EVALUATIONS, OVERLAYS, RUNNABLE
+from tests.support.mutations import VALUES, any_place, merged, mutants
 
 LONGEST = 1000
 

@@ -3,7 +3,7 @@ import pytest
 from meap_lit.errors import UserError
 from meap_lit.report.arms import describe, find_studies
 from meap_lit.report.runs import find_runs
-from tests.report.study import recipe, write_run
+from tests.support.toy_study import recipe, write_run
 
 
 def studies_of(folder, *configs):

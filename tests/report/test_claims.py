@@ -6,7 +6,7 @@ from meap_lit.report.arms import find_studies
 from meap_lit.report.claims import CLAIMS, find, verdict
 from meap_lit.report.evaluations import find_evaluations
 from meap_lit.report.runs import find_runs
-from tests.report.study import recipe, write_result, write_run
+from tests.support.toy_study import recipe, write_result, write_run
 
 
 @pytest.mark.parametrize(

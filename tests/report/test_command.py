@@ -8,7 +8,7 @@ import pytest
 
 from meap_lit.cli import main
 from tests.conftest import TOY_RECIPE
-from tests.report.study import recipe, write_run
+from tests.support.toy_study import recipe, write_run
 
 
 @dataclass(frozen=True)

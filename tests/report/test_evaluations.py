@@ -7,7 +7,7 @@ from meap_lit.evaluation.statistics import bootstrap_seeds
 from meap_lit.report.arms import find_studies
 from meap_lit.report.evaluations import check_items, compare, find_evaluations
 from meap_lit.report.runs import find_runs
-from tests.report.study import recipe, write_result, write_run
+from tests.support.toy_study import recipe, write_result, write_run
 
 
 @pytest.fixture

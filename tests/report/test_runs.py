@@ -3,7 +3,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from meap_lit.errors import UserError
 from meap_lit.report.runs import ACCURACY, LOSS, find_runs, shown
-from tests.report.study import recipe, write_run
+from tests.support.toy_study import recipe, write_run
 
 
 def test_curves_are_over_tokens(tmp_path):

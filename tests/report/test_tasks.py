@@ -7,7 +7,7 @@ from meap_lit.report.arms import find_studies
 from meap_lit.report.blocks import Heading, Picture, Table
 from meap_lit.report.evaluations import find_evaluations
 from meap_lit.report.runs import find_runs
-from tests.report.study import recipe, write_result, write_run
+from tests.support.toy_study import recipe, write_result, write_run
 
 
 def study_with(tmp_path, ratios, scores, **result):

@@ -4,7 +4,7 @@ from meap_lit.report import training
 from meap_lit.report.arms import find_studies
 from meap_lit.report.blocks import Table
 from meap_lit.report.runs import LOSS, find_runs
-from tests.report.study import recipe, write_run
+from tests.support.toy_study import recipe, write_run
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.read.readers import DocumentReader, InputShard, find_files
 from meap_lit.data.store.manifest import Manifest, load_samples
 from meap_lit.errors import UserError
-from tests.data.older import make_older
+from tests.support.older_dataset import make_older
 
 
 def texts(number):

@@ -17,7 +17,7 @@ from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.store.manifest import Manifest
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
-from tests.word_tokenizer import save_word_level
+from tests.support.word_tokenizer import save_word_level
 
 
 def write_jsonl(path, texts):

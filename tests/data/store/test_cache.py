@@ -17,7 +17,7 @@ from meap_lit.data.store.writers import ChatWriter, TokenWriter
 from meap_lit.data.stream.chat import ChatSamples
 from meap_lit.data.stream.text import Shard, TokenBlocks, TrainStream
 from meap_lit.errors import UserError
-from tests.data.object_store import one_store, store  # noqa: F401  fixtures
+from tests.support.object_store import one_store, store  # noqa: F401  fixtures
 
 SEQ_LEN = 7
 NUM_CHUNKS = 24

@@ -11,8 +11,8 @@ from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.store.manifest import VERSION, Manifest, load_samples
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
-from tests.data.object_store import one_store, store  # noqa: F401  fixtures
-from tests.data.older import make_older
+from tests.support.object_store import one_store, store  # noqa: F401  fixtures
+from tests.support.older_dataset import make_older
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from meap_lit.data.store.remote import Storage
 from meap_lit.errors import UserError
-from tests.data.object_store import one_store, store  # noqa: F401  fixtures
+from tests.support.object_store import one_store, store  # noqa: F401  fixtures
 
 CONTENT = bytes(range(256)) * 20
 ADDRESS = "s3://bucket/folder/object"

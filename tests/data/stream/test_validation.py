@@ -12,7 +12,7 @@ from meap_lit.data.prepare.text import PrepareText
 from meap_lit.errors import UserError
 from meap_lit.model import IGNORE_INDEX
 from meap_lit.recipe.cli import RecipeCLI
-from tests.callbacks.toy import fork
+from tests.support.toy_module import fork
 
 STEPS = ["--budget.max_steps", "3", "--budget.val_every_n_steps", "3"]
 

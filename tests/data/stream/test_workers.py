@@ -40,7 +40,7 @@ def test_workers_hand_over_the_same_batches_without_shared_memory(recipe, reques
 
 
 def test_a_killed_worker_is_named(toy_recipe, tmp_path):
-    killed = ["--trainer.callbacks+=tests.callbacks.interruption.KillWorkerAt", "--trainer.callbacks.batch", "6"]
+    killed = ["--trainer.callbacks+=tests.support.interruption.KillWorkerAt", "--trainer.callbacks.batch", "6"]
     status, log = fit(toy_recipe, "--data.num_workers", "1", *killed, log=tmp_path / "log")
     assert status == 2
     [line] = [line for line in log.splitlines() if line.startswith("error: ")]

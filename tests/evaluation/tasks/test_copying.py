@@ -15,8 +15,8 @@ from meap_lit.evaluation.statistics import bootstrap
 from meap_lit.evaluation.tasks.copying import Copying, ordinary_ids
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer
-from tests.evaluation.oracle import run
-from tests.word_tokenizer import save_word_level
+from tests.support.oracle import run
+from tests.support.word_tokenizer import save_word_level
 
 VOCAB_SIZE = 320
 MASK_TOKEN_ID = 1

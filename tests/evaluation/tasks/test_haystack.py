@@ -9,7 +9,7 @@ import pytest
 from meap_lit.errors import UserError
 from meap_lit.evaluation.tasks.haystack import Documents, Haystack
 from meap_lit.tokenizer.tokenizer import Tokenizer
-from tests.evaluation.oracle import shared_data
+from tests.support.oracle import shared_data
 
 
 def of_letters(text: str) -> Haystack:

@@ -9,7 +9,7 @@ import pytest
 from meap_lit.errors import UserError
 from meap_lit.evaluation.tasks.haystack_task import HaystackTask, Question, length_depth_maps
 from meap_lit.tokenizer.tokenizer import Tokenizer
-from tests.evaluation.oracle import Oracle, run, shared_data, text_of
+from tests.support.oracle import Oracle, run, shared_data, text_of
 
 DEPTHS = (0.0, 10.0, 50.0, 94.0, 100.0)
 

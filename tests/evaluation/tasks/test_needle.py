@@ -19,7 +19,7 @@ from meap_lit.evaluation.tasks.needle import (
     string_match_all,
 )
 from meap_lit.tokenizer.tokenizer import Tokenizer
-from tests.evaluation.oracle import Oracle, run, shared_data, text_of
+from tests.support.oracle import Oracle, run, shared_data, text_of
 
 NEEDLES = str(Path(__file__).parents[3] / "data" / "eval" / "needles.jsonl")
 GRID = {"lengths": (1000, 1200), "depths": (0.0, 21.0, 63.0, 100.0)}

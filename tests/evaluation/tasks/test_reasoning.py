@@ -10,7 +10,7 @@ import pytest
 from meap_lit.errors import UserError
 from meap_lit.evaluation.tasks.reasoning import Reasoning, word_recall
 from meap_lit.tokenizer.tokenizer import Tokenizer
-from tests.evaluation.oracle import Oracle, run, text_of
+from tests.support.oracle import Oracle, run, text_of
 
 FILE = Path(__file__).parents[3] / "data" / "eval" / "reasoning.json"
 RECORDS = json.loads(FILE.read_text())

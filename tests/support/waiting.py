@@ -46,7 +46,7 @@ def waits_of(recipe, *options):
     kind = ""  # until the first step
     found.clear()
     steps.clear()
-    command = ["fit", "--config", str(recipe), "--trainer.callbacks+", "tests.waiting.Steps"]
+    command = ["fit", "--config", str(recipe), "--trainer.callbacks+", "tests.support.waiting.Steps"]
     command += ["--budget.max_steps", "10", "--budget.val_every_n_steps", "8", "--checkpoint.every_n_steps", "8"]
     command += ["--trainer.log_every_n_steps", "4", "--trainer.enable_progress_bar", "true"]
     try:

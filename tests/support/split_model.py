@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from tests.hf_models import random_model
+from tests.support.hf_models import random_model
 
 
 def save_split_model(tokenizer: str, folder: Path) -> Path:
