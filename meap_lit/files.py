@@ -1,4 +1,4 @@
-"""Files and folders that are written aside and renamed, so that whatever has its name is whole."""
+"""Read and write files: text and JSON with errors that name the file, and writes that leave a whole file or none."""
 
 import errno
 import glob
@@ -11,10 +11,83 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from meap_lit.errors import UserError
 
 _OWNER_FILE = ".owner.json"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some Windows programs begin a file with it
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        UserError: If the file cannot be read, or does not hold a JSON object.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    parsed = parse_json(content, str(file))
+    if not isinstance(parsed, dict):
+        raise UserError(f"{file}: not a JSON object but {type(parsed).__name__}")
+    return parsed
+
+
+def parse_json(content: str | bytes, where: str) -> Any:
+    """Return the value of JSON text.
+
+    Args:
+        content: Text, or bytes in UTF-8.
+        where: Name of the file or line, for the message.
+
+    Raises:
+        UserError: If it is not valid JSON.
+    """
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise UserError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{where}: not valid JSON ({reason})") from error
+
+
+def decode(raw: bytes, path: str) -> str | UserError:
+    """Return the text of a file, or why it holds none; the reason names `path` and the line."""
+    raw = raw.removeprefix(BYTE_ORDER_MARK)
+    try:
+        text = raw.decode("utf-8")
+        position = raw.find(b"\0")
+    except UnicodeDecodeError as error:
+        position = error.start
+    if position < 0:
+        return text
+    line = raw[:position].count(b"\n") + 1
+    return UserError(f"{path}, line {line}: {why_no_text(raw)}")
+
+
+def why_no_text(raw: bytes) -> str:
+    """Say why bytes are not UTF-8 text, with the fix where there is one."""
+    sample = raw[:1000]
+    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or even + odd > len(sample) // 5:
+        order = "BE" if raw.startswith(b"\xfe\xff") or even > odd else "LE"
+        return f"UTF-16 instead of UTF-8; convert the file: iconv -f UTF-16{order} -t UTF-8 FILE > NEW"
+    return "holds NUL bytes, which no text has" if b"\0" in raw else "not valid UTF-8"
+
+
+def write_file(file: Path, content: str | bytes) -> None:
+    """Write a file in one step: readers see its old content or the new, and a killed process leaves no half of it."""
+    aside = file.with_name(f"{file.name}.partial-{os.getpid()}")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(aside, file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace, get_loader
 from omegaconf.errors import InterpolationResolutionError
 
-from meap_lit.data.read.formats import decode
 from meap_lit.errors import UserError
+from meap_lit.files import decode
 from meap_lit.secrets import without_secrets
 
 MAX_BYTES = 10_000_000

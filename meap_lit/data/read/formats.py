@@ -6,7 +6,6 @@ A plain text file is one document and a .json file, which only holds records, is
 
 import gzip
 import importlib
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import IO, Any, NamedTuple
 
 from meap_lit.errors import UserError
+from meap_lit.files import BYTE_ORDER_MARK, decode, parse_json, why_no_text
 
 MAX_LINE_BYTES = 1 << 28
 """Longest line of a .jsonl file, decompressed: 256 MiB."""
@@ -157,7 +157,7 @@ def _parse_lines(path: Path, file: IO[bytes], lines: Iterable[bytes], start: int
         for number, line in enumerate(lines, start=1):
             where = f"{path}, line {number}" if start == 0 else f"{path}, byte {file.tell() - len(line)}"
             if number == 1 and start == 0:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
+                line = line.removeprefix(BYTE_ORDER_MARK)
             if line.strip():
                 content = _parse_line(line, where)
                 if number == 1 and start == 0 and isinstance(content, UserError) and line.lstrip().startswith(b"["):
@@ -192,52 +192,23 @@ def _lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
             line = file.readline(MAX_LINE_BYTES + 1)
 
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some Windows programs begin a file with it
-
-
 def _parse_line(line: bytes, where: str) -> dict[str, Any] | UserError:
     if len(line) > MAX_LINE_BYTES:
         return UserError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; divide it, a document is a line")
     try:
         text = line.strip().decode("utf-8")
     except UnicodeDecodeError:
-        return UserError(f"{where}: {_why_no_text(line)}")
+        return UserError(f"{where}: {why_no_text(line)}")
     if "\0" in text:
-        return UserError(f"{where}: {_why_no_text(line)}")
+        return UserError(f"{where}: {why_no_text(line)}")
     return _checked_object(_parse_json(text, where), where)
-
-
-def decode(raw: bytes, path: str) -> str | UserError:
-    """Return the text of a file, or why it holds none; the reason names `path` and the line."""
-    raw = raw.removeprefix(_BYTE_ORDER_MARK)
-    try:
-        text = raw.decode("utf-8")
-        position = raw.find(b"\0")
-    except UnicodeDecodeError as error:
-        position = error.start
-    if position < 0:
-        return text
-    line = raw[:position].count(b"\n") + 1
-    return UserError(f"{path}, line {line}: {_why_no_text(raw)}")
-
-
-def _why_no_text(raw: bytes) -> str:
-    sample = raw[:1000]
-    even, odd = sample[::2].count(0), sample[1::2].count(0)
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or even + odd > len(sample) // 5:
-        order = "BE" if raw.startswith(b"\xfe\xff") or even > odd else "LE"
-        return f"UTF-16 instead of UTF-8; convert the file: iconv -f UTF-16{order} -t UTF-8 FILE > NEW"
-    return "holds NUL bytes, which no text has" if b"\0" in raw else "not valid UTF-8"
 
 
 def _parse_json(text: str, where: str) -> Any | UserError:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        return UserError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})")
-    except (ValueError, RecursionError) as error:
-        return UserError(f"{where}: not valid JSON ({_first_line(error)})")
+        return parse_json(text, where)
+    except UserError as error:
+        return error
 
 
 def _checked_object(content: Any, where: str) -> dict[str, Any] | UserError:
