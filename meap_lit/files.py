@@ -166,3 +166,9 @@ def parse_bytes(value: str, name: str) -> int:
     if num_bytes < 1:
         raise UserError(f"{name} must be a size in {', '.join(_UNITS)} such as 64MB, got {value!r}")
     return num_bytes
+
+
+def run_versions(folder: Path) -> list[Path]:
+    """Return the folders `version_0`, `version_1`, ... of a run, by their number."""
+    numbered = ((re.fullmatch(r"version_(\d+)", run.name), run) for run in folder.glob("version_*"))
+    return [run for _, run in sorted((int(match[1]), run) for match, run in numbered if match)]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from meap_lit.checkpoint.checksums import SHARDS_INDEX, is_whole
 from meap_lit.errors import UserError
+from meap_lit.files import run_versions
 
 
 def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
@@ -37,18 +38,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
         folder: Folder of one run (`runs/NAME/version_0`) or of its checkpoints, or the one above (`runs/NAME`), whose
             highest version with a whole checkpoint counts.
     """
-    for run in [folder, *reversed(_versions(folder))]:
+    for run in [folder, *reversed(run_versions(folder))]:
         for checkpoints in (run / "checkpoints", run):
             steps = sorted(checkpoints.glob("step=*.ckpt"), key=_age, reverse=True)
             newest = next((path for path in steps if is_whole(path)), None)
             if newest is not None:
                 return newest
     return None
-
-
-def _versions(folder: Path) -> list[Path]:
-    numbered = ((re.fullmatch(r"version_(\d+)", run.name), run) for run in folder.glob("version_*"))
-    return [run for _, run in sorted((int(match[1]), run) for match, run in numbered if match)]
 
 
 def _age(path: Path) -> tuple[int, int]:

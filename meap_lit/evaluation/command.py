@@ -16,7 +16,6 @@ import torch
 
 from meap_lit import __version__
 from meap_lit.errors import UserError
-from meap_lit.evaluation.result import Result, difference
 from meap_lit.evaluation.runner import (
     Overflow,
     Records,
@@ -30,7 +29,7 @@ from meap_lit.evaluation.runner import (
     start_ranks,
 )
 from meap_lit.evaluation.statistics import Difference, Mean
-from meap_lit.evaluation.task import Item, Task
+from meap_lit.evaluation.task import Item, Result, Task, difference
 from meap_lit.inference.language_model import Device, Dtype, LanguageModel, choose_device
 from meap_lit.provenance import processor
 from meap_lit.secrets import without_secrets

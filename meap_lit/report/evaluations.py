@@ -11,9 +11,8 @@ from typing import Any
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.command import RESULT_FILE
-from meap_lit.evaluation.result import paired_deltas
 from meap_lit.evaluation.statistics import Difference, bootstrap_seeds
-from meap_lit.evaluation.task import Record, Task
+from meap_lit.evaluation.task import Record, Task, paired_deltas
 from meap_lit.report.arms import Arm
 from meap_lit.report.runs import Run
 

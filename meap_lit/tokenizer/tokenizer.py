@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from meap_lit.errors import UserError
+from meap_lit.files import run_versions
 
 MASK_TOKEN = "[MASK]"
 END_OF_TEXT = "<|endoftext|>"
@@ -326,19 +327,17 @@ _TEMPLATE_FILE = "chat_template.jinja"
 
 
 def _of_run(folder: Path) -> Path:
-    """Return where a run keeps its tokenizer: in `runs/NAME/version_0`, or the newest version with a checkpoint.
+    """Return where a run keeps its tokenizer: in `runs/NAME/version_0`, or in the newest version with a checkpoint.
 
     Any other folder is returned as it is.
     """
     if (folder / "tokenizer.json").is_file():
         return folder
-    if not (folder / "tokenizer" / "tokenizer.json").is_file():
-        from meap_lit.checkpoint.find import newest_checkpoint
-
-        newest = newest_checkpoint(folder)
-        run = folder if newest is None else newest.parent.parent
-        return run / "tokenizer" if (run / "tokenizer" / "tokenizer.json").is_file() else folder
-    return folder / "tokenizer"
+    started = (run for run in reversed(run_versions(folder)) if any((run / "checkpoints").glob("step=*.ckpt")))
+    for run in (folder, *started):
+        if (run / "tokenizer" / "tokenizer.json").is_file():
+            return run / "tokenizer"
+    return folder
 
 
 def id_of_token(folder: Path, token: str) -> int | None:

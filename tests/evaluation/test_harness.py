@@ -22,8 +22,8 @@ from tokenizers import decoders, processors
 from meap_lit.errors import UserError
 from meap_lit.evaluation import harness
 from meap_lit.evaluation.harness import HarnessModel
-from meap_lit.evaluation.result import Result
 from meap_lit.evaluation.runner import batches, choose_items
+from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.commonsense import Commonsense
 from meap_lit.inference.language_model import LanguageModel
 

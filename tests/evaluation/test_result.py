@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from meap_lit.evaluation.result import paired_deltas
 from meap_lit.evaluation.statistics import bootstrap, bootstrap_seeds
+from meap_lit.evaluation.task import paired_deltas
 
 
 def test_deltas_of_items_that_both_have_by_group():

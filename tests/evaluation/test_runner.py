@@ -16,10 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.evaluation.command import Evaluate, label_of
-from meap_lit.evaluation.result import Result, difference
 from meap_lit.evaluation.runner import _share, alike_together, batches, choose_items
 from meap_lit.evaluation.statistics import Mean, bootstrap
-from meap_lit.evaluation.task import Item
+from meap_lit.evaluation.task import Item, Result, difference
 from meap_lit.evaluation.tasks.key_value import KeyValueRetrieval
 from meap_lit.inference.language_model import LanguageModel
 from tests.support.toy_task import CountLetters

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from meap_lit.evaluation.result import Result
+from meap_lit.evaluation.task import Result
 from meap_lit.tokenizer.chat_template import ChatTemplate
 from meap_lit.tokenizer.tokenizer import Tokenizer
 

@@ -26,7 +26,7 @@ from meap_lit.model import Decoder
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from meap_lit.evaluation.result import Result
+    from meap_lit.evaluation.task import Result
 
 
 @dataclass(kw_only=True)

@@ -25,7 +25,7 @@ from meap_lit.model import Decoder
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from meap_lit.evaluation.result import Result
+    from meap_lit.evaluation.task import Result
 
 SEGMENTS = ("context_before", "answer", "context_after", "query", "eos")
 

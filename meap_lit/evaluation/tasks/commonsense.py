@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import bars
-from meap_lit.evaluation.result import Result
 from meap_lit.evaluation.statistics import Mean
-from meap_lit.evaluation.task import Item, Record, Task
+from meap_lit.evaluation.task import Item, Record, Result, Task
 from meap_lit.inference.language_model import LanguageModel
 
 if TYPE_CHECKING:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import bars
 from meap_lit.evaluation.judging.command import agreement
-from meap_lit.evaluation.result import Result
 from meap_lit.evaluation.rows import read_rows
 from meap_lit.evaluation.statistics import Mean
-from meap_lit.evaluation.task import Item, Prompt, PromptTask, Record
+from meap_lit.evaluation.task import Item, Prompt, PromptTask, Record, Result
 from meap_lit.inference.language_model import LanguageModel
 
 if TYPE_CHECKING:

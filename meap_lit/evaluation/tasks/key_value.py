@@ -19,7 +19,7 @@ from meap_lit.evaluation.task import Prompt, PromptTask, Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from meap_lit.evaluation.result import Result
+    from meap_lit.evaluation.task import Result
 
 Pair = tuple[str, str]
 

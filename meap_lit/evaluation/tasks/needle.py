@@ -24,7 +24,7 @@ from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackTask, 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from meap_lit.evaluation.result import Result
+    from meap_lit.evaluation.task import Result
 
 
 @dataclass(frozen=True)

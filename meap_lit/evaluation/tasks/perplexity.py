@@ -13,7 +13,7 @@ from meap_lit.inference.language_model import LanguageModel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from meap_lit.evaluation.result import Result
+    from meap_lit.evaluation.task import Result
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackTask, 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from meap_lit.evaluation.result import Result
+    from meap_lit.evaluation.task import Result
 
 # no space before it, as in the reference
 _CONSIDER = "Before answering, please consider what in the document is most relevant to this question."

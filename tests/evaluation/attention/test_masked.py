@@ -9,7 +9,7 @@ from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.evaluation.attention.masked import MaskedAttention, key_statistics, statistics
 from meap_lit.evaluation.attention.weights import attention_weights
-from meap_lit.evaluation.result import Result
+from meap_lit.evaluation.task import Result
 from meap_lit.inference.language_model import LanguageModel
 
 

@@ -6,7 +6,7 @@ from transformers import LlamaForCausalLM
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.attention.segments import SEGMENTS, AttentionSegments
-from meap_lit.evaluation.result import Result
+from meap_lit.evaluation.task import Result
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer
 

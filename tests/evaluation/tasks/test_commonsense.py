@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.result import Result
+from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.commonsense import Commonsense
 
 TASK = Commonsense(tasks=("piqa", "boolq"))

@@ -9,9 +9,9 @@ from transformers import LlamaForCausalLM
 from meap_lit.cli import main
 from meap_lit.data.stream.text import TokenBlocks
 from meap_lit.errors import UserError
-from meap_lit.evaluation.result import Result, difference
 from meap_lit.evaluation.runner import choose_items
 from meap_lit.evaluation.statistics import bootstrap
+from meap_lit.evaluation.task import Result, difference
 from meap_lit.evaluation.tasks.copying import Copying, ordinary_ids
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer

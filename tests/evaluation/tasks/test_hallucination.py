@@ -6,8 +6,8 @@ import pytest
 from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.evaluation.judging.judges import parse_verdict
-from meap_lit.evaluation.result import Result
 from meap_lit.evaluation.runner import choose_items
+from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.hallucination import Hallucination, until_stop
 
 DOCUMENTS = [

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.result import Result
+from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.key_value import KeyValueRetrieval, quarter_ends
 from meap_lit.inference.language_model import LanguageModel
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.result import Result, difference
+from meap_lit.evaluation.task import Result, difference
 from meap_lit.evaluation.tasks.multi_document_qa import MultiDocumentQA, best_subspan_em, normalize_answer
 from meap_lit.inference.language_model import LanguageModel
 

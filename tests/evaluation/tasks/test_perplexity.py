@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from meap_lit.cli import main
-from meap_lit.evaluation.result import Result
+from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.perplexity import Perplexity, context_ends, nll_by_context
 from meap_lit.inference.language_model import LanguageModel
 
