@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, build_items, plot_grid, score_items
@@ -89,7 +90,7 @@ class RetrievalProbe(L.Callback):
         if trainer.is_global_zero and trainer.loggers and log_dir:  # without one, it is the current folder
             figure = plot_grid(self.accuracy, self.grid, title=f"Retrieval at step {trainer.global_step}")
             for logger in trainer.loggers:
-                if hasattr(logger.experiment, "add_figure"):
+                if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure("retrieval", figure, trainer.global_step)
             self.figure_path = Path(log_dir, "retrieval.png")
             self.figure_path.parent.mkdir(parents=True, exist_ok=True)

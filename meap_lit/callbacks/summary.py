@@ -16,6 +16,7 @@ import torch
 
 import meap_lit
 from meap_lit.callbacks.budget import Budget
+from meap_lit.callbacks.metrics import MetricsTable
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.callbacks.throughput import Throughput
@@ -28,7 +29,7 @@ SUMMARY_FILE = "summary.json"
 
 
 class RunSummary(L.Callback):
-    """Prints what a finished run reached, where it lies, and what to do next; keeps its cost in `summary.json`."""
+    """Keep what a run logs in `curves.csv` and its cost in `summary.json`; print the result and what to do next."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = time.monotonic()
@@ -36,6 +37,9 @@ class RunSummary(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step = trainer.global_step
+        log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
+        if trainer.is_global_zero and trainer.loggers and log_dir:
+            trainer.loggers.append(MetricsTable(Path(log_dir), self._first_step))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it

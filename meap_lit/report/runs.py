@@ -1,58 +1,54 @@
-"""Finished runs as they lie on disk: recipe, curves, model, and what they logged of their cost."""
+"""Read finished runs: recipe, curves, model and cost."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import yaml
 
+from meap_lit.callbacks.metrics import METRICS_FILE, Point, read_metrics
 from meap_lit.callbacks.summary import SUMMARY_FILE
 from meap_lit.checkpoint.find import newest_checkpoint
 from meap_lit.checkpoint.shards import read_trainer_state
 from meap_lit.errors import UserError
+from meap_lit.files import read_json
 from meap_lit.model import DecoderConfig
 
 CONFIG_FILE = "config.yaml"
 LOSS = "val/loss"
 ACCURACY = "val/retrieval_accuracy"
 Kind = Literal["pretraining", "fine-tuning"]
-
-
-class Point(NamedTuple):
-    """A logged value after `step` optimizer steps."""
-
-    step: int
-    value: float
+Curves = dict[str, list[Point]]
+"""Points of each logged metric by its name, in the order of the steps."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that trained, as its folder has it.
+    """A run that trained, with all parts if it was resumed.
 
     Args:
-        path: Its folder.
-        config: Content of config.yaml.
-        curves: What was logged, by TensorBoard's tag.
-        folders: Its own, those of the runs that it was resumed from, and that of its checkpoints.
-        decoder: The model, as the newest checkpoint or the summary has it.
-        datasets: Fingerprint of each dataset, by its path, from there too.
-        summaries: What the callback `RunSummary` left; one for each part of a run that was resumed.
+        path: Folder of the last part.
+        config: Content of config.yaml there.
+        curves: Logged metrics of all parts.
+        folders: Folders of all parts, the last first, and that of the checkpoints.
+        decoder: Configuration of the model.
+        datasets: Fingerprint of each dataset by its path.
+        summaries: Content of the summary.json of each part, the first part first; empty if it left none.
     """
 
     path: Path
     config: dict[str, Any]
-    curves: dict[str, list[Point]]
+    curves: Curves
     folders: tuple[Path, ...]
     decoder: dict[str, Any] = field(default_factory=dict)
     datasets: dict[str, str] = field(default_factory=dict)
     summaries: tuple[dict[str, Any], ...] = ()
 
     def holds(self, path: Path) -> bool:
-        """Whether a file or folder, resolved, lies in one of the run's folders or is one."""
+        """Return whether a resolved path is one of the run's folders or inside one."""
         return any(folder.resolve() in (path, *path.parents) for folder in self.folders)
 
     @property
@@ -73,7 +69,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The logger's name; of a run without one, its folder's."""
+        """Name of the logger, or of the folder if there is no logger."""
         logger = self.config["trainer"].get("logger")
         logger = logger[0] if isinstance(logger, list) else logger
         name = logger.get("init_args", {}).get("name") if isinstance(logger, dict) else None
@@ -85,7 +81,7 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all steps that were logged; in fine-tuning, padding and copies included."""
+        """Tokens up to the last validation; in fine-tuning with padding and copies."""
         return self.tokens_per_step * max(point.step for point in self.curves[LOSS])
 
     @cached_property
@@ -93,11 +89,11 @@ class Run:
         return None if not self.decoder else DecoderConfig(**{**self.decoder, "rope_scaling": None}).num_parameters()
 
     def over_tokens(self, tag: str) -> dict[int, float]:
-        """Tokens to value; empty if the run did not log it."""
+        """Return the values of a metric by the number of tokens seen; empty if the run did not log it."""
         return {point.step * self.tokens_per_step: point.value for point in self.curves.get(tag, [])}
 
     def final(self, tag: str) -> float | None:
-        """The last value; None if there is none."""
+        """Return the last value of a metric, or None."""
         points = self.curves.get(tag)
         return points[-1].value if points else None
 
@@ -105,14 +101,14 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Wall seconds of all parts; None if one left no summary, as one that was killed and went on in its folder."""
+        """Wall time of all parts; None if a part left no summary, such as one that was killed."""
         if not all(self.summaries) or self.summaries[0]["first_step"] > 0:
             return None
         return sum(summary["seconds"] for summary in self.summaries)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """As the last part measured it, else the mean of what was logged."""
+        """Rate of the last part by its summary, otherwise the mean of the logged rates."""
         found = self.summaries[-1].get("tokens_per_second") if self.summaries else None
         rates = [point.value for point in self.curves.get("throughput/tokens_per_second", [])]
         return found or (sum(rates) / len(rates) if rates else None)
@@ -124,29 +120,30 @@ class Run:
 
 
 def find_runs(folders: Sequence[str]) -> list[Run]:
-    """The runs in these folders and below, each with the parts that it was resumed from.
+    """Return the runs in these folders and below, each with the parts that it was resumed from.
 
     Raises:
-        UserError: If a folder has none, or a run is not finished enough to say something of it.
+        UserError: If a folder holds no run, or a run is damaged or has no validation yet.
     """
     paths: dict[Path, None] = {}
     for folder in folders:
         if not Path(folder).is_dir():
-            raise UserError(f"--runs {folder} is no folder; name the folder of a run, or one above several")
-        found = [file.parent for file in sorted(Path(folder).rglob(CONFIG_FILE)) if _events(file.parent)]
+            raise UserError(f"--runs {folder} is not a folder; name the folder of a run, or one above several")
+        found = [file.parent for file in sorted(Path(folder).rglob(CONFIG_FILE)) if _has_metrics(file.parent)]
         if not found:
             raise UserError(
-                f"no run found under --runs {folder}: no folder there has both {CONFIG_FILE} and events of TensorBoard"
+                f"no run found under --runs {folder}: no folder there has both {CONFIG_FILE} and {METRICS_FILE} (of an "
+                f"older run: events of TensorBoard)"
             )
         paths.update(dict.fromkeys(found))
     configs = {path: _read_config(path) for path in paths}
     continued = {path: _resumed_from(path, configs[path], paths) for path in paths}
     ended = [path for path in paths if path not in continued.values()]
-    return [_open(list(_parts(path, continued)), configs[path]) for path in ended]
+    return [_open(list(_parts(path, continued)), configs) for path in ended]
 
 
-def _events(folder: Path) -> list[Path]:
-    return list(folder.glob("events.out.tfevents.*"))
+def _has_metrics(folder: Path) -> bool:
+    return (folder / METRICS_FILE).is_file() or any(folder.glob("events.out.tfevents.*"))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -164,86 +161,98 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _resumed_from(own: Path, config: dict[str, Any], paths: dict[Path, None]) -> Path | None:
-    """The other run whose checkpoint a run went on from, if it is one of them."""
+    """Return the other run of `paths` whose checkpoint a run resumed from."""
     checkpoint = config.get("ckpt_path")
     if not checkpoint:
         return None
     parents = Path(checkpoint).resolve().parents
     found = next((path for path in paths if path.resolve() in parents), None)
-    return found if found != own else None  # it may have gone on in its own folder
+    return found if found != own else None  # a run may resume in its own folder
 
 
 def _parts(path: Path, continued: dict[Path, Path | None]) -> Iterator[Path]:
-    """A run and the parts before it, the last first."""
+    """Yield a run and the parts before it, the last part first."""
     part: Path | None = path
     while part is not None:
         yield part
         part = continued[part]
 
 
-def _open(parts: list[Path], config: dict[str, Any]) -> Run:
-    path = parts[0]
-    curves = _read_curves(path)
-    for part in parts[1:]:  # a resumed run repeats the steps behind its checkpoint
-        for tag, points in _read_curves(part).items():
-            begin = curves[tag][0].step if curves.get(tag) else float("inf")
-            curves[tag] = [*(point for point in points if point.step < begin), *curves.get(tag, [])]
+def _open(parts: list[Path], configs: dict[Path, dict[str, Any]]) -> Run:
+    path, config = parts[0], configs[parts[0]]
+    curves: Curves = {}
+    for part in parts:
+        curves = _continued(_read_curves(part, configs[part]), curves)
     if not curves.get(LOSS):
         raise UserError(f"run {path} has no validation yet ({LOSS}); let it finish, or leave it out of --runs")
     dirpath = (config.get("checkpoint") or {}).get("dirpath")
     folders = [Path(dirpath)] if dirpath and Path(dirpath).is_dir() else parts
     checkpoint = next(filter(None, map(newest_checkpoint, folders)), None)
     summaries = tuple(_read_summary(part) for part in reversed(parts))
-    run = Run(path, config, curves, (*parts, *([checkpoint.parent] if checkpoint else [])), summaries=summaries)
-    if checkpoint is not None:
-        return _with_checkpoint(run, checkpoint)
-    if "decoder" not in summaries[-1]:
+    if "decoder" in summaries[-1]:
+        model = summaries[-1]
+    elif checkpoint is not None:
+        model = _read_checkpoint(checkpoint)
+    else:
         raise UserError(
             f"run {path} has neither a whole checkpoint (checkpoints/step=N.ckpt) nor a {SUMMARY_FILE}, which a run "
-            f"that has ended has; leave it out of --runs"
+            f"writes when it ends; leave it out of --runs"
         )
-    return replace(run, decoder=summaries[-1]["decoder"], datasets=summaries[-1]["datasets"])
+    folders = [*parts, checkpoint.parent] if checkpoint else parts
+    return Run(path, config, curves, tuple(folders), model["decoder"], model["datasets"], summaries)
 
 
-def _read_curves(path: Path) -> dict[str, list[Point]]:
+def _read_curves(path: Path, config: dict[str, Any]) -> Curves:
+    curves: Curves = read_metrics(path)
+    # a run of an older version has only events, and keeps them if it resumes in its folder now
+    return _continued(_read_events(path), curves) if not curves or config.get("ckpt_path") else curves
+
+
+def _read_events(path: Path) -> Curves:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # 0 keeps all; what a report does not show is not kept
-    kept = {"scalars": 0, "images": 1, "tensors": 1, "histograms": 1}
-    events = EventAccumulator(str(path), size_guidance=kept)
+    # 0 keeps all values; images and text are not needed
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "tensors": 1, "histograms": 1})
     events.Reload()
     curves = {}
     for tag in events.Tags()["scalars"]:
-        # Lightning counts the steps before the one that logs; what a resumed run logged again counts the second time
+        # Lightning counts the steps before; a run that resumed in its folder logged some steps twice
         points = {event.step: Point(event.step + 1, event.value) for event in events.Scalars(tag)}
         curves[tag] = [points[step] for step in sorted(points)]
     return curves
 
 
+def _continued(earlier: Curves, later: Curves) -> Curves:
+    """Return `later` with the points of `earlier` before it: a resumed run repeats the steps after its checkpoint."""
+    curves = dict(later)
+    for tag, points in earlier.items():
+        own = later.get(tag, [])
+        curves[tag] = [*(point for point in points if not own or point.step < own[0].step), *own]
+    return curves
+
+
 def _read_summary(path: Path) -> dict[str, Any]:
     file = path / SUMMARY_FILE
-    if not file.is_file():
-        return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return read_json(file) if file.is_file() else {}
+    except UserError as error:
         raise UserError(
-            f"{file} is damaged or cut short ({error}); remove it to report the run without its cost, or leave the run "
-            f"out of --runs"
+            f"{error}; remove it to report the run without its cost, or leave the run out of --runs"
         ) from error
 
 
-def _with_checkpoint(run: Run, file: Path) -> Run:
+def _read_checkpoint(file: Path) -> dict[str, Any]:
+    """Return `decoder` and `datasets` as a summary has them."""
     content = read_trainer_state(file)
     try:
         decoder = content["decoder"]["config"]
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint {file} is not one of meap_lit: it has no decoder in it") from error
     data = next((value for value in content.values() if isinstance(value, dict) and "datasets" in value), {})
-    return replace(run, decoder=decoder, datasets=data.get("datasets", {}))
+    return {"decoder": decoder, "datasets": data.get("datasets", {})}
 
 
 def shown(text: Any) -> str:
-    """`text` without paths of this machine: those below the working directory become relative, of others the name."""
+    """Return `text` without paths of this machine: relative below the working directory, otherwise the last name."""
     text = str(text).replace(f"{Path.cwd()}/", "")
     return re.sub(r"(?<![\w.~/:-])/(?:[^\s'\",:;=/]+/)+([^\s'\",:;=/]*)", r"\1", text)

@@ -3,7 +3,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from meap_lit.errors import UserError
 from meap_lit.report.runs import ACCURACY, LOSS, find_runs, shown
-from tests.support.toy_study import recipe, write_run
+from tests.support.toy_study import recipe, write_run, write_table
 
 
 def test_curves_are_over_tokens(tmp_path):
@@ -44,16 +44,25 @@ def test_a_run_that_was_resumed_with_its_budget_spent_keeps_its_checkpoint(tmp_p
     assert run.tokens == 960
 
 
-def test_a_run_that_went_on_in_its_own_folder(tmp_path):
+@pytest.mark.parametrize("older", [False, True])
+def test_a_run_that_resumed_in_its_own_folder(tmp_path, older):
     folder = tmp_path / "a/seed_1"
     resumed = recipe("a", ckpt_path=str(folder / "checkpoints/step=20.ckpt"))
-    write_run(folder, resumed, losses=(5, 4, 9), summary={"seconds": 3.0, "first_step": 20})
+    write_run(folder, resumed, losses=(5, 4, 9), summary={"seconds": 3.0, "first_step": 20}, older=older)
+    write_table(folder, {LOSS: (3.0, 2.0)}, first_step=30)
+    (run,) = find_runs([str(tmp_path)])
+    assert [(point.step, point.value) for point in run.curves[LOSS]] == [(10, 5), (20, 4), (30, 3), (40, 2)]
+    assert run.seconds is None
+
+
+def test_a_run_of_before_has_events_only(tmp_path):
+    folder = write_run(tmp_path / "a", recipe("a"), losses=(5, 4, 9), older=True)
     with SummaryWriter(str(folder), filename_suffix=".later") as writer:
         for step, value in ((29, 3.0), (39, 2.0)):
             writer.add_scalar(LOSS, value, step)
     (run,) = find_runs([str(tmp_path)])
     assert [(point.step, point.value) for point in run.curves[LOSS]] == [(10, 5), (20, 4), (30, 3), (40, 2)]
-    assert run.seconds is None
+    assert run.tokens_per_second == 1000
 
 
 def test_cost_of_a_run_without_summary(tmp_path):
@@ -95,6 +104,11 @@ def cut_summary(folder):
     (run / "summary.json").write_text(content[: len(content) // 2])
 
 
+def damaged_table(folder):
+    with open(write_run(folder / "a", recipe("a")) / "curves.csv", "a") as table:
+        table.write("40,val/loss,low\n")
+
+
 def cut_recipe(folder):
     write_run(folder / "a", recipe("a"))
     (folder / "a/config.yaml").write_text('model: {class_path: "meap')
@@ -103,13 +117,14 @@ def cut_recipe(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: folder.rmdir(), "is no folder"),
+        (lambda folder: folder.rmdir(), "is not a folder"),
         (lambda folder: None, "no run found under"),
         (no_validation, "a has no validation yet (val/loss); let it finish"),
         (no_checkpoint, "a has neither a whole checkpoint (checkpoints/step=N.ckpt) nor a summary.json"),
         (no_recipe, "is not the recipe of a run"),
+        (damaged_table, "a/curves.csv is damaged (could not convert string to float: 'low'); restore it, or move it"),
         (cut_recipe, "a/config.yaml is damaged or cut short (while scanning a quoted scalar"),
-        (cut_summary, "a/summary.json is damaged or cut short (Expecting property name"),
+        (cut_summary, "a/summary.json: not valid JSON (Expecting property name"),
         (foreign_checkpoint, "step=31.ckpt is not one of meap_lit: it has no decoder in it"),
     ],
 )

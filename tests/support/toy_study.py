@@ -7,6 +7,7 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from meap_lit.callbacks.metrics import MetricsTable
 from meap_lit.checkpoint.checksums import checksums, seal, write_file
 
 TOKENS_PER_STEP = 4 * 8
@@ -47,15 +48,14 @@ def recipe(name, seed=1, ratio=0.0, *, init_from=None, fine_tuning=False, mask=N
     return config
 
 
-def write_run(folder: Path, config, losses=(3.0, 2.0, 1.0), accuracies=(), *, first_step=10, summary=None) -> Path:
-    """A run that validated every ten steps and saved after the last."""
+def write_run(
+    folder: Path, config, losses=(3.0, 2.0, 1.0), accuracies=(), *, first_step=10, summary=None, older=False
+) -> Path:
+    """A run that validated every ten steps and saved after the last; an older one has only events of TensorBoard."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    with SummaryWriter(str(folder)) as writer:
-        writer.add_scalar("throughput/tokens_per_second", 1000.0, 0)
-        for tag, values in (("val/loss", losses), ("val/retrieval_accuracy", accuracies)):
-            for number, value in enumerate(values):
-                writer.add_scalar(tag, value, first_step + 10 * number - 1)  # Lightning counts the steps before
+    write = write_events if older else write_table
+    write(folder, {"val/loss": losses, "val/retrieval_accuracy": accuracies}, first_step)
     content = {
         "state_dict": {"decoder.x": torch.zeros(1)},
         "decoder": {"config": {**DECODER, "vocab_size": 8}},
@@ -67,6 +67,22 @@ def write_run(folder: Path, config, losses=(3.0, 2.0, 1.0), accuracies=(), *, fi
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+def write_table(folder: Path, curves, first_step) -> None:
+    """The metrics of a run that starts, or resumes ten steps before `first_step`."""
+    table = MetricsTable(folder, first_step - 10)
+    for tag, values in {"throughput/tokens_per_second": [1000.0], **curves}.items():
+        for number, value in enumerate(values):
+            table.log_metrics({tag: value}, first_step + 10 * number - 1)  # Lightning counts the steps before
+
+
+def write_events(folder: Path, curves, first_step) -> None:
+    """The same as events of TensorBoard."""
+    with SummaryWriter(str(folder)) as writer:
+        for tag, values in {"throughput/tokens_per_second": [1000.0], **curves}.items():
+            for number, value in enumerate(values):
+                writer.add_scalar(tag, value, first_step + 10 * number - 1)
 
 
 def write_result(folder: Path, run: Path, scores, *, task="key_value", metric="accuracy", step=30, **changes) -> Path:

@@ -1,0 +1,46 @@
+"""A killed and resumed run has each value once in its table."""
+
+import math
+import os
+import signal
+from collections import Counter
+
+from meap_lit.callbacks.metrics import METRICS_FILE, MetricsTable, Point, read_metrics
+from meap_lit.recipe.cli import RecipeCLI
+from tests.support.toy_module import fork
+
+
+def test_a_run_that_is_killed_and_resumes_in_its_folder_has_each_value_once(toy_recipe, tmp_path):
+    words = ["fit", "--config", str(toy_recipe), "--trainer.logger.init_args.version", "seed_1"]
+    killed = ["--trainer.callbacks+=tests.support.interruption.SignalAt", "--trainer.callbacks.batch", "15"]
+    killed += ["--trainer.callbacks.number", str(int(signal.SIGKILL))]
+    assert fork(lambda: RecipeCLI.run([*words, *killed])) == [-signal.SIGKILL]
+    folder = tmp_path / "runs" / "toy" / "seed_1"
+    before = read_metrics(folder)
+    assert [point.step for point in before["train/loss"]] == list(range(1, 8)), "killed in step 8"
+    RecipeCLI.run([*words, "--ckpt_path", "last"])
+    curves = read_metrics(folder)
+    assert [point.step for point in curves["train/loss"]] == list(range(1, 13))
+    assert [point.step for point in curves["val/loss"]] == [5, 10, 12]
+    for name, points in before.items():
+        kept = [point for point in points if point.step <= 5]
+        assert curves[name][: len(kept)] == kept, f"{name} up to the checkpoint of step 5"
+    rows = (folder / METRICS_FILE).read_text().splitlines()
+    assert rows[0] == "step,name,value"
+    assert max(Counter(row.rpartition(",")[0] for row in rows).values()) == 1
+    assert not list(folder.glob(f"{METRICS_FILE}.*"))
+
+
+def test_a_line_that_a_kill_cut_is_left_out(tmp_path):
+    table = MetricsTable(tmp_path, 0)
+    table.log_metrics({"val/loss/a, b": 0.1, "rate": math.inf}, 4)
+    os.truncate(tmp_path / METRICS_FILE, (tmp_path / METRICS_FILE).stat().st_size - 2)
+    assert read_metrics(tmp_path) == {"val/loss/a, b": [Point(5, 0.1)]}
+    MetricsTable(tmp_path, 5).log_metrics({"rate": 2.5}, 5)
+    assert read_metrics(tmp_path) == {"val/loss/a, b": [Point(5, 0.1)], "rate": [Point(6, 2.5)]}
+    MetricsTable(tmp_path, 0)
+    assert read_metrics(tmp_path) == {}, "a run that starts anew"
+
+
+def test_a_folder_without_table_has_no_curves(tmp_path):
+    assert read_metrics(tmp_path) == {}
