@@ -1,8 +1,6 @@
 """`python -m meap_lit evaluate`: a task on one checkpoint, or on two side by side."""
 
 import dataclasses
-import json
-import math
 import os
 import platform
 from collections.abc import Sequence
@@ -10,12 +8,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from meap_lit import __version__
 from meap_lit.errors import UserError
+from meap_lit.evaluation.results import report, save
 from meap_lit.evaluation.runner import (
     Overflow,
     Records,
@@ -28,16 +27,11 @@ from meap_lit.evaluation.runner import (
     predict,
     start_ranks,
 )
-from meap_lit.evaluation.statistics import Difference, Mean
-from meap_lit.evaluation.task import Item, Result, Task, difference
+from meap_lit.evaluation.task import Item, Result, Task
 from meap_lit.inference.language_model import Device, Dtype, LanguageModel, choose_device
 from meap_lit.provenance import processor
 from meap_lit.secrets import without_secrets
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-RESULT_FILE = "result.json"
 _WEIGHTS = (".safetensors", ".distcp")
 
 
@@ -200,115 +194,3 @@ def describe(task: Task) -> dict[str, Any]:
     assert dataclasses.is_dataclass(task)
     options = without_secrets(dataclasses.asdict(task))
     return {"class_path": f"{type(task).__module__}.{type(task).__qualname__}", "init_args": options}
-
-
-# ---------------------------------------------------------------------------------------------------- output
-
-
-def save(task: Task, results: list[Result], folder: Path) -> None:
-    """Write result.json and the figures of one result, or of two side by side, into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {"task": task.name, "unit": task.unit, "extra": task.extra(results)}
-    content["results"] = [_summary(result) for result in results]
-    if len(results) == 2:
-        first, second = results
-        content["difference"] = {metric: difference(first, second, metric)._asdict() for metric in first.metrics}
-        content["differences"] = [
-            {key: group, **difference(first, second, cell={key: group})._asdict()}
-            for key in first.cell_keys
-            for group in first.along(key)
-        ]
-    text = json.dumps(_without_nan(content), indent=1, allow_nan=False, default=str)
-    (folder / RESULT_FILE).write_text(text + "\n", encoding="utf-8")
-    figures = task.figures(results)
-    for name, figure in figures.items():
-        if len(results) == 2:
-            change = _change(difference(results[0], results[1]), task.unit)
-            figure.supxlabel(f"{task.metrics[0]}, difference: {change}", fontsize=9)
-        figure.savefig(folder / f"{name}.png", dpi=120)
-    _log(folder, content, figures)
-
-
-def _summary(result: Result) -> dict[str, Any]:
-    keys = result.cell_keys
-    tables = {metric: result.table(metric) for metric in result.metrics}
-    cells = dict.fromkeys(cell for table in tables.values() for cell in table)
-    return {
-        "label": result.label,
-        "scores": {metric: result.mean(metric)._asdict() for metric in result.metrics},
-        "skipped": result.num_skipped,
-        "cells": [
-            {
-                **dict(zip(keys, cell, strict=True)),
-                **{metric: table[cell]._asdict() for metric, table in tables.items() if cell in table},
-            }
-            for cell in cells
-        ],
-        "about": result.about,
-        "items": result.records,
-    }
-
-
-def _without_nan(content: Any) -> Any:
-    """The same with null for numbers that JSON has not, such as the mean of nothing."""
-    if isinstance(content, dict):
-        return {name: _without_nan(value) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def _log(folder: Path, content: dict[str, Any], figures: "dict[str, Figure]") -> None:
-    """The same for TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
-    with SummaryWriter(str(folder)) as writer:
-        for result in content["results"]:
-            for metric, score in result["scores"].items():
-                writer.add_scalar(f"{content['task']}/{metric}/{result['label']}", score["value"], 0)
-        for name, figure in figures.items():
-            writer.add_figure(f"{content['task']}/{name}", figure, 0)
-
-
-def report(task: Task, results: list[Result]) -> str:
-    """The tables of one result or of two: each metric over all items, then the headline along each key of the cells."""
-    rows = [["", *(result.label for result in results), *(["difference"] if len(results) == 2 else [])]]
-    for metric in results[0].metrics:
-        unit = task.unit_of(metric)
-        changes = [_change(difference(results[0], other, metric), unit) for other in results[1:]]
-        rows.append([metric, *(_text(result.mean(metric), unit) for result in results), *changes])
-    headline = task.metrics[0]
-    for key in results[0].cell_keys:
-        alongs = [result.along(key) for result in results]
-        if len(alongs[0]) > 1:
-            rows.append([f"{headline} by {key}"])
-            for group in alongs[0]:
-                means = [along.get(group, Mean.of([])) for along in alongs]
-                deltas = [_change(difference(results[0], other, cell={key: group}), task.unit) for other in results[1:]]
-                name = f"{group:g}" if isinstance(group, float) else str(group)
-                rows.append([f"  {name}", *(_text(mean, task.unit) for mean in means), *deltas])
-    for name, value in task.extra(results).items():
-        rows.append([name, f"{value:.4g}"])
-    widths = [max(len(row[n]) for row in rows if n < len(row) and len(row) > 1) for n in range(len(rows[0]))]
-    widths[0] = max(len(row[0]) for row in rows)
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
-    for result in results:
-        skipped = f", {result.num_skipped} skipped as too long" if result.num_skipped else ""
-        lines.append(f"{result.label}: {len(result.records)} items{skipped}")
-    return "\n".join(lines)
-
-
-def _text(mean: Mean, unit: str) -> str:
-    digits = _num_digits(unit)
-    return f"{mean.value:.{digits}f} ± {mean.error:.{digits}f} {unit}".rstrip()
-
-
-def _change(change: Difference, unit: str) -> str:
-    digits = _num_digits(unit)
-    return f"{change.value:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
-
-
-def _num_digits(unit: str) -> int:
-    return 2 if unit == "%" else 4

@@ -48,6 +48,10 @@ def _incomplete_beta(x: float, a: float, b: float) -> float:
     return x**a * (1 - x) ** b / (a * beta * fraction)
 
 
+Groups = Sequence[Sequence[float]]
+"""Differences by groups that are drawn together, such as one question at every position."""
+
+
 class Mean(NamedTuple):
     """A mean over items, its standard error, and their number."""
 
@@ -65,7 +69,7 @@ class Mean(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean of second minus first over the items that both answered, with its 95% interval."""
+    """Mean of n paired differences, second minus first, with its 95% interval."""
 
     value: float
     low: float
@@ -73,41 +77,48 @@ class Difference(NamedTuple):
     n: int
 
 
-def bootstrap(groups: Sequence[Sequence[float]], num_draws: int = 10_000) -> Difference:
-    """Mean of all deltas with the 95% interval of the means that samples of the groups have.
+def bootstrap(seeds: Sequence[Groups], num_draws: int = 10_000) -> Difference:
+    """Return the mean of paired differences with its 95% percentile interval under resampling.
 
-    Groups, such as one question at every position, are drawn with replacement; percentiles, fixed seed.
-    """
-    sums, sizes = _sums_and_sizes(groups)
-    if not len(sums):
-        return Difference(math.nan, math.nan, math.nan, 0)
-    means = _sample_means(sums, sizes, num_draws, np.random.default_rng(0))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(sums.sum() / sizes.sum()), float(low), float(high), int(sizes.sum()))
-
-
-def bootstrap_seeds(seeds: Sequence[Sequence[Sequence[float]]], num_draws: int = 10_000) -> Difference:
-    """The same over seeds: these are drawn with replacement, and groups of items within each seed that is drawn.
-
-    Every seed counts alike. Of one seed this is `bootstrap`, whose interval says nothing of other seeds.
+    Seeds are drawn with replacement, and groups within each seed that is drawn. Every seed has the same weight. With
+    a single seed the interval covers its items only, not other seeds. The random state is fixed.
 
     Args:
-        seeds: For each seed its groups of deltas, at least one.
+        seeds: Groups of differences for each seed. Seeds without groups are ignored.
         num_draws: Number of samples.
     """
-    if len(seeds) == 1:
-        return bootstrap(seeds[0], num_draws)
+    tables = [_sums_and_sizes(groups) for groups in seeds if len(groups)]
+    if not tables:
+        return Difference(math.nan, math.nan, math.nan, 0)
     generator = np.random.default_rng(0)
-    chosen = generator.integers(len(seeds), size=(num_draws, len(seeds)))
-    totals, values, n = np.zeros(num_draws), [], 0
-    for number, groups in enumerate(seeds):
-        sums, sizes = _sums_and_sizes(groups)
-        draws = np.nonzero(chosen == number)[0]  # a draw comes as often as it has this seed
+    num_seeds = len(tables)
+    chosen = generator.integers(num_seeds, size=(num_draws, num_seeds)) if num_seeds > 1 else np.zeros((num_draws, 1))
+    totals = np.zeros(num_draws)
+    for number, (sums, sizes) in enumerate(tables):
+        draws = np.nonzero(chosen == number)[0]  # a draw appears once for each time that it has this seed
         np.add.at(totals, draws, _sample_means(sums, sizes, len(draws), generator))
-        values.append(sums.sum() / sizes.sum())
-        n += int(sizes.sum())
-    low, high = np.quantile(totals / len(seeds), [0.025, 0.975])
-    return Difference(float(np.mean(values)), float(low), float(high), n)
+    low, high = np.quantile(totals / num_seeds, [0.025, 0.975])
+    value = np.mean([sums.sum() / sizes.sum() for sums, sizes in tables])
+    return Difference(float(value), float(low), float(high), sum(int(sizes.sum()) for _, sizes in tables))
+
+
+def t_interval(deltas: Sequence[float]) -> Difference:
+    """Return the mean of paired differences with the 95% interval of Student's t; NaN bounds for a single one.
+
+    Args:
+        deltas: Second minus first of each pair, such as a pair of runs with the same seed; at least one.
+    """
+    values = np.asarray(deltas, dtype=np.float64)
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return Difference(mean, math.nan, math.nan, n)
+    error = float(values.std(ddof=1)) / math.sqrt(n)
+    low, high = 0.0, 13 * error  # the quantile is 12.7 for two seeds and smaller for more
+    for _ in range(60 if error else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if paired_t_test(list(values - mean + middle)).p > 0.05 else (low, middle)
+    half = (low + high) / 2 if error else 0.0
+    return Difference(mean, mean - half, mean + half, n)
 
 
 def _sums_and_sizes(groups: Sequence[Sequence[float]]) -> np.ndarray:

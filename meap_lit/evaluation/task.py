@@ -7,6 +7,8 @@ hand; scores, tables and figures follow from the records alone and need no model
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from meap_lit.errors import UserError
@@ -45,6 +47,9 @@ class Item:
     group: str | None = None
 
 
+Topic = Literal["retrieval", "reasoning", "knowledge", "summaries", "loss", "attention"]
+
+
 class Task(ABC):
     """A task; a recipe names a subclass and its arguments.
 
@@ -53,17 +58,16 @@ class Task(ABC):
 
     name: ClassVar[str]
     """Name in files and figures."""
+    topic: ClassVar[Topic] = "retrieval"
+    """Subject of the task. Reports put attention last."""
     metrics: ClassVar[tuple[str, ...]]
     """Names of the scores of an item; the first is the headline."""
     unit: ClassVar[str] = "%"
-    """Of the scores."""
+    """Unit of the scores."""
     other_units: ClassVar[Mapping[str, str]] = {}
-    """Of those scores that have another, by the name of the metric."""
+    """Units of the metrics that have another one."""
     higher_is_better: ClassVar[bool] = True
-
-    def unit_of(self, metric: str) -> str:
-        """Unit of a score."""
-        return self.other_units.get(metric, self.unit)
+    """Direction of the headline."""
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         """Check what can be checked before items are made: options, files, the chat template.
@@ -202,85 +206,90 @@ class PromptTask(GenerationTask):
 
 @dataclass(frozen=True)
 class Result:
-    """What a task found for a checkpoint.
+    """Answers and scores of one checkpoint on one task.
 
     Args:
-        task: The task.
+        task: The task, or its class: name, metrics and units.
         label: Name of the checkpoint in tables and figures.
-        records: One record for each item that was answered, with its `scores`, in the order of the items.
-        num_skipped: Items left out since they are longer than the model's context.
-        about: What a reader must know of how it came about: checkpoint, recipe, versions, hashes.
+        records: One record with `scores` for each item that was answered, in the order of the items.
+        num_skipped: Items left out because they are longer than the model's context.
+        about: Checkpoint, options of the task, versions, hashes.
+        path: File that it was read from.
     """
 
-    task: Task
+    task: Task | type[Task]
     label: str
     records: list[Record]
     num_skipped: int = 0
     about: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
 
-    def mean(self, metric: str | None = None) -> Mean:
-        """Over all items that have the metric; of the headline if none is named."""
-        return Mean.of(value for _, value in self.scored(metric))
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Options of the task."""
+        return self.about.get("task", {}).get("init_args", {})
 
-    def table(self, metric: str | None = None) -> dict[Cell, Mean]:
-        """Mean of each cell; cells in the order of the items, keyed by the values of a record's `cell`."""
-        cells: dict[Cell, list[float]] = {}
-        for record, value in self.scored(metric):
-            cells.setdefault(tuple(record["cell"].values()), []).append(value)
-        return {cell: Mean.of(values) for cell, values in cells.items()}
+    @property
+    def headline(self) -> str:
+        """First metric of the task."""
+        return self.task.metrics[0]
 
-    def along(self, key: str, metric: str | None = None) -> dict[Any, Mean]:
-        """Mean by one key of the cells, such as "length", over all others."""
-        groups: dict[Any, list[float]] = {}
-        for record, value in self.scored(metric):
-            groups.setdefault(record["cell"][key], []).append(value)
-        return {group: Mean.of(values) for group, values in groups.items()}
+    @cached_property
+    def metrics(self) -> list[str]:
+        """Metrics of the task for which at least one record has a score."""
+        return [metric for metric in self.task.metrics if self.scored(metric)]
 
     @property
     def cell_keys(self) -> list[str]:
         return list(self.records[0]["cell"]) if self.records else []
 
-    @property
-    def metrics(self) -> list[str]:
-        """Those metrics of the task that a record has."""
-        return [metric for metric in self.task.metrics if self.scored(metric)]
+    def unit_of(self, metric: str) -> str:
+        return self.task.other_units.get(metric, self.task.unit)
 
     def scored(self, metric: str | None = None) -> list[tuple[Record, float]]:
-        """The records that have a score by the metric, and that score."""
-        name = metric or self.task.metrics[0]
+        """Return the records that have a score by `metric` (default: the headline), each with that score."""
+        name = metric or self.headline
         return [(record, record["scores"][name]) for record in self.records if name in record["scores"]]
+
+    def mean(self, metric: str | None = None) -> Mean:
+        """Return the mean over all items that have the metric."""
+        return Mean.of(score for _, score in self.scored(metric))
+
+    def table(self, metric: str | None = None, keys: Sequence[str] | None = None) -> dict[Cell, Mean]:
+        """Return means by the values of some keys of the cells (default: all), in the order of the items."""
+        keys = self.cell_keys if keys is None else keys
+        cells: dict[Cell, list[float]] = {}
+        for record, score in self.scored(metric):
+            cells.setdefault(tuple(record["cell"][key] for key in keys), []).append(score)
+        return {cell: Mean.of(scores) for cell, scores in cells.items()}
+
+    def along(self, key: str, metric: str | None = None) -> dict[Any, Mean]:
+        """Return means by the values of one key of the cells, such as "length"."""
+        return {value: mean for (value,), mean in self.table(metric, [key]).items()}
+
+
+def paired_deltas(
+    first: Result, second: Result, metric: str | None = None, cell: Mapping[str, Any] | None = None
+) -> list[list[float]]:
+    """Return second minus first for the items that both answered, in groups that are drawn together.
+
+    Args:
+        first: The baseline.
+        second: The result that is compared with it.
+        metric: One of the scores; the headline by default.
+        cell: Only items with these values in their cell, such as {"length": 4096}.
+    """
+    wanted = (cell or {}).items()
+    scores = {record["id"]: score for record, score in first.scored(metric)}
+    groups: dict[str, list[float]] = {}
+    for record, score in second.scored(metric):
+        if record["id"] in scores and wanted <= record["cell"].items():
+            groups.setdefault(str(record.get("group") or record["id"]), []).append(score - scores[record["id"]])
+    return list(groups.values())
 
 
 def difference(
     first: Result, second: Result, metric: str | None = None, cell: Mapping[str, Any] | None = None
 ) -> Difference:
-    """Paired bootstrap: groups of items are drawn with replacement, each item with both its scores.
-
-    Args:
-        first: The baseline.
-        second: What is compared with it.
-        metric: One of the scores; the headline if none is named.
-        cell: Items with these values in their cell only, such as {"length": 4096}.
-    """
-    return bootstrap(paired_deltas(first.scored(metric), second.scored(metric), cell))
-
-
-def paired_deltas(
-    first: Sequence[tuple[Record, float]],
-    second: Sequence[tuple[Record, float]],
-    cell: Mapping[str, Any] | None = None,
-) -> list[list[float]]:
-    """Second minus first of the items that both have, by groups of items that are drawn together.
-
-    Args:
-        first: Records and scores of the baseline.
-        second: Those that are compared with it.
-        cell: Items with these values in their cell only.
-    """
-    wanted = (cell or {}).items()
-    scores = {record["id"]: score for record, score in first}
-    groups: dict[str, list[float]] = {}
-    for record, score in second:
-        if record["id"] in scores and wanted <= record["cell"].items():
-            groups.setdefault(str(record.get("group") or record["id"]), []).append(score - scores[record["id"]])
-    return list(groups.values())
+    """Return the mean of `paired_deltas` with its paired bootstrap interval."""
+    return bootstrap([paired_deltas(first, second, metric, cell)])

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.command import RESULT_FILE
-from meap_lit.evaluation.statistics import Difference, bootstrap_seeds
+from meap_lit.evaluation.results import RESULT_FILE
+from meap_lit.evaluation.statistics import Difference, bootstrap
 from meap_lit.evaluation.task import Record, Task, paired_deltas
 from meap_lit.report.arms import Arm
 from meap_lit.report.runs import Run
@@ -170,9 +170,9 @@ def compare(
 ) -> tuple[Difference, int] | None:
     """Difference to the baseline over the seeds evaluated in both, and how many those are; None without one."""
     seeds = [
-        paired_deltas(evaluations[first.path].scored(metric), evaluations[second.path].scored(metric), cell)
+        paired_deltas(evaluations[first.path], evaluations[second.path], metric, cell)  # type: ignore[arg-type]
         for _, first, second in arm.pairs(baseline)
         if first.path in evaluations and second.path in evaluations
     ]
     seeds = [groups for groups in seeds if groups]
-    return (bootstrap_seeds(seeds), len(seeds)) if seeds else None
+    return (bootstrap(seeds), len(seeds)) if seeds else None

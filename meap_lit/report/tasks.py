@@ -10,7 +10,7 @@ import numpy as np
 
 from meap_lit.evaluation.attention.segments import SEGMENTS
 from meap_lit.evaluation.figures import bars, curves, heat_maps
-from meap_lit.evaluation.statistics import Difference, bootstrap_seeds
+from meap_lit.evaluation.statistics import Difference, bootstrap
 from meap_lit.evaluation.tasks.perplexity import nll_by_context
 from meap_lit.report.arms import Arm, Study, describe
 from meap_lit.report.blocks import Block, Heading, Paragraph, Picture, Table
@@ -209,7 +209,7 @@ def attention_change(
             shared = [id for id in clean if id in masked]
             mean = np.mean([clean[id] for id in shared])
             seeds.append([[float(100 * sign * (masked[id] - clean[id]) / mean)] for id in shared])
-    return (bootstrap_seeds(seeds), len(seeds)) if seeds else None
+    return (bootstrap(seeds), len(seeds)) if seeds else None
 
 
 def _attention_table(arms: Sequence[Arm], results: Results) -> list[Block]:

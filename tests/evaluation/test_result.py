@@ -1,24 +1,76 @@
+import json
+
 import numpy as np
 import pytest
 
-from meap_lit.evaluation.statistics import bootstrap, bootstrap_seeds
-from meap_lit.evaluation.task import paired_deltas
+from meap_lit.errors import UserError
+from meap_lit.evaluation.results import load, save, task_classes
+from meap_lit.evaluation.statistics import bootstrap
+from meap_lit.evaluation.task import Result, paired_deltas
+from meap_lit.evaluation.tasks.facts import FactRetrieval
+from tests.support.toy_task import CountLetters
 
 
 def test_deltas_of_items_that_both_have_by_group():
     first = [({"id": name, "group": group, "cell": {"x": x}}, 1.0) for name, group, x in (("a", "g", 0), ("b", "g", 1))]
     second = [({"id": name, "group": "g", "cell": {"x": x}}, 3.0) for name, x in (("a", 0), ("b", 1), ("c", 0))]
-    assert paired_deltas(first, second) == [[2.0, 2.0]]
-    assert paired_deltas(first, second, {"x": 1}) == [[2.0]]
+    one, other = (
+        Result(CountLetters, "x", [{**record, "scores": {"right": score}} for record, score in scored])
+        for scored in (first, second)
+    )
+    assert paired_deltas(one, other) == [[2.0, 2.0]]
+    assert paired_deltas(one, other, cell={"x": 1}) == [[2.0]]
 
 
-def test_one_seed_is_the_bootstrap_of_its_items():
-    groups = [[1.0, 0.0], [2.0], [5.0]]
-    assert bootstrap_seeds([groups]) == bootstrap(groups)
+def written(class_path, task="facts", metric="accuracy"):
+    items = [{"id": "a", "group": "a", "cell": {"length": 8, "depth": 0.5}, "scores": {metric: 100.0}}]
+    about = {"task": {"class_path": class_path, "init_args": {"num_options": 4}}}
+    result = {"label": "x", "scores": {metric: {}}, "items": items, "about": about}  # no "skipped": an older version
+    return {"task": task, "unit": "%", "results": [result]}
+
+
+@pytest.mark.parametrize("module", ["meap_lit.evaluation.tasks.facts", "meap_lit.evaluation.facts"])
+def test_a_result_is_read_wherever_the_class_of_its_task_was(tmp_path, module):
+    (tmp_path / "result.json").write_text(json.dumps(written(f"{module}.FactRetrieval")))
+    (result,) = load(tmp_path / "result.json")
+    assert (result.task, result.path) == (FactRetrieval, tmp_path / "result.json")
+    assert (result.options["num_options"], result.num_skipped) == (4, 0)
+    assert result.along("depth")[0.5].value == result.table()[(8, 0.5)].value == result.mean().value == 100
+
+
+def test_the_result_of_a_task_that_is_not_at_hand(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(written("my.Riddles", "riddles", "solved")))
+    (result,) = load(tmp_path / "result.json")
+    assert (result.task.name, result.headline, result.metrics) == ("riddles", "solved", ["solved"])
+    assert result.unit_of("solved") == "%"
+
+
+def test_what_is_saved_is_read_again(tmp_path):
+    records = [{"id": "a", "group": "a", "cell": {"x": 1}, "count": 1, "word": "a", "scores": {"right": 0.0}}]
+    saved = Result(CountLetters(), "x", records, 2, {"task": {"class_path": "tests.CountLetters"}})
+    save(CountLetters(), [saved, saved], tmp_path)
+    first, second = load(tmp_path / "result.json")
+    assert first.records == second.records == records
+    assert first.num_skipped == 2
+
+
+def test_a_file_that_is_no_result(tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(UserError, match=r"result.json is not a result of evaluate \(KeyError\('results'\)\)"):
+        load(tmp_path / "result.json")
+
+
+def test_tasks_of_the_package_are_known_by_name():
+    assert {"needle", "multi_needle", "attention", "attention_segments", "facts"} < set(task_classes())
+    assert len(set(task_classes().values())) == len(task_classes()) == 13
+
+
+def test_without_differences_there_is_no_mean():
+    assert bootstrap([]).n == bootstrap([[]]).n == 0
 
 
 def test_seeds_count_alike_whatever_their_items():
-    change = bootstrap_seeds([[[2.0]] * 50, [[4.0]]])
+    change = bootstrap([[[2.0]] * 50, [[4.0]]])
     assert (change.value, change.n) == (3.0, 51)
     # two of two seeds are the same one in half of the draws, and a quarter of them each
     assert (change.low, change.high) == (2.0, 4.0)
@@ -27,7 +79,7 @@ def test_seeds_count_alike_whatever_their_items():
 def test_interval_has_the_spread_of_seeds_and_of_items():
     generator = np.random.default_rng(1)
     items = [generator.normal(shift, 3.0, size=200) for shift in np.linspace(-2, 2, 8)]
-    change = bootstrap_seeds([[[delta] for delta in seed] for seed in items])
+    change = bootstrap([[[delta] for delta in seed] for seed in items])
     means = np.array([seed.mean() for seed in items])
     variance = means.var() / 8 + sum(seed.var() / 200 for seed in items) / 64
     assert change.value == pytest.approx(means.mean())

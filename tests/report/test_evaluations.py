@@ -3,7 +3,7 @@ import json
 import pytest
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.statistics import bootstrap_seeds
+from meap_lit.evaluation.statistics import bootstrap
 from meap_lit.report.arms import find_studies
 from meap_lit.report.evaluations import check_items, compare, find_evaluations
 from meap_lit.report.runs import find_runs
@@ -36,7 +36,7 @@ def test_difference_of_two_seeds(two_arms, tmp_path):
     change, num_seeds = compare(found["kv"], arm, baseline)
     assert num_seeds == 2
     assert change.value == pytest.approx((200 / 3 + 0) / 2)
-    assert change == bootstrap_seeds([[[100.0, 100.0], [0.0]], [[0.0, 0.0], [0.0]]])
+    assert change == bootstrap([[[100.0, 100.0], [0.0]], [[0.0, 0.0], [0.0]]])
     at_start, _ = compare(found["kv"], arm, baseline, cell={"gold": 0})
     assert at_start.value == pytest.approx((50 + 0) / 2)
     assert compare(found["kv"], arm, baseline, metric="other") is None

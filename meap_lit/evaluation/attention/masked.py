@@ -17,7 +17,7 @@ from meap_lit.errors import UserError
 from meap_lit.evaluation.attention.weights import PerHead, as_record, read, visible, weight_blocks
 from meap_lit.evaluation.figures import curves, heat_maps
 from meap_lit.evaluation.statistics import paired_t_test
-from meap_lit.evaluation.task import Item, Record
+from meap_lit.evaluation.task import Item, Record, Topic
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.masking import mask_inputs, num_masked
@@ -46,6 +46,7 @@ class MaskedAttention(SequenceTask):
     """
 
     name: ClassVar[str] = "attention"
+    topic: ClassVar[Topic] = "attention"
     metrics: ClassVar[tuple[str, ...]] = ("decay", "variance_increase")
 
     mask_ratio: float = 0.15

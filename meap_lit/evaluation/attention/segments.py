@@ -17,7 +17,7 @@ from torch import Tensor
 from meap_lit.errors import UserError
 from meap_lit.evaluation.attention.weights import PerHead, as_record, attention_weights, read
 from meap_lit.evaluation.figures import bars, heat_maps
-from meap_lit.evaluation.task import Item, Record, Task
+from meap_lit.evaluation.task import Item, Record, Task, Topic
 from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, RetrievalItem, build_items
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.model import Decoder
@@ -47,6 +47,7 @@ class AttentionSegments(Task):
     """
 
     name: ClassVar[str] = "attention_segments"
+    topic: ClassVar[Topic] = "attention"
     metrics: ClassVar[tuple[str, ...]] = ("answer", "context_before", "context_after", "query", "eos", "bos")
 
     lengths: list[int] = field(default_factory=lambda: [4096])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import bars
 from meap_lit.evaluation.statistics import Mean
-from meap_lit.evaluation.task import Item, Record, Result, Task
+from meap_lit.evaluation.task import Item, Record, Result, Task, Topic
 from meap_lit.inference.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Commonsense(Task):
     """
 
     name: ClassVar[str] = "commonsense"
+    topic: ClassVar[Topic] = "knowledge"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "acc", "acc_norm")
 
     tasks: tuple[str, ...]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import curves
-from meap_lit.evaluation.task import Item, Record
+from meap_lit.evaluation.task import Item, Record, Topic
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -44,6 +44,7 @@ class Copying(SequenceTask):
     """
 
     name: ClassVar[str] = "copying"
+    topic: ClassVar[Topic] = "loss"
     metrics: ClassVar[tuple[str, ...]] = ("copy_loss", "first_loss", "gain", "copy_accuracy")
     unit: ClassVar[str] = "nats"
     other_units: ClassVar[Mapping[str, str]] = {"copy_accuracy": "%"}

@@ -16,7 +16,7 @@ from meap_lit.evaluation.figures import bars
 from meap_lit.evaluation.judging.command import agreement
 from meap_lit.evaluation.rows import read_rows
 from meap_lit.evaluation.statistics import Mean
-from meap_lit.evaluation.task import Item, Prompt, PromptTask, Record, Result
+from meap_lit.evaluation.task import Item, Prompt, PromptTask, Record, Result, Topic
 from meap_lit.inference.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Hallucination(PromptTask):
     """
 
     name: ClassVar[str] = "hallucination"
+    topic: ClassVar[Topic] = "summaries"
     metrics: ClassVar[tuple[str, ...]] = ("free", "undecided")
 
     file: str

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from meap_lit.evaluation.figures import curves
-from meap_lit.evaluation.task import Item, Record
+from meap_lit.evaluation.task import Item, Record, Topic
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
 
@@ -25,6 +25,7 @@ class Perplexity(SequenceTask):
     """
 
     name: ClassVar[str] = "perplexity"
+    topic: ClassVar[Topic] = "loss"
     metrics: ClassVar[tuple[str, ...]] = ("nll",)
     unit: ClassVar[str] = "nats"
     higher_is_better: ClassVar[bool] = False

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import bars
 from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Record
+from meap_lit.evaluation.task import Record, Topic
 from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackTask, Question
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Reasoning(HaystackTask):
     """
 
     name: ClassVar[str] = "reasoning"
+    topic: ClassVar[Topic] = "reasoning"
     metrics: ClassVar[tuple[str, ...]] = ("word_recall",)
 
     file: str

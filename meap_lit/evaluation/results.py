@@ -1,0 +1,174 @@
+"""Results on disk and on screen: `load` and `save` result.json, and `report` the tables."""
+
+import importlib
+import inspect
+import json
+import math
+import pkgutil
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meap_lit.errors import UserError
+from meap_lit.evaluation import attention, tasks
+from meap_lit.evaluation.statistics import Difference, Mean
+from meap_lit.evaluation.task import Result, Task, difference
+from meap_lit.files import read_json, write_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULT_FILE = "result.json"
+
+
+@cache
+def task_classes() -> dict[str, type[Task]]:
+    """Return the tasks of this package by name."""
+    found: dict[str, type[Task]] = {}
+    for package in (tasks, attention):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            for value in vars(importlib.import_module(module.name)).values():
+                if inspect.isclass(value) and issubclass(value, Task) and not inspect.isabstract(value):
+                    found[value.name] = value
+    return found
+
+
+def load(file: Path) -> list[Result]:
+    """Read a result.json, also one of an older version: one result, or two that were evaluated side by side.
+
+    Raises:
+        UserError: If the file is not a result of `evaluate`.
+    """
+    content = read_json(file)
+    try:
+        return [
+            Result(
+                _task_class(content, result),
+                result["label"],
+                result["items"],
+                result.get("skipped", 0),
+                result["about"],
+                file,
+            )
+            for result in content["results"]
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not a result of evaluate ({error!r})") from error
+
+
+def _task_class(content: dict[str, Any], result: dict[str, Any]) -> type[Task]:
+    """Return the class of a task of this package, which may have moved since; for another one, what the file says."""
+    name, metrics = content["task"], tuple(result["scores"])
+    known = task_classes().get(name)
+    if known is not None and set(metrics) <= set(known.metrics):
+        return known
+    return type("UnknownTask", (Task,), {"name": name, "unit": content["unit"], "metrics": metrics})
+
+
+def save(task: Task, results: list[Result], folder: Path) -> None:
+    """Write result.json and the figures of one result, or of two side by side, into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {"task": task.name, "unit": task.unit, "extra": task.extra(results)}
+    content["results"] = [_summary(result) for result in results]
+    if len(results) == 2:
+        first, second = results
+        content["difference"] = {metric: difference(first, second, metric)._asdict() for metric in first.metrics}
+        content["differences"] = [
+            {key: group, **difference(first, second, cell={key: group})._asdict()}
+            for key in first.cell_keys
+            for group in first.along(key)
+        ]
+    text = json.dumps(_without_nan(content), indent=1, allow_nan=False, default=str)
+    write_file(folder / RESULT_FILE, text + "\n")
+    figures = task.figures(results)
+    for name, figure in figures.items():
+        if len(results) == 2:
+            change = _change(difference(results[0], results[1]), task.unit)
+            figure.supxlabel(f"{task.metrics[0]}, difference: {change}", fontsize=9)
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    _log(folder, content, figures)
+
+
+def _summary(result: Result) -> dict[str, Any]:
+    keys = result.cell_keys
+    tables = {metric: result.table(metric) for metric in result.metrics}
+    cells = dict.fromkeys(cell for table in tables.values() for cell in table)
+    return {
+        "label": result.label,
+        "scores": {metric: result.mean(metric)._asdict() for metric in result.metrics},
+        "skipped": result.num_skipped,
+        "cells": [
+            {
+                **dict(zip(keys, cell, strict=True)),
+                **{metric: table[cell]._asdict() for metric, table in tables.items() if cell in table},
+            }
+            for cell in cells
+        ],
+        "about": result.about,
+        "items": result.records,
+    }
+
+
+def _without_nan(content: Any) -> Any:
+    """The same with null for numbers that JSON has not, such as the mean of nothing."""
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _log(folder: Path, content: dict[str, Any], figures: "dict[str, Figure]") -> None:
+    """The same for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        for result in content["results"]:
+            for metric, score in result["scores"].items():
+                writer.add_scalar(f"{content['task']}/{metric}/{result['label']}", score["value"], 0)
+        for name, figure in figures.items():
+            writer.add_figure(f"{content['task']}/{name}", figure, 0)
+
+
+def report(task: Task, results: list[Result]) -> str:
+    """The tables of one result or of two: each metric over all items, then the headline along each key of the cells."""
+    rows = [["", *(result.label for result in results), *(["difference"] if len(results) == 2 else [])]]
+    for metric in results[0].metrics:
+        unit = results[0].unit_of(metric)
+        changes = [_change(difference(results[0], other, metric), unit) for other in results[1:]]
+        rows.append([metric, *(_text(result.mean(metric), unit) for result in results), *changes])
+    headline = task.metrics[0]
+    for key in results[0].cell_keys:
+        alongs = [result.along(key) for result in results]
+        if len(alongs[0]) > 1:
+            rows.append([f"{headline} by {key}"])
+            for group in alongs[0]:
+                means = [along.get(group, Mean.of([])) for along in alongs]
+                deltas = [_change(difference(results[0], other, cell={key: group}), task.unit) for other in results[1:]]
+                name = f"{group:g}" if isinstance(group, float) else str(group)
+                rows.append([f"  {name}", *(_text(mean, task.unit) for mean in means), *deltas])
+    for name, value in task.extra(results).items():
+        rows.append([name, f"{value:.4g}"])
+    widths = [max(len(row[n]) for row in rows if n < len(row) and len(row) > 1) for n in range(len(rows[0]))]
+    widths[0] = max(len(row[0]) for row in rows)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    for result in results:
+        skipped = f", {result.num_skipped} skipped as too long" if result.num_skipped else ""
+        lines.append(f"{result.label}: {len(result.records)} items{skipped}")
+    return "\n".join(lines)
+
+
+def _text(mean: Mean, unit: str) -> str:
+    digits = _num_digits(unit)
+    return f"{mean.value:.{digits}f} ± {mean.error:.{digits}f} {unit}".rstrip()
+
+
+def _change(change: Difference, unit: str) -> str:
+    digits = _num_digits(unit)
+    return f"{change.value:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
+
+
+def _num_digits(unit: str) -> int:
+    return 2 if unit == "%" else 4
