@@ -1,9 +1,9 @@
-"""Runs put in order: an arm is a recipe whatever its seed, a study is arms that compare with one another."""
+"""Group runs: an arm is a recipe with any seed, a study is a set of arms that compare with one another."""
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ _KEPT = {
     "probe": {"lengths", "depths", "num_items", "num_options", "seed", "filler"},
     "budget": {"max_tokens", "max_steps", "max_epochs"},
 }
-"""Of these parts what decides a result; the rest is of the machine or of what is written."""
+"""Keys of these parts that decide a result; the others concern the machine or what is written."""
 _DROPPED = {
     "model": {"seed", "activation_checkpointing", "compile"},
     "data": {
@@ -24,21 +24,21 @@ _DROPPED = {
         *("storage_options", "storage_tries", "storage_timeout"),
     },
 }
+"""Keys of these parts that do not."""
 _RATIOS = ("ratio", "ratios", "start", "end")
 
 
 @dataclass(eq=False)
 class Arm:
-    """The runs of a recipe, one for each seed.
+    """The runs of one recipe, one for each seed.
 
     Args:
-        recipe: The values that decide its results, by dotted key; seeds are no part of them.
-        kind: What is trained.
-        runs: By seed.
-        origin: The arm whose runs these started from, if it is known.
-        name: Unique among all arms.
-        baseline: The plain arm that it is compared with; None for a plain one.
-        rivals: The arms that differ from this one in the share of masked tokens only, plain ones aside.
+        recipe: Values that decide the result, by dotted key; no seeds.
+        kind: Kind of training.
+        runs: Runs by seed.
+        origin: Arm whose runs these started from (`model.init_from`), if it is known.
+        name: Name, unique among all arms.
+        baseline: Arm without masks that it is compared with; None for such an arm.
     """
 
     recipe: dict[str, Any]
@@ -47,7 +47,6 @@ class Arm:
     origin: "Arm | None" = None
     name: str = ""
     baseline: "Arm | None" = None
-    rivals: "list[Arm]" = field(default_factory=list)
 
     @property
     def any_run(self) -> Run:
@@ -55,7 +54,7 @@ class Arm:
 
     @property
     def ratio(self) -> float | None:
-        """The share of masked tokens, where it is one number for the whole run."""
+        """Mask ratio; None if it changes during the run."""
         if self.kind == "fine-tuning":
             return self.recipe.get("data.duplication.mask_ratio")
         is_constant = self.recipe.get("model.mask") == "Constant"
@@ -63,7 +62,7 @@ class Arm:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing was masked, in what it started from neither."""
+        """Whether nothing was masked, neither in these runs nor in the pretraining that they started from."""
         if self.origin is not None and self.kind == "pretraining" and not self.origin.is_plain:
             return False
         if self.kind == "fine-tuning":
@@ -76,70 +75,68 @@ class Arm:
         return "data.duplication.mask_ratio" if self.kind == "fine-tuning" else "model.mask.ratio"
 
     def differs_from(self, other: "Arm") -> dict[str, Any]:
-        """Values of this arm that the other has otherwise or not at all."""
+        """Return the values of this arm where the other arm has another value or none."""
         keys = dict.fromkeys([*self.recipe, *other.recipe])
         return {key: self.recipe.get(key) for key in keys if self.recipe.get(key) != other.recipe.get(key)}
 
     def pairs(self, other: "Arm") -> list[tuple[str, Run, Run]]:
-        """Seed, run of `other`, run of this arm, for the seeds that both have."""
+        """Return (seed, run of `other`, run of this arm) for the seeds of both."""
         return [(seed, other.runs[seed], run) for seed, run in self.runs.items() if seed in other.runs]
 
 
 @dataclass
 class Study:
-    """Arms that compare with one another: of the same kind and shape, in fine-tuning from the same model.
+    """Arms that compare with one another: same kind and shape, and for fine-tuning the same start.
 
     Args:
-        title: What is studied.
-        kind: What is trained.
-        arms: Plain ones first, then by the share of masked tokens.
+        title: Title in the report.
+        kind: Kind of training.
+        arms: Arms without masks first, then by mask ratio.
     """
 
     title: str
     kind: Kind
     arms: list[Arm]
 
-    @property
-    def slug(self) -> str:
-        """The title as part of a file's name."""
-        return slug(self.title)
+    def file_name(self, name: str) -> str:
+        """Return the name of a figure of this study, without ending."""
+        return f"{slug(self.title)}_{slug(name)}"
 
     @property
     def masked(self) -> list[Arm]:
         return [arm for arm in self.arms if arm.baseline is not None]
 
     @property
-    def paper_arm(self) -> Arm | None:
-        """The arm with the paper's share of masked tokens that differs least from its baseline."""
-        wanted = 0.10 if self.kind == "fine-tuning" else 0.15
-        return self.at_ratio(wanted)
-
-    @property
     def ablation(self) -> list[Arm]:
-        """The arms that differ from their baseline in the share of masked tokens only."""
+        """Arms that differ from their baseline in the mask ratio only."""
         return [arm for arm in self.masked if arm.baseline and set(arm.differs_from(arm.baseline)) == {arm.ratio_key}]
 
-    def at_ratio(self, ratio: float) -> Arm | None:
-        arms = [arm for arm in self.masked if arm.ratio == ratio]
+    def rivals(self, arm: Arm) -> list[Arm]:
+        """Return the other arms with masks that differ from `arm` in the mask ratio only."""
+        return [other for other in self.masked if set(other.differs_from(arm)) == {arm.ratio_key}]
+
+    def at_ratio(self, ratio: float | None) -> Arm | None:
+        """Return the arm with this mask ratio that differs least from its baseline, if there is one."""
+        arms = [arm for arm in self.masked if arm.ratio is not None and arm.ratio == ratio]
         return min(arms, key=lambda arm: len(arm.differs_from(arm.baseline or arm)), default=None)
 
 
-def describe(values: dict[str, Any]) -> str:
-    """Values of a recipe in a table's cell, without the words that all keys begin with."""
+def describe(values: Mapping[str, Any]) -> str:
+    """Return values of a recipe as a cell of a table, without the first part of their keys."""
     words = {re.sub(r"^(model|data|trainer)\.", "", key): shown(value) for key, value in values.items()}
     return ", ".join(f"{key} {value}" for key, value in words.items())
 
 
 def slug(text: str) -> str:
-    """`text` as part of a file's name."""
+    """Return `text` as part of the name of a file."""
     return re.sub(r"[^a-z0-9.]+", "_", text.lower().replace(",", "")).strip("_")
 
 
 def find_studies(runs: Sequence[Run]) -> list[Study]:
-    """Arms and studies of all runs.
+    """Group all runs into arms, and arms into studies.
 
     Raises:
-        UserError: If two runs have the same recipe and seed, or a study has no plain arm.
+        UserError: If two runs have the same recipe and seed, or a study has no arm without masks.
     """
     arms = _find_arms(runs)
     _name(arms)
@@ -161,11 +158,6 @@ def find_studies(runs: Sequence[Run]) -> list[Study]:
         for arm in group:
             if not arm.is_plain:
                 arm.baseline = min(plain, key=lambda other: len(arm.differs_from(other)))
-            arm.rivals = [
-                other
-                for other in group
-                if other is not arm and not other.is_plain and set(other.differs_from(arm)) == {arm.ratio_key}
-            ]
         title = _title(group[0])
         titles = [study.title for study in studies]
         if title in titles:
@@ -179,7 +171,7 @@ def _find_arms(runs: Sequence[Run]) -> list[Arm]:
     found: dict[Path, tuple[Arm, str]] = {}
 
     def place(run: Run) -> tuple[Arm, str]:
-        """The arm of a run, and its seed: with what it started from, if that had another."""
+        """Return the arm of a run, and its seed, after the seed of the run that it started from if that differs."""
         if run.path in found:
             return found[run.path]
         recipe, seed = recipe_of(run), str(run.seed)
@@ -208,7 +200,7 @@ def _find_arms(runs: Sequence[Run]) -> list[Arm]:
 
 
 def _origin(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The run that `model.init_from` lies in, or the last of the versions that it is the folder of."""
+    """Return the run that holds `model.init_from`, or the last version in that folder."""
     start = run.model.get("init_from")
     if not start:
         return None
@@ -219,7 +211,7 @@ def _origin(run: Run, runs: Sequence[Run]) -> Run | None:
 
 
 def recipe_of(run: Run) -> dict[str, Any]:
-    """The values of a run's recipe that decide its result, seeds aside, by dotted key. Null is as good as none."""
+    """Return the values of a recipe that decide the result, by dotted key, without seeds and nulls."""
     config = run.config
     values: dict[str, Any] = {}
     for part in ("model", "data", "budget", "probe", "trainer"):
@@ -235,7 +227,7 @@ def recipe_of(run: Run) -> dict[str, Any]:
 
 def _flatten(key: str, value: Any, values: dict[str, Any]) -> None:
     if not isinstance(value, dict) or key == "data.datasets":
-        if value is not None:  # 0 and 0.0 are the same in a recipe, but not as text
+        if value is not None:  # 0 and 0.0 are equal in a recipe, but not as text
             values[key] = int(value) if isinstance(value, float) and value.is_integer() else value
         return
     if "class_path" in value:
@@ -263,7 +255,7 @@ def _title(arm: Arm) -> str:
 
 
 def _name(arms: Sequence[Arm]) -> None:
-    """Name arms after their runs, without the seed; where that does not tell them apart, after P or a number too."""
+    """Name arms after their runs without the seed; add P or a number where names are the same."""
     for arm in arms:
         names = {_without_seed(run.name, run.seed) for run in arm.runs.values()}
         arm.name = names.pop().strip("-_. ") if len(names) == 1 else arm.any_run.name

@@ -1,105 +1,70 @@
-"""The paper's claims beside what was found here, and what may be said of each."""
+"""Claims that a study tests, read from a file of the study, each with its verdict."""
 
 import math
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from meap_lit.evaluation.statistics import Difference
+import yaml
+
+from meap_lit.errors import UserError
 from meap_lit.report.arms import Arm, Study
 from meap_lit.report.blocks import Block, Heading, Paragraph, Table
-from meap_lit.report.differences import seed_difference
-from meap_lit.report.evaluations import Evaluations, compare
+from meap_lit.report.evaluations import Evaluations
+from meap_lit.report.measures import Change, Results, Score, over_seeds
 from meap_lit.report.runs import Kind
-from meap_lit.report.tasks import attention_change, difference_text, digits_of, results_of, seed_means
-from meap_lit.report.training import emergence, emergence_difference, ratios, seed_text
+from meap_lit.report.tasks import attention_change
+from meap_lit.report.training import emergence, emergence_difference, ratios
 
+CLAIMS_FILE = "recipes/study/claims.yaml"
 SUPPORTED = "supported"
 NOT_SUPPORTED = "not supported"
 NOT_TESTED = "not tested at this scale"
-ON_PAR = 1.0
-"""Percentage points that "on par" may be worse; the margin is ours, the paper states none."""
-SAME_SPEED = 5.0
-"""Percent that the speed may be lower and still be the same; ours too."""
-RETRIEVAL_TASKS = ("needle", "multi_needle", "magic_number", "facts")
-STAND_INS = {"facts": "stand-in: a made-up fact, chosen among a few"}
-"""Tasks of ours that test a claim in another way than the paper does."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim about the scores of tasks: masking raises them.
+    """A claim about the arm with the mask ratio of the paper.
 
     Args:
-        text: What the paper says.
-        kind: Of which training.
+        claim: Text of the claim.
+        kind: Kind of training that it is about.
+        paper: Numbers of the paper.
+        test: Name of the test, one of `TESTS`.
         tasks: Names of the tasks that test it.
-        paper: The paper's numbers, NTP to MEAP; with * where read in a summary of the paper.
-        metric: Score that it is about; the headline if not given.
-        margin: How much worse masking may be for the claim to hold, in the unit of the score.
+        metric: Score of these tasks; the headline by default.
+        margin: Amount by which the arm may be worse than the baseline.
     """
 
-    text: str
+    claim: str
     kind: Kind
-    tasks: tuple[str, ...]
     paper: str
+    test: str
+    tasks: Sequence[str] = ()
     metric: str | None = None
     margin: float = 0.0
 
 
-CLAIMS = (
-    Claim(
-        "retrieval from context is better (needle in a haystack)",
-        "pretraining",
-        RETRIEVAL_TASKS,
-        "1.1B at 32K: 65.9 to 80.2 after 40B tokens, 52.8 to 85.8 after 60B, 87.1 to 98.2 after 200B",
-    ),
-    Claim(
-        "multi-document QA: better after pretraining",
-        "pretraining",
-        ("multi_document_qa",),
-        "* relative gain: 10 documents, position 10 +30.6%; 20 documents, positions 10 and 20 +5.1%, +27.2%",
-    ),
-    Claim("long-context reasoning (M-RS) is better", "pretraining", ("reasoning",), "* 8K to 32K: +6.6 points"),
-    Claim(
-        "commonsense: on par or better",
-        "pretraining",
-        ("commonsense",),
-        "no number at hand",
-        margin=ON_PAR,
-    ),
-    Claim(
-        "summaries have fewer hallucinations",
-        "pretraining",
-        ("hallucination",),
-        "* GPT-4o: XSum 14 to 16, MultiNews 10 to 13, WikiSum 19 to 24",
-    ),
-    Claim(
-        "attention of the last token to the answer grows",
-        "pretraining",
-        ("attention_segments",),
-        "9.4 to 34.5",
-        metric="answer",
-    ),
-    Claim(
-        "multi-document QA: better after fine-tuning",
-        "fine-tuning",
-        ("multi_document_qa",),
-        "Llama-3-8B on Alpaca, 20 documents: 25.56 to 37.33",
-    ),
-    Claim(
-        "commonsense after fine-tuning: on par or better",
-        "fine-tuning",
-        ("commonsense",),
-        "* Llama-3-8B on Alpaca: 67.30 to 68.42",
-        margin=ON_PAR,
-    ),
-)
-"""Numbers as in docs/evaluation.md."""
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    """Content of a file of claims; `CLAIMS_FILE` explains its keys."""
+
+    claims: Sequence[Claim]
+    scale: str
+    rule: str
+    mask_ratios: Mapping[Kind, float]
+    notes: Sequence[Mapping[str, Any]] = field(default_factory=list)
+
+    def note(self, task: str, options: Mapping[str, Any]) -> str:
+        """Return the note on results of a task, in brackets, or an empty text."""
+        about = {**options, "task": task}
+        fitting = [note for note in self.notes if all(about.get(key) == note[key] for key in note if key != "note")]
+        return f" ({fitting[-1]['note']})" if fitting else ""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """A row of the table of claims."""
 
     claim: str
@@ -109,19 +74,60 @@ class Finding:
     difference: str
     verdict: str
 
-    @property
-    def row(self) -> list[str]:
-        return [self.claim, self.study, self.paper, self.ours, self.difference, self.verdict]
+
+def read(path: str | None) -> Claims:
+    """Read a file of claims, by default `CLAIMS_FILE` if it exists.
+
+    Raises:
+        UserError: If the file is missing or not a file of claims.
+    """
+    file = Path(path or CLAIMS_FILE)
+    if path is None and not file.is_file():
+        return Claims(claims=(), scale="", rule="", mask_ratios={})
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        claims = [Claim(**claim) for claim in content.pop("claims")]
+        found = Claims(claims=claims, **content)
+    except OSError as error:
+        raise UserError(f"cannot read --claims {file}: {error.strerror}; name a file such as {CLAIMS_FILE}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--claims {file} is not a file of claims ({reason}); compare it with {CLAIMS_FILE}") from error
+    wrong = next((claim.test for claim in claims if claim.test not in TESTS), None)
+    if wrong is not None:
+        raise UserError(f"--claims {file} has no test {wrong}; choose one of {', '.join(TESTS)}")
+    return found
+
+
+def find(claims: Claims, studies: Sequence[Study], evaluations: Evaluations) -> list[Finding]:
+    """Test every claim in every study of its kind."""
+    findings = []
+    for claim in claims.claims:
+        found = [
+            Finding(claim.claim, study.title, claim.paper, *tested)
+            for study in studies
+            if study.kind == claim.kind and (arm := study.at_ratio(claims.mask_ratios[claim.kind])) is not None
+            for tested in TESTS[claim.test](Case(claims, claim, study, arm, evaluations))
+        ]
+        findings += found or [Finding(claim.claim, "", claim.paper, "", "", NOT_TESTED)]
+    return findings
+
+
+def count(findings: Sequence[Finding]) -> dict[str, int]:
+    """Return how many findings have each verdict."""
+    words = (NOT_TESTED, NOT_SUPPORTED, SUPPORTED)  # "not supported" holds "supported"
+    found = Counter(next(word for word in words if word in finding.verdict) for finding in findings)
+    return {word: found[word] for word in reversed(words)}
 
 
 def verdict(low: float, high: float, num_seeds: int, margin: float = 0.0) -> str:
-    """What the interval of a difference says of a claim whose direction is upwards.
+    """Return what the interval of a difference says about a claim that the difference is above 0.
 
     Args:
-        low: Its lower end.
-        high: Its upper end.
-        num_seeds: How many pairs of runs it rests on.
-        margin: How far below 0 the claim still holds.
+        low: Lower end of the interval.
+        high: Upper end.
+        num_seeds: Number of pairs of runs.
+        margin: Amount below 0 where the claim still holds.
     """
     bound = f"-{margin:g}" if margin else "0"
     if math.isnan(low):
@@ -129,166 +135,117 @@ def verdict(low: float, high: float, num_seeds: int, margin: float = 0.0) -> str
     if low > -margin:
         text = SUPPORTED
     elif high < -margin:
-        text = f"{NOT_SUPPORTED}: the interval lies below {bound}, on the other side"
+        text = f"{NOT_SUPPORTED}: the interval is below {bound}, on the other side"
     else:
         text = f"{NOT_SUPPORTED}: the interval includes {bound}"
-    return text if num_seeds > 1 else f"{text} (one seed: says nothing of other seeds)"
+    return text if num_seeds > 1 else f"{text} (one seed: says nothing about other seeds)"
 
 
-def find(studies: Sequence[Study], evaluations: Evaluations) -> list[Finding]:
-    """Every claim in every study of its kind, with its verdict."""
-    findings = []
-    for claim in CLAIMS:
-        findings += _each_study(claim.text, claim.paper, claim.kind, studies, _score_test(claim, evaluations))
-    attention = "attention to masked tokens falls; variance of the others' weights grows"
-    findings += _each_study(
-        attention, "53.34%; 7.80%, at 4,096 tokens", "pretraining", studies, _attention_test(evaluations)
-    )
-    findings += _each_study(
-        "P = 0.15 is the best of the ratios tried",
-        "P = 0.15 is what the paper chose",
-        "pretraining",
-        studies,
-        _ratio_test(evaluations),
-    )
-    findings += _each_study(
-        "retrieval emerges after fewer tokens",
-        "60B tokens of MEAP (85.8) are near 200B of NTP (87.1), needle at 32K",
-        "pretraining",
-        studies,
-        _emergence_test,
-    )
-    findings += _each_study("masking costs no time in pretraining", "no extra pass", "pretraining", studies, _cost_test)
-    return findings
+def _of(change: Change, margin: float = 0.0) -> str:
+    return verdict(change.low, change.high, change.num_seeds, margin)
+
+
+# ---------------------------------------------------------------------------------------------------- tests
+
+
+@dataclass(frozen=True)
+class Case:
+    """A claim in a study, with the arm that it is about; the arm has a baseline."""
+
+    claims: Claims
+    claim: Claim
+    study: Study
+    arm: Arm
+    evaluations: Evaluations
+
+    @property
+    def baseline(self) -> Arm:
+        assert self.arm.baseline is not None
+        return self.arm.baseline
+
+    def results(self) -> Iterator[tuple[str, Results]]:
+        """Yield the evaluations by tasks of the claim."""
+        for name, results in self.evaluations.items():
+            if next(iter(results.values())).task.name in self.claim.tasks:
+                yield name, results
 
 
 Tested = tuple[str, str, str]
-"""What was found here, the difference, and the verdict."""
-Test = Callable[[Arm], list[Tested]]
+"""Values of baseline and arm, difference, verdict."""
 
 
-def _each_study(claim: str, paper: str, kind: Kind, studies: Sequence[Study], test: Test) -> list[Finding]:
-    findings = []
-    for study in studies:
-        arm = study.paper_arm
-        if study.kind == kind and arm is not None:
-            findings += [Finding(claim, study.title, paper, *tested) for tested in test(arm)]
-    return findings or [Finding(claim, "", paper, "", "", NOT_TESTED)]
+def _score(case: Case) -> Iterator[Tested]:
+    for name, results in case.results():
+        score = Score(results, case.claim.metric)
+        change = score.change(case.arm, case.baseline)
+        if change is not None:
+            note = case.claims.note(score.result.task.name, score.result.options)
+            before, after = (score.format(score.mean(arm)) for arm in (case.baseline, case.arm))
+            yield f"{name}{note}: {before} to {after}", change.text(score.digits), _of(change, case.claim.margin)
 
 
-def _score_test(claim: Claim, evaluations: Evaluations) -> Test:
-    def test(arm: Arm) -> list[Tested]:
-        found = []
-        for name, results in evaluations.items():
-            first = next(iter(results_of(arm, results).values()), None)
-            if first is None:
-                continue
-            change = compare(results, arm, arm.baseline or arm, claim.metric) if first.task in claim.tasks else None
-            if change is None:
-                continue
-            digits = digits_of(first, claim.metric)
-            before, after = (
-                statistics.mean(seed_means(one, results, claim.metric).values()) for one in (arm.baseline or arm, arm)
+def _attention(case: Case) -> Iterator[Tested]:
+    for name, results in case.results():
+        decay = attention_change(case.arm, case.baseline, results, "attention", -1)
+        variance = attention_change(case.arm, case.baseline, results, "variance", 1)
+        if decay is not None and variance is not None:
+            yield (
+                f"{name}: {decay.value:.2f}%; {variance.value:.2f}%",
+                f"decay {decay.text(2)}; variance {variance.text(2)}",
+                f"decay {_of(decay)}; variance {_of(variance)}",
             )
-            stand_in = STAND_INS.get(first.task)
-            if first.options.get("distractors") == "synthetic":
-                stand_in = "synthetic distractors"
-            ours = f"{name}{f' ({stand_in})' if stand_in else ''}: {before:.{digits}f} to {after:.{digits}f}"
-            says = verdict(change[0].low, change[0].high, change[1], claim.margin)
-            found.append((ours, difference_text(change, digits), says))
-        return found
-
-    return test
 
 
-def _attention_test(evaluations: Evaluations) -> Test:
-    def test(arm: Arm) -> list[Tested]:
-        found = []
-        for name, results in evaluations.items():
-            if next(iter(results.values())).task != "attention" or arm.baseline is None:
-                continue
-            decay = attention_change(arm, arm.baseline, results, "attention", -1)
-            variance = attention_change(arm, arm.baseline, results, "variance", 1)
-            if decay is None or variance is None:
-                continue
-            texts = [
-                f"{word} {verdict(c.low, c.high, n)}" for word, (c, n) in (("decay", decay), ("variance", variance))
-            ]
-            both = f"decay {difference_text(decay, 2)}; variance {difference_text(variance, 2)}"
-            found.append((f"{name}: {decay[0].value:.2f}%; {variance[0].value:.2f}%", both, "; ".join(texts)))
-        return found
-
-    return test
+def _mask_ratio(case: Case) -> Iterator[Tested]:
+    for name, results in case.results():
+        score = Score(results)
+        found = [(other, score.change(case.arm, other)) for other in case.study.rivals(case.arm)]
+        changes = [(other, change) for other, change in found if change is not None]
+        if len(changes) > 1:
+            worst = min((change for _, change in changes), key=lambda change: change.low)
+            texts = [f"against P = {other.ratio:g} {change.text(2)}" for other, change in changes]
+            yield name, "; ".join(texts), _of(worst)
 
 
-def _ratio_test(evaluations: Evaluations) -> Test:
-    def test(arm: Arm) -> list[Tested]:
-        assert arm.baseline is not None
-        found = []
-        for name, results in evaluations.items():
-            if next(iter(results.values())).task not in (*RETRIEVAL_TASKS, "multi_document_qa", "key_value"):
-                continue
-            changes = [
-                (other.ratio, change)
-                for other in arm.rivals
-                if results_of(other, results) and (change := compare(results, arm, other)) is not None
-            ]
-            if len(changes) < 2:
-                continue
-            worst: tuple[Difference, int] = min((change for _, change in changes), key=lambda change: change[0].low)
-            texts = [f"against P = {ratio:g} {difference_text(change, 2)}" for ratio, change in changes]
-            says = verdict(worst[0].low, worst[0].high, worst[1])
-            found.append((name, "; ".join(texts), says))
-        return found
-
-    return test
-
-
-def _emergence_test(arm: Arm) -> list[Tested]:
-    assert arm.baseline is not None
-    before, after = emergence(arm.baseline), emergence(arm)
+def _emergence(case: Case) -> Iterator[Tested]:
+    before, after = emergence(case.baseline), emergence(case.arm)
     if not before or not after:
-        return []
+        return
     ours = " to ".join(
         "/".join("never" if tokens is None else f"{tokens:,.0f}" for tokens in seeds.values())
         for seeds in (before, after)
     )
-    change = emergence_difference(arm)
+    ours = f"probe: {ours} tokens"
+    change = emergence_difference(case.arm)
     late = [seed for seed, tokens in after.items() if tokens is None and before.get(seed) is not None]
     if late:
-        word = "seed" if len(late) == 1 else "seeds"
-        where = f"where the baseline did, this arm never reached half in {word} {', '.join(late)}"
-        return [(f"probe: {ours} tokens", "", f"{NOT_SUPPORTED}: {where}")]
-    if change is None:
-        return [(f"probe: {ours} tokens", "", f"{NOT_TESTED}: a run never reached half, or no seed is in common")]
-    # fewer is what the paper's direction is
-    return [(f"probe: {ours} tokens", seed_text(change, 0), verdict(-change.high, -change.low, change.num_seeds))]
+        seeds = f"seed{'s' if len(late) > 1 else ''} {', '.join(late)}"
+        yield ours, "", f"{NOT_SUPPORTED}: where the baseline did, this arm never reached half in {seeds}"
+    elif change is None:
+        yield ours, "", f"{NOT_TESTED}: a run never reached half, or no seed is in common"
+    else:  # the claim is that tokens are fewer
+        yield ours, change.text(0), verdict(-change.high, -change.low, change.num_seeds)
 
 
-def _cost_test(arm: Arm) -> list[Tested]:
-    found = ratios(arm, lambda run: run.tokens_per_second)
-    if not found:
+def _speed(case: Case) -> Iterator[Tested]:
+    change = over_seeds([100 * (ratio - 1) for ratio in ratios(case.arm, lambda run: run.tokens_per_second)])
+    if change is not None:
+        ours = "tokens per second, in percent of the baseline's"
+        yield ours, change.text(1), _of(change, case.claim.margin)
+
+
+TESTS: Mapping[str, Callable[[Case], Iterator[Tested]]] = {
+    "score": _score,
+    "attention": _attention,
+    "mask_ratio": _mask_ratio,
+    "emergence": _emergence,
+    "speed": _speed,
+}
+
+
+def section(claims: Claims, findings: Sequence[Finding]) -> list[Block]:
+    """Return the table of claims with the rule of its verdicts; nothing without claims."""
+    if not findings:
         return []
-    change = seed_difference([100 * (ratio - 1) for ratio in found])
-    says = verdict(change.low, change.high, change.num_seeds, SAME_SPEED)
-    return [("tokens per second, in percent of the baseline's", seed_text(change, 1), says)]
-
-
-def section(findings: Sequence[Finding]) -> list[Block]:
-    """The table of claims with the rule of its verdicts."""
-    return [
-        Heading("The paper's claims"),
-        Paragraph(
-            f"Numbers of the paper are NTP to MEAP; those marked * were read in a summary of it. The arm is the one "
-            f"with the paper's mask ratio (0.15, in fine-tuning 0.10). A claim is {SUPPORTED} if the 95% interval of "
-            f"the difference to the baseline lies above 0 in the paper's direction, {NOT_SUPPORTED} if it includes 0 "
-            f"or lies on the other side, {NOT_TESTED} if nothing of the kind was evaluated. On par means that the "
-            f"interval lies above -{ON_PAR:g} points; no time, that that of tokens per second lies above "
-            f"-{SAME_SPEED:g}%. P = 0.15 is the best if every interval of its differences to the other ratios lies "
-            f"above 0. Intervals are not corrected for the number of claims."
-        ),
-        Table(
-            ["claim", "study", "paper", "here, baseline to arm", "difference, 95%", "verdict"],
-            [finding.row for finding in findings],
-        ),
-    ]
+    header = ["claim", "study", "paper", "here, baseline to arm", "difference, 95%", "verdict"]
+    return [Heading("The paper's claims"), Paragraph(claims.rule), Table(header, findings)]

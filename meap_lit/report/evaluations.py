@@ -1,143 +1,78 @@
-"""Results of `evaluate` as they lie on disk, and the run that each is of."""
+"""Find the results of `evaluate` and the runs that they belong to."""
 
-import importlib
-import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.results import RESULT_FILE
-from meap_lit.evaluation.statistics import Difference, bootstrap
-from meap_lit.evaluation.task import Record, Task, paired_deltas
-from meap_lit.report.arms import Arm
+from meap_lit.evaluation.results import RESULT_FILE, load
+from meap_lit.evaluation.task import Result
 from meap_lit.report.runs import Run
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of a task on one checkpoint.
-
-    Args:
-        path: Its result.json.
-        name: The evaluation's, which is that of the folder above.
-        task: The task's.
-        unit: Of the headline.
-        metrics: The headline first.
-        records: Every item with its scores.
-        about: Checkpoint, options, versions, hashes.
-    """
-
-    path: Path
-    name: str
-    task: str
-    unit: str
-    metrics: list[str]
-    records: list[Record]
-    about: Mapping[str, Any]
-
-    @cached_property
-    def task_class(self) -> Any:
-        """The class of the task; `Task` for one that is not part of this package, which may not be at hand."""
-        module, _, name = self.about["task"]["class_path"].rpartition(".")
-        return getattr(importlib.import_module(module), name) if module.startswith("meap_lit.") else Task
-
-    def unit_of(self, metric: str) -> str:
-        """Unit of a score."""
-        return self.task_class.other_units.get(metric, self.unit)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return self.about["task"]["init_args"]
-
-    @cached_property
-    def cell_keys(self) -> list[str]:
-        return list(self.records[0]["cell"]) if self.records else []
-
-    def scored(self, metric: str | None = None) -> list[tuple[Record, float]]:
-        """The records that have a score by the metric, the headline if none is named, and that score."""
-        name = metric or self.metrics[0]
-        return [(record, record["scores"][name]) for record in self.records if name in record["scores"]]
-
-    def mean(self, metric: str | None = None) -> float:
-        scores = [score for _, score in self.scored(metric)]
-        return sum(scores) / len(scores)
-
-    def along(self, *keys: str) -> dict[Any, float]:
-        """Mean of the headline by keys of the cells, in the order of the items; by the value itself of a single key."""
-        groups: dict[Any, list[float]] = defaultdict(list)
-        for record, score in self.scored():
-            values = tuple(record["cell"][key] for key in keys)
-            groups[values if len(keys) > 1 else values[0]].append(score)
-        return {group: sum(scores) / len(scores) for group, scores in groups.items()}
-
-
-Evaluations = dict[str, dict[Path, Evaluation]]
-"""By name, then by the folder of the run."""
+Evaluations = dict[str, dict[Path, Result]]
+"""Results by the name of the evaluation, then by the folder of the run."""
 
 
 def find_evaluations(folders: Sequence[str] | None, runs: Sequence[Run]) -> tuple[Evaluations, int]:
-    """The evaluations of these runs under the folders, and how many results of one checkpoint belong to none of them.
+    """Return the results of these runs under the folders, and the number of results of other checkpoints.
 
-    Of several checkpoints of a run the one that saw most tokens counts, of several results of it the newest.
+    The checkpoint of a run that saw most tokens counts, and its newest result.
 
     Args:
-        folders: Where to look; `evaluations`, if it exists, if not given.
-        runs: Those of the report.
+        folders: Where to look; `evaluations` by default, if it exists.
+        runs: Runs of the report.
 
     Raises:
-        UserError: If a folder is missing, or a file is not one of `evaluate`.
+        UserError: If a folder is missing, or a file is not a result of `evaluate`.
     """
     for folder in folders or ():
         if not Path(folder).is_dir():
-            raise UserError(f"--evaluations {folder} is no folder; name the one that evaluate wrote to (its --output)")
+            raise UserError(f"--evaluations {folder} is not a folder; name the one that evaluate wrote to (--output)")
     files = [file for folder in folders or ["evaluations"] for file in sorted(Path(folder).rglob(RESULT_FILE))]
     found: Evaluations = defaultdict(dict)
     num_others = 0
     for file in dict.fromkeys(files):
-        evaluation = _read(file)
-        if evaluation is None:
+        result = _read(file)
+        if result is None:
             continue
-        run = _run_of(evaluation, runs)
+        run = _run_of(result, runs)
         if run is None:
             num_others += 1
             continue
-        other = found[evaluation.name].get(run.path)
-        if other is None or _age(evaluation) > _age(other):
-            found[evaluation.name][run.path] = evaluation
-    last = ("attention", "attention_segments")
-    ordered = sorted((name for name in found if found[name]), key=lambda name: (name in last, name))
+        of_name = found[_name(result)]
+        if run.path not in of_name or _age(result) > _age(of_name[run.path]):
+            of_name[run.path] = result
+    ordered = sorted(found, key=lambda name: (next(iter(found[name].values())).task.topic == "attention", name))
     return {name: found[name] for name in ordered}, num_others
 
 
-def _read(file: Path) -> Evaluation | None:
-    """None for a result of two side by side: each of them has a result of its own."""
+def _read(file: Path) -> Result | None:
+    """Return the result of one checkpoint; None for two side by side, each of which has its own result."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        results = content["results"]
-        if len(results) > 1:
+        results = load(file)
+        if len(results) != 1:
             return None
-        result = results[0]
-        name = file.parent.parent.name
-        metrics = list(result["scores"])
-        evaluation = Evaluation(file, name, content["task"], content["unit"], metrics, result["items"], result["about"])
-        evaluation.about["checkpoint"], evaluation.about["items"], evaluation.about["task"]["init_args"]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise UserError(
-            f"{file} is not a result of evaluate ({error!r}); leave its folder out of --evaluations"
-        ) from error
-    return evaluation if evaluation.metrics and evaluation.scored() else None
+        (result,) = results
+        result.about["checkpoint"], result.about["items"], result.options
+    except UserError as error:
+        raise UserError(f"{error}; leave its folder out of --evaluations") from error
+    except KeyError as error:
+        raise UserError(f"{file} is not a result of evaluate: no {error}; leave it out of --evaluations") from error
+    return result if result.metrics and result.scored() else None
 
 
-def _run_of(evaluation: Evaluation, runs: Sequence[Run]) -> Run | None:
-    """The run whose folder, or whose folder of checkpoints, the checkpoint lies in.
+def _name(result: Result) -> str:
+    """Return the name of the evaluation, which is that of the folder above."""
+    assert result.path is not None
+    return result.path.parent.parent.name
 
-    If the runs were moved since, the last two names of a run's folder decide, where they are those of one run only.
+
+def _run_of(result: Result, runs: Sequence[Run]) -> Run | None:
+    """Return the run that the checkpoint belongs to.
+
+    If the runs were moved since, the last two names of a run's folder decide, unless several runs have them.
     """
-    path = Path(evaluation.about["checkpoint"])
+    path = Path(result.about["checkpoint"])
     for run in runs:
         if run.holds(path):
             return run
@@ -146,33 +81,16 @@ def _run_of(evaluation: Evaluation, runs: Sequence[Run]) -> Run | None:
     return moved[0] if len(moved) == 1 and not path.exists() else None
 
 
-def _age(evaluation: Evaluation) -> tuple[int, str]:
-    return evaluation.about.get("tokens_seen") or 0, evaluation.about.get("date") or ""
+def _age(result: Result) -> tuple[int, str]:
+    return result.about.get("tokens_seen") or 0, result.about.get("date") or ""
 
 
-def check_items(evaluations: Sequence[Evaluation]) -> None:
-    """Raise `UserError` unless these results of one evaluation are of the same items."""
-    first = evaluations[0]
-    for other in evaluations[1:]:
+def check_items(results: Sequence[Result]) -> None:
+    """Raise `UserError` unless these results of one evaluation have the same items."""
+    first, *others = results
+    for other in others:
         if other.about["items"] != first.about["items"]:
             raise UserError(
-                f"evaluation {first.name} asked other items in {other.path} than in {first.path} (hashes differ), so "
-                f"they do not compare; give evaluate the same options for all runs, or another --name"
+                f"evaluation {_name(first)} has other items in {other.path} than in {first.path} (hashes differ), so "
+                f"their scores do not compare; give evaluate the same options for all runs, or another --name"
             )
-
-
-def compare(
-    evaluations: Mapping[Path, Evaluation],
-    arm: Arm,
-    baseline: Arm,
-    metric: str | None = None,
-    cell: Mapping[str, Any] | None = None,
-) -> tuple[Difference, int] | None:
-    """Difference to the baseline over the seeds evaluated in both, and how many those are; None without one."""
-    seeds = [
-        paired_deltas(evaluations[first.path], evaluations[second.path], metric, cell)  # type: ignore[arg-type]
-        for _, first, second in arm.pairs(baseline)
-        if first.path in evaluations and second.path in evaluations
-    ]
-    seeds = [groups for groups in seeds if groups]
-    return (bootstrap(seeds), len(seeds)) if seeds else None

@@ -1,9 +1,9 @@
-"""What the runs themselves say: setup, validation loss, when retrieval emerges, cost."""
+"""Sections on the runs themselves: setup, validation loss, retrieval over tokens, cost."""
 
 import hashlib
-import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,54 +11,56 @@ from meap_lit.data.read.readers import RECORD_FILE
 from meap_lit.data.store.manifest import MANIFEST_FILE
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import curves
-from meap_lit.report.arms import Arm, Study, describe, slug
+from meap_lit.files import parse_json
+from meap_lit.report.arms import Arm, Study, describe
 from meap_lit.report.blocks import Block, Code, Heading, Paragraph, Picture, Table
-from meap_lit.report.differences import SeedDifference, seed_difference
 from meap_lit.report.evaluations import Evaluations
+from meap_lit.report.measures import Change, Logged, over_seeds
 from meap_lit.report.runs import ACCURACY, LOSS, Run, shown
 
 HALF = 0.5
-"""Accuracy of the probe at which retrieval counts as having emerged."""
+"""Accuracy of the probe at which retrieval has emerged."""
 FILES_FILE = "files.json"
-"""Where a step of the preparation lists the files that it read: a list of {file, bytes, sha256, ...}."""
+"""List of {file, bytes, sha256, ...} that a step of the preparation writes about its input."""
 
 
 # --------------------------------------------------------------------------------------------------- setup
 
 
 def setup(studies: Sequence[Study], evaluations: Evaluations) -> list[Block]:
-    """Model, tokens, data, seeds, hardware, versions and commands."""
-    blocks: list[Block] = [Heading("Setup")]
-    rows = []
-    for study in studies:
-        for arm in study.arms:
-            run = arm.any_run
-            others = describe(arm.differs_from(arm.baseline)) if arm.baseline else "the baseline"
-            tokens = "to ".join(
-                dict.fromkeys(f"{count:,} " for count in _ends(run.tokens for run in arm.runs.values()))
-            )
-            size = f"{run.num_parameters:,}" if run.num_parameters else ""
-            rows.append([study.title, arm.name, others, size, tokens.strip(), ", ".join(arm.runs)])
-    blocks.append(Table(["study", "arm", "differs from its baseline in", "parameters", "tokens", "seeds"], rows))
-    runs = [run for study in studies for arm in study.arms for run in arm.runs.values()]
+    """Return tables of models, tokens, data, seeds, hardware and versions, and the commands."""
+    arms = [(study, arm) for study in studies for arm in study.arms]
+    runs = [run for _, arm in arms for run in arm.runs.values()]
+    header = ["study", "arm", "differs from its baseline in", "parameters", "tokens", "seeds"]
+    blocks: list[Block] = [Heading("Setup"), Table(header, [_arm_row(study, arm) for study, arm in arms])]
     unfinished = [shown(run.path) for run in runs if _is_unfinished(run)]
     if unfinished:
         blocks.append(Paragraph(f"These runs had not spent their budget when they were read: {', '.join(unfinished)}."))
-    blocks += [Heading("Model and training", 3), Table(["", *(study.title for study in studies)], _model_rows(studies))]
-    blocks += [Heading("Data", 3), *_data(runs)]
-    blocks += [Heading("Hardware and versions", 3), *_machines(runs, evaluations)]
-    commands = [_command(arm.any_run) for study in studies for arm in study.arms]
-    blocks += [
+    return [
+        *blocks,
+        Heading("Model and training", 3),
+        Table(["", *(study.title for study in studies)], _model_rows(studies)),
+        Heading("Data", 3),
+        *_data(runs),
+        Heading("Hardware and versions", 3),
+        _machines(runs, evaluations),
         Heading("Commands", 3),
         Paragraph("Of the first seed of each arm; the others differ in --seed_everything and the name of the run."),
-        Code(commands),
+        Code([_command(arm.any_run) for _, arm in arms]),
     ]
-    return blocks
 
 
-def _ends(values: Iterable[int]) -> list[int]:
+def _arm_row(study: Study, arm: Arm) -> list[str]:
+    others = describe(arm.differs_from(arm.baseline)) if arm.baseline else "the baseline"
+    size = arm.any_run.num_parameters
+    tokens = span(run.tokens for run in arm.runs.values())
+    return [study.title, arm.name, others, f"{size:,}" if size else "", tokens, ", ".join(arm.runs)]
+
+
+def span(values: Iterable[int]) -> str:
+    """Return the smallest and the largest value, or the value if they are the same."""
     found = sorted(values)
-    return [found[0], found[-1]]
+    return f"{found[0]:,}" if found[0] == found[-1] else f"{found[0]:,} to {found[-1]:,}"
 
 
 def _is_unfinished(run: Run) -> bool:
@@ -68,7 +70,7 @@ def _is_unfinished(run: Run) -> bool:
 
 
 def _model_rows(studies: Sequence[Study]) -> list[list[str]]:
-    """Rows of what the baseline of each study is."""
+    """Return a row for each value of the models and their training, with a column for the baseline of each study."""
     columns = []
     for study in studies:
         run = study.arms[0].any_run
@@ -80,122 +82,95 @@ def _model_rows(studies: Sequence[Study]) -> list[list[str]]:
     return [[key, *(column.get(key, "") for column in columns)] for key in keys]
 
 
-def _data(runs: Sequence[Run]) -> list[Block]:
+def _data(runs: Sequence[Run]) -> Iterator[Block]:
     fingerprints: dict[str, dict[str, None]] = {}
     for run in runs:
         for path, fingerprint in run.datasets.items():
             fingerprints.setdefault(path, {})[fingerprint] = None
     rows = [[shown(path), *_dataset(path), ", ".join(found)] for path, found in fingerprints.items()]
-    text = "The hash is that of all tokens, their layout and their tokenizer, as the checkpoints have it."
-    blocks: list[Block] = [Paragraph(text), Table(["dataset", "made by", "train tokens", "sources", "sha256"], rows)]
+    yield Paragraph("The hash is that of all tokens, their layout and their tokenizer, from the checkpoints.")
+    yield Table(["dataset", "made by", "train tokens", "sources", "sha256"], rows)
     files = [row for path in fingerprints for row in _files_read(path)]
     if files:
-        blocks.append(Paragraph("The files that the data was made of; the hash is that of the list of their hashes."))
-        blocks.append(Table(["list", "side", "files", "bytes", "sha256 of the list"], files))
+        yield Paragraph("The files that the data was made of; the hash is that of the list of their hashes.")
+        yield Table(["list", "side", "files", "bytes", "sha256 of the list"], files)
     changed = [shown(path) for path, found in fingerprints.items() if len(found) > 1]
     if changed:
-        blocks.append(Paragraph(f"Not all runs read the same content of {', '.join(changed)}."))
-    return blocks
+        yield Paragraph(f"Not all runs read the same content of {', '.join(changed)}.")
 
 
 def _dataset(path: str) -> list[str]:
-    """How a dataset that is still there was made, its tokens, its sources."""
+    """Return how a dataset was made, its tokens and its sources, if it is still there."""
     manifest, record = _read_json(Path(path, MANIFEST_FILE)), _read_json(Path(path, RECORD_FILE))
     if manifest is None:
         return ["", "", "no longer there"]
-    train = manifest["splits"].get("train", {})
-    tokens = train.get("tokens")
+    tokens = manifest["splits"].get("train", {}).get("tokens")
     sources = manifest["sources"]
     size = sum(source["bytes"] for source in sources)
     made_by = f"{record['step']} ({describe(record['arguments'])})" if record else ""
     return [made_by, f"{tokens:,}" if tokens else "", f"{len(sources):,} files, {size:,} bytes"]
 
 
-def _files_read(dataset: str) -> list[list[str]]:
-    """Rows for the lists of files beside the inputs of a dataset's preparation."""
+def _files_read(dataset: str) -> Iterator[list[str]]:
+    """Yield a row for each list of files beside the inputs of a dataset."""
     record = _read_json(Path(dataset, RECORD_FILE)) or {"arguments": {}}
     inputs = record["arguments"].get("input") or []
     folders = [folder for name in [dataset, *inputs] for folder in (Path(name), *Path(name).parents[:2])]
-    rows = []
     for file in dict.fromkeys(folder / FILES_FILE for folder in folders):
         entries = _read_json(file)
         if not isinstance(entries, list):
             continue
         for side in dict.fromkeys(entry.get("side", "") for entry in entries):
             chosen = [entry for entry in entries if entry.get("side", "") == side]
-            hashes = "\n".join(entry["sha256"] for entry in chosen)
             size = sum(entry["bytes"] for entry in chosen)
-            digest = hashlib.sha256(hashes.encode()).hexdigest()
-            rows.append([shown(file), side, f"{len(chosen):,}", f"{size:,}", digest])
-    return rows
+            digest = hashlib.sha256("\n".join(entry["sha256"] for entry in chosen).encode()).hexdigest()
+            yield [shown(file), side, f"{len(chosen):,}", f"{size:,}", digest]
 
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}); prepare its dataset anew, or move it away") from error
+        return parse_json(file.read_bytes(), str(file)) if file.is_file() else None
+    except UserError as error:
+        raise UserError(f"{error}; prepare its dataset anew, or move it away") from error
 
 
-def _machines(runs: Sequence[Run], evaluations: Evaluations) -> list[Block]:
-    """Rows of what was used, each with the number of runs and results that say so."""
-    found: dict[tuple[str, str], int] = {}
-    for run in runs:
-        for about in run.summaries[-1:]:
-            if about:
-                hardware = f"{about['devices']} x {about['device']}, {about['threads']} threads, {about['platform']}"
-                _count(found, "training", hardware, about["versions"], about.get("git_commit"))
-    for results in evaluations.values():
-        for evaluation in results.values():
-            about = dict(evaluation.about)
-            _count(found, "evaluation", f"{about.get('processes', 1)} x {about.get('device')}", about["versions"], None)
+def _machines(runs: Sequence[Run], evaluations: Evaluations) -> Block:
+    """Return hardware and versions with the number of runs and results that used them."""
+    found = Counter(
+        _machine(
+            "training",
+            f"{about['devices']} x {about['device']}, {about['threads']} threads, {about['platform']}",
+            about,
+        )
+        for about in (run.summaries[-1] for run in runs)
+        if about
+    )
+    found += Counter(
+        _machine("evaluation", f"{result.about.get('processes', 1)} x {result.about.get('device')}", result.about)
+        for results in evaluations.values()
+        for result in results.values()
+    )
     if not found:
-        return [Paragraph("The runs left no summary.json, and no evaluation was found: hardware and versions unknown.")]
-    rows = [[what, text, str(count)] for (what, text), count in found.items()]
-    return [Table(["", "hardware; versions", "number"], rows)]
+        return Paragraph("The runs left no summary.json, and no evaluation was found: hardware and versions unknown.")
+    return Table(["", "hardware; versions", "number"], [[*machine, str(count)] for machine, count in found.items()])
 
 
-def _count(
-    found: dict[tuple[str, str], int], what: str, hardware: str, versions: Mapping[str, Any], commit: Any
-) -> None:
-    names = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
-    key = (what, f"{hardware}; {names}" + (f"; commit {commit}" if commit else ""))
-    found[key] = found.get(key, 0) + 1
+def _machine(what: str, hardware: str, about: Mapping[str, Any]) -> tuple[str, str]:
+    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value)
+    commit = about.get("git_commit") if what == "training" else None
+    return what, f"{hardware}; {versions}" + (f"; commit {commit}" if commit else "")
 
 
 def _command(run: Run) -> str:
-    command = run.summaries[-1].get("command") if run.summaries else None
-    return shown(command or f"python -m meap_lit fit --config {run.path}/config.yaml")
+    return shown(run.summaries[-1].get("command") or f"python -m meap_lit fit --config {run.path}/config.yaml")
 
 
 # ------------------------------------------------------------------------------------------- loss, retrieval
 
 
-def final_values(arm: Arm, tag: str) -> dict[str, float]:
-    """The last logged value of each seed that has one."""
-    values = {seed: run.final(tag) for seed, run in arm.runs.items()}
-    return {seed: value for seed, value in values.items() if value is not None}
-
-
-def difference_of_runs(values: Mapping[str, float], baseline: Mapping[str, float]) -> SeedDifference | None:
-    """Over the seeds that have a value in both; None without one."""
-    deltas = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
-    return seed_difference(deltas) if deltas else None
-
-
-def emergence(arm: Arm) -> dict[str, float | None]:
-    """Tokens until the probe first reached `HALF`, of each seed that was probed; None where it never did."""
-    found: dict[str, float | None] = {}
-    for seed, run in arm.runs.items():
-        points = run.over_tokens(ACCURACY)
-        if points:
-            found[seed] = next((float(tokens) for tokens, accuracy in points.items() if accuracy >= HALF), None)
-    return found
-
-
 def loss_section(study: Study) -> list[Block]:
-    """Curves, and the last values."""
-    rows = [_row(arm, final_values(arm, LOSS), _loss_of_baseline(arm), 4) for arm in study.arms]
+    """Return the curves of the validation loss and its last values."""
+    loss = Logged(LOSS)
     figure = curves(
         mean_lines(study, LOSS),
         faint=seed_lines(study, LOSS),
@@ -209,26 +184,38 @@ def loss_section(study: Study) -> list[Block]:
             "Validation never masks, so both objectives are on one axis; lower is better. Lines are means over seeds, "
             "thin lines the seeds. Intervals are those of the paired t-test over seeds."
         ),
-        Picture(file_name(study, "loss"), figure, f"Clean validation loss over tokens: {study.title}"),
-        Table(["arm", "mean", "seeds", "difference to the baseline, 95%"], rows),
+        Picture(study.file_name("loss"), figure, f"Clean validation loss over tokens: {study.title}"),
+        Table(["arm", "mean", "seeds", "difference to the baseline, 95%"], [loss.row(arm) for arm in study.arms]),
     ]
 
 
+def emergence(arm: Arm) -> dict[str, float | None]:
+    """Return the tokens until the probe first reached `HALF`, by seed that was probed; None where it never did."""
+    found: dict[str, float | None] = {}
+    for seed, run in arm.runs.items():
+        points = run.over_tokens(ACCURACY)
+        if points:
+            found[seed] = next((float(tokens) for tokens, accuracy in points.items() if accuracy >= HALF), None)
+    return found
+
+
+def emergence_difference(arm: Arm) -> Change | None:
+    """Return tokens more than the baseline; None without a pair of seeds, or if one of a pair never reached `HALF`."""
+    assert arm.baseline is not None
+    found, baseline = emergence(arm), emergence(arm.baseline)
+    deltas = []
+    for seed in found.keys() & baseline.keys():
+        before, after = baseline[seed], found[seed]
+        if before is None or after is None:
+            return None
+        deltas.append(after - before)
+    return over_seeds(deltas)
+
+
 def emergence_section(study: Study) -> list[Block]:
-    """Tokens until the probe's accuracy passed half, with its curves; nothing if no run was probed."""
-    found = {arm.name: emergence(arm) for arm in study.arms}
-    if not any(found.values()):
+    """Return the tokens until the probe reached half, with its curves; nothing if no run was probed."""
+    if not any(emergence(arm) for arm in study.arms):
         return []
-    rows = []
-    for arm in study.arms:
-        seeds = found[arm.name]
-        texts = [f"{seed}: {'never' if tokens is None else f'{tokens:,.0f}'}" for seed, tokens in seeds.items()]
-        reached = {seed: tokens for seed, tokens in seeds.items() if tokens is not None}
-        mean = f"{statistics.mean(reached.values()):,.0f}" if reached and len(reached) == len(seeds) else ""
-        change = "" if arm.baseline is None else _emergence_text(emergence_difference(arm))
-        accuracy = final_values(arm, ACCURACY)
-        last = f"{100 * statistics.mean(accuracy.values()):.1f}" if accuracy else ""
-        rows.append([arm.name, ", ".join(texts), mean, change, last])
     figure = curves(
         mean_lines(study, ACCURACY, scale=100),
         faint=seed_lines(study, ACCURACY, scale=100),
@@ -236,57 +223,36 @@ def emergence_section(study: Study) -> list[Block]:
         y_label="accuracy of the probe (%)",
         y_range=(0, 102),
     )
-    options = study.arms[0].any_run.config.get("probe") or {}
-    chance = 100 / options["num_options"] if options.get("num_options") else None
-    guess = f"; guessing gives {chance:.0f}%" if chance else ""
+    num_options = (study.arms[0].any_run.config.get("probe") or {}).get("num_options")
+    guess = f"; guessing gives {100 / num_options:.0f}%" if num_options else ""
     return [
         Heading("When retrieval emerges", 3),
         Paragraph(
-            f"Tokens until the probe's accuracy was first {HALF:.0%} or more{guess}. It is asked at validations only, "
-            f"so these numbers are known no better than the interval between two of them."
+            f"Tokens until the probe's accuracy was first {HALF:.0%} or more{guess}. The probe runs at validations "
+            f"only, so these numbers are exact up to the interval between two of them."
         ),
-        Picture(file_name(study, "probe"), figure, f"Accuracy of the retrieval probe over tokens: {study.title}"),
-        Table(["arm", "tokens, by seed", "mean", "difference to the baseline, 95%", "last accuracy, %"], rows),
+        Picture(study.file_name("probe"), figure, f"Accuracy of the retrieval probe over tokens: {study.title}"),
+        Table(
+            ["arm", "tokens, by seed", "mean", "difference to the baseline, 95%", "last accuracy, %"],
+            [_emergence_row(arm) for arm in study.arms],
+        ),
     ]
 
 
-def emergence_difference(arm: Arm) -> SeedDifference | None:
-    """Tokens more than the baseline; None if there is no pair, or one of a pair never reached `HALF`."""
-    assert arm.baseline is not None
-    found, baseline = emergence(arm), emergence(arm.baseline)
-    shared = [seed for seed in found if seed in baseline]
-    deltas = [(found[seed], baseline[seed]) for seed in shared]
-    if not deltas or any(tokens is None for pair in deltas for tokens in pair):
-        return None
-    return seed_difference([after - before for after, before in deltas if after is not None and before is not None])
-
-
-def _emergence_text(change: SeedDifference | None) -> str:
-    return "no pair of seeds, or one that never did" if change is None else seed_text(change, 0)
-
-
-def _loss_of_baseline(arm: Arm) -> Mapping[str, float] | None:
-    return final_values(arm.baseline, LOSS) if arm.baseline else None
-
-
-def _row(arm: Arm, values: Mapping[str, float], baseline: Mapping[str, float] | None, digits: int) -> list[str]:
-    seeds = ", ".join(f"{seed}: {value:.{digits}f}" for seed, value in values.items())
-    change = difference_of_runs(values, baseline) if baseline is not None else None
-    text = "" if baseline is None else seed_text(change, digits)
-    return [arm.name, f"{statistics.mean(values.values()):.{digits}f}", seeds, text]
-
-
-def seed_text(change: SeedDifference | None, digits: int) -> str:
-    """A difference over seeds in a table's cell."""
-    if change is None:
-        return "no seed in common"
-    if change.num_seeds < 2:
-        return f"{change.value:+,.{digits}f} (one seed, no interval)"
-    return f"{change.value:+,.{digits}f} [{change.low:+,.{digits}f}, {change.high:+,.{digits}f}]"
+def _emergence_row(arm: Arm) -> list[str]:
+    seeds = emergence(arm)
+    texts = [f"{seed}: {'never' if tokens is None else f'{tokens:,.0f}'}" for seed, tokens in seeds.items()]
+    reached = [tokens for tokens in seeds.values() if tokens is not None]
+    mean = f"{statistics.mean(reached):,.0f}" if reached and len(reached) == len(seeds) else ""
+    difference = ""
+    if arm.baseline is not None:
+        change = emergence_difference(arm)
+        difference = "no pair of seeds, or one that never did" if change is None else change.text(0)
+    return [arm.name, ", ".join(texts), mean, difference, Logged(ACCURACY, digits=1, scale=100).text(arm, None)]
 
 
 def mean_lines(study: Study, tag: str, scale: float = 1) -> dict[str, dict[Any, float]]:
-    """Mean over the seeds of each arm at the tokens that all of them logged, for `curves`."""
+    """Return the mean curve of each arm, at the tokens that all of its seeds logged."""
     lines = {}
     for name, seeds in seed_lines(study, tag, scale).items():
         shared = [x for x in seeds[0] if all(x in seed for seed in seeds)]
@@ -295,7 +261,7 @@ def mean_lines(study: Study, tag: str, scale: float = 1) -> dict[str, dict[Any, 
 
 
 def seed_lines(study: Study, tag: str, scale: float = 1) -> dict[str, list[dict[Any, float]]]:
-    """For each arm the curve of each seed that logged it."""
+    """Return the curves of the seeds of each arm that logged it."""
     lines = {}
     for arm in study.arms:
         seeds = [run.over_tokens(tag) for run in arm.runs.values() if run.curves.get(tag)]
@@ -304,16 +270,11 @@ def seed_lines(study: Study, tag: str, scale: float = 1) -> dict[str, list[dict[
     return lines
 
 
-def file_name(study: Study, name: str) -> str:
-    """Of a figure of a study."""
-    return f"{study.slug}_{slug(name)}"
-
-
 # ----------------------------------------------------------------------------------------------------- cost
 
 
 def cost_section(study: Study) -> list[Block]:
-    """Time, memory and speed of each arm, and their ratio to the baseline."""
+    """Return time, speed and memory of each arm, with their ratios to the baseline."""
     columns: dict[str, tuple[Callable[[Run], float | None], str]] = {
         "seconds": (lambda run: run.seconds, ",.0f"),
         "tokens per second": (lambda run: run.tokens_per_second, ",.0f"),
@@ -340,8 +301,7 @@ def cost_section(study: Study) -> list[Block]:
 
 
 def ratios(arm: Arm, value_of: Callable[[Run], float | None]) -> list[float]:
-    """An arm's value by its baseline's, of each seed where both are known; none of a baseline."""
-    pairs = (
-        [(value_of(first), value_of(second)) for _, first, second in arm.pairs(arm.baseline)] if arm.baseline else []
-    )
-    return [second / first for first, second in pairs if first and second]
+    """Return an arm's value over its baseline's for each seed where both are known."""
+    pairs = arm.pairs(arm.baseline) if arm.baseline else []
+    values = [(value_of(first), value_of(second)) for _, first, second in pairs]
+    return [second / first for first, second in values if first and second]

@@ -55,4 +55,5 @@ meap_lit fit --config "recipes/study/$SIZE.yaml" $OPTIONS --budget.max_steps 1 -
 for seed in $SEEDS; do for arm in $ARMS; do echo "$arm $seed"; done; done | each pretrain
 for seed in $SEEDS; do for arm in $TUNED; do for way in ntp concat separate; do echo "$way $arm $seed"; done; done; done |
     each tune
-meap_lit report --runs "runs/study_$SIZE"* --evaluations "evaluations/study_$SIZE" --output report
+meap_lit report --runs "runs/study_$SIZE"* --evaluations "evaluations/study_$SIZE" \
+    --claims recipes/study/claims.yaml --output report

@@ -26,7 +26,7 @@ def test_runs_that_differ_in_seed_and_machine_are_one_arm(tmp_path):
     assert ntp.is_plain
     assert ntp.baseline is None
     assert meap.baseline is ntp
-    assert study.paper_arm is meap
+    assert study.at_ratio(0.15) is meap
     assert describe(meap.differs_from(ntp)) == "mask.ratio 0.15"
     assert [seed for seed, _, _ in meap.pairs(ntp)] == ["1", "2"]
     assert study.title == "Pretraining, 66 parameters"
@@ -41,8 +41,8 @@ def test_ablation_and_variants(tmp_path):
     )
     assert [arm.name for arm in study.arms] == ["p0", "p0.05", "p0.15", "released", "ramp"]
     assert [arm.name for arm in study.ablation] == ["p0.05", "p0.15"]
-    assert study.paper_arm.name == "p0.15"
-    assert [arm.name for arm in study.paper_arm.rivals] == ["p0.05"]
+    assert study.at_ratio(0.15).name == "p0.15"
+    assert [arm.name for arm in study.rivals(study.at_ratio(0.15))] == ["p0.05"]
     ramp = study.arms[-1]
     assert ramp.ratio is None
     assert not ramp.is_plain
@@ -78,7 +78,7 @@ def test_fine_tuning_is_grouped_by_the_arm_that_it_started_from(tmp_path):
         plain, masked = study.arms
         # the second run started from seed 2 and has seed 1 itself
         assert list(plain.runs) == list(masked.runs) == ["1", "2/1"]
-        assert study.paper_arm is masked
+        assert study.at_ratio(0.1) is masked
         assert masked.baseline is plain
         assert describe(masked.differs_from(plain)) == "duplication.mask_ratio 0.1"
 

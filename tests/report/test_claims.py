@@ -2,11 +2,14 @@ import math
 
 import pytest
 
+from meap_lit.errors import UserError
 from meap_lit.report.arms import find_studies
-from meap_lit.report.claims import CLAIMS, find, verdict
+from meap_lit.report.claims import CLAIMS_FILE, find, read, verdict
 from meap_lit.report.evaluations import find_evaluations
 from meap_lit.report.runs import find_runs
 from tests.support.toy_study import recipe, write_result, write_run
+
+CLAIMS = read(CLAIMS_FILE)
 
 
 @pytest.mark.parametrize(
@@ -15,11 +18,11 @@ from tests.support.toy_study import recipe, write_result, write_run
         (0.1, 2.0, 3, 0.0, "supported"),
         (0.0, 2.0, 3, 0.0, "not supported: the interval includes 0"),
         (-1.0, 2.0, 3, 0.0, "not supported: the interval includes 0"),
-        (-2.0, -0.1, 3, 0.0, "not supported: the interval lies below 0, on the other side"),
+        (-2.0, -0.1, 3, 0.0, "not supported: the interval is below 0, on the other side"),
         (-0.9, 0.5, 2, 1.0, "supported"),
         (-1.5, 0.5, 2, 1.0, "not supported: the interval includes -1"),
-        (-2.0, -1.5, 2, 1.0, "not supported: the interval lies below -1, on the other side"),
-        (0.1, 2.0, 1, 0.0, "supported (one seed: says nothing of other seeds)"),
+        (-2.0, -1.5, 2, 1.0, "not supported: the interval is below -1, on the other side"),
+        (0.1, 2.0, 1, 0.0, "supported (one seed: says nothing about other seeds)"),
         (math.nan, math.nan, 1, 0.0, "not tested at this scale: one seed has no interval"),
     ],
 )
@@ -35,7 +38,7 @@ def test_findings_of_a_study(tmp_path):
             write_result(tmp_path / f"out/needle/{arm}_{seed}", run, {"a": score, "b": score}, task="needle")
     runs = find_runs([str(tmp_path / "runs")])
     evaluations, _ = find_evaluations([str(tmp_path / "out")], runs)
-    found = {finding.claim: finding for finding in find(find_studies(runs), evaluations)}
+    found = {finding.claim: finding for finding in find(CLAIMS, find_studies(runs), evaluations)}
     needle = found["retrieval from context is better (needle in a haystack)"]
     assert needle.ours == "needle: 0.00 to 100.00"
     assert (needle.difference, needle.verdict) == ("+100.00 [+100.00, +100.00]", "supported")
@@ -45,7 +48,7 @@ def test_findings_of_a_study(tmp_path):
     speed = found["masking costs no time in pretraining"]
     assert (speed.difference, speed.verdict) == ("+0.0 [+0.0, +0.0]", "supported")
     assert found["multi-document QA: better after fine-tuning"].verdict == "not tested at this scale"
-    assert len(found) == len(CLAIMS) + 4
+    assert len(found) == len(CLAIMS.claims) == 12
 
 
 def test_a_claim_is_about_the_arm_with_the_papers_ratio(tmp_path):
@@ -54,7 +57,8 @@ def test_a_claim_is_about_the_arm_with_the_papers_ratio(tmp_path):
         write_result(tmp_path / f"out/needle/{name}", run, {"a": 100.0 * ratio}, task="needle")
     runs = find_runs([str(tmp_path / "runs")])
     evaluations, _ = find_evaluations([str(tmp_path / "out")], runs)
-    assert {finding.verdict for finding in find(find_studies(runs), evaluations)} == {"not tested at this scale"}
+    findings = find(CLAIMS, find_studies(runs), evaluations)
+    assert {finding.verdict for finding in findings} == {"not tested at this scale"}
 
 
 def test_retrieval_that_never_emerges_where_that_of_the_baseline_does_is_a_verdict(tmp_path):
@@ -62,6 +66,40 @@ def test_retrieval_that_never_emerges_where_that_of_the_baseline_does_is_a_verdi
     for (arm, seed), values in accuracies.items():
         ratio = 0.15 if arm == "meap" else 0.0
         write_run(tmp_path / f"{arm}_{seed}", recipe(arm, seed, ratio), accuracies=values)
-    found = {finding.claim: finding for finding in find(find_studies(find_runs([str(tmp_path)])), {})}
+    found = {finding.claim: finding for finding in find(CLAIMS, find_studies(find_runs([str(tmp_path)])), {})}
     emergence = found["retrieval emerges after fewer tokens"]
     assert emergence.verdict == "not supported: where the baseline did, this arm never reached half in seed 1"
+
+
+def test_without_claims_there_are_no_findings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find(read(None), [], {}) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read --claims {file}: No such file or directory; name a file such as recipes/study/claims.yaml"),
+        ("claims: [", "--claims {file} is not a file of claims (while parsing"),
+        ("- a\n", "--claims {file} is not a file of claims ("),
+        ("claims: [{claim: a}]", "--claims {file} is not a file of claims (Claim.__init__() missing"),
+        (
+            "{scale: '', rule: '', mask_ratios: {}, claims: [{claim: a, kind: pretraining, paper: '', test: wish}]}",
+            "--claims {file} has no test wish; choose one of score, attention, mask_ratio, emergence, speed",
+        ),
+    ],
+)
+def test_wrong_files_of_claims(tmp_path, content, message):
+    file = tmp_path / "claims.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError) as error:
+        read(str(file))
+    assert str(error.value).startswith(message.format(file=file))
+    assert "\n" not in str(error.value)
+
+
+def test_a_note_is_shown_beside_a_task_or_an_option():
+    assert CLAIMS.note("facts", {}) == " (stand-in: a made-up fact, chosen among a few)"
+    assert CLAIMS.note("multi_document_qa", {"distractors": "synthetic"}) == " (synthetic distractors)"
+    assert CLAIMS.note("multi_document_qa", {"distractors": "retrieved"}) == ""

@@ -104,7 +104,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
     write_run(tmp_path / "runs/a", recipe("a", 1, 0.15))
     runs = ["--runs", str(tmp_path / "runs")]
     (line,) = complain(*runs, "--output", str(tmp_path / "taken"))
-    assert line.endswith("taken is there already and is no report; name another folder")
+    assert line.endswith("taken exists and is not a report; name another folder")
     (line,) = complain(*runs, "--output", str(tmp_path / "new"))
     assert line.startswith("error: no baseline (model.mask Constant 0)")
     assert not (tmp_path / "new").exists()

@@ -5,7 +5,8 @@ import pytest
 from meap_lit.errors import UserError
 from meap_lit.evaluation.statistics import bootstrap
 from meap_lit.report.arms import find_studies
-from meap_lit.report.evaluations import check_items, compare, find_evaluations
+from meap_lit.report.evaluations import check_items, find_evaluations
+from meap_lit.report.measures import Score
 from meap_lit.report.runs import find_runs
 from tests.support.toy_study import recipe, write_result, write_run
 
@@ -33,15 +34,16 @@ def test_difference_of_two_seeds(two_arms, tmp_path):
     found, num_others = find_evaluations([str(tmp_path / "evaluations")], runs)
     assert num_others == 0
     baseline, arm = find_studies(runs)[0].arms
-    change, num_seeds = compare(found["kv"], arm, baseline)
-    assert num_seeds == 2
+    change = Score(found["kv"]).change(arm, baseline)
+    assert change.num_seeds == 2
     assert change.value == pytest.approx((200 / 3 + 0) / 2)
-    assert change == bootstrap([[[100.0, 100.0], [0.0]], [[0.0, 0.0], [0.0]]])
-    at_start, _ = compare(found["kv"], arm, baseline, cell={"gold": 0})
+    assert change[:3] == bootstrap([[[100.0, 100.0], [0.0]], [[0.0, 0.0], [0.0]]])[:3]
+    at_start = Score(found["kv"], cell={"gold": 0}).change(arm, baseline)
     assert at_start.value == pytest.approx((50 + 0) / 2)
-    assert compare(found["kv"], arm, baseline, metric="other") is None
-    assert found["kv"][arm.runs["1"].path].along("gold") == {0: 100, 1: 100}
-    assert found["kv"][baseline.runs["1"].path].along("gold") == {0: 50, 1: 0}
+    assert Score(found["kv"], "other").change(arm, baseline) is None
+    assert Score(found["kv"], cell={"gold": 0}).by_seed(arm) == {"1": 100, "2": 50}
+    assert Score(found["kv"], cell={"gold": 1}).by_seed(arm) == {"1": 100, "2": 0}
+    assert Score(found["kv"], cell={"gold": 0}).by_seed(baseline) == {"1": 50, "2": 50}
 
 
 def test_newest_checkpoint_counts_and_others_are_left_out(two_arms, tmp_path):
@@ -73,13 +75,13 @@ def test_other_items_do_not_compare(two_arms, tmp_path):
     write_result(out / "a", two_arms["ntp_1"], {"a": 1.0})
     write_result(out / "b", two_arms["meap_1"], {"a": 1.0}, items="1" * 64)
     found, _ = find_evaluations([str(tmp_path / "evaluations")], find_runs([str(tmp_path / "runs")]))
-    with pytest.raises(UserError, match=r"evaluation kv asked other items in .*b/result.json than in .*a/result.json"):
+    with pytest.raises(UserError, match=r"evaluation kv has other items in .*b/result.json than in .*a/result.json"):
         check_items(list(found["kv"].values()))
 
 
 def test_wrong_evaluations(two_arms, tmp_path):
     runs = find_runs([str(tmp_path / "runs")])
-    with pytest.raises(UserError, match="missing is no folder; name the one that evaluate wrote to"):
+    with pytest.raises(UserError, match="missing is not a folder; name the one that evaluate wrote to"):
         find_evaluations([str(tmp_path / "missing")], runs)
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(UserError, match=r"result.json is not a result of evaluate \(KeyError\('results'\)\)"):

@@ -32,7 +32,7 @@ def test_curves_over_the_position(tmp_path):
         return {(f"{gold}", None, cells(pairs=5, gold=gold)): 100 * ratio * gold for gold in (0, 2, 4)}
 
     study, evaluations = study_with(tmp_path, (0, 0.1), scores)
-    blocks = tasks.task_sections(study, evaluations)
+    blocks = list(tasks.task_sections(study, evaluations))
     overall, by_gold = tables(blocks)
     assert overall.rows[0] == ["accuracy (%)", "p0", "0.00", "1: 0.00", ""]
     assert overall.rows[1][:4] == ["accuracy (%)", "p0.1", "20.00", "1: 20.00"]
@@ -69,14 +69,14 @@ def test_bars_where_cells_are_names(tmp_path):
 def test_ablation_and_variants(tmp_path):
     write_run(tmp_path / "runs/odd", recipe("odd", 1, 0.15, model__init_args__mask_scope="batch"), (2.0,))
     study, evaluations = study_with(tmp_path, (0, 0.1, 0.15), lambda ratio: {"a": 100 * ratio})
-    blocks = tasks.ablation_section(study, evaluations)
+    blocks = list(tasks.ablation_section(study, evaluations))
     (table,) = tables(blocks)
     assert table.header == ["P", "arm", "clean validation loss", "probe, %", "task"]
     assert [row[0] for row in table.rows] == ["0", "0.1", "0.15"]
     assert [row[4].partition(" ")[0] for row in table.rows] == ["0.00", "10.00", "15.00"]
     scores, _ = (block.figure.axes[0] for block in blocks if isinstance(block, Picture))
     assert list(scores.lines[0].get_ydata()) == pytest.approx([0, 10, 15])
-    (variants,) = tables(tasks.variants_section(study, evaluations))
+    (variants,) = tables(tasks.variants_section(study, evaluations, 0.15))
     assert variants.rows == [["odd", "mask_scope batch", "2.0000 (+1.0000 (one seed, no interval))", ""]]
 
 
@@ -95,11 +95,11 @@ def test_attention_compares_clean_with_masked(tmp_path):
         file.write_text(json.dumps(content))
     evaluations, _ = find_evaluations([str(tmp_path / "out")], [run for arm in study.arms for run in arm.runs.values()])
     plain, masked = study.arms
-    decay, num_seeds = tasks.attention_change(masked, plain, evaluations["task"], "attention", -1)
+    decay = tasks.attention_change(masked, plain, evaluations["task"], "attention", -1)
     # means 0.5 and 0.25
-    assert (decay.value, num_seeds) == (pytest.approx(50), 1)
-    variance, _ = tasks.attention_change(masked, plain, evaluations["task"], "variance", 1)
+    assert (decay.value, decay.num_seeds) == (pytest.approx(50), 1)
+    variance = tasks.attention_change(masked, plain, evaluations["task"], "variance", 1)
     assert variance.value == pytest.approx(50)
-    blocks = tasks.task_sections(study, evaluations)
+    blocks = list(tasks.task_sections(study, evaluations))
     assert [block.text for block in blocks if isinstance(block, Heading)] == ["task"]
     assert tables(blocks)[1].rows[2][:2] == ["p0.15", "decay"]

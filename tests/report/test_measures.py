@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from meap_lit.report.differences import seed_difference
+from meap_lit.report.measures import over_seeds
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from meap_lit.report.differences import seed_difference
     ],
 )
 def test_interval_is_that_of_the_t_distribution(deltas, half):
-    change = seed_difference(deltas)
+    change = over_seeds(deltas)
     mean = sum(deltas) / len(deltas)
     assert (change.value, change.num_seeds) == (mean, len(deltas))
     assert change.low == pytest.approx(mean - half, abs=1e-4)
@@ -24,6 +24,7 @@ def test_interval_is_that_of_the_t_distribution(deltas, half):
 
 
 def test_one_seed_has_no_interval():
-    change = seed_difference([2.0])
+    change = over_seeds([2.0])
     assert change.value == 2
     assert math.isnan(change.low)
+    assert over_seeds([]) is None
