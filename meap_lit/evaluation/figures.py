@@ -1,19 +1,136 @@
-"""Pictures of results. No pyplot, hence no global state; matplotlib is imported when the first is drawn."""
+"""Figures of results.
 
-from collections.abc import Mapping, Sequence
+pyplot is not used, so there is no global state. matplotlib is imported when the first figure is drawn.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from meap_lit.evaluation.statistics import Mean
+from meap_lit.evaluation.task import Plot, Record, Result, Values
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#F0496E", "#EBB839", "#0CD79F")
+COLORS = ("#F0496E", "#EBB839", "#0CD79F")
 """0, 50 and 100% in heat maps of retrieval (opencompass/opencompass, NeedleBench)."""
 
-LINES = ("#4C6EF5", "#F76707", "#2F9E44", "#9C36B5", "#E03131", "#0C8599", "#868E96", "#5F3DC4")
+LINE_COLORS = ("#4C6EF5", "#F76707", "#2F9E44", "#9C36B5", "#E03131", "#0C8599", "#868E96", "#5F3DC4")
 
 _PANELS_IN_A_ROW = 3
+_MAX_TICKS = 12
+
+
+Line = dict[tuple[Any, ...], Mean]
+"""Values by those of the keys of a plot."""
+
+
+def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
+    """Draw a plot of results.
+
+    Args:
+        plot: What to draw.
+        groups: Results by label. Those of one label are seeds: their mean is drawn, over thin lines for each of them.
+
+    Returns:
+        The figure; None if a result has no values yet.
+    """
+    first = next(iter(groups.values()))[0]
+    seeds = {
+        f"{label}, {name}" if name else label: [_line(plot, source, result) for result in results]
+        for name, source in plot.lines.items()
+        for label, results in groups.items()
+    }
+    if not all(line for lines in seeds.values() for line in lines):
+        return None
+    axes = {plot.x: plot.x_label or plot.x} | ({} if plot.y is None else {plot.y: plot.y_label or plot.y})
+    places = [_in_order(at[n] for lines in seeds.values() for line in lines for at in line) for n in range(len(axes))]
+    kept = [n for n, values in enumerate(places) if len(values) > 1] or list(range(len(axes)))
+    places, labels = [places[n] for n in kept], [list(axes.values())[n] for n in kept]
+    means = {label: _over_seeds(lines) for label, lines in seeds.items()}
+    metric = next((source or first.headline for source in plot.lines.values() if isinstance(source, str)), None)
+    name = metric or first.headline
+    value_label = plot.value_label or f"{name} ({first.unit_of(name)})"
+    if len(kept) == 2:
+        columns, rows = places
+        panels = {
+            label if metric is None else f"{label}: {_mean(groups[label], metric):.1f}%": np.array(
+                [[line[x, y].value if (x, y) in line else np.nan for x in columns] for y in rows]
+            )
+            for label, line in means.items()
+        }
+        return heat_maps(panels, columns, rows, x_label=labels[0], y_label=labels[1], title=value_label)
+
+    def project(line: Line) -> dict[Any, Mean]:
+        values = {at[kept[0]]: mean for at, mean in line.items()}
+        return {x: values[x] for x in places[0] if x in values}
+
+    lines = {label: project(line) for label, line in means.items()}
+    heights = {label: {x: mean.value for x, mean in line.items()} for label, line in lines.items()}
+    errors = {label: {x: mean.error for x, mean in line.items()} for label, line in lines.items()}
+    title = _same_everywhere(plot, first, name)
+    how: dict[str, Any] = {"x_label": labels[0], "y_label": value_label, "title": title, "errors": errors}
+    if not _are_numbers(places[0]):
+        return bars(heights, **how)
+    how["levels"] = {
+        f"{level.replace('_', ' ')}, {label}": _mean(results, level)
+        for label, results in groups.items()
+        for level in plot.levels
+        if results[0].scored(level)
+    }
+    if plot.choices is not None and plot.choices in first.options:
+        how["levels"]["guessing"] = 100 / first.options[plot.choices]
+    how["faint"] = {
+        label: [{x: mean.value for x, mean in project(line).items()} for line in lines]
+        for label, lines in seeds.items()
+        if len(lines) > 1
+    }
+    how["y_range"] = (0, 102) if metric is not None and first.unit_of(metric) == "%" else None
+    figure = curves(heights, log_x=plot.log_x, **how)
+    if not plot.log_x and len(places[0]) <= _MAX_TICKS:
+        figure.axes[0].set_xticks(places[0])
+    return figure
+
+
+def _line(plot: Plot, source: str | Callable[[Sequence[Record]], Values], result: Result) -> Line:
+    if isinstance(source, str):
+        return result.table(source or None, [plot.x] if plot.y is None else [plot.x, plot.y])
+    return {
+        at if isinstance(at, tuple) else (at,): value if isinstance(value, Mean) else Mean(value, np.nan, 1)
+        for at, value in source(result.records).items()
+    }
+
+
+def _over_seeds(lines: Sequence[Line]) -> Line:
+    """Return the mean over seeds at each place of the first; a single seed keeps its standard errors over items."""
+    if len(lines) == 1:
+        return lines[0]
+    return {at: Mean.of(line[at].value for line in lines if at in line) for at in lines[0]}
+
+
+def _mean(seeds: Sequence[Result], metric: str) -> float:
+    return Mean.of(result.mean(metric).value for result in seeds).value
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    """Return each value once: numbers ascending, names in the order of the items."""
+    distinct = list(dict.fromkeys(values))
+    return sorted(distinct) if _are_numbers(distinct) else distinct
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
+
+
+def _same_everywhere(plot: Plot, result: Result, metric: str) -> str:
+    """Return what all values have in common: other keys of the cells, such as "documents 20", and options."""
+    cells = [record["cell"] for record, _ in result.scored(metric)]
+    others = {key: {cell[key] for cell in cells} for key in result.cell_keys if key not in (plot.x, plot.y)}
+    found = {key: next(iter(values)) for key, values in others.items() if len(values) == 1}
+    found |= {name: result.options[name] for name in plot.options if name in result.options}
+    return ", ".join(f"{key} {_label(value)}" for key, value in found.items())
 
 
 def heat_maps(
@@ -29,8 +146,8 @@ def heat_maps(
 
     Args:
         panels: Values in [0, 100] under the title of each panel, [num_rows, num_columns]; NaN stays white.
-        columns: What the columns stand for, from left to right.
-        rows: What the rows stand for, from top to bottom.
+        columns: Values of the columns, from left to right.
+        rows: Values of the rows, from top to bottom.
         x_label: Of the columns.
         y_label: Of the rows.
         title: Above all panels.
@@ -42,13 +159,13 @@ def heat_maps(
     across = min(len(panels), _PANELS_IN_A_ROW)
     down = -(-len(panels) // across)
     figure = Figure(figsize=(1.3 + width * across, height * down), layout="constrained")
-    colours = LinearSegmentedColormap.from_list("retrieval", COLOURS)
+    colors = LinearSegmentedColormap.from_list("retrieval", COLORS)
     grid = figure.subplots(down, across, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
         axes.remove()
     all_axes = grid[: len(panels)]
     for number, (axes, (name, values)) in enumerate(zip(all_axes, panels.items(), strict=True)):
-        image = axes.imshow(values, vmin=0, vmax=100, cmap=colours, aspect="auto")
+        image = axes.imshow(values, vmin=0, vmax=100, cmap=colors, aspect="auto")
         for row, column in np.argwhere(~np.isnan(values)):
             axes.text(column, row, f"{values[row, column]:.0f}", ha="center", va="center")
         axes.set_xticks(range(len(columns)), [_label(column) for column in columns])
@@ -72,6 +189,7 @@ def curves(
     levels: Mapping[str, float] | None = None,
     log_x: bool = False,
     y_range: tuple[float, float] | None = None,
+    errors: Mapping[str, Mapping[Any, float]] | None = None,
     faint: Mapping[str, Sequence[Mapping[Any, float]]] | None = None,
 ) -> "Figure":
     """Lines over a common axis.
@@ -84,22 +202,26 @@ def curves(
         levels: Values to draw as dashed lines, such as bounds.
         log_x: Logarithmic x.
         y_range: Limits of y.
-        faint: Thin lines in the colour of a line, such as the seeds that it is the mean of.
+        errors: Half heights of a band around each line, keyed as `lines`.
+        faint: Thin lines in the color of a line, such as the seeds that it is the mean of.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, points) in enumerate(lines.items()):
-        colour = LINES[number % len(LINES)]
-        axes.plot(list(points), list(points.values()), marker="o", markersize=4, label=name, color=colour)
+        color = LINE_COLORS[number % len(LINE_COLORS)]
+        axes.plot(list(points), list(points.values()), marker="o", markersize=4, label=name, color=color)
+        if errors is not None:
+            low, high = ([y + sign * errors[name][x] for x, y in points.items()] for sign in (-1, 1))
+            axes.fill_between(list(points), low, high, color=color, alpha=0.15, linewidth=0)
         for thin in (faint or {}).get(name, ()):
-            axes.plot(list(thin), list(thin.values()), linewidth=0.8, alpha=0.35, color=colour)
+            axes.plot(list(thin), list(thin.values()), linewidth=0.8, alpha=0.35, color=color)
     for name, level in (levels or {}).items():
         axes.axhline(level, linestyle="--", linewidth=1, color="grey")
         axes.annotate(name, (1.0, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     if log_x:
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("symlog", base=2, linthresh=1)
     if y_range is not None:
         axes.set_ylim(*y_range)
     axes.set_xlabel(x_label)
@@ -118,10 +240,10 @@ def bars(
     title: str = "",
     errors: Mapping[str, Mapping[Any, float]] | None = None,
 ) -> "Figure":
-    """Grouped bars: one colour for each key of `groups`, side by side at each x.
+    """Grouped bars: one color for each key of `groups`, side by side at each x.
 
     Args:
-        groups: For each colour its heights, x to y.
+        groups: For each color its heights, x to y.
         x_label: Of x.
         y_label: Of y.
         title: Above.
@@ -141,7 +263,7 @@ def bars(
             width,
             yerr=None if errors is None else [errors[name][x] for x in heights],
             label=name,
-            color=LINES[number % len(LINES)],
+            color=LINE_COLORS[number % len(LINE_COLORS)],
         )
     axes.set_xticks(range(len(places)), [_label(place) for place in places])
     axes.set_xlabel(x_label)

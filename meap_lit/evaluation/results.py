@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation import attention, tasks
+from meap_lit.evaluation.figures import draw
 from meap_lit.evaluation.statistics import Difference, Mean
 from meap_lit.evaluation.task import Result, Task, difference
 from meap_lit.files import read_json, write_file
@@ -68,7 +69,7 @@ def _task_class(content: dict[str, Any], result: dict[str, Any]) -> type[Task]:
 def save(task: Task, results: list[Result], folder: Path) -> None:
     """Write result.json and the figures of one result, or of two side by side, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {"task": task.name, "unit": task.unit, "extra": task.extra(results)}
+    content: dict[str, Any] = {"task": task.name, "unit": task.unit, "extra": extras(results)}
     content["results"] = [_summary(result) for result in results]
     if len(results) == 2:
         first, second = results
@@ -80,13 +81,13 @@ def save(task: Task, results: list[Result], folder: Path) -> None:
         ]
     text = json.dumps(_without_nan(content), indent=1, allow_nan=False, default=str)
     write_file(folder / RESULT_FILE, text + "\n")
-    figures = task.figures(results)
-    for name, figure in figures.items():
+    drawn = figures(results)
+    for name, figure in drawn.items():
         if len(results) == 2:
             change = _change(difference(results[0], results[1]), task.unit)
             figure.supxlabel(f"{task.metrics[0]}, difference: {change}", fontsize=9)
         figure.savefig(folder / f"{name}.png", dpi=120)
-    _log(folder, content, figures)
+    _log(folder, content, drawn)
 
 
 def _summary(result: Result) -> dict[str, Any]:
@@ -132,6 +133,25 @@ def _log(folder: Path, content: dict[str, Any], figures: "dict[str, Figure]") ->
             writer.add_figure(f"{content['task']}/{name}", figure, 0)
 
 
+def figures(results: list[Result]) -> "dict[str, Figure]":
+    """Return the figures of one result or two, by the name of their file without ending."""
+    groups = {result.label: [result] for result in results}
+    drawn = {plot.name: draw(plot, groups) for plot in results[0].task.plots}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def extras(results: list[Result]) -> dict[str, float]:
+    """Return the numbers beside the scores of one result or two, with the label of each in brackets."""
+    found = {
+        f"{name} ({result.label})": value for result in results for name, value in result.task.extra(result).items()
+    }
+    if len(results) == 2:
+        first, second = results
+        pair = first.task.extra_of_pair(first, second)
+        found |= {f"{name} ({first.label} to {second.label})": value for name, value in pair.items()}
+    return found
+
+
 def report(task: Task, results: list[Result]) -> str:
     """The tables of one result or of two: each metric over all items, then the headline along each key of the cells."""
     rows = [["", *(result.label for result in results), *(["difference"] if len(results) == 2 else [])]]
@@ -139,18 +159,18 @@ def report(task: Task, results: list[Result]) -> str:
         unit = results[0].unit_of(metric)
         changes = [_change(difference(results[0], other, metric), unit) for other in results[1:]]
         rows.append([metric, *(_text(result.mean(metric), unit) for result in results), *changes])
-    headline = task.metrics[0]
-    for key in results[0].cell_keys:
-        alongs = [result.along(key) for result in results]
-        if len(alongs[0]) > 1:
-            rows.append([f"{headline} by {key}"])
-            for group in alongs[0]:
+    for metric in (results[0].headline, *task.by_key):
+        unit = results[0].unit_of(metric)
+        for key in results[0].cell_keys:
+            alongs = [result.along(key, metric) for result in results]
+            if len(alongs[0]) > 1:
+                rows.append([f"{metric} by {key}"])
+            for group in alongs[0] if len(alongs[0]) > 1 else ():
                 means = [along.get(group, Mean.of([])) for along in alongs]
-                deltas = [_change(difference(results[0], other, cell={key: group}), task.unit) for other in results[1:]]
+                deltas = [_change(difference(results[0], other, metric, {key: group}), unit) for other in results[1:]]
                 name = f"{group:g}" if isinstance(group, float) else str(group)
-                rows.append([f"  {name}", *(_text(mean, task.unit) for mean in means), *deltas])
-    for name, value in task.extra(results).items():
-        rows.append([name, f"{value:.4g}"])
+                rows.append([f"  {name}", *(_text(mean, unit) for mean in means), *deltas])
+    rows += [[name, f"{value:.4g}"] for name, value in extras(results).items()]
     widths = [max(len(row[n]) for row in rows if n < len(row) and len(row) > 1) for n in range(len(rows[0]))]
     widths[0] = max(len(row[0]) for row in rows)
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]

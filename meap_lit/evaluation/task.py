@@ -5,11 +5,11 @@ hand; scores, tables and figures follow from the records alone and need no model
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.statistics import Difference, Mean, bootstrap
@@ -18,8 +18,6 @@ from meap_lit.inference.language_model import LanguageModel
 Cell = tuple[Any, ...]
 
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 Record = dict[str, Any]
 """What is known of an item: `id`, `cell`, the fields of its source, what the model made of it, and `scores`."""
 
@@ -47,6 +45,45 @@ class Item:
     group: str | None = None
 
 
+Values = Mapping[Any, Mean | float]
+"""Values to draw by the value of one key, or by a pair of them."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of results over one or two keys of their cells.
+
+    A key whose values are numbers gives lines, one whose values are names gives bars, and two keys give a heat map for
+    each result. A second key with a single value counts as none.
+
+    Args:
+        name: Name of the file, without ending.
+        x: Key of the cells.
+        y: Key of the rows of a heat map.
+        lines: Metrics to draw, by the name of their line; the headline by default. A function of the records replaces
+            a metric where values are finer than scores: it returns them by x, or by (x, y).
+        x_label: Label of x; the key by default.
+        y_label: Label of y; the key by default.
+        value_label: Label of the values; the metric and its unit by default.
+        log_x: Use a logarithmic x axis, linear from 0 to 1.
+        levels: Metrics whose means are dashed lines.
+        choices: Option of the task that counts the choices of an answer; guessing is then a dashed line.
+        options: Options of the task that the title gives.
+    """
+
+    name: str
+    x: str
+    y: str | None = None
+    lines: Mapping[str, str | Callable[[Sequence[Record]], Values]] = field(default_factory=lambda: {"": ""})
+    x_label: str = ""
+    y_label: str = ""
+    value_label: str = ""
+    log_x: bool = False
+    levels: tuple[str, ...] = ()
+    choices: str | None = None
+    options: tuple[str, ...] = ()
+
+
 Topic = Literal["retrieval", "reasoning", "knowledge", "summaries", "loss", "attention"]
 
 
@@ -68,6 +105,10 @@ class Task(ABC):
     """Units of the metrics that have another one."""
     higher_is_better: ClassVar[bool] = True
     """Direction of the headline."""
+    by_key: ClassVar[tuple[str, ...]] = ()
+    """Metrics that the printed table gives for each value of each key, besides the headline."""
+    plots: ClassVar[tuple[Plot, ...]] = ()
+    """Figures of one or more results."""
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         """Check what can be checked before items are made: options, files, the chat template.
@@ -99,12 +140,14 @@ class Task(ABC):
     def score(self, record: Record) -> dict[str, float]:
         """Scores of an item that was answered, from its record alone: by each of `metrics` that applies to it."""
 
-    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
-        """Pictures of one or two results side by side, by the name of their file without ending."""
+    @classmethod
+    def extra(cls, result: "Result") -> dict[str, float]:
+        """Return further numbers about a result that are not means over items, by name."""
         return {}
 
-    def extra(self, results: "Sequence[Result]") -> dict[str, float]:
-        """Further figures for the report that are no mean over items, such as a ratio of two results."""
+    @classmethod
+    def extra_of_pair(cls, first: "Result", second: "Result") -> dict[str, float]:
+        """Return further numbers about two results, such as the ratio of the second to the first, by name."""
         return {}
 
 
@@ -260,7 +303,7 @@ class Result:
         keys = self.cell_keys if keys is None else keys
         cells: dict[Cell, list[float]] = {}
         for record, score in self.scored(metric):
-            cells.setdefault(tuple(record["cell"][key] for key in keys), []).append(score)
+            cells.setdefault(tuple(record["cell"].get(key, "") for key in keys), []).append(score)
         return {cell: Mean.of(scores) for cell, scores in cells.items()}
 
     def along(self, key: str, metric: str | None = None) -> dict[Any, Mean]:

@@ -165,7 +165,7 @@ def test_an_oracle_is_always_right_and_guessing_is_chance(recipe, folder, tmp_pa
     assert len(found["items"]) == len({item["id"] for item in found["items"]}) > 2
     printed = capsys.readouterr().out
     if chance is None:
-        assert content["extra"]["oracle: not judged yet (python -m meap_lit judge)"] == 3
+        assert content["extra"]["not judged yet (python -m meap_lit judge) (oracle)"] == 3
         return
     metric = next(iter(found["scores"]))
     for name, mean in found["scores"].items():

@@ -358,7 +358,7 @@ def test_our_command_has_the_scores_of_the_harness(ours, tasks):
         assert has_norm == (name in acc_norm) == (name in ("own_arc_easy", "own_hellaswag"))
         assert acc[name].value == pytest.approx(100 * expected[name]["acc,none"])
         assert accuracy[name].value == pytest.approx(100 * expected[name]["acc_norm,none" if has_norm else "acc,none"])
-    assert task.extra([result])["questions that lost their beginning"] == 1
+    assert task.extra(result)["questions that lost their beginning"] == 1
 
 
 def test_prompts(ours, tasks):

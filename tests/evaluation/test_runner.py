@@ -99,7 +99,11 @@ def test_two_checkpoints_stand_side_by_side(recipe, source_folder, tmp_path, cap
         {"word": "garden", "value": 100.0, "low": 100.0, "high": 100.0, "n": 1},
     ]
     assert [result["scores"]["right"]["value"] for result in content["results"]] == [0, 100]
-    assert content["extra"] == {"sum of counts": 66.0, "nothing": None}  # 36 and 30
+    assert content["extra"] == {
+        "sum of counts (wrong)": 36.0,
+        "sum of counts (right)": 30.0,
+        "nothing (wrong to right)": None,
+    }
     first = content["results"][0]
     assert first["items"][0] | {"pid": 0} == {
         "id": "10-garden",
@@ -121,6 +125,7 @@ def test_two_checkpoints_stand_side_by_side(recipe, source_folder, tmp_path, cap
     printed = capsys.readouterr().out
     assert "wrong" in printed.splitlines()[0]
     assert printed.count("+100.00 [+100.00, +100.00]") == 1 + 6  # all items, and each of the words
+    assert "right by word" in printed
 
 
 def test_batches_hold_a_number_of_positions():

@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from meap_lit.evaluation.figures import heat_maps
-from meap_lit.evaluation.task import Item, Task
+from meap_lit.evaluation.task import Item, Plot, Task
 
 WORDS = ("garden", "lantern", "market", "stone", "river", "a")
 
@@ -27,6 +24,7 @@ class CountLetters(Task):
 
     name: ClassVar[str] = "letters"
     metrics: ClassVar[tuple[str, ...]] = ("right", "near")
+    plots: ClassVar[tuple[Plot, ...]] = (Plot("letters", "word"),)
 
     miss: int = 1
     kill_after: int | None = None
@@ -52,10 +50,10 @@ class CountLetters(Task):
         distance = abs(record["count"] - len(record["word"]))
         return {"right": 100.0 * (distance == 0), "near": 100.0 * (distance <= 1)}
 
-    def figures(self, results):
-        panels = {result.label: np.full((1, 1), result.mean().value) for result in results}
-        return {"letters": heat_maps(panels, ["all"], ["all"], x_label="x", y_label="y")}
+    @classmethod
+    def extra(cls, result):
+        return {"sum of counts": float(sum(record["count"] for record in result.records))}
 
-    def extra(self, results):
-        total = sum(record["count"] for result in results for record in result.records)
-        return {"sum of counts": float(total), "nothing": math.nan}
+    @classmethod
+    def extra_of_pair(cls, first, second):
+        return {"nothing": math.nan}

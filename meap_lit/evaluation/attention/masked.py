@@ -5,28 +5,45 @@ masked. The paper compares a model of plain next-token prediction on the first w
 model on both is the control that tells the effect of the mask in the input from that of training with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.attention.weights import PerHead, as_record, read, visible, weight_blocks
-from meap_lit.evaluation.figures import curves, heat_maps
-from meap_lit.evaluation.statistics import paired_t_test
-from meap_lit.evaluation.task import Item, Record, Topic
+from meap_lit.evaluation.attention.weights import PerHead, as_record, by_head, read, visible, weight_blocks
+from meap_lit.evaluation.statistics import Mean, paired_t_test
+from meap_lit.evaluation.task import Item, Plot, Record, Result, Topic
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.masking import mask_inputs, num_masked
 from meap_lit.model import Decoder
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-    from meap_lit.evaluation.task import Result
+def by_layer(reading: str, statistic: str) -> Callable[[Sequence[Record]], dict[int, Mean]]:
+    """Return a function of records that gives the mean over sequences and heads, by the number of the layer from 1."""
+
+    def means(records: Sequence[Record]) -> dict[int, Mean]:
+        layers = np.mean([record[reading][statistic] for record in records], axis=2).T  # [num_layers, num_records]
+        return {number: Mean.of(values) for number, values in enumerate(layers, start=1)}
+
+    return means
+
+
+def decay_by_head(records: Sequence[Record]) -> dict[tuple[int, int], float]:
+    """Return the decay in percent by the numbers of head and layer, from 1."""
+    clean, masked = (
+        np.mean([record[reading]["attention"] for record in records], axis=0) for reading in ("clean", "masked")
+    )
+    return by_head(100 * (clean - masked) / clean)
+
+
+def _layer_plot(name: str, statistic: str, value_label: str) -> Plot:
+    lines = {reading: by_layer(reading, statistic) for reading in ("clean", "masked")}
+    return Plot(name, "layer", lines=lines, value_label=value_label)
 
 
 @dataclass(kw_only=True)
@@ -48,6 +65,17 @@ class MaskedAttention(SequenceTask):
     name: ClassVar[str] = "attention"
     topic: ClassVar[Topic] = "attention"
     metrics: ClassVar[tuple[str, ...]] = ("decay", "variance_increase")
+    plots: ClassVar[tuple[Plot, ...]] = (
+        _layer_plot("attention_masked", "attention", "mean weight of a masked position"),
+        _layer_plot("attention_variance", "variance", "variance of the other weights"),
+        Plot(
+            "attention_decay",
+            "head",
+            "layer",
+            lines={"": decay_by_head},
+            value_label="decay of the attention to masked positions (%)",
+        ),
+    )
 
     mask_ratio: float = 0.15
     seed: int = 0
@@ -107,31 +135,17 @@ class MaskedAttention(SequenceTask):
             ),
         }
 
-    def extra(self, results: "Sequence[Result]") -> dict[str, float]:
-        return {
-            f"{name} ({comparison.title})": value
-            for comparison in comparisons(results)
-            for name, value in comparison.figures().items()
-        }
+    @classmethod
+    def extra(cls, result: Result) -> dict[str, float]:
+        """Compare the clean with the masked readings of one checkpoint: the control."""
+        return changes(result.records, result.records)
 
-    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
-        decays = {result.label: decay_by_head(result.records) for result in results}
-        return {
-            "attention_masked": curves(
-                by_layer(results, "attention"), x_label="layer", y_label="mean weight of a masked position"
-            ),
-            "attention_variance": curves(
-                by_layer(results, "variance"), x_label="layer", y_label="variance of the other weights"
-            ),
-            "attention_decay": heat_maps(
-                decays,
-                range(1, max(panel.shape[1] for panel in decays.values()) + 1),
-                range(1, max(panel.shape[0] for panel in decays.values()) + 1),
-                x_label="head",
-                y_label="layer",
-                title="decay of the attention to masked positions",
-            ),
-        }
+    @classmethod
+    def extra_of_pair(cls, first: Result, second: Result) -> dict[str, float]:
+        """Compare the clean readings of the first with the masked ones of the second, as in the paper."""
+        masked = {record["id"]: record for record in second.records}
+        shared = [record for record in first.records if record["id"] in masked]
+        return changes(shared, [masked[record["id"]] for record in shared])
 
 
 # --------------------------------------------------------------------------------------------------- statistics
@@ -196,63 +210,23 @@ def counted(num_masked_keys: Tensor, num_seen: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------- comparisons
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The records of one reading beside those of another, sequence by sequence.
+def changes(clean: Sequence[Record], masked: Sequence[Record]) -> dict[str, float]:
+    """Compare readings sequence by sequence: changes of the means, and t-tests of the paired differences.
 
     Args:
-        title: What is compared.
         clean: Records whose clean reading counts.
         masked: Records of the same sequences whose masked reading counts.
     """
-
-    title: str
-    clean: Sequence[Record]
-    masked: Sequence[Record]
-
-    def figures(self) -> dict[str, float]:
-        """Changes of the means over sequences, and the t-tests of the differences of each."""
-        figures = {}
-        for statistic, name, sign in (("attention", "decay", -1), ("variance", "variance increase", 1)):
-            clean = np.array([_mean(record, "clean", statistic) for record in self.clean])
-            masked = np.array([_mean(record, "masked", statistic) for record in self.masked])
-            test = paired_t_test(sign * (masked - clean))
-            figures[f"{name}, %"] = sign * _percent_change(float(clean.mean()), float(masked.mean()))
-            if statistic == "variance":
-                figures["variance difference"] = float((masked - clean).mean())
-            figures |= {f"{name}, t": test.t, f"{name}, p": test.p}
-        return figures
-
-
-def comparisons(results: "Sequence[Result]") -> list[Comparison]:
-    """The paper's comparison, if there are two results, and the control of each."""
-    controls = [Comparison(f"{result.label} clean to masked", result.records, result.records) for result in results]
-    if len(results) < 2:
-        return controls
-    first, second = results
-    masked = {record["id"]: record for record in second.records}
-    shared = [record for record in first.records if record["id"] in masked]
-    title = f"{first.label} clean to {second.label} masked"
-    return [Comparison(title, shared, [masked[record["id"]] for record in shared]), *controls]
-
-
-def by_layer(results: "Sequence[Result]", statistic: str) -> dict[str, dict[str, float]]:
-    """For each reading of each result the mean over sequences and heads, keyed by the number of the layer, from 1."""
-    lines = {}
-    for result in results:
-        for reading in ("clean", "masked"):
-            layers = np.mean([record[reading][statistic] for record in result.records], axis=(0, 2))
-            numbers = map(str, range(1, len(layers) + 1))  # as text, so that no tick falls between two layers
-            lines[f"{result.label} {reading}"] = dict(zip(numbers, layers.tolist(), strict=True))
-    return lines
-
-
-def decay_by_head(records: Sequence[Record]) -> np.ndarray:
-    """Decay in percent, [num_layers, num_heads], of one checkpoint: a head of another has nothing in common with it."""
-    clean, masked = (
-        np.mean([record[reading]["attention"] for record in records], axis=0) for reading in ("clean", "masked")
-    )
-    return 100 * (clean - masked) / clean
+    found = {}
+    for statistic, name, sign in (("attention", "decay", -1), ("variance", "variance increase", 1)):
+        before = np.array([_mean(record, "clean", statistic) for record in clean])
+        after = np.array([_mean(record, "masked", statistic) for record in masked])
+        test = paired_t_test(sign * (after - before))
+        found[f"{name}, clean to masked, %"] = sign * _percent_change(float(before.mean()), float(after.mean()))
+        if statistic == "variance":
+            found["variance difference, clean to masked"] = float((after - before).mean())
+        found |= {f"{name}, clean to masked, t": test.t, f"{name}, clean to masked, p": test.p}
+    return found
 
 
 def _mean(record: Record, reading: str, statistic: str) -> float:

@@ -8,26 +8,31 @@ whose weights count.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.attention.weights import PerHead, as_record, attention_weights, read
-from meap_lit.evaluation.figures import bars, heat_maps
-from meap_lit.evaluation.task import Item, Record, Task, Topic
+from meap_lit.evaluation.attention.weights import PerHead, as_record, attention_weights, by_head, read
+from meap_lit.evaluation.statistics import Mean
+from meap_lit.evaluation.task import Item, Plot, Record, Task, Topic
 from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, RetrievalItem, build_items
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.model import Decoder
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from meap_lit.evaluation.task import Result
-
 SEGMENTS = ("context_before", "answer", "context_after", "query", "eos")
+
+
+def share_by_segment(records: Sequence[Record]) -> dict[str, Mean]:
+    """Return the mean share of each segment, in percent."""
+    return {name: Mean.of(record["scores"][name] for record in records) for name in SEGMENTS}
+
+
+def answer_by_head(records: Sequence[Record]) -> dict[tuple[int, int], float]:
+    """Return the mean share of the answer, in percent, by the numbers of head and layer, from 1."""
+    return by_head(100 * np.mean([record["shares"]["answer"] for record in records], axis=0))
 
 
 @dataclass(kw_only=True)
@@ -49,6 +54,16 @@ class AttentionSegments(Task):
     name: ClassVar[str] = "attention_segments"
     topic: ClassVar[Topic] = "attention"
     metrics: ClassVar[tuple[str, ...]] = ("answer", "context_before", "context_after", "query", "eos", "bos")
+    plots: ClassVar[tuple[Plot, ...]] = (
+        Plot("attention_segments", "segment", lines={"": share_by_segment}, value_label="attention of EOS (%)"),
+        Plot(
+            "attention_to_answer",
+            "head",
+            "layer",
+            lines={"": answer_by_head},
+            value_label="attention of EOS to the answer (%)",
+        ),
+    )
 
     lengths: list[int] = field(default_factory=lambda: [4096])
     depths: list[float] = field(default_factory=lambda: [10.0, 30.0, 50.0, 70.0, 90.0])
@@ -87,29 +102,6 @@ class AttentionSegments(Task):
 
     def score(self, record: Record) -> dict[str, float]:
         return {metric: 100 * float(np.mean(record["shares"][metric])) for metric in self.metrics}
-
-    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
-        means = {result.label: {name: result.mean(name) for name in SEGMENTS} for result in results}
-        to_answer = {
-            result.label: 100 * np.mean([record["shares"]["answer"] for record in result.records], axis=0)
-            for result in results
-        }
-        return {
-            "attention_segments": bars(
-                {label: {name: mean.value for name, mean in row.items()} for label, row in means.items()},
-                x_label="segment",
-                y_label="attention of EOS (%)",
-                errors={label: {name: mean.error for name, mean in row.items()} for label, row in means.items()},
-            ),
-            "attention_to_answer": heat_maps(
-                to_answer,
-                range(1, max(panel.shape[1] for panel in to_answer.values()) + 1),
-                range(1, max(panel.shape[0] for panel in to_answer.values()) + 1),
-                x_label="head",
-                y_label="layer",
-                title="attention of EOS to the answer",
-            ),
-        }
 
 
 def encode(source: RetrievalItem, model: LanguageModel) -> tuple[list[int], list[int]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,3 +98,8 @@ def visible(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
 def as_record(values: Tensor) -> PerHead:
     """Values, [num_layers, num_heads], with six digits each."""
     return [[float(f"{value:.6g}") for value in row] for row in values.tolist()]
+
+
+def by_head(values: np.ndarray) -> dict[tuple[int, int], float]:
+    """Return values, [num_layers, num_heads], by the numbers of head and layer, from 1."""
+    return {(head + 1, layer + 1): float(value) for (layer, head), value in np.ndenumerate(values)}

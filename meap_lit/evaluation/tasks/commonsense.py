@@ -11,14 +11,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.figures import bars
 from meap_lit.evaluation.statistics import Mean
-from meap_lit.evaluation.task import Item, Record, Result, Task, Topic
+from meap_lit.evaluation.task import Item, Plot, Record, Result, Task, Topic
 from meap_lit.inference.language_model import LanguageModel
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from meap_lit.evaluation.harness import HarnessModel
 
 
@@ -50,6 +47,8 @@ class Commonsense(Task):
     name: ClassVar[str] = "commonsense"
     topic: ClassVar[Topic] = "knowledge"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "acc", "acc_norm")
+    by_key: ClassVar[tuple[str, ...]] = ("acc",)
+    plots: ClassVar[tuple[Plot, ...]] = (Plot("tasks", "task"),)
 
     tasks: tuple[str, ...]
     include_path: str | None = None
@@ -98,25 +97,12 @@ class Commonsense(Task):
         acc_norm = 100.0 * (_argmax(means) in record["gold"])
         return {"accuracy": acc_norm, "acc": acc, "acc_norm": acc_norm}
 
-    def figures(self, results: Sequence[Result]) -> "dict[str, Figure]":
-        tables = {result.label: result.along("task") for result in results}
-        values = {label: {task: mean.value for task, mean in table.items()} for label, table in tables.items()}
-        errors = {label: {task: mean.error for task, mean in table.items()} for label, table in tables.items()}
-        return {"tasks": bars(values, errors=errors, x_label="task", y_label="accuracy (%)")}
-
-    def extra(self, results: Sequence[Result]) -> dict[str, float]:
-        """Means in which each task counts alike, whatever its size, and `acc` of each task."""
-        found: dict[str, float] = {}
-        for result in results:
-            whose = f"{result.label}: " if len(results) > 1 else ""
-            for metric in result.metrics:
-                found[f"{whose}{metric}, mean of tasks"] = _mean(result.along("task", metric))
-            for task, mean in result.along("task", "acc").items():
-                found[f"{whose}acc of {task}"] = mean.value
-            num_cut = sum(record["is_cut"] for record in result.records)
-            if num_cut:
-                found[f"{whose}questions that lost their beginning"] = num_cut
-        return found
+    @classmethod
+    def extra(cls, result: Result) -> dict[str, float]:
+        """Return means in which each task counts alike, whatever its size, and how many questions were cut."""
+        found = {f"{metric}, mean of tasks": _mean(result.along("task", metric)) for metric in result.metrics}
+        num_cut = sum(record["is_cut"] for record in result.records)
+        return found | ({"questions that lost their beginning": num_cut} if num_cut else {})
 
 
 def _question(name: str, task: Any, requests: Sequence[Any], reader: "HarnessModel") -> MultipleChoice:

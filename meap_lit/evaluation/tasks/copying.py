@@ -7,19 +7,13 @@ are the repeated random sequences of "In-context Learning and Induction Heads" (
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.figures import curves
-from meap_lit.evaluation.task import Item, Record, Topic
+from meap_lit.evaluation.task import Item, Plot, Record, Topic
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from meap_lit.evaluation.task import Result
 
 
 @dataclass(kw_only=True)
@@ -49,6 +43,17 @@ class Copying(SequenceTask):
     unit: ClassVar[str] = "nats"
     other_units: ClassVar[Mapping[str, str]] = {"copy_accuracy": "%"}
     higher_is_better: ClassVar[bool] = False
+    by_key: ClassVar[tuple[str, ...]] = ("copy_accuracy",)
+    plots: ClassVar[tuple[Plot, ...]] = (
+        Plot(
+            "copying",
+            "distance",
+            lines={"repeated": "copy_loss", "first time": "first_loss"},
+            x_label="distance (tokens)",
+            value_label="loss of the span (nats)",
+            log_x=True,
+        ),
+    )
 
     source: Literal["text", "random"] = "text"
     span_len: int = 64
@@ -106,24 +111,6 @@ class Copying(SequenceTask):
     def score(self, record: Record) -> dict[str, float]:
         first, copy = record["first_loss"], record["copy_loss"]
         return {"copy_loss": copy, "first_loss": first, "gain": first - copy, "copy_accuracy": 100 * record["copied"]}
-
-    def extra(self, results: "Sequence[Result]") -> dict[str, float]:
-        return {
-            f"copy_accuracy, distance {distance:,} ({result.label})": mean.value
-            for result in results
-            for distance, mean in result.along("distance", "copy_accuracy").items()
-        }
-
-    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
-        lines = {
-            # distances as text: they lie apart by factors, and 0 has no logarithm
-            f"{result.label}, {name}": {
-                f"{distance:,}": mean.value for distance, mean in result.along("distance", metric).items()
-            }
-            for name, metric in (("repeated", "copy_loss"), ("first time", "first_loss"))
-            for result in results
-        }
-        return {self.name: curves(lines, x_label="distance (tokens)", y_label="loss of the span (nats)")}
 
     def _draws(self, model: LanguageModel) -> list[tuple[list[int], list[int]]]:
         """Each span, and the sequence whose end stands between its occurrences."""

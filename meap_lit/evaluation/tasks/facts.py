@@ -7,21 +7,13 @@ generated.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
-
-import numpy as np
+from typing import ClassVar
 
 from meap_lit.data.read.readers import find_files
 from meap_lit.errors import UserError
-from meap_lit.evaluation.figures import curves, heat_maps
-from meap_lit.evaluation.task import Item, Record, Task
+from meap_lit.evaluation.task import Item, Plot, Record, Task
 from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, RetrievalItem, build_items, option_scores
 from meap_lit.inference.language_model import LanguageModel
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from meap_lit.evaluation.task import Result
 
 
 @dataclass(kw_only=True)
@@ -39,6 +31,16 @@ class FactRetrieval(Task):
 
     name: ClassVar[str] = "facts"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    plots: ClassVar[tuple[Plot, ...]] = (
+        Plot(
+            "facts",
+            "length",
+            "depth",
+            x_label="context length (tokens)",
+            y_label="depth of the fact, from 0 to 1",
+            choices="num_options",
+        ),
+    )
 
     lengths: list[int]
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
@@ -87,31 +89,3 @@ class FactRetrieval(Task):
     def score(self, record: Record) -> dict[str, float]:
         scores = record["option_scores"]
         return {"accuracy": 100.0 * (scores.index(max(scores)) == record["answer"])}
-
-    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
-        if len(self.lengths) == 1:
-            lines = {
-                result.label: {100 * depth: mean.value for depth, mean in result.along("depth").items()}
-                for result in results
-            }
-            chance = {"chance": 100 / self.num_options}
-            return {
-                "facts": curves(
-                    lines, x_label="depth of the fact (%)", y_label="accuracy (%)", levels=chance, y_range=(0, 105)
-                )
-            }
-        panels = {}
-        for result in results:
-            table = result.table("accuracy")
-            panels[result.label] = np.array(
-                [[table[length, depth].value for length in self.lengths] for depth in self.depths]
-            )
-        return {
-            "facts": heat_maps(
-                panels,
-                self.lengths,
-                [100 * depth for depth in self.depths],
-                x_label="context length (tokens)",
-                y_label="depth of the fact (%)",
-            )
-        }

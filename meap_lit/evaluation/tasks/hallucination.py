@@ -9,18 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.figures import bars
 from meap_lit.evaluation.judging.command import agreement
 from meap_lit.evaluation.rows import read_rows
 from meap_lit.evaluation.statistics import Mean
-from meap_lit.evaluation.task import Item, Prompt, PromptTask, Record, Result, Topic
+from meap_lit.evaluation.task import Item, Plot, Prompt, PromptTask, Record, Result, Topic
 from meap_lit.inference.language_model import LanguageModel
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # voidism/Lookback-Lens, step01_extract_attns.py: the first for XSum, the second for other summaries
 PROMPTS = {
@@ -32,6 +28,19 @@ PROMPTS = {
 
 STOPS = ("#Document#:", "#Article#:")
 """Where a model that goes on with another example begins it."""
+
+
+def free_by_judge(records: Sequence[Record]) -> dict[str, Mean]:
+    """Return the percentage of summaries that each judge found free of hallucination."""
+    return {
+        judge: Mean.of(100.0 * (record["verdicts"][judge] is True) for record in records) for judge in _judges(records)
+    }
+
+
+def _judges(records: Sequence[Record]) -> list[str]:
+    """Return the judges of every summary."""
+    judges = [list(record.get("verdicts", {})) for record in records]
+    return [judge for judge in judges[0] if all(judge in others for others in judges)]
 
 
 @dataclass(kw_only=True)
@@ -48,6 +57,9 @@ class Hallucination(PromptTask):
     name: ClassVar[str] = "hallucination"
     topic: ClassVar[Topic] = "summaries"
     metrics: ClassVar[tuple[str, ...]] = ("free", "undecided")
+    plots: ClassVar[tuple[Plot, ...]] = (
+        Plot("judges", "judge", lines={"": free_by_judge}, value_label="free of hallucination (%)"),
+    )
 
     file: str
     prompt: Literal["one_sentence", "document"]
@@ -80,34 +92,16 @@ class Hallucination(PromptTask):
             "undecided": 100 * verdicts.count(None) / len(verdicts),
         }
 
-    def figures(self, results: Sequence[Result]) -> "dict[str, Figure]":
-        shares = {result.label: _shares(result) for result in results}
-        if not all(shares.values()):
-            return {}
-        return {
-            "judges": bars(
-                {label: {judge: mean.value for judge, mean in means.items()} for label, means in shares.items()},
-                errors={label: {judge: mean.error for judge, mean in means.items()} for label, means in shares.items()},
-                x_label="judge",
-                y_label="free of hallucination (%)",
-            )
-        }
-
-    def extra(self, results: Sequence[Result]) -> dict[str, float]:
-        """Each judge's share, how far judges agree, and how many summaries nobody judged yet."""
-        found: dict[str, float] = {}
-        for result in results:
-            whose = f"{result.label}: " if len(results) > 1 else ""
-            num_open = sum(not record.get("verdicts") for record in result.records)
-            if num_open:
-                found[f"{whose}not judged yet (python -m meap_lit judge)"] = num_open
-                continue
-            for judge, mean in _shares(result).items():
-                found[f"{whose}free by {judge}"] = mean.value
-            for first, second in combinations(_judges(result), 2):
-                both = agreement(_verdicts(result, first), _verdicts(result, second))
-                found[f"{whose}{first} and {second} equal"] = both.equal
-                found[f"{whose}{first} and {second} kappa"] = both.kappa
+    @classmethod
+    def extra(cls, result: Result) -> dict[str, float]:
+        """Return each judge's share, how far judges agree, and how many summaries nobody judged yet."""
+        num_open = sum(not record.get("verdicts") for record in result.records)
+        if num_open:
+            return {"not judged yet (python -m meap_lit judge)": num_open}
+        found = {f"free by {judge}": mean.value for judge, mean in free_by_judge(result.records).items()}
+        for first, second in combinations(_judges(result.records), 2):
+            both = agreement(*([record["verdicts"][judge] for record in result.records] for judge in (first, second)))
+            found |= {f"{first} and {second} equal": both.equal, f"{first} and {second} kappa": both.kappa}
         return found
 
 
@@ -116,19 +110,3 @@ def until_stop(text: str) -> str:
     for stop in STOPS:
         text = text.partition(stop)[0]
     return text.strip()
-
-
-def _judges(result: Result) -> list[str]:
-    """Those who judged every summary."""
-    judges = [list(record.get("verdicts", {})) for record in result.records]
-    return [judge for judge in judges[0] if all(judge in others for others in judges)]
-
-
-def _verdicts(result: Result, judge: str) -> list[bool | None]:
-    return [record["verdicts"][judge] for record in result.records]
-
-
-def _shares(result: Result) -> dict[str, Mean]:
-    return {
-        judge: Mean.of(100.0 * (verdict is True) for verdict in _verdicts(result, judge)) for judge in _judges(result)
-    }

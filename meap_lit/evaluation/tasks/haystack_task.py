@@ -8,20 +8,12 @@ import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.figures import heat_maps
-from meap_lit.evaluation.task import GenerationTask, Item
+from meap_lit.evaluation.task import GenerationTask, Item, Plot
 from meap_lit.evaluation.tasks.haystack import Boundary, Documents, Haystack
 from meap_lit.inference.language_model import LanguageModel
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from meap_lit.evaluation.task import Result
 
 INTRODUCTION = (
     "You are an intelligent AI assistant skilled in answering user questions.\n"
@@ -69,6 +61,11 @@ class Question:
                     f"holds it as well"
                 )
         return self.before + context + self.after
+
+
+def grid_plot(name: str, metric: str) -> Plot:
+    """Return the heat map of a metric over length and depth."""
+    return Plot(name, "length", "depth", {"": metric}, x_label="length (tokens)", y_label="depth of the needle (%)")
 
 
 @dataclass(kw_only=True)
@@ -239,24 +236,3 @@ class _Filler:
         if self.task.cut_at != "line":
             return num_tokens
         return self.haystack.index(self.haystack.cut(num_tokens, "line"))
-
-
-# ------------------------------------------------------------------------------------------------------ figure
-
-
-def length_depth_maps(results: "Sequence[Result]", metric: str) -> "Figure":
-    """A heat map of each result: length from left to right, depth from top to bottom, the mean in its title."""
-    lengths, depths = (
-        list(dict.fromkeys(record["cell"][key] for result in results for record in result.records))
-        for key in ("length", "depth")
-    )
-    panels = {}
-    for result in results:
-        values = np.full((len(depths), len(lengths)), np.nan)
-        for cell, mean in result.table(metric).items():
-            at = dict(zip(result.cell_keys, cell, strict=True))
-            values[depths.index(at["depth"]), lengths.index(at["length"])] = mean.value
-        panels[f"{result.label}: {result.mean(metric).value:.1f}%"] = values
-    return heat_maps(
-        panels, lengths, depths, x_label="length (tokens)", y_label="depth of the needle (%)", title=metric
-    )

@@ -6,20 +6,14 @@ knowledge nor language helps, only looking up.
 
 import random
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.figures import curves
 from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Prompt, PromptTask, Record
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from meap_lit.evaluation.task import Result
+from meap_lit.evaluation.task import Plot, Prompt, PromptTask, Record
 
 Pair = tuple[str, str]
 
@@ -85,6 +79,7 @@ class KeyValueRetrieval(PromptTask):
 
     name: ClassVar[str] = "key_value"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    plots: ClassVar[tuple[Plot, ...]] = (Plot("key_value", "gold", x_label="position of the pair, from 0"),)
 
     file: str | None = None
     num_pairs: int | None = None
@@ -121,22 +116,6 @@ class KeyValueRetrieval(PromptTask):
     def score(self, record: Record) -> dict[str, float]:
         # as `evaluate_kv_responses.py` of the benchmark: anywhere in the answer, which is not cut
         return {"accuracy": 100.0 * (record["value"].lower() in record["model_answer"].lower())}
-
-    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
-        lines = {
-            result.label: {position + 1: mean.value for position, mean in sorted(result.along("gold").items())}
-            for result in results
-        }
-        sizes = sorted(results[0].along("pairs"))
-        figure = curves(
-            lines,
-            x_label="position of the pair",
-            y_label="accuracy (%)",
-            title=f"{', '.join(map(str, sizes))} pairs",
-            y_range=(0, 100),
-        )
-        figure.axes[0].set_xticks([position + 1 for position in results[0].along("gold")])
-        return {self.name: figure}
 
     def _sets(self) -> Iterator[KeyValueSet]:
         if self.file is not None:

@@ -11,18 +11,12 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.figures import curves
 from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Item, Prompt, PromptTask, Record
+from meap_lit.evaluation.task import Item, Plot, Prompt, PromptTask, Record, Result
 from meap_lit.inference.language_model import LanguageModel
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from meap_lit.evaluation.task import Result
 
 Bound = Literal["oracle", "closed_book"]
 
@@ -104,6 +98,15 @@ class MultiDocumentQA(PromptTask):
     name: ClassVar[str] = "multi_document_qa"
     metrics: ClassVar[tuple[str, ...]] = ("best_subspan_em", "oracle", "closed_book")
     """Each item has one of them: the last two are the same score of the prompts that make a bound."""
+    plots: ClassVar[tuple[Plot, ...]] = (
+        Plot(
+            "multi_document_qa",
+            "gold",
+            x_label="position of the document with the answer, from 0",
+            levels=("oracle", "closed_book"),
+            options=("distractors",),
+        ),
+    )
 
     file: str
     num_documents: int
@@ -154,38 +157,16 @@ class MultiDocumentQA(PromptTask):
         prediction = record["model_answer"].strip().split("\n")[0].strip()
         return {metric: 100.0 * best_subspan_em(prediction, record["answers"])}
 
-    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
-        lines = {
-            result.label: {position + 1: mean.value for position, mean in result.along("gold").items()}
-            for result in results
-        }
-        levels = {
-            f"{bound.replace('_', ' ')}, {result.label}": result.mean(bound).value
-            for result in results
-            for bound in self.bounds
-        }
-        figure = curves(
-            lines,
-            x_label="position of the document with the answer",
-            y_label="accuracy (%)",
-            title=f"{self.num_documents} documents, {self.distractors} distractors",
-            levels=levels,
-            y_range=(0, 100),
-        )
-        figure.axes[0].set_xticks([position + 1 for position in self.gold])
-        return {self.name: figure}
-
-    def extra(self, results: "Sequence[Result]") -> dict[str, float]:
-        """Of two results, the gain of the second relative to the first, as the paper gives it for pretrained models."""
-        if len(results) != 2:
-            return {}
-        first, second = results
+    @classmethod
+    def extra_of_pair(cls, first: Result, second: Result) -> dict[str, float]:
+        """Return the gain of the second relative to the first, as the paper gives it for pretrained models."""
+        later = second.along("gold")
         pairs = {
-            f"relative gain at position {position + 1} (%)": (mean.value, second.along("gold")[position].value)
+            f"relative gain at position {position + 1}, %": (mean.value, later[position].value)
             for position, mean in first.along("gold").items()
-            if position in second.along("gold")
+            if position in later
         }
-        pairs["relative gain (%)"] = (first.mean().value, second.mean().value)
+        pairs["relative gain, %"] = (first.mean().value, second.mean().value)
         return {name: 100 * (after - before) / before for name, (before, after) in pairs.items() if before > 0}
 
     def _questions(self) -> dict[int, list[Question]]:

@@ -11,20 +11,15 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Record
+from meap_lit.evaluation.task import Plot, Record
 from meap_lit.evaluation.tasks.haystack import Boundary
-from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackTask, Question, length_depth_maps
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from meap_lit.evaluation.task import Result
+from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackTask, Question, grid_plot
 
 
 @dataclass(frozen=True)
@@ -92,6 +87,10 @@ class Needle(HaystackTask):
 
     name: ClassVar[str] = "needle"
     metrics: ClassVar[tuple[str, ...]] = ("keyword", "needlebench")
+    plots: ClassVar[tuple[Plot, ...]] = (
+        grid_plot("needle_keyword", "keyword"),
+        grid_plot("needle_needlebench", "needlebench"),
+    )
 
     needles: str | None = None
     boundary: Literal["sentence", "token"] = "sentence"
@@ -110,9 +109,6 @@ class Needle(HaystackTask):
             "keyword": 100.0 if keyword in answer else 0.0,
             "needlebench": needlebench_score(answer, needle, keyword),
         }
-
-    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
-        return {f"{self.name}_{metric}": length_depth_maps(results, metric) for metric in self.metrics}
 
     def _question(self, repeat: int, fact: Fact) -> Question:
         ending = fact.stem if self.prompt_style == "raw" else f"Please answer in the format '{fact.blank}'"
@@ -148,6 +144,10 @@ class MultiNeedle(Needle):
 
     name: ClassVar[str] = "multi_needle"
     metrics: ClassVar[tuple[str, ...]] = ("keyword", "all_found")
+    plots: ClassVar[tuple[Plot, ...]] = (
+        grid_plot("multi_needle_keyword", "keyword"),
+        grid_plot("multi_needle_all_found", "all_found"),
+    )
 
     num_needles: int = 3
     max_new_tokens: int = 192
@@ -209,6 +209,7 @@ class MagicNumber(HaystackTask):
 
     name: ClassVar[str] = "magic_number"
     metrics: ClassVar[tuple[str, ...]] = ("string_match_all",)
+    plots: ClassVar[tuple[Plot, ...]] = (grid_plot("magic_number", "string_match_all"),)
 
     max_new_tokens: int = 128
 
@@ -221,9 +222,6 @@ class MagicNumber(HaystackTask):
 
     def score(self, record: Record) -> dict[str, float]:
         return {"string_match_all": string_match_all(record["model_answer"], record["outputs"])}
-
-    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
-        return {self.name: length_depth_maps(results, "string_match_all")}
 
     def _question(self, repeat: int) -> Question:
         rng = random.Random(f"{self.seed}/{repeat}")

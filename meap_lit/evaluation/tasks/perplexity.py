@@ -3,17 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
-from meap_lit.evaluation.figures import curves
-from meap_lit.evaluation.task import Item, Record, Topic
+from meap_lit.evaluation.task import Item, Plot, Record, Result, Topic
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-    from meap_lit.evaluation.task import Result
+def nll_by_context(records: Sequence[Record]) -> dict[int, float]:
+    """Return the mean negative log-likelihood of each group of contexts, by the longest context of the group."""
+    return {
+        end: sum(record["nll_sums"][group] for record in records)
+        / sum(record["num_tokens"][group] for record in records)
+        for group, end in enumerate(records[0]["context_ends"])
+    }
 
 
 @dataclass(kw_only=True)
@@ -29,6 +32,16 @@ class Perplexity(SequenceTask):
     metrics: ClassVar[tuple[str, ...]] = ("nll",)
     unit: ClassVar[str] = "nats"
     higher_is_better: ClassVar[bool] = False
+    plots: ClassVar[tuple[Plot, ...]] = (
+        Plot(
+            "perplexity",
+            "context",
+            lines={"": nll_by_context},
+            x_label="context (tokens, up to)",
+            value_label="negative log-likelihood (nats)",
+            log_x=True,
+        ),
+    )
 
     def items(self, model: LanguageModel) -> list[Item]:
         return [
@@ -53,23 +66,15 @@ class Perplexity(SequenceTask):
         # all sequences have equally many tokens, so the mean over them is the mean over tokens
         return {"nll": sum(record["nll_sums"]) / sum(record["num_tokens"])}
 
-    def extra(self, results: "Sequence[Result]") -> dict[str, float]:
-        means = {f"perplexity ({result.label})": result.mean().value for result in results}
-        figures = {name: math.inf if nll > _LARGEST else math.exp(nll) for name, nll in means.items()}
-        for result in results:
-            start = 0
-            for end, nll in nll_by_context(result.records).items():
-                figures[f"nll, context {_interval(start + 1, end)} ({result.label})"] = nll
-                start = end
-        return figures
-
-    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
-        lines = {result.label: nll_by_context(result.records) for result in results}
-        return {
-            "perplexity": curves(
-                lines, x_label="context (tokens, up to)", y_label="negative log-likelihood (nats)", log_x=True
-            )
-        }
+    @classmethod
+    def extra(cls, result: Result) -> dict[str, float]:
+        nll = result.mean().value
+        found = {"perplexity": math.inf if nll > _LARGEST else math.exp(nll)}
+        start = 0
+        for end, nll in nll_by_context(result.records).items():
+            found[f"nll, context {_interval(start + 1, end)}"] = nll
+            start = end
+        return found
 
 
 _LARGEST = 709.0
@@ -79,15 +84,6 @@ _LARGEST = 709.0
 def context_ends(seq_len: int) -> list[int]:
     """The longest context of each group: 1, 2, 4, 8 and so on, and `seq_len`."""
     return [2**power for power in range((seq_len - 1).bit_length())] + [seq_len]
-
-
-def nll_by_context(records: Sequence[Record]) -> dict[Any, float]:
-    """Mean negative log-likelihood of each group of contexts, keyed by the longest context of the group."""
-    return {
-        end: sum(record["nll_sums"][group] for record in records)
-        / sum(record["num_tokens"][group] for record in records)
-        for group, end in enumerate(records[0]["context_ends"])
-    }
 
 
 def _interval(first: int, last: int) -> str:

@@ -7,18 +7,12 @@ data set opencompass/NeedleBench has the public questions, `multi_needle_reasoni
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.figures import bars
 from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Record, Topic
+from meap_lit.evaluation.task import Plot, Record, Topic
 from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackTask, Question
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from meap_lit.evaluation.task import Result
 
 # no space before it, as in the reference
 _CONSIDER = "Before answering, please consider what in the document is most relevant to this question."
@@ -58,6 +52,10 @@ class Reasoning(HaystackTask):
     name: ClassVar[str] = "reasoning"
     topic: ClassVar[Topic] = "reasoning"
     metrics: ClassVar[tuple[str, ...]] = ("word_recall",)
+    plots: ClassVar[tuple[Plot, ...]] = (
+        Plot("reasoning_by_length", "length", x_label="length (tokens)"),
+        Plot("reasoning_by_num_needles", "num_needles", x_label="sentences that an answer follows from"),
+    )
 
     file: str
     num_needles: tuple[int, ...] = (2, 3, 4, 5)
@@ -101,12 +99,6 @@ class Reasoning(HaystackTask):
     def score(self, record: Record) -> dict[str, float]:
         return {"word_recall": word_recall(record["model_answer"], record["answer"])}
 
-    def figures(self, results: "Sequence[Result]") -> "dict[str, Figure]":
-        return {
-            f"{self.name}_by_length": _bars(results, "length", "length (tokens)"),
-            f"{self.name}_by_num_needles": _bars(results, "num_needles", "sentences that an answer follows from"),
-        }
-
     def _question(self, repeat: int, derivation: Derivation, count: int) -> Question:
         needles = tuple(f"\n{sentence}\n" for sentence in derivation.sentences)
         after = f"\n\nNow, the question is: {derivation.question}{_CONSIDER}"
@@ -116,19 +108,6 @@ class Reasoning(HaystackTask):
             "answer": derivation.answer,
         }
         return Question(repeat, needles, INTRODUCTION, after, fields, {"num_needles": count})
-
-
-def _bars(results: "Sequence[Result]", key: str, x_label: str) -> "Figure":
-    """Mean of each result by one key of the cells, with standard errors."""
-    alongs = {result.label: result.along(key) for result in results}
-    figure = bars(
-        {label: {group: mean.value for group, mean in along.items()} for label, along in alongs.items()},
-        x_label=x_label,
-        y_label="words of the answer found (%)",
-        errors={label: {group: mean.error for group, mean in along.items()} for label, along in alongs.items()},
-    )
-    figure.axes[0].set_ylim(0, 100)
-    return figure
 
 
 def word_recall(prediction: str, answer: str) -> float:

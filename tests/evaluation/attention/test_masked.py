@@ -9,6 +9,7 @@ from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.evaluation.attention.masked import MaskedAttention, key_statistics, statistics
 from meap_lit.evaluation.attention.weights import attention_weights
+from meap_lit.evaluation.results import extras, figures
 from meap_lit.evaluation.task import Result
 from meap_lit.inference.language_model import LanguageModel
 
@@ -151,9 +152,11 @@ def results(task):
 
 
 def test_two_checkpoints_are_compared_clean_to_masked(task, results):
-    extra = task.extra(results)
+    extra = extras(results)
     paper = {
-        name.removesuffix(" (ntp clean to meap masked)"): value for name, value in extra.items() if "meap m" in name
+        name.replace(", clean to masked", "").removesuffix(" (ntp to meap)"): value
+        for name, value in extra.items()
+        if "(ntp to meap)" in name
     }
     # attention 0.4, 0.6 to 0.1, 0.2; variance 1, 2 to 1.4, 2.2
     assert paper == pytest.approx(
@@ -167,28 +170,28 @@ def test_two_checkpoints_are_compared_clean_to_masked(task, results):
             "variance increase, p": 2 / math.pi * math.atan(1 / 3),
         }
     )
-    assert extra["decay, % (ntp clean to masked)"] == pytest.approx(10)
-    assert extra["variance difference (ntp clean to masked)"] == 0
-    assert extra["variance increase, p (ntp clean to masked)"] == 1
+    assert extra["decay, clean to masked, % (ntp)"] == pytest.approx(10)
+    assert extra["variance difference, clean to masked (ntp)"] == 0
+    assert extra["variance increase, clean to masked, p (ntp)"] == 1
 
 
 def test_one_checkpoint_has_the_control_alone(task, results):
-    extra = task.extra(results[:1])
+    extra = extras(results[:1])
     assert len(extra) == 7
-    assert all(name.endswith("(ntp clean to masked)") for name in extra)
+    assert all(name.endswith("(ntp)") for name in extra)
 
 
 def test_figures_draw_layers_and_heads_of_models_of_any_size(task, results):
     for record in results[1].records:
         for reading in ("clean", "masked"):
             record[reading] = {"attention": [[0.2, 0.3], [0.1, 0.1]], "variance": [[0.2, 0.3], [0.1, 0.1]]}
-    figures = task.figures(results)
-    assert set(figures) == {"attention_masked", "attention_variance", "attention_decay"}
-    lines = {line.get_label(): list(line.get_ydata()) for line in figures["attention_masked"].axes[0].get_lines()}
-    assert set(lines) == {"ntp clean", "ntp masked", "meap clean", "meap masked"}
-    assert lines["ntp masked"] == pytest.approx([0.45])
-    assert lines["meap clean"] == pytest.approx([0.25, 0.1])
-    texts = [[text.get_text() for text in axes.texts] for axes in figures["attention_decay"].axes[:2]]
+    drawn = figures(results)
+    assert set(drawn) == {"attention_masked", "attention_variance", "attention_decay"}
+    lines = {line.get_label(): list(line.get_ydata()) for line in drawn["attention_masked"].axes[0].get_lines()}
+    assert set(lines) == {"ntp, clean", "ntp, masked", "meap, clean", "meap, masked"}
+    assert lines["ntp, masked"] == pytest.approx([0.45])
+    assert lines["meap, clean"] == pytest.approx([0.25, 0.1])
+    texts = [[text.get_text() for text in axes.texts] for axes in drawn["attention_decay"].axes[:2]]
     assert texts == [["10"], ["0"] * 4]
 
 
@@ -227,10 +230,10 @@ def test_the_recipe_compares_two_checkpoints(prepared, source_folder, tmp_path, 
     output = ["--output", str(tmp_path / "evaluations")]
     assert main(["evaluate", "--config", "recipes/eval/attention.yaml", *toy, *checkpoints, *output]) == 0
     out = capsys.readouterr().out
-    figures = {line.split("(")[0].strip(): line.split()[-1] for line in out.splitlines() if "meap masked)" in line}
-    controls = {line.split("(")[0].strip(): line.split()[-1] for line in out.splitlines() if "(ntp clean" in line}
-    assert len(figures) == 7
-    assert figures == controls  # for it is the same checkpoint twice
+    paper = {line.split("(")[0].strip(): line.split()[-1] for line in out.splitlines() if "(ntp to meap)" in line}
+    controls = {line.split("(")[0].strip(): line.split()[-1] for line in out.splitlines() if "(ntp)" in line}
+    assert len(paper) == 7
+    assert paper == controls  # for it is the same checkpoint twice
     pair = tmp_path / "evaluations" / "attention" / "ntp--meap"
     assert sorted(file.name for file in pair.glob("*.png")) == [
         "attention_decay.png",

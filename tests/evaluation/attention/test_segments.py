@@ -6,6 +6,7 @@ from transformers import LlamaForCausalLM
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.attention.segments import SEGMENTS, AttentionSegments
+from meap_lit.evaluation.results import figures
 from meap_lit.evaluation.task import Result
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -90,23 +91,23 @@ def test_a_model_that_looks_everywhere_alike_gives_the_lengths_of_the_segments(m
 def test_bars_show_the_mean_of_each_segment_beside_that_of_the_other(task):
     def result(label, answer):
         shares = {
-            "context_before": [[0.5, 0.5]],
-            "answer": [answer],
-            "context_after": [[0.1, 0.1]],
-            "query": [[0.1, 0.1]],
-            "eos": [[0.1, 0.1]],
-            "bos": [[0.2, 0.2]],
+            "context_before": [[0.5, 0.5]] * 2,
+            "answer": [answer] * 2,
+            "context_after": [[0.1, 0.1]] * 2,
+            "query": [[0.1, 0.1]] * 2,
+            "eos": [[0.1, 0.1]] * 2,
+            "bos": [[0.2, 0.2]] * 2,
         }
         record = {"id": "0", "cell": {"length": 9, "depth": 50}, "shares": shares}
         return Result(task, label, [record | {"scores": task.score(record)}])
 
-    figures = task.figures([result("ntp", [0.1, 0.3]), result("meap", [0.3, 0.5])])
-    axes = figures["attention_segments"].axes[0]
+    drawn = figures([result("ntp", [0.1, 0.3]), result("meap", [0.3, 0.5])])
+    axes = drawn["attention_segments"].axes[0]
     heights = [[bar.get_height() for bar in bars] for bars in axes.containers if hasattr(bars, "patches")]
     assert heights == [pytest.approx([50, answer, 10, 10, 10]) for answer in (20, 40)]
     assert [label.get_text() for label in axes.get_xticklabels()] == list(SEGMENTS)
-    panels = figures["attention_to_answer"].axes[:2]
-    assert [[text.get_text() for text in panel.texts] for panel in panels] == [["10", "30"], ["30", "50"]]
+    panels = drawn["attention_to_answer"].axes[:2]
+    assert [[text.get_text() for text in panel.texts] for panel in panels] == [["10", "30"] * 2, ["30", "50"] * 2]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from meap_lit.errors import UserError
+from meap_lit.evaluation.results import extras, figures
 from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.commonsense import Commonsense
 
@@ -49,18 +50,17 @@ def test_tasks_count_alike():
         each["scores"] = TASK.score(each)
     result = Result(TASK, "x", records)
     assert result.mean().value == 25
-    assert TASK.extra([result]) == {
+    assert TASK.extra(result) == {
         "accuracy, mean of tasks": 50,
         "acc, mean of tasks": 50,
         "acc_norm, mean of tasks": 100,
-        "acc of piqa": 100,
-        "acc of boolq": 0,
         "questions that lost their beginning": 1,
     }
-    both = TASK.extra([result, Result(TASK, "y", records[1:2])])
-    assert both["x: accuracy, mean of tasks"] == 50
-    assert both["y: accuracy, mean of tasks"] == 0
-    assert list(TASK.figures([result])) == ["tasks"]
+    assert {task: mean.value for task, mean in result.along("task", "acc").items()} == {"piqa": 100, "boolq": 0}
+    both = extras([result, Result(TASK, "y", records[1:2])])
+    assert both["accuracy, mean of tasks (x)"] == 50
+    assert both["accuracy, mean of tasks (y)"] == 0
+    assert list(figures([result])) == ["tasks"]
 
 
 def test_missing_package(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.evaluation.judging.judges import parse_verdict
+from meap_lit.evaluation.results import extras, figures
 from meap_lit.evaluation.runner import choose_items
 from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.hallucination import Hallucination, until_stop
@@ -121,8 +122,8 @@ def test_oracle_is_free_of_hallucination(file):
         record["scores"] = task.score(record)
     fresh = Result(task, "x", records)
     assert fresh.metrics == []
-    assert task.extra([fresh]) == {"not judged yet (python -m meap_lit judge)": 8}
-    assert task.figures([fresh]) == {}
+    assert task.extra(fresh) == {"not judged yet (python -m meap_lit judge)": 8}
+    assert figures([fresh]) == {}
     for number, record in enumerate(records):
         said = f"Here. **Conclusion: {record['model_answer'] in record['document']}**"
         record["verdicts"] = {"mechanical": parse_verdict(said), "strict": [True, False, None, False][number % 4]}
@@ -130,13 +131,13 @@ def test_oracle_is_free_of_hallucination(file):
     result = Result(task, "x", records)
     assert result.mean().value == 62.5
     assert result.mean("undecided").value == 12.5
-    found = task.extra([result])
+    found = task.extra(result)
     assert found["free by mechanical"] == 100
     assert found["free by strict"] == 25
     assert found["mechanical and strict equal"] == 25
     assert found["mechanical and strict kappa"] == 0
-    assert list(task.figures([result])) == ["judges"]
-    assert task.extra([result, fresh])["x: free by strict"] == 25
+    assert list(figures([result])) == ["judges"]
+    assert extras([result, fresh])["free by strict (x)"] == 25
 
 
 @pytest.mark.parametrize(

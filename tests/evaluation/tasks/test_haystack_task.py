@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.tasks.haystack_task import HaystackTask, Question, length_depth_maps
+from meap_lit.evaluation.figures import draw
+from meap_lit.evaluation.tasks.haystack_task import HaystackTask, Question, grid_plot
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.support.oracle import Oracle, run, shared_data, text_of
 
@@ -208,7 +209,8 @@ def test_figure_has_a_panel_for_each_result(model) -> None:
     answers = {"NTP": lambda prompt: "x" * 25, "MEAP": lambda prompt: "x" * 50}  # as many percent
     results = [run(task, Oracle(model.tokenizer, answer), label) for label, answer in answers.items()]
     results[1].records[:] = [record for record in results[1].records if record["cell"]["length"] == 100]
-    figure = length_depth_maps(results, "found")
+    figure = draw(grid_plot("hide", "found"), {result.label: [result] for result in results})
+    assert figure is not None
     first, second = figure.axes[:2]
     assert [axes.get_title() for axes in (first, second)] == ["NTP: 25.0%", "MEAP: 50.0%"]
     assert [label.get_text() for label in first.get_xticklabels()] == ["100", "200"]

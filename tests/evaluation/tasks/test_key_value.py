@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from meap_lit.errors import UserError
+from meap_lit.evaluation.results import figures
 from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.key_value import KeyValueRetrieval, quarter_ends
 from meap_lit.inference.language_model import LanguageModel
@@ -181,11 +182,11 @@ def test_figure():
     task = KeyValueRetrieval(num_pairs=4, num_sets=2, gold=(3, 0))
     answers = {"NTP": lambda prompt: next(iter(parse(prompt)[0].values())), "MEAP": looked_up}
     pair = [Result(task, label, ask(task, Reader(answer))[1]) for label, answer in answers.items()]
-    (axes,) = task.figures(pair)["key_value"].axes
+    (axes,) = figures(pair)["key_value"].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert lines == {"NTP": [[1, 100], [4, 0]], "MEAP": [[1, 100], [4, 100]]}
-    assert axes.get_title() == "4 pairs"
-    assert sorted(axes.get_xticks()) == [1, 4]
+    assert lines == {"NTP": [[0, 100], [3, 0]], "MEAP": [[0, 100], [3, 100]]}
+    assert axes.get_title() == "pairs 4"
+    assert sorted(axes.get_xticks()) == [0, 3]
 
 
 def test_a_real_model(source_folder):

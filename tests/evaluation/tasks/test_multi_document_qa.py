@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from meap_lit.errors import UserError
+from meap_lit.evaluation.results import extras, figures
 from meap_lit.evaluation.task import Result, difference
 from meap_lit.evaluation.tasks.multi_document_qa import MultiDocumentQA, best_subspan_em, normalize_answer
 from meap_lit.inference.language_model import LanguageModel
@@ -313,7 +314,8 @@ def results(oracle_file, bounds=()):
         return "ANNA-town" if "Anna live\n" in prompt else (documents(prompt) or [(0, "", "?")])[0][2]
 
     answers = {"NTP": first_only, "MEAP": looked_up}
-    return [Result(task, label, ask(task, Reader(answer))[1]) for label, answer in answers.items()]
+    about = {"task": {"init_args": {"distractors": "synthetic"}}}
+    return [Result(task, label, ask(task, Reader(answer))[1], 0, about) for label, answer in answers.items()]
 
 
 def test_bounds_are_apart_from_the_mean(oracle_file):
@@ -329,12 +331,12 @@ def test_bounds_are_apart_from_the_mean(oracle_file):
 
 def test_figure(oracle_file):
     pair = results(oracle_file, ("oracle", "closed_book"))
-    (axes,) = pair[0].task.figures(pair)["multi_document_qa"].axes
+    (axes,) = figures(pair)["multi_document_qa"].axes
     lines = {line.get_label(): line for line in axes.lines}
-    assert lines["NTP"].get_xydata().tolist() == [[1, 100], [4, pytest.approx(100 / 6)]]
-    assert lines["MEAP"].get_xydata().tolist() == [[1, 100], [4, 100]]
-    assert axes.get_title() == "4 documents, synthetic distractors"
-    assert axes.get_xticks().tolist() == [1, 4]
+    assert lines["NTP"].get_xydata().tolist() == [[0, 100], [3, pytest.approx(100 / 6)]]
+    assert lines["MEAP"].get_xydata().tolist() == [[0, 100], [3, 100]]
+    assert axes.get_title() == "documents 4, distractors synthetic"
+    assert axes.get_xticks().tolist() == [0, 3]
     dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
     assert dashed == pytest.approx([100, 100 / 6, 100, 0])
     assert [text.get_text() for text in axes.texts] == [
@@ -347,21 +349,21 @@ def test_figure(oracle_file):
 
 def test_figure_without_bounds(oracle_file):
     pair = results(oracle_file)
-    (axes,) = pair[0].task.figures(pair[1:])["multi_document_qa"].axes
+    (axes,) = figures(pair[1:])["multi_document_qa"].axes
     assert [line.get_label() for line in axes.lines] == ["MEAP"]
 
 
 def test_relative_gain(oracle_file):
     pair = results(oracle_file)
-    assert pair[0].task.extra(pair[:1]) == {}
-    assert pair[0].task.extra(pair) == {
-        "relative gain at position 1 (%)": 0.0,
-        "relative gain at position 4 (%)": pytest.approx(500),
-        "relative gain (%)": pytest.approx(100 * 5 / 7),
+    assert extras(pair[:1]) == {}
+    assert extras(pair) == {
+        "relative gain at position 1, % (NTP to MEAP)": 0.0,
+        "relative gain at position 4, % (NTP to MEAP)": pytest.approx(500),
+        "relative gain, % (NTP to MEAP)": pytest.approx(100 * 5 / 7),
     }
     # nothing is relative to nothing
     nothing = Result(pair[0].task, "none", [{**r, "scores": {"best_subspan_em": 0.0}} for r in pair[0].records])
-    assert pair[0].task.extra([nothing, pair[1]]) == {}
+    assert extras([nothing, pair[1]]) == {}
 
 
 def test_a_real_model(oracle_file, source_folder):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from meap_lit.errors import UserError
+from meap_lit.evaluation.results import figures
 from meap_lit.evaluation.tasks.needle import (
     BUILT_IN,
     MagicNumber,
@@ -255,9 +256,9 @@ def test_a_reader_gets_everything_and_who_does_not_read_nothing(task, reader, to
         assert set(first.table(metric)) == {(length, depth) for length in task.lengths for depth in task.depths}
         assert {mean.value for mean in first.table(metric).values()} == {100}
         assert second.mean(metric).value < (0.5 if metric != "needlebench" else 5)
-    figures = task.figures([first, second])
-    assert all(len(figure.axes) == 3 for figure in figures.values()), "two maps and the scale"
-    assert len(figures) == (1 if len(task.metrics) == 1 else 2)
+    drawn = figures([first, second])
+    assert all(len(figure.axes) == 3 for figure in drawn.values()), "two maps and the scale"
+    assert len(drawn) == (1 if len(task.metrics) == 1 else 2)
 
 
 def test_mean_over_lengths_of_the_mean_over_depths_is_the_plain_mean(tokenizer) -> None:

@@ -6,6 +6,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from meap_lit.cli import main
+from meap_lit.evaluation.results import figures
 from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.perplexity import Perplexity, context_ends, nll_by_context
 from meap_lit.inference.language_model import LanguageModel
@@ -52,9 +53,9 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(model, 
     task = Perplexity(dataset=prepared.dataset, split="train", seq_len=50, num_sequences=4)
     result = Result(task, "nothing", evaluate(task, model))
     assert result.mean().n == 4
-    extra = task.extra([result])
-    assert extra["perplexity (nothing)"] == pytest.approx(320, rel=1e-5)
-    assert extra["nll, context 33 to 50 (nothing)"] == pytest.approx(math.log(320), rel=1e-5)
+    extra = task.extra(result)
+    assert extra["perplexity"] == pytest.approx(320, rel=1e-5)
+    assert extra["nll, context 33 to 50"] == pytest.approx(math.log(320), rel=1e-5)
 
 
 def test_it_is_the_validation_loss_of_the_same_rows(toy_recipe, tmp_path, prepared, capsys):
@@ -83,12 +84,12 @@ def test_figures_by_context_from_the_records_alone():
     assert [record["scores"]["nll"] for record in records] == [2.5, 2.5]
     assert nll_by_context(records) == {1: 5.0, 2: 2.0, 4: 1.5}
     result = Result(task, "toy", records)
-    assert task.extra([result]) == {
-        "perplexity (toy)": math.exp(2.5),
-        "nll, context 1 (toy)": 5.0,
-        "nll, context 2 (toy)": 2.0,
-        "nll, context 3 to 4 (toy)": 1.5,
+    assert task.extra(result) == {
+        "perplexity": math.exp(2.5),
+        "nll, context 1": 5.0,
+        "nll, context 2": 2.0,
+        "nll, context 3 to 4": 1.5,
     }
-    line = task.figures([result])["perplexity"].axes[0].get_lines()[0]
+    line = figures([result])["perplexity"].axes[0].get_lines()[0]
     assert list(line.get_xdata()) == [1, 2, 4]
     assert list(line.get_ydata()) == [5.0, 2.0, 1.5]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from meap_lit.errors import UserError
+from meap_lit.evaluation.results import figures
 from meap_lit.evaluation.tasks.reasoning import Reasoning, word_recall
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.support.oracle import Oracle, run, text_of
@@ -120,9 +121,11 @@ def test_a_reader_gets_everything_and_a_stranger_nothing(tokenizer) -> None:
     assert len(first.table()) == 4 * 2 * 3
     assert {mean.value for mean in second.table().values()} == {0}
     assert {name: mean.value for name, mean in first.along("length").items()} == {1500: 100, 2000: 100}
-    figures = task.figures([first, second])
-    heights = {name: [bar.get_height() for bar in figure.axes[0].patches] for name, figure in figures.items()}
-    assert heights == {"reasoning_by_length": [100] * 2 + [0] * 2, "reasoning_by_num_needles": [100] * 4 + [0] * 4}
+    heights = {
+        name: [list(line.get_ydata()) for line in figure.axes[0].lines]
+        for name, figure in figures([first, second]).items()
+    }
+    assert heights == {"reasoning_by_length": [[100] * 2, [0] * 2], "reasoning_by_num_needles": [[100] * 4, [0] * 4]}
 
 
 def test_our_records_can_be_answered_from_their_sentences_alone() -> None:
