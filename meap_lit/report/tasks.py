@@ -1,15 +1,12 @@
 """Sections on the evaluations: each task arm by arm, the ablation of the mask ratio, variants."""
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from meap_lit.evaluation.attention.segments import SEGMENTS
-from meap_lit.evaluation.figures import bars, curves, heat_maps
-from meap_lit.evaluation.task import Result
-from meap_lit.evaluation.tasks.perplexity import nll_by_context
+from meap_lit.evaluation.figures import curves, draw
+from meap_lit.evaluation.task import Plot, Result
 from meap_lit.report.arms import Arm, Study, describe
 from meap_lit.report.blocks import Block, Heading, Paragraph, Picture, Table
 from meap_lit.report.evaluations import Evaluations, check_items
@@ -48,7 +45,7 @@ def task_sections(study: Study, evaluations: Evaluations) -> Iterator[Block]:
                 if score.by_seed(arm)
             ],
         )
-        yield _picture(study, name, arms, results)
+        yield from _picture(study, name, {arm.name: results_of(arm, results) for arm in arms})
         for key in result.cell_keys:
             yield from _table_along(key, arms, results)
         if result.task.name == "attention":
@@ -58,6 +55,19 @@ def task_sections(study: Study, evaluations: Evaluations) -> Iterator[Block]:
 def results_of(arm: Arm, results: Results) -> list[Result]:
     """Return the results of an arm's runs, in the order of the seeds."""
     return [results[run.path] for run in arm.runs.values() if run.path in results]
+
+
+def _picture(study: Study, name: str, groups: Mapping[str, Sequence[Result]]) -> Iterator[Picture]:
+    """Yield the first plot of the task, or of the headline if that has several lines for each arm."""
+    result = next(iter(groups.values()))[0]
+    longest = max(result.cell_keys, key=lambda key: len(result.along(key)), default="")
+    plot = next(iter(result.task.plots), Plot("headline", longest))
+    if len(plot.lines) > 1:
+        plot = Plot("headline", longest, log_x=plot.log_x)
+    figure = draw(plot, groups)
+    if figure is not None:
+        what = plot.value_label or f"{result.headline} ({result.task.unit})"
+        yield Picture(study.file_name(name), figure, f"{what}, means over seeds with standard errors: {name}")
 
 
 def _table_along(key: str, arms: Sequence[Arm], results: Results) -> Iterator[Block]:
@@ -75,74 +85,6 @@ def _table_along(key: str, arms: Sequence[Arm], results: Results) -> Iterator[Bl
 
 def _text(group: Any) -> str:
     return f"{group:g}" if isinstance(group, float) else str(group)
-
-
-# --------------------------------------------------------------------------------------------------- pictures
-
-
-class Profile(NamedTuple):
-    """Points of a result that a picture shows."""
-
-    x_label: str
-    y_label: str
-    points: Mapping[Any, float]
-    log_x: bool = False
-
-
-def profile(result: Result) -> Profile:
-    """Return the headline along the key of the cells with the most values, or what suits the task better."""
-    label = f"{result.headline} ({result.task.unit})"
-    if result.task.name == "attention_segments":
-        return Profile("segment", "attention of EOS (%)", {part: result.mean(part).value for part in SEGMENTS})
-    if result.task.name == "perplexity":
-        return Profile("context (tokens, up to)", label, nll_by_context(result.records), log_x=True)
-    key = max(result.cell_keys, key=lambda key: len(result.along(key)), default="")
-    points = {value: mean.value for value, mean in result.along(key).items()} if key else {}
-    return (
-        Profile(key, label, points) if len(points) > 1 else Profile("", label, {result.headline: result.mean().value})
-    )
-
-
-def _picture(study: Study, name: str, arms: Sequence[Arm], results: Results) -> Picture:
-    """Return heat maps over length and depth, curves over numbers, or bars over names."""
-    result, *_ = results_of(arms[0], results)
-    file = study.file_name(name)
-    x_label, y_label, points, log_x = profile(result)
-    in_percent = result.task.unit == "%"
-    has_grid = all(key in result.cell_keys and len(result.along(key)) > 1 for key in ("length", "depth"))
-    if in_percent and x_label in result.cell_keys and has_grid:
-        lengths, depths = sorted(result.along("length")), sorted(result.along("depth"))
-        panels = {arm.name: _grid(arm, results, lengths, depths) for arm in arms}
-        figure = heat_maps(panels, lengths, depths, x_label="length (tokens)", y_label="depth", title=y_label)
-        return Picture(file, figure, f"{result.headline} over length and depth, means over seeds: {name}")
-    seeds = {arm.name: [profile(one).points for one in results_of(arm, results)] for arm in arms}
-    means = {arm: mean_line(lines) for arm, lines in seeds.items()}
-    if not all(isinstance(x, (int, float)) for x in points):
-        by = f" by {x_label}" if x_label else ""
-        return Picture(file, bars(means, x_label=x_label, y_label=y_label), f"{y_label}{by}, means over seeds: {name}")
-    num_options = result.options.get("num_options")
-    figure = curves(
-        means,
-        faint=seeds,
-        x_label=x_label,
-        y_label=y_label,
-        log_x=log_x,
-        y_range=(0, 102) if in_percent else None,
-        levels={"guessing": 100 / num_options} if num_options else None,
-    )
-    return Picture(file, figure, f"{y_label} over {x_label}: means over seeds, and each seed (thin): {name}")
-
-
-def mean_line(seeds: Sequence[Mapping[Any, float]]) -> dict[Any, float]:
-    """Return the mean at each point of the first seed, over the seeds that have it."""
-    return {x: statistics.mean(seed[x] for seed in seeds if x in seed) for x in seeds[0]}
-
-
-def _grid(arm: Arm, results: Results, lengths: Sequence[Any], depths: Sequence[Any]) -> np.ndarray:
-    """Return the mean over seeds of each cell, [num_depths, num_lengths]; NaN where nothing was asked."""
-    tables = [result.table(keys=["length", "depth"]) for result in results_of(arm, results)]
-    cells = [[[table[cell].value for table in tables if (cell := (x, y)) in table] for x in lengths] for y in depths]
-    return np.array([[np.mean(values) if values else np.nan for values in row] for row in cells])
 
 
 # -------------------------------------------------------------------------------------------------- attention

@@ -43,7 +43,7 @@ def test_curves_over_the_position(tmp_path):
     (axes,) = picture.figure.axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
     assert lines == {"p0": [0, 0, 0], "p0.1": [0, 20, 40]}
-    assert axes.get_xlabel() == "gold"
+    assert axes.get_xlabel() == "position of the pair, from 0"
 
 
 def test_heat_maps_over_length_and_depth(tmp_path):
@@ -51,16 +51,19 @@ def test_heat_maps_over_length_and_depth(tmp_path):
         places = [(length, depth) for length in (100, 200) for depth in (0.0, 50.0)]
         return {(f"{at}", None, cells(length=at[0], depth=at[1])): at[0] * ratio + at[1] for at in places}
 
-    study, evaluations = study_with(tmp_path, (0, 0.1), scores, task="needle")
+    study, evaluations = study_with(tmp_path, (0, 0.1), scores, task="needle", metric="keyword")
     (picture,) = (block for block in tasks.task_sections(study, evaluations) if isinstance(block, Picture))
     first, second = picture.figure.axes[:2]
-    assert [axes.get_title() for axes in (first, second)] == ["p0", "p0.1"]
+    assert [axes.get_title() for axes in (first, second)] == ["p0: 25.0%", "p0.1: 40.0%"]
     assert second.images[0].get_array().tolist() == [[10, 20], [60, 70]]
 
 
 def test_bars_where_cells_are_names(tmp_path):
     study, evaluations = study_with(
-        tmp_path, (0, 0.1), lambda ratio: {(name, None, cells(task=name)): 50.0 for name in ("boolq", "piqa")}
+        tmp_path,
+        (0, 0.1),
+        lambda ratio: {(name, None, cells(task=name)): 50.0 for name in ("boolq", "piqa")},
+        task="commonsense",
     )
     (picture,) = (block for block in tasks.task_sections(study, evaluations) if isinstance(block, Picture))
     assert [bar.get_height() for bar in picture.figure.axes[0].patches] == [50] * 4
