@@ -1,4 +1,4 @@
-"""What share of the tokens of a run each of its datasets really gave."""
+"""Log the share of the tokens that each dataset contributed."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from meap_lit.modules.logged import host_number, is_logged
 
 
 class Mixture(L.Callback):
-    """Logs the share of the tokens trained on so far that came from each dataset, as `mix/NAME`, if there are several.
+    """Log the share of the tokens so far that came from each dataset, as `mix/NAME`, if there are several.
 
-    The order of a run is a pure function of the position, so what stood at the positions up to now is counted, not
-    measured: the figure is exact on any number of devices and after a resume, and no device is asked for it. It need
-    not meet the weights of the recipe, which are shares of samples: conversations differ in length.
+    The order of a run is a pure function of the position, so the shares are counted from it: they are exact on any
+    number of devices and after a resume, and need no synchronization. They may differ from the weights of the recipe,
+    which are shares of samples, where samples differ in length.
     """
 
     def __init__(self) -> None:
         self.shares: dict[str, float] = {}
-        """Share of the tokens so far by name of the dataset; empty before anything was logged."""
+        """Share of the tokens so far by name of the dataset; empty before the first logged step."""
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,4 +1,4 @@
-"""The progress bar: optimizer steps, and the figures that were logged last."""
+"""Show optimizer steps and the latest logged metrics as a progress bar."""
 
 import sys
 from typing import Any
@@ -8,17 +8,17 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 SHOWN = {"train/loss": "loss", "throughput/tokens_per_second": "tokens/s"}
-"""What is shown of the training, under shorter names; Lightning reads a `prog_bar` metric at every batch."""
+"""Training metrics of the bar, with shorter names. Lightning would read a `prog_bar` metric at every batch."""
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Lightning's bar, counting optimizer steps of the whole run instead of micro-batches of an epoch.
+    """Count optimizer steps of the whole run instead of micro-batches of an epoch.
 
-    It moves on at steps that are logged, where the figures are at hand.
+    The bar advances at logged steps only, so that it never waits for the device.
     """
 
     def __init__(self) -> None:
-        # a log file gets a line now and then
+        # fewer lines in a log file
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else 100)
 
     @property
@@ -29,7 +29,7 @@ class StepProgressBar(TQDMProgressBar):
         every = trainer.log_every_n_steps
         self._refresh_rate = -(-self.refresh_rate // every) * every
         super().on_train_start(trainer, *args)
-        self._begin(trainer)  # a resumed run begins no epoch
+        self._begin(trainer)  # a resumed run starts no epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._begin(trainer)
@@ -49,7 +49,7 @@ class StepProgressBar(TQDMProgressBar):
     def init_validation_tqdm(self) -> Tqdm:
         if self.trainer.state.fn == "validate":
             return super().init_validation_tqdm()
-        return Tqdm(disable=True)  # a validation within a run is a matter of seconds
+        return Tqdm(disable=True)  # a validation during training takes seconds
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float]:
         logged = trainer.callback_metrics

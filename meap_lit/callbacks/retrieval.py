@@ -1,4 +1,4 @@
-"""Retrieval from context, measured at validation."""
+"""Measure retrieval from the context at validations."""
 
 import time
 from pathlib import Path
@@ -12,24 +12,27 @@ from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, build_items, plot
 
 
 class RetrievalProbe(L.Callback):
-    """Asks for a fact stated somewhere in the context; logs accuracy and its picture over length and depth.
+    """Ask for a fact in the context; log the accuracy, and its figure over length and depth.
 
-    The facts are made up (`meap_lit/data/corpora/facts.py`) and the answer is chosen among the people that the context
-    names, so guessing gives `1 / num_options`. It needs no data of the user's and works with any tokenizer.
+    The facts are made up (`meap_lit/data/corpora/facts.py`). The model chooses the answer among the people in the
+    context, so guessing gives `1 / num_options`. The probe needs no data and works with any tokenizer.
 
-    A validation goes without it while its share of the time since the training began would exceed `max_share`. The
-    first one never does, since its cost is not known before.
+    A validation skips the probe if its share of the training time would exceed `max_share`. The first validation
+    never does, because the cost is unknown until then.
 
     Args:
-        lengths: Lengths of the context in tokens, question and answer included; those longer than data.seq_len are
-            left out. None asks nothing.
-        depths: Where the fact stands, from 0 (first) to 1 (last).
+        lengths: Lengths of the context in tokens, with question and answer. Lengths above data.seq_len are left out;
+            none disables the probe.
+        depths: Positions of the fact, from 0 (first) to 1 (last).
         num_items: Questions for each length and depth.
         num_options: People to choose from.
         batch_size: Sequences scored at once.
-        max_share: Part of the training time that it may take, in (0, 1]; 1 asks at every validation.
-        seed: Seed of the questions; the same at every validation.
-        filler: File or folder of text whose sentences surround the facts; made up if not given.
+        max_share: Largest share of the training time, in (0, 1]; 1 runs at every validation.
+        seed: Seed of the questions, which are the same at every validation.
+        filler: File or folder of text whose sentences surround the facts; made-up sentences by default.
+
+    Raises:
+        UserError: If `max_share` is not in (0, 1].
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class RetrievalProbe(L.Callback):
         self._spent_s += self._last_s
 
     def _has_time(self, trainer: L.Trainer) -> bool:
-        """Whether one more probe stays within the share; the first rank's clock counts for all."""
+        """Return whether one more probe keeps within the share, by the clock of the first rank."""
         if self._began is None or self._last_s == 0 or self.max_share == 1:
             return True
         share = (self._spent_s + self._last_s) / (time.monotonic() - self._began + self._last_s)
@@ -86,8 +89,8 @@ class RetrievalProbe(L.Callback):
         with trainer.precision_plugin.forward_context():
             self.accuracy = score_items(pl_module.decoder, self._items, self.grid, batch_size=self.batch_size)
         pl_module.log("val/retrieval_accuracy", float(self.accuracy.mean()), prog_bar=True, sync_dist=True)
-        log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
-        if trainer.is_global_zero and trainer.loggers and log_dir:  # without one, it is the current folder
+        log_dir = trainer.log_dir  # on every rank, since Lightning broadcasts it
+        if trainer.is_global_zero and trainer.loggers and log_dir:  # without loggers it is the current folder
             figure = plot_grid(self.accuracy, self.grid, title=f"Retrieval at step {trainer.global_step}")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):

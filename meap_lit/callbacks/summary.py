@@ -1,4 +1,4 @@
-"""What a run ends with: lines for its user, and a file for those who compare runs."""
+"""Keep metrics and cost of a run on disk, and print its result."""
 
 import dataclasses
 import json
@@ -33,30 +33,30 @@ class RunSummary(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = time.monotonic()
-        self._first_step: int | None = None  # a run that trainer.max_time ends at once makes no step
+        self._first_step: int | None = None  # trainer.max_time may end a run before its first step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step = trainer.global_step
-        log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
+        log_dir = trainer.log_dir  # on every rank, since Lightning broadcasts it
         if trainer.is_global_zero and trainer.loggers and log_dir:
             trainer.loggers.append(MetricsTable(Path(log_dir), self._first_step))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
+        log_dir = trainer.log_dir
         if trainer.is_global_zero:
             if trainer.loggers and log_dir and self._first_step is not None:
                 cost = measure(trainer, time.monotonic() - self._began, self._first_step)
                 Path(log_dir, SUMMARY_FILE).write_text(json.dumps(cost, indent=1) + "\n", encoding="utf-8")
-            print("\n" + "\n".join(summarise(trainer, log_dir)), file=sys.stdout)
+            print("\n" + "\n".join(summarize(trainer, log_dir)), file=sys.stdout)
 
 
 def measure(trainer: L.Trainer, seconds: float, first_step: int) -> dict[str, Any]:
-    """What a run took, where, and with what; of a resumed run, the part since then.
+    """Return the cost of a run, its hardware and its versions; for a resumed run, those of the part since then.
 
     Args:
-        trainer: At the end of the run.
-        seconds: Wall time from the start of training to its end: validation, probes and checkpoints included.
-        first_step: Optimizer step at which this part began.
+        trainer: The Trainer at the end of the run.
+        seconds: Wall time of training with validations, probes and checkpoints.
+        first_step: Optimizer step at which this part started.
     """
     data, device = trainer.datamodule, trainer.strategy.root_device
     throughput = _callback(trainer, Throughput)
@@ -82,14 +82,14 @@ def measure(trainer: L.Trainer, seconds: float, first_step: int) -> dict[str, An
         },
         "command": shlex.join(["python", "-m", "meap_lit", *hide_in_words(sys.argv[1:])]),
         "git_commit": git_commit(),
-        # what checkpoints say too: a run can be reported where they are not, since they are large
+        # also in the checkpoints, which are large: a run can be reported without them
         "decoder": dataclasses.asdict(trainer.lightning_module.decoder.config),
         "datasets": data.state_dict()["datasets"],
     }
 
 
-def summarise(trainer: L.Trainer, log_dir: str | None) -> list[str]:
-    """The closing lines of a run."""
+def summarize(trainer: L.Trainer, log_dir: str | None) -> list[str]:
+    """Return the lines to print at the end of a run."""
     data = trainer.datamodule
     metrics = trainer.callback_metrics
     rows = [("optimizer steps", f"{trainer.global_step:,} ({data.samples_seen * data.seq_len:,} tokens)")]

@@ -1,4 +1,4 @@
-"""Tokens per second, model FLOPs utilisation, tokens seen and memory."""
+"""Log tokens per second, model FLOPs utilization, tokens seen and memory."""
 
 import resource
 import sys
@@ -13,11 +13,11 @@ from meap_lit.modules.logged import host_number, is_logged
 
 
 class Throughput(L.Callback):
-    """Logs speed at the steps that are logged, over those since the last one; validation is left out.
+    """Log the speed since the last logged step, without the time of validations.
 
-    `throughput/mfu` is the share of the device's peak that the model's own FLOPs make up (`DecoderConfig.
-    flops_per_token`); it is absent where the peak is not known, as on a CPU. Lightning's `ThroughputMonitor` counts
-    micro-batches instead of optimizer steps and says nothing during its first hundred, so it does not serve here.
+    `throughput/mfu` is the FLOPs of the model (`DecoderConfig.flops_per_token`) over the peak of its devices; it is
+    absent where the peak is unknown, as on a CPU. Lightning's `ThroughputMonitor` counts micro-batches instead of
+    optimizer steps and logs nothing during the first hundred.
     """
 
     def __init__(self) -> None:
@@ -70,24 +70,24 @@ class Throughput(L.Callback):
 
 
 def _peak_flops(trainer: L.Trainer) -> float | None:
-    """Peak of all devices of the run at the precision of its matrix products; None where it is not known."""
+    """Return the peak of all devices of the run in FLOP/s, at the precision of its matrix products; None if unknown."""
     dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
     peak = peak_flops(trainer.strategy.root_device, dtype)
     return None if peak is None else peak * trainer.world_size
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak of one device in FLOP/s; None where it is not known, as on a CPU."""
+    """Return the dense peak of one device in FLOP/s; None if it is unknown, as on a CPU."""
     if device.type != "cuda":
         return None
     if dtype is torch.bfloat16 and "h200" in torch.cuda.get_device_name(device).lower():
-        # NVIDIA's datasheet, dense; Lightning's table misses the plain name and lists the peak with sparsity
+        # dense, from NVIDIA's datasheet: Lightning's table lacks this name and lists peaks with sparsity
         return 989.4e12
     return get_available_flops(device, dtype)
 
 
 def _memory(trainer: L.Trainer) -> float:
-    """Peak memory in GB: allocated on the GPU, or resident in this process."""
+    """Return the peak memory in GB: allocated on the GPU, or resident in this process."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
