@@ -24,7 +24,7 @@ _DROPPED = {
         *("storage_options", "storage_tries", "storage_timeout"),
     },
 }
-_RATIOS = ("ratio", "ratios", "start", "end")
+_RATIOS = ("mask_ratio", "mask_ratios", "start", "end")
 
 
 @dataclass(eq=False)
@@ -56,24 +56,22 @@ class Arm:
     @property
     def ratio(self) -> float | None:
         """The share of masked tokens, where it is one number for the whole run."""
-        if self.kind == "fine-tuning":
-            return self.recipe.get("data.duplication.mask_ratio")
-        is_constant = self.recipe.get("model.mask") == "Constant"
-        return self.recipe.get("model.mask.ratio") if is_constant else None
+        ratio = self.recipe.get(self.ratio_key)
+        return None if isinstance(ratio, str) else ratio  # a schedule's class
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing was masked, in what it started from neither."""
         if self.origin is not None and self.kind == "pretraining" and not self.origin.is_plain:
             return False
-        if self.kind == "fine-tuning":
+        if not isinstance(self.recipe.get(self.ratio_key), str):
             return not self.ratio
-        ratios = [self.recipe.get(f"model.mask.{name}") for name in _RATIOS]
+        ratios = [self.recipe.get(f"{self.ratio_key}.{name}") for name in _RATIOS]
         return not any(any(ratio) if isinstance(ratio, list) else ratio for ratio in ratios)
 
     @property
     def ratio_key(self) -> str:
-        return "data.duplication.mask_ratio" if self.kind == "fine-tuning" else "model.mask.ratio"
+        return "data.duplication.mask_ratio" if self.kind == "fine-tuning" else "model.mask_ratio"
 
     def differs_from(self, other: "Arm") -> dict[str, Any]:
         """Values of this arm that the other has otherwise or not at all."""
@@ -153,9 +151,8 @@ def find_studies(runs: Sequence[Run]) -> list[Study]:
     for group in groups.values():
         plain = [arm for arm in group if arm.is_plain]
         if not plain:
-            what = "model.mask Constant" if group[0].kind == "pretraining" else "data.duplication.mask_ratio"
             raise UserError(
-                f"no baseline ({what} 0) for the {group[0].kind} of {', '.join(arm.name for arm in group)}; "
+                f"no baseline ({group[0].ratio_key} 0) for the {group[0].kind} of {', '.join(arm.name for arm in group)}; "
                 f"name its runs too, or leave these out of --runs"
             )
         for arm in group:

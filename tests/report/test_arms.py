@@ -27,7 +27,7 @@ def test_runs_that_differ_in_seed_and_machine_are_one_arm(tmp_path):
     assert ntp.baseline is None
     assert meap.baseline is ntp
     assert study.paper_arm is meap
-    assert describe(meap.differs_from(ntp)) == "mask.ratio 0.15"
+    assert describe(meap.differs_from(ntp)) == "mask_ratio 0.15"
     assert [seed for seed, _, _ in meap.pairs(ntp)] == ["1", "2"]
     assert study.title == "Pretraining, 66 parameters"
 
@@ -37,7 +37,7 @@ def test_ablation_and_variants(tmp_path):
         tmp_path,
         *(recipe(f"p{ratio}", 1, ratio) for ratio in (0.15, 0, 0.05)),
         recipe("released", 1, 0.15, model__init_args__mask_scope="batch"),
-        recipe("ramp", 1, mask={"class_path": "meap_lit.masking.Linear", "init_args": {"end": 0.15}}),
+        recipe("ramp", 1, schedule={"class_path": "meap_lit.masking.Linear", "init_args": {"end": 0.15}}),
     )
     assert [arm.name for arm in study.arms] == ["p0", "p0.05", "p0.15", "released", "ramp"]
     assert [arm.name for arm in study.ablation] == ["p0.05", "p0.15"]
@@ -98,7 +98,7 @@ def test_continued_pretraining_is_plain_only_if_it_began_plain(tmp_path):
     ("configs", "message"),
     [
         ([recipe("a", 1, 0), recipe("b", 1, 0)], "have the same recipe and seed 1; leave one of them out"),
-        ([recipe("a", 1, 0.15), recipe("a", 2, 0.15)], "no baseline (model.mask Constant 0) for the pretraining of a"),
+        ([recipe("a", 1, 0.15), recipe("a", 2, 0.15)], "no baseline (model.mask_ratio 0) for the pretraining of a"),
         (
             [recipe("a", 1, 0.1, fine_tuning=True, init_from="hf/model")],
             "no baseline (data.duplication.mask_ratio 0) for the fine-tuning of a; name its runs too",
