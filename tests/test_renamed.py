@@ -95,7 +95,7 @@ def test_keys_and_values_are_renamed_wherever_a_recipe_names_them():
     ],
 )
 def test_words_are_renamed(old, new):
-    words = old.split(" ", 1) if "{" in old else old.split()
+    words = [old] if "={" in old else old.split(" ", 1) if "{" in old else old.split()
     assert " ".join(current_words(words)) == new
 
 
