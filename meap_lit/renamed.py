@@ -43,7 +43,11 @@ CLASSES = {
 }
 """Import paths that a recipe may name: old to new."""
 
-KEYS: dict[str, str] = {}
+KEYS = {
+    "model.mask": "mask_ratio",
+    "model.mask_ratio.ratio": "mask_ratio",
+    "model.mask_ratio.ratios": "mask_ratios",
+}
 """Keys of a recipe, without `init_args`, and the new last part of each: {"model.mask": "mask_ratio"}."""
 
 VALUES: dict[tuple[str, str], str] = {}

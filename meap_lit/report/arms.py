@@ -235,6 +235,8 @@ def _flatten(key: str, value: Any, values: dict[str, Any]) -> None:
         if value is not None:  # 0 and 0.0 are the same in a recipe, but not as text
             values[key] = int(value) if isinstance(value, float) and value.is_integer() else value
         return
+    if value.get("class_path") == "meap_lit.masking.Constant":
+        return _flatten(key, value["init_args"]["mask_ratio"], values)
     if "class_path" in value:
         values[key] = value["class_path"].rpartition(".")[2]
         value = value.get("init_args") or {}

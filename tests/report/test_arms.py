@@ -32,6 +32,17 @@ def test_runs_that_differ_in_seed_and_machine_are_one_arm(tmp_path):
     assert study.title == "Pretraining, 66 parameters"
 
 
+def test_a_run_of_an_earlier_version_is_one_of_its_arm(tmp_path):
+    old = recipe("meap_s2", 2)
+    del old["model"]["init_args"]["mask_ratio"]
+    old["model"]["init_args"]["mask"] = {"class_path": "meap_lit.masking.Constant", "init_args": {"ratio": 0.15}}
+    (study,) = studies_of(tmp_path, recipe("ntp_s1", 1, 0), recipe("meap_s1", 1, 0.15), old)
+    assert [(arm.name, arm.ratio, list(arm.runs)) for arm in study.arms] == [
+        ("ntp", 0, ["1"]),
+        ("meap", 0.15, ["1", "2"]),
+    ]
+
+
 def test_ablation_and_variants(tmp_path):
     (study,) = studies_of(
         tmp_path,
