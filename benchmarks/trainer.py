@@ -245,7 +245,7 @@ def _recipe(folder: Path, bare: TrainingStep, micro_batch_size: int, compile: bo
         "model": _object(
             "meap_lit.modules.MEAPPretraining",
             decoder=dataclasses.asdict(bare.config),
-            mask=_object("meap_lit.masking.Constant", ratio=MASK_RATIO),
+            mask_ratio=MASK_RATIO,
             optimizer={"lr": 1e-4, "final_lr": 1e-5},
             compile=compile,
         ),

@@ -146,7 +146,7 @@ def read_command(arguments: list[str]) -> Any:
         UserError: If there is no such command, or an option is wrong.
     """
     from meap_lit.recipe.explain import check_options, input_errors
-    from meap_lit.recipe.file import check_words
+    from meap_lit.recipe.file import check_words, current_words
 
     check_words(arguments)
     words = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
@@ -157,7 +157,8 @@ def read_command(arguments: list[str]) -> Any:
     command = getattr(importlib.import_module(module), name)
     parser = _command_parser(command, prog=f"python -m meap_lit {words}")
     with input_errors([option for action in parser._actions for option in action.option_strings]):
-        namespace = parser.parse_args(arguments[len(words.split()) :])
+        options = arguments[len(words.split()) :]
+        namespace = parser.parse_args(current_words(options) if reads_recipes(command) else options)
         namespace.pop("config", None)
         check_options(namespace.as_dict(), command)
         return command(**vars(parser.instantiate_classes(namespace)))
@@ -170,6 +171,11 @@ def _run_command(command: Any) -> None:
         if error.errno in NO_SPACE and error.filename is None:  # a write does not say where
             error.filename = getattr(command, "output", None)
         raise
+
+
+def reads_recipes(command: type) -> bool:
+    """Return whether the options of a command may come from a recipe."""
+    return any(f.name == "base" for f in dataclasses.fields(command))
 
 
 def _command_parser(command: type, prog: str) -> Any:
@@ -185,7 +191,7 @@ def _command_parser(command: type, prog: str) -> Any:
     doc = docstring_parser.parse(command.__doc__ or "")
     help_of = {parameter.arg_name: parameter.description for parameter in doc.params}
     parser = Parser(prog=prog, description=doc.short_description, exit_on_error=False, allow_abbrev=False)
-    if any(f.name == "base" for f in dataclasses.fields(command)):  # it reads recipes
+    if reads_recipes(command):
         parser.parser_mode = "omegaconf+"
         parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe; a later one overrides an earlier one.")
     lists = [f for f in dataclasses.fields(command) if "list" in str(f.type)]

@@ -146,7 +146,7 @@ model:
   init_args:
     seed: ${{seed_everything}}
     decoder: {{num_layers: 2, num_heads: 2, num_kv_heads: 1, hidden_size: 32, intermediate_size: 64, max_seq_len: 64}}
-    mask: {{class_path: meap_lit.masking.Constant, init_args: {{ratio: 0.15}}}}
+    mask_ratio: 0.15
     optimizer: {{lr: 3.0e-3, final_lr: 3.0e-4}}
 data:
   class_path: meap_lit.data.pretraining.PretrainingData

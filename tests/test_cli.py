@@ -95,25 +95,25 @@ def test_an_unknown_command_is_named(capsys):
     assert "prepare text" in line
 
 
+MASKS = "mask_ratio: {class_path: meap_lit.masking.Linear, init_args: {end: 0.15}}"
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [
         ("global_batch_size:", "global_batch:", "Data has no option 'global_batch'; did you mean 'global_batch_size'?"),
         ("num_layers:", "n_layers:", "DecoderConfig has no option 'n_layers'; did you mean 'num_layers'?"),
-        ("{ratio: 0.15}", "{raito: 0.15}", "masking.Constant has no option 'raito'; did you mean 'ratio'?"),
+        (MASKS, MASKS.replace("end", "ende"), "masking.Linear has no option 'ende'; did you mean 'end'?"),
         ("budget:", "buget:", "there is no key 'buget.max_steps'; did you mean 'budget'?"),
-        (
-            "masking.Constant",
-            "masking.Constnat",
-            "meap_lit.masking.positions.Constnat does not exist; did you mean 'Constant'?",
-        ),
+        (MASKS, MASKS.replace("Linear", "Linaer"), "meap_lit.masking.Linaer does not exist; did you mean 'Linear'?"),
         ("optimizer:", "optimiser:", "MEAPPretraining has no option 'optimiser.lr'; did you mean 'optimizer'?"),
         ("num_layers: 2", "num_layers: two", "model.decoder.num_layers must be a whole number, got two"),
     ],
 )
 def test_what_is_misspelt_in_a_recipe_is_named_with_what_was_meant(capsys, toy_recipe, right, wrong, message):
-    assert right in toy_recipe.read_text()
-    toy_recipe.write_text(toy_recipe.read_text().replace(right, wrong))
+    text = toy_recipe.read_text().replace("mask_ratio: 0.15", MASKS)
+    assert right in text
+    toy_recipe.write_text(text.replace(right, wrong))
     line = complain(capsys, "fit", "--config", toy_recipe)
     assert line.endswith(message)
     assert len(line) < 200
@@ -131,7 +131,15 @@ def test_what_is_misspelt_in_a_recipe_is_named_with_what_was_meant(capsys, toy_r
         ("fit --config {} --budget.max_steps many", "budget.max_steps must be a whole number, got many"),
         ("fit --config {} --model.protect [pad]", "model.protect must be bos, eos or last, got pad"),
         ("fit --config {} --model.protect eos", "model.protect must be a list ([...]), got eos"),
-        ("fit --config {} --model.mask 0.1", "model.mask must be a mapping ({{key: value}}) or a class_path, got 0.1"),
+        (
+            "fit --config {} --model.mask_ratio a",
+            "model.mask_ratio must be a number, a mapping ({{key: value}}) or a class_path, got a",
+        ),
+        (
+            "fit --config {} --model.mask_ratio.hold_off 3",
+            "model.mask_ratio.hold_off is an option of a class, and model.mask_ratio names none; "
+            "name one with --model.mask_ratio CLASS_PATH",
+        ),
         ("fit --config {} --data.datasets '{{a: half}}'", "data.datasets must be a number, got half"),
         ("fit --config {} --model.decoder.qk_norm maybe", "model.decoder.qk_norm must be true or false, got maybe"),
     ],
@@ -191,10 +199,10 @@ def test_a_folder_instead_of_a_recipe_is_named(capsys, tmp_path):
     assert f"recipe {tmp_path} is a folder; no .yaml lies in it" in complain(capsys, "fit", "--config", str(tmp_path))
 
 
-@pytest.mark.parametrize(("ratio", "hint"), [("15", "write 0.15 for 15%"), ("1.0", "got 1"), ("-0.1", "got -0.1")])
+@pytest.mark.parametrize(("ratio", "hint"), [("15", "write 0.15 for 15%"), ("1.0", "got 1"), ("-1", "got -1")])
 def test_a_mask_ratio_out_of_range_is_named(capsys, toy_recipe, ratio, hint):
-    line = complain(capsys, "fit", "--config", toy_recipe, f"--model.mask.ratio={ratio}")
-    assert "mask ratio must be in [0, 1)" in line
+    line = complain(capsys, "fit", "--config", toy_recipe, f"--model.mask_ratio={ratio}")
+    assert "model.mask_ratio must be in [0, 1)" in line
     assert hint in line
 
 

@@ -120,7 +120,7 @@ def test_sigusr1_saves_and_requeues_a_job_which_goes_on(slurm_job, toy_recipe, t
 @pytest.mark.parametrize("folder", [".", "runs"])
 def test_no_run_starts_from_what_lightning_saved_to_requeue_another(slurm_job, toy_recipe, tmp_path, capsys, folder):
     """Lightning itself restores any hpc_ckpt_*.ckpt of the current folder when a job begins."""
-    ntp = ["fit", "--config", str(toy_recipe), "--model.mask.ratio", "0", "--budget.max_steps", "3"]
+    ntp = ["fit", "--config", str(toy_recipe), "--model.mask_ratio", "0", "--budget.max_steps", "3"]
     alone = RecipeCLI.run(ntp).model.decoder.state_dict()
     meap = RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "2"]).trainer
     shutil.copy(meap.checkpoint_callback.best_model_path, tmp_path / folder / "hpc_ckpt_1.ckpt")

@@ -1,4 +1,4 @@
-"""How many tokens are masked at each step: schedules of the mask ratio."""
+"""Schedules of the mask ratio: which share of the tokens is masked at each step."""
 
 import math
 from abc import ABC, abstractmethod
@@ -8,34 +8,29 @@ from meap_lit.errors import UserError
 from meap_lit.masking.positions import check_ratio
 
 
-def _check_steps(name: str, value: int | None) -> None:
-    if value is not None and value < 0:
-        raise UserError(f"mask schedule '{name}' must be at least 0, got {value}")
-
-
 class MaskSchedule(ABC):
-    """The mask ratio P as a function of the optimizer step."""
+    """The mask ratio P as a function of the optimizer step; a recipe gives it as `model.mask_ratio`."""
 
     @abstractmethod
     def __call__(self, step: int, max_steps: int) -> float:
-        """P at optimizer step `step`, counted from 0, of a run of `max_steps` steps."""
+        """Return P at optimizer step `step`, counted from 0, of a run of `max_steps` steps."""
 
 
 @dataclass(frozen=True)
 class Constant(MaskSchedule):
-    """The same P at every step, as in the paper.
+    """The same P at every step, as in the paper; `model.mask_ratio: 0.15` is short for it.
 
     Args:
-        ratio: Share of the input tokens that is masked; 0 is plain next-token prediction.
+        mask_ratio: Share of the input tokens that is masked; 0 is plain next-token prediction.
     """
 
-    ratio: float = 0.15
+    mask_ratio: float = 0.15
 
     def __post_init__(self) -> None:
-        check_ratio("mask ratio", self.ratio)
+        check_ratio("model.mask_ratio", self.mask_ratio)
 
     def __call__(self, step: int, max_steps: int) -> float:
-        return self.ratio
+        return self.mask_ratio
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,8 @@ class Ramp(MaskSchedule):
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        check_ratio("mask ratio 'start'", self.start)
-        check_ratio("mask ratio 'end'", self.end)
+        check_ratio("model.mask_ratio.start", self.start)
+        check_ratio("model.mask_ratio.end", self.end)
         _check_steps("steps", self.steps)
 
     def __call__(self, step: int, max_steps: int) -> float:
@@ -62,7 +57,7 @@ class Ramp(MaskSchedule):
 
     @abstractmethod
     def shape(self, progress: float) -> float:
-        """Share of the way from `start` to `end` after a share `progress` of the steps; both from 0 to 1."""
+        """Return the share of the way from `start` to `end` after a share `progress` of the steps; both in [0, 1]."""
 
 
 class Linear(Ramp):
@@ -81,25 +76,25 @@ class Cosine(Ramp):
 
 @dataclass(frozen=True)
 class WarmupHold(MaskSchedule):
-    """No masking for `hold_off` steps, then a straight ramp to `ratio` over `warmup_steps`, which is held.
+    """No masking for `hold_off` steps, then a straight ramp to `mask_ratio` over `warmup_steps`; P stays there.
 
     Args:
-        ratio: P once warmed up.
+        mask_ratio: P once warmed up.
         warmup_steps: Length of the ramp in optimizer steps.
         hold_off: Steps of plain next-token prediction before the ramp.
     """
 
-    ratio: float = 0.15
+    mask_ratio: float = 0.15
     warmup_steps: int = 1000
     hold_off: int = 0
 
     def __post_init__(self) -> None:
-        check_ratio("mask ratio", self.ratio)
+        check_ratio("model.mask_ratio.mask_ratio", self.mask_ratio)
         _check_steps("warmup_steps", self.warmup_steps)
         _check_steps("hold_off", self.hold_off)
 
     def __call__(self, step: int, max_steps: int) -> float:
-        return self.ratio * _progress(step - self.hold_off, self.warmup_steps, max_steps)
+        return self.mask_ratio * _progress(step - self.hold_off, self.warmup_steps, max_steps)
 
 
 @dataclass(frozen=True)
@@ -107,29 +102,36 @@ class Piecewise(MaskSchedule):
     """P jumps at given steps.
 
     Args:
-        ratios: One P for each piece.
-        boundaries: Step at which each piece but the first begins, rising; one fewer than `ratios`.
+        mask_ratios: One P for each piece.
+        boundaries: Step at which each piece but the first begins, rising; one fewer than `mask_ratios`.
     """
 
-    ratios: list[float]
+    mask_ratios: list[float]
     boundaries: list[int]
 
     def __post_init__(self) -> None:
-        for ratio in self.ratios:
-            check_ratio("mask ratio in 'ratios'", ratio)
-        if len(self.ratios) != len(self.boundaries) + 1 or self.boundaries != sorted(set(self.boundaries)):
+        for mask_ratio in self.mask_ratios:
+            check_ratio("model.mask_ratio.mask_ratios", mask_ratio)
+        if len(self.mask_ratios) != len(self.boundaries) + 1 or self.boundaries != sorted(set(self.boundaries)):
             raise UserError(
-                f"a piecewise mask schedule needs rising 'boundaries', one fewer than 'ratios'; "
-                f"got boundaries {self.boundaries} for ratios {self.ratios}"
+                f"model.mask_ratio.boundaries must rise and be one fewer than model.mask_ratio.mask_ratios; "
+                f"got boundaries {self.boundaries} for mask_ratios {self.mask_ratios}"
             )
 
     def __call__(self, step: int, max_steps: int) -> float:
-        return self.ratios[sum(step >= boundary for boundary in self.boundaries)]
+        return self.mask_ratios[sum(step >= boundary for boundary in self.boundaries)]
 
 
 def _progress(step: int, steps: int | None, max_steps: int) -> float:
-    """Share of a ramp that lies behind at `step`; a ramp of no steps is over at step 0."""
+    """Return the share of a ramp that is over at `step`; a ramp of no steps is over at step 0."""
     if steps is None and not 0 <= max_steps < math.inf:
-        raise UserError(f"a mask schedule over the whole run needs trainer.max_steps, got {max_steps}; or set 'steps'")
+        raise UserError(
+            f"a mask schedule over the whole run needs trainer.max_steps, got {max_steps}; or set model.mask_ratio.steps"
+        )
     length = max_steps if steps is None else steps
     return min(1.0, max(0.0, step / length)) if length > 0 else float(step >= 0)
+
+
+def _check_steps(name: str, value: int | None) -> None:
+    if value is not None and value < 0:
+        raise UserError(f"model.mask_ratio.{name} must be at least 0, got {value}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from meap_lit.data.stream.text import Batch
 from meap_lit.errors import UserError
 from meap_lit.masking import check_ratio, mask_inputs, rare_ids
-from meap_lit.masking.schedules import MaskSchedule
+from meap_lit.masking.schedules import Constant, MaskSchedule
 from meap_lit.model import linear_cross_entropy
 from meap_lit.modules.base import DecoderModule
 from meap_lit.modules.logged import host_number, is_logged
@@ -21,7 +21,7 @@ class MEAPPretraining(DecoderModule):
     With P = 0 this is plain next-token prediction. Validation never masks.
 
     Args:
-        mask: P as a function of the optimizer step.
+        mask_ratio: P: a number, or a schedule of the optimizer step (`meap_lit/masking/schedules.py`).
         mask_scope: `sequence` draws positions for each sequence; `batch` one set for all sequences of a step, as the
             authors' released code does.
         mask_cycle: Number of optimizer steps after which the drawn sets repeat; the released code has 51, drawn by
@@ -38,7 +38,7 @@ class MEAPPretraining(DecoderModule):
 
     def __init__(
         self,
-        mask: MaskSchedule,
+        mask_ratio: float | MaskSchedule,
         mask_scope: Literal["sequence", "batch"] = "sequence",
         mask_cycle: int | None = None,
         span_len: int = 1,
@@ -54,7 +54,7 @@ class MEAPPretraining(DecoderModule):
         if span_len < 1:
             raise UserError(f"model.span_len must be at least 1, got {span_len}")
         check_ratio("model.protect_rare", protect_rare)
-        self.mask = mask
+        self.mask_ratio = mask_ratio if isinstance(mask_ratio, MaskSchedule) else Constant(mask_ratio)
         self.mask_scope = mask_scope
         self.mask_cycle = mask_cycle
         self.span_len = span_len
@@ -68,7 +68,7 @@ class MEAPPretraining(DecoderModule):
 
     @property
     def plain_override(self) -> str | None:
-        return "--model.mask.ratio 0" if getattr(self.mask, "ratio", 0) > 0 else None
+        return "--model.mask_ratio 0" if getattr(self.mask_ratio, "mask_ratio", 1) > 0 else None
 
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule
@@ -95,7 +95,7 @@ class MEAPPretraining(DecoderModule):
         """Masked input ids and the input mask, each [B, T], of a training batch at the present step."""
         assert self.mask_token_id is not None
         step, sample_ids = self.global_step, batch["sample_ids"]
-        mask_ratio = self.mask(step, self.trainer.max_steps)
+        mask_ratio = self.mask_ratio(step, self.trainer.max_steps)
         self.masks_drawn |= mask_ratio > 0
         return mask_inputs(
             batch["input_ids"],
@@ -130,6 +130,6 @@ class MEAPPretraining(DecoderModule):
             return
         if is_logged(self.trainer, self.global_step + 1):
             self.log("train/loss", self._step_loss.clone(), sync_dist=True)
-            self.log("mask/ratio", host_number(self.mask(self.global_step, self.trainer.max_steps)))
+            self.log("mask/ratio", host_number(self.mask_ratio(self.global_step, self.trainer.max_steps)))
             self.log("mask/realised_ratio", input_mask.float().mean())
         self._step_loss.zero_()

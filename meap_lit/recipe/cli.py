@@ -37,7 +37,7 @@ from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.modules.cpu_memory import keep_freed_memory
 from meap_lit.parallel.strategies import follow_launcher
 from meap_lit.recipe.explain import check_values, explain, find_user_error, input_errors, raised_by
-from meap_lit.recipe.file import KeepsSecrets, RecipeFile
+from meap_lit.recipe.file import KeepsSecrets, RecipeFile, current_words
 
 # `--budget.max_step` is a mistake, not short for `--budget.max_steps`
 PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
@@ -117,7 +117,7 @@ class RecipeCLI(LightningCLI):
         parser.set_defaults({"seed_everything": 0})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        words = _nest_nulls(args)
+        words = _nest_nulls(current_words(args))
         unprinted = [word for word in words if word.partition("=")[0] != "--print_config"]
         if any(word.partition("=")[0] in ("-c", "--config") for word in words) and unprinted != words:
             self.parse_arguments(parser, unprinted)  # jsonargparse prints before the values could be checked

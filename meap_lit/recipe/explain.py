@@ -30,9 +30,10 @@ _CLASS = re.compile(r"Problem with given class_path '([^']+)': ")
 # where a class is optional, jsonargparse tells at length that the value is not null either, and prints all of it
 _TAIL = re.compile(r"(\s*- Expected a <class 'NoneType'>| Given value type: ).*")
 _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ")
-_EXPECTED = re.compile(r"Expected a (?:typing\.Literal\[([^]]*)\]|<class '([^']+)'>)(\. Got value)?")
-_NOT_A_CLASS = r"(?:Expected a dot import path string|Unexpected import path format|Not a valid subclass of \w+)"
+_EXPECTED = re.compile(r"Expected (?:a )?(?:typing\.Literal\[([^]]*)\]|<class '([^']+)'>)(\. Got value)?")
+_NOT_A_CLASS = r"(?:Expected (?:a )?dot import path string|Unexpected import path format|Not a valid subclass of \w+)"
 _GIVEN = re.compile(rf"(?:Got value|{_NOT_A_CLASS}|Given value): ([^\n]*)")
+_NO_CLASS = re.compile(r"is abstract\s+Given value type: .*\s+Given value: NestedArg\(key='([^']+)'")
 _IN_WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -172,6 +173,8 @@ def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type
     elif match := re.match(r"unrecognized arguments: --([^\s=]+)", core):
         # of a recipe the parser knows too many options
         core += _hint(f"--{match[1]}", options) if options else _key_hint(match[1], groups or {}, "--")
+    elif match := _NO_CLASS.search(message):
+        return f"{where}.{match[1]} is an option of a class, and {where} names none; name one with --{where} CLASS_PATH"
     elif wanted := _wanted(core):
         given = _GIVEN.search(message)  # the innermost comes first
         return f"{where} must be {wanted}, got {shorten((given and given[1]) or 'nothing')}"

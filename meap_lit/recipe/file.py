@@ -1,5 +1,6 @@
 """Recipes as files: each may name another as its `base`."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from meap_lit.errors import UserError
 from meap_lit.files import decode
+from meap_lit.renamed import current, current_key
 from meap_lit.secrets import without_secrets
 
 MAX_BYTES = 10_000_000
@@ -48,6 +50,14 @@ class KeepsSecrets:
                 f"{key} comes from the environment, where {variable[1]} is not set; set that variable (saved recipes "
                 f"hold no secrets), or change the key"
             ) from error
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse the text of a recipe, old names in it replaced by current ones."""
+        with suppress(yaml.YAMLError):  # the parser says what is wrong
+            given = get_loader("yaml")(content)
+            if (renamed := current(given)) != given:
+                content = json.dumps(renamed, ensure_ascii=False)
+        return super().parse_string(content, *args, **kwargs)  # type: ignore[misc]
 
     def dump(self, namespace: Namespace, *args: Any, skip_link_targets: bool = True, **kwargs: Any) -> str:
         # With the targets of links a dump has no reader: jsonargparse and Lightning take the values from it. A parser
@@ -152,6 +162,26 @@ def check_words(words: Sequence[str]) -> None:
         if "&" in text and "*" in text:
             with suppress(yaml.YAMLError):  # text that is not YAML is taken as it is
                 _check(text, name, is_recipe=False)
+
+
+def current_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command that reads a recipe, old names in them replaced by current ones."""
+    renamed: list[str] = []
+    for word in words:
+        starts = word.startswith("--")
+        option, equals, value = word.partition("=") if starts else ("", "", word)
+        option = f"--{current_key(option[2:])}" if starts else option
+        key = (option or (renamed[-1] if renamed else ""))[2:].removesuffix("+")
+        renamed.append(option + equals + _current_text(value, key))
+    return renamed
+
+
+def _current_text(text: str, key: str) -> str:
+    with suppress(yaml.YAMLError):
+        given = get_loader("yaml")(text) if text.startswith(("{", "[")) else text
+        if (renamed := current(given, key)) != given:
+            return renamed if isinstance(renamed, str) else json.dumps(renamed, ensure_ascii=False)
+    return text
 
 
 def _check(text: str, name: str, is_recipe: bool = True) -> None:

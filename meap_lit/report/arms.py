@@ -25,7 +25,7 @@ _DROPPED = {
     },
 }
 """Keys of these parts that do not."""
-_RATIOS = ("ratio", "ratios", "start", "end")
+_RATIOS = ("mask_ratio", "mask_ratios", "start", "end")
 
 
 @dataclass(eq=False)
@@ -55,24 +55,22 @@ class Arm:
     @property
     def ratio(self) -> float | None:
         """Mask ratio; None if it changes during the run."""
-        if self.kind == "fine-tuning":
-            return self.recipe.get("data.duplication.mask_ratio")
-        is_constant = self.recipe.get("model.mask") == "Constant"
-        return self.recipe.get("model.mask.ratio") if is_constant else None
+        ratio = self.recipe.get(self.ratio_key)
+        return None if isinstance(ratio, str) else ratio  # a schedule's class
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing was masked, neither in these runs nor in the pretraining that they started from."""
         if self.origin is not None and self.kind == "pretraining" and not self.origin.is_plain:
             return False
-        if self.kind == "fine-tuning":
+        if not isinstance(self.recipe.get(self.ratio_key), str):
             return not self.ratio
-        ratios = [self.recipe.get(f"model.mask.{name}") for name in _RATIOS]
+        ratios = [self.recipe.get(f"{self.ratio_key}.{name}") for name in _RATIOS]
         return not any(any(ratio) if isinstance(ratio, list) else ratio for ratio in ratios)
 
     @property
     def ratio_key(self) -> str:
-        return "data.duplication.mask_ratio" if self.kind == "fine-tuning" else "model.mask.ratio"
+        return "data.duplication.mask_ratio" if self.kind == "fine-tuning" else "model.mask_ratio"
 
     def differs_from(self, other: "Arm") -> dict[str, Any]:
         """Return the values of this arm where the other arm has another value or none."""
@@ -150,9 +148,8 @@ def find_studies(runs: Sequence[Run]) -> list[Study]:
     for group in groups.values():
         plain = [arm for arm in group if arm.is_plain]
         if not plain:
-            what = "model.mask Constant" if group[0].kind == "pretraining" else "data.duplication.mask_ratio"
             raise UserError(
-                f"no baseline ({what} 0) for the {group[0].kind} of {', '.join(arm.name for arm in group)}; "
+                f"no baseline ({group[0].ratio_key} 0) for the {group[0].kind} of {', '.join(arm.name for arm in group)}; "
                 f"name its runs too, or leave these out of --runs"
             )
         for arm in group:
@@ -230,6 +227,8 @@ def _flatten(key: str, value: Any, values: dict[str, Any]) -> None:
         if value is not None:  # 0 and 0.0 are equal in a recipe, but not as text
             values[key] = int(value) if isinstance(value, float) and value.is_integer() else value
         return
+    if value.get("class_path") == "meap_lit.masking.Constant":
+        return _flatten(key, value["init_args"]["mask_ratio"], values)
     if "class_path" in value:
         values[key] = value["class_path"].rpartition(".")[2]
         value = value.get("init_args") or {}

@@ -16,6 +16,7 @@ from meap_lit.checkpoint.shards import read_trainer_state
 from meap_lit.errors import UserError
 from meap_lit.files import read_json
 from meap_lit.model import DecoderConfig
+from meap_lit.renamed import current
 
 CONFIG_FILE = "config.yaml"
 LOSS = "val/loss"
@@ -148,7 +149,7 @@ def _has_metrics(folder: Path) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = current(yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

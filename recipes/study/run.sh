@@ -29,7 +29,7 @@ pretrain() { # ARM SEED
     local run="runs/study_$SIZE/$name/seed_$2"
     case $1 in
         ntp) ;;
-        mask_*) arm=(--model.mask.ratio "${1#mask_}") ;;
+        mask_*) arm=(--model.mask_ratio "${1#mask_}") ;;
         *) arm=(--config "recipes/study/variant/$1.yaml") ;;
     esac
     # shellcheck disable=SC2086 # several options

@@ -213,7 +213,7 @@ def train(toy_recipe: Path, folder: Path, name: str, *arguments: str, init_from:
 def test_a_run_without_masks_is_exported_without_the_mask_token(
     toy_recipe: Path, without_mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = train(toy_recipe, without_mask, "plain", "--model.mask.ratio", "0")
+    output = train(toy_recipe, without_mask, "plain", "--model.mask_ratio", "0")
     assert "without the mask token, since no input was masked in training\n" in capsys.readouterr().out
     theirs = transformers.AutoTokenizer.from_pretrained(output)
     original = transformers.AutoTokenizer.from_pretrained(without_mask / "tokenizer")
@@ -232,8 +232,8 @@ def test_a_run_without_masks_is_exported_without_the_mask_token(
     assert again.document_fingerprint == Tokenizer.load(str(without_mask / "tokenizer")).document_fingerprint
 
     # a second stage without masks: what was not used stays unused, and the model that came out goes in
-    second = train(toy_recipe, without_mask, "second", "--model.mask.ratio", "0", init_from=tmp_path / "runs" / "plain")
-    third = train(toy_recipe, without_mask, "third", "--model.mask.ratio", "0", init_from=output)
+    second = train(toy_recipe, without_mask, "second", "--model.mask_ratio", "0", init_from=tmp_path / "runs" / "plain")
+    third = train(toy_recipe, without_mask, "third", "--model.mask_ratio", "0", init_from=output)
     for folder in (second, third):
         assert open_source(folder).config.vocab_size == 320
         assert Tokenizer.load(str(folder)).mask_is_new
@@ -242,7 +242,7 @@ def test_a_run_without_masks_is_exported_without_the_mask_token(
 def test_a_mask_that_was_used_is_exported(
     toy_recipe: Path, without_mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ramp = ["--model.mask", "meap_lit.masking.Linear", "--model.mask.start", "0", "--model.mask.end", "0.5"]
+    ramp = ["--model.mask_ratio", "meap_lit.masking.Linear", "--model.mask_ratio.start", "0", "--model.mask_ratio.end", "0.5"]
     output = train(toy_recipe, without_mask, "masked", *ramp)
     assert "transformers takes [MASK] in a text for the mask token, unless" in capsys.readouterr().out
     theirs = transformers.AutoTokenizer.from_pretrained(output)
@@ -253,12 +253,12 @@ def test_a_mask_that_was_used_is_exported(
     assert open_source(output).config.vocab_size == 384
     # a stage without masks does not make it unused
     second = train(
-        toy_recipe, without_mask, "second", "--model.mask.ratio", "0", init_from=tmp_path / "runs" / "masked"
+        toy_recipe, without_mask, "second", "--model.mask_ratio", "0", init_from=tmp_path / "runs" / "masked"
     )
     assert transformers.AutoTokenizer.from_pretrained(second).mask_token_id == 320
     # nor does a resume that masks nothing any more
     checkpoint = tmp_path / "runs" / "masked" / "version_0" / "checkpoints" / "step=2.ckpt"
-    more = ["--ckpt_path", str(checkpoint), "--budget.max_steps", "3", "--model.mask.ratio", "0"]
+    more = ["--ckpt_path", str(checkpoint), "--budget.max_steps", "3", "--model.mask_ratio", "0"]
     resumed = train(toy_recipe, without_mask, "resumed", *more)
     assert transformers.AutoTokenizer.from_pretrained(resumed).mask_token_id == 320
 

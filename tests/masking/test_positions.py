@@ -69,7 +69,7 @@ def test_ratio_outside_the_unit_interval_is_refused(mask_ratio: float) -> None:
 def test_percentage_is_recognised() -> None:
     with pytest.raises(UserError) as error:
         Constant(15)
-    assert str(error.value) == "mask ratio must be in [0, 1), got 15; write 0.15 for 15%"
+    assert str(error.value) == "model.mask_ratio must be in [0, 1), got 15; write 0.15 for 15%"
 
 
 # ------------------------------------------------------------------------------------------------ which
@@ -421,29 +421,29 @@ def test_schedule_values(schedule: MaskSchedule, expected: dict[int, float]) -> 
 @pytest.mark.parametrize("schedule", [Linear(0.1, 0.3), Cosine(0.1, 0.3)])
 def test_ramp_over_the_whole_run_needs_its_length(schedule: MaskSchedule) -> None:
     """Lightning writes -1 for a run without a number of steps."""
-    with pytest.raises(UserError, match=r"needs trainer\.max_steps, got -1; or set 'steps'"):
+    with pytest.raises(UserError, match=r"needs trainer\.max_steps, got -1; or set model\.mask_ratio\.steps$"):
         schedule(0, max_steps=-1)
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Constant(-0.1), r"^mask ratio must be in \[0, 1\), got -0\.1$"),
-        (lambda: Constant(1), r"^mask ratio must be in \[0, 1\), got 1; write 0\.01 for 1%$"),
-        (lambda: Linear(start=1.5), r"^mask ratio 'start' must be in \[0, 1\), got 1\.5; write 0\.015 for 1\.5%$"),
-        (lambda: Linear(end=20), r"^mask ratio 'end' .* write 0\.2 for 20%$"),
-        (lambda: Linear(steps=-1), r"^mask schedule 'steps' must be at least 0, got -1$"),
-        (lambda: Cosine(start=-1), r"^mask ratio 'start' must be in \[0, 1\), got -1$"),
-        (lambda: Cosine(end=200), r"^mask ratio 'end' must be in \[0, 1\), got 200$"),
-        (lambda: Cosine(steps=-1), r"^mask schedule 'steps' must be at least 0, got -1$"),
-        (lambda: WarmupHold(ratio=15), r"^mask ratio .* write 0\.15 for 15%$"),
-        (lambda: WarmupHold(warmup_steps=-2), r"^mask schedule 'warmup_steps' must be at least 0, got -2$"),
-        (lambda: WarmupHold(hold_off=-2), r"^mask schedule 'hold_off' must be at least 0, got -2$"),
-        (lambda: Piecewise([0.1, 10], [5]), r"^mask ratio in 'ratios' .* write 0\.1 for 10%$"),
-        (lambda: Piecewise([0.1], [5]), r"rising 'boundaries', one fewer than 'ratios'; got boundaries \[5\] for"),
-        (lambda: Piecewise([], []), r"rising 'boundaries', one fewer than 'ratios'"),
-        (lambda: Piecewise([0.1, 0.2, 0.3], [5, 5]), r"rising 'boundaries'"),
-        (lambda: Piecewise([0.1, 0.2, 0.3], [6, 5]), r"rising 'boundaries'"),
+        (lambda: Constant(-0.1), r"^model\.mask_ratio must be in \[0, 1\), got -0\.1$"),
+        (lambda: Constant(1), r"^model\.mask_ratio must be in \[0, 1\), got 1; write 0\.01 for 1%$"),
+        (lambda: Linear(start=1.5), r"^model\.mask_ratio\.start must be in \[0, 1\), got 1\.5; write 0\.015 for 1\.5%$"),
+        (lambda: Linear(end=20), r"^model\.mask_ratio\.end .* write 0\.2 for 20%$"),
+        (lambda: Linear(steps=-1), r"^model\.mask_ratio\.steps must be at least 0, got -1$"),
+        (lambda: Cosine(start=-1), r"^model\.mask_ratio\.start must be in \[0, 1\), got -1$"),
+        (lambda: Cosine(end=200), r"^model\.mask_ratio\.end must be in \[0, 1\), got 200$"),
+        (lambda: Cosine(steps=-1), r"^model\.mask_ratio\.steps must be at least 0, got -1$"),
+        (lambda: WarmupHold(mask_ratio=15), r"^model\.mask_ratio\.mask_ratio .* write 0\.15 for 15%$"),
+        (lambda: WarmupHold(warmup_steps=-2), r"^model\.mask_ratio\.warmup_steps must be at least 0, got -2$"),
+        (lambda: WarmupHold(hold_off=-2), r"^model\.mask_ratio\.hold_off must be at least 0, got -2$"),
+        (lambda: Piecewise([0.1, 10], [5]), r"^model\.mask_ratio\.mask_ratios .* write 0\.1 for 10%$"),
+        (lambda: Piecewise([0.1], [5]), r"boundaries must rise and be one fewer than .*; got boundaries \[5\] for mask_ratios \[0\.1\]$"),
+        (lambda: Piecewise([], []), r"boundaries must rise"),
+        (lambda: Piecewise([0.1, 0.2, 0.3], [5, 5]), r"boundaries must rise"),
+        (lambda: Piecewise([0.1, 0.2, 0.3], [6, 5]), r"boundaries must rise"),
     ],
 )
 def test_wrong_schedules_are_refused_in_one_line(build: Callable[[], MaskSchedule], message: str) -> None:

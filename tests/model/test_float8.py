@@ -16,7 +16,6 @@ from torchao.float8.float8_training_tensor import Float8TrainingTensor
 from meap_lit.checkpoint.source import open_source
 from meap_lit.cli import main
 from meap_lit.errors import UserError
-from meap_lit.masking.schedules import Constant
 from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.model.float8 import use_float8
 from meap_lit.model.lora import PROJECTIONS
@@ -274,7 +273,7 @@ def test_what_does_not_go_with_it_is_said_in_one_line(toy_recipe, capsys, emulat
 
 
 def test_tensor_parallelism_is_refused():
-    module = MEAPPretraining(Constant(0.15), optimizer=AdamW(lr=1e-3), decoder=TOY, mask_token_id=1, float8=True)
+    module = MEAPPretraining(0.15, optimizer=AdamW(lr=1e-3), decoder=TOY, mask_token_id=1, float8=True)
     module._trainer = SimpleNamespace(strategy=Sharded(tensor_parallel_size=2))
     message = "model.float8 does not go with trainer.strategy.tensor_parallel_size 2; set that to 1 or leave"
     with pytest.raises(UserError, match=message):

@@ -286,7 +286,7 @@ def test_a_mask_row_that_nothing_has_trained_starts_as_the_mean(toy_recipe, with
     assert new_mask_token(source, Tokenizer.load(tokenizer)) == 100
     assert new_mask_token(open_source(tmp_path / "runs" / "toy"), Tokenizer.load(tokenizer)) is None
     # nor has a plain run, whose row was never read
-    run(toy_recipe, *words, "2", "--data.tokenizer", tokenizer, "--model.mask.ratio", "0")
+    run(toy_recipe, *words, "2", "--data.tokenizer", tokenizer, "--model.mask_ratio", "0")
     assert new_mask_token(open_source(tmp_path / "runs" / "toy"), Tokenizer.load(tokenizer)) == 100
 
 

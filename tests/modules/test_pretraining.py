@@ -13,7 +13,7 @@ from meap_lit.data.pretraining import PretrainingData
 from meap_lit.data.stream.text import TokenBlocks
 from meap_lit.errors import UserError
 from meap_lit.masking import num_masked
-from meap_lit.masking.schedules import Constant, WarmupHold
+from meap_lit.masking.schedules import WarmupHold
 from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.modules import AdamW, MEAPPretraining
 from meap_lit.recipe.cli import RecipeCLI
@@ -36,7 +36,7 @@ class Recorder(L.Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def fit(prepared, *, mask, max_steps=6, micro_batch_size=4, global_batch_size=8, tmp_path, module=None, **kwargs):
+def fit(prepared, *, mask_ratio, max_steps=6, micro_batch_size=4, global_batch_size=8, tmp_path, module=None, **kwargs):
     """Train a toy model by the Python interface; returns the module and the per-micro-batch losses."""
     from meap_lit.callbacks import Budget
 
@@ -49,7 +49,7 @@ def fit(prepared, *, mask, max_steps=6, micro_batch_size=4, global_batch_size=8,
         micro_batch_size=micro_batch_size,
         num_workers=0,
     )
-    module = module or MEAPPretraining(decoder=TOY, mask=mask, optimizer=AdamW(lr=1e-3, final_lr=1e-4), **kwargs)
+    module = module or MEAPPretraining(decoder=TOY, mask_ratio=mask_ratio, optimizer=AdamW(lr=1e-3, final_lr=1e-4), **kwargs)
     recorder = Recorder()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -68,7 +68,7 @@ def fit(prepared, *, mask, max_steps=6, micro_batch_size=4, global_batch_size=8,
 
 
 def test_ratio_zero_is_plain_next_token_prediction_bit_for_bit(prepared, tmp_path):
-    module, losses = fit(prepared, mask=Constant(0.0), micro_batch_size=8, tmp_path=tmp_path)
+    module, losses = fit(prepared, mask_ratio=0.0, micro_batch_size=8, tmp_path=tmp_path)
 
     # the same training written down plainly, on the same batches
     L.seed_everything(3)
@@ -113,7 +113,7 @@ def summed_loss(decoder, batch):
 
 
 def test_the_loss_is_the_cross_entropy_of_every_next_token(prepared, tmp_path):
-    module, _ = fit(prepared, mask=Constant(0.15), max_steps=1, tmp_path=tmp_path)
+    module, _ = fit(prepared, mask_ratio=0.15, max_steps=1, tmp_path=tmp_path)
     tokens = torch.randint(0, 300, (3, 33), generator=torch.Generator().manual_seed(0))
     loss = module._mean_loss(tokens[:, :-1], tokens[:, 1:])
     logits = module.decoder.logits(module.decoder(tokens[:, :-1]))
@@ -121,7 +121,7 @@ def test_the_loss_is_the_cross_entropy_of_every_next_token(prepared, tmp_path):
 
 
 def test_inputs_are_masked_and_labels_stay_clean(prepared, tmp_path):
-    module, _ = fit(prepared, mask=Constant(0.15), max_steps=1, tmp_path=tmp_path)
+    module, _ = fit(prepared, mask_ratio=0.15, max_steps=1, tmp_path=tmp_path)
     batch = {
         "input_ids": torch.full((4, 32), 7),
         "labels": torch.full((4, 32), 7),
@@ -136,7 +136,7 @@ def test_inputs_are_masked_and_labels_stay_clean(prepared, tmp_path):
 
 
 def test_one_set_of_positions_for_the_batch_and_a_cycle_of_steps(prepared, tmp_path):
-    module, _ = fit(prepared, mask=Constant(0.15), max_steps=1, mask_scope="batch", mask_cycle=1, tmp_path=tmp_path)
+    module, _ = fit(prepared, mask_ratio=0.15, max_steps=1, mask_scope="batch", mask_cycle=1, tmp_path=tmp_path)
     batch = {"input_ids": torch.full((4, 32), 7), "sample_ids": torch.arange(4)}
     _, first = module.mask_batch(batch)
     assert first.any()
@@ -149,21 +149,21 @@ def test_one_set_of_positions_for_the_batch_and_a_cycle_of_steps(prepared, tmp_p
 
 def test_the_last_position_is_never_masked_as_in_the_released_code(prepared, tmp_path):
     options = {"mask_scope": "batch", "protect": ["last"]}
-    module, _ = fit(prepared, mask=Constant(0.9), max_steps=1, tmp_path=tmp_path, **options)
+    module, _ = fit(prepared, mask_ratio=0.9, max_steps=1, tmp_path=tmp_path, **options)
     _, input_mask = module.mask_batch({"input_ids": torch.full((4, 32), 7), "sample_ids": torch.arange(4)})
     assert (input_mask.sum(dim=1) == num_masked(0.9, 32)).all()
     assert not input_mask[:, -1].any()
 
 
 def test_the_schedule_is_followed_by_optimizer_step(prepared, tmp_path):
-    _, losses = fit(prepared, mask=WarmupHold(0.5, warmup_steps=4, hold_off=1), max_steps=3, tmp_path=tmp_path)
-    _, plain_losses = fit(prepared, mask=Constant(0.0), max_steps=3, tmp_path=tmp_path)
+    _, losses = fit(prepared, mask_ratio=WarmupHold(0.5, warmup_steps=4, hold_off=1), max_steps=3, tmp_path=tmp_path)
+    _, plain_losses = fit(prepared, mask_ratio=0.0, max_steps=3, tmp_path=tmp_path)
     assert losses[:4] == plain_losses[:4], "steps 0 and 1, two micro-batches each, are not masked"
     assert losses[4] != plain_losses[4]
 
 
 def test_spans_are_masked(prepared, tmp_path):
-    module, _ = fit(prepared, mask=Constant(0.25), max_steps=1, span_len=4, tmp_path=tmp_path)
+    module, _ = fit(prepared, mask_ratio=0.25, max_steps=1, span_len=4, tmp_path=tmp_path)
     _, input_mask = module.mask_batch({"input_ids": torch.full((50, 32), 7), "sample_ids": torch.arange(50)})
     assert input_mask.sum(dim=1).tolist() == [8] * 50
     starts = (input_mask & ~input_mask.roll(1, dims=1)).sum(dim=1)
@@ -172,7 +172,7 @@ def test_spans_are_masked(prepared, tmp_path):
 
 def test_special_and_rare_tokens_are_never_masked(prepared, tmp_path):
     protect = {"protect": ["eos"], "protect_rare": 0.1}
-    module, _ = fit(prepared, mask=Constant(0.5), max_steps=1, tmp_path=tmp_path, **protect)
+    module, _ = fit(prepared, mask_ratio=0.5, max_steps=1, tmp_path=tmp_path, **protect)
     blocks = TokenBlocks(f"{prepared.dataset}/train", 32)
     rows = torch.stack([blocks[number][:-1] for number in range(len(blocks))])
     counts = Counter(rows.flatten().tolist())
@@ -192,7 +192,7 @@ def test_special_and_rare_tokens_are_never_masked(prepared, tmp_path):
 
 @pytest.mark.parametrize("options", [{"protect": ["eos"]}, {"protect_rare": 0.1}])
 def test_protected_tokens_need_the_data(options):
-    module = MEAPPretraining(decoder=TOY, mask=Constant(0.15), optimizer=AdamW(), **options)
+    module = MEAPPretraining(decoder=TOY, mask_ratio=0.15, optimizer=AdamW(), **options)
     module._trainer = SimpleNamespace(datamodule=None)
     with pytest.raises(UserError, match=r"^model.protect and model.protect_rare need a datamodule"):
         module.on_fit_start()
@@ -200,8 +200,8 @@ def test_protected_tokens_need_the_data(options):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
 def test_the_split_into_micro_batches_changes_nothing(prepared, tmp_path, micro_batch_size):
-    whole, _ = fit(prepared, mask=Constant(0.15), micro_batch_size=8, tmp_path=tmp_path)
-    split, _ = fit(prepared, mask=Constant(0.15), micro_batch_size=micro_batch_size, tmp_path=tmp_path)
+    whole, _ = fit(prepared, mask_ratio=0.15, micro_batch_size=8, tmp_path=tmp_path)
+    split, _ = fit(prepared, mask_ratio=0.15, micro_batch_size=micro_batch_size, tmp_path=tmp_path)
     for name, tensor in whole.decoder.state_dict().items():
         torch.testing.assert_close(tensor, split.decoder.state_dict()[name], atol=1e-5, rtol=1e-4)
 
@@ -211,7 +211,7 @@ def test_a_toy_model_overfits_a_few_sequences():
     config = DecoderConfig(
         num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=64, intermediate_size=128, vocab_size=128, max_seq_len=32
     )
-    module = MEAPPretraining(decoder=config, mask=Constant(0.15), optimizer=AdamW(), mask_token_id=127)
+    module = MEAPPretraining(decoder=config, mask_ratio=0.15, optimizer=AdamW(), mask_token_id=127)
     module.configure_model()
     tokens = torch.randint(0, 127, (4, 33))
     optimizer = AdamW(lr=1e-2).build(module.decoder)
@@ -229,8 +229,8 @@ def test_a_toy_model_overfits_a_few_sequences():
 def test_pretraining_goes_on_from_a_checkpoint_of_transformers(prepared, tmp_path, source_folder):
     from transformers import LlamaForCausalLM
 
-    module = MEAPPretraining(init_from=str(source_folder), mask=Constant(0.15), optimizer=AdamW(lr=1e-12, final_lr=0))
-    module, _ = fit(prepared, mask=None, module=module, max_steps=1, tmp_path=tmp_path)
+    module = MEAPPretraining(init_from=str(source_folder), mask_ratio=0.15, optimizer=AdamW(lr=1e-12, final_lr=0))
+    module, _ = fit(prepared, mask_ratio=None, module=module, max_steps=1, tmp_path=tmp_path)
     tokens = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = LlamaForCausalLM.from_pretrained(source_folder)(tokens).logits
@@ -288,11 +288,11 @@ def test_wrong_values_are_named(toy_recipe, overrides, message):
 
 def test_without_a_tokenizer_the_mask_token_must_be_given():
     with pytest.raises(UserError, match=r"decoder.vocab_size and model.mask_token_id must be given"):
-        MEAPPretraining(decoder=TOY, mask=Constant(0.15), optimizer=AdamW()).configure_model()
+        MEAPPretraining(decoder=TOY, mask_ratio=0.15, optimizer=AdamW()).configure_model()
 
 
 def test_float16_is_refused():
-    module = MEAPPretraining(decoder=TOY, mask=Constant(0.15), optimizer=AdamW())
+    module = MEAPPretraining(decoder=TOY, mask_ratio=0.15, optimizer=AdamW())
     module._trainer = SimpleNamespace(precision="16-mixed")  # on a CPU the Trainer itself falls back to bfloat16
     with pytest.raises(UserError, match=r"trainer.precision 16-mixed is not supported: .*; use bf16-mixed"):
         module.setup("fit")

@@ -81,7 +81,7 @@ class Losses(L.Callback):
 @pytest.mark.parametrize("ratio", STORED)
 def test_losses_are_those_stored(ratio, toy_recipe, monkeypatch):
     monkeypatch.setattr(Losses, "values", [])
-    options = ["--model.mask.ratio", str(ratio), "--budget.val_every_n_steps", "100"]
+    options = ["--model.mask_ratio", str(ratio), "--budget.val_every_n_steps", "100"]
     options += ["--trainer.callbacks+", f"{__name__}.Losses"]
     RecipeCLI.run(["fit", "--config", str(toy_recipe), *options])
     assert Losses.values == pytest.approx(STORED[ratio], rel=BOUND, abs=0)

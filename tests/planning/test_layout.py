@@ -9,7 +9,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meap_lit.errors import UserError
 from meap_lit.hf.weights import meta_decoder
-from meap_lit.masking.schedules import Constant
 from meap_lit.model import DecoderConfig
 from meap_lit.modules import AdamW, MEAPPretraining
 from meap_lit.parallel.strategies import Sharded
@@ -109,7 +108,7 @@ def test_a_large_model_is_split_as_planned(first_rank_of, decoder, nodes, option
         enable_progress_bar=False,
     )
     strategy = trainer.strategy
-    strategy.connect(MEAPPretraining(mask=Constant(0.15), optimizer=AdamW(), decoder=decoder))
+    strategy.connect(MEAPPretraining(mask_ratio=0.15, optimizer=AdamW(), decoder=decoder))
     strategy.setup_environment()
     model = meta_decoder(decoder, torch.float32)  # no memory
     strategy.shard(model)

@@ -99,8 +99,8 @@ def test_a_variant_of_the_study_differs_in_its_masks_only(recipe, prepared, tmp_
     assert cli.trainer.logger.name == recipe.stem
     variant = yaml.safe_load(recipe.read_text())
     assert variant.keys() == {"model", "trainer"}
-    assert variant["model"]["init_args"].keys() <= {"mask", "mask_scope", "span_len", "protect_rare"}
-    assert max(cli.model.mask(step, 2) for step in range(10_000)) == pytest.approx(0.15)
+    assert variant["model"]["init_args"].keys() <= {"mask_ratio", "mask_scope", "span_len", "protect_rare"}
+    assert max(cli.model.mask_ratio(step, 2) for step in range(10_000)) == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize("recipe", [path for path in RUNNABLE if path.parent.name == "sft"], ids=str)
@@ -169,7 +169,7 @@ def test_the_ladder_is_the_papers(size, objective, ratio):
     assert (decoder["num_kv_heads"], decoder["max_seq_len"], decoder["norm_eps"]) == (2, 4096, 1e-5)
     assert decoder["rope_theta"] == 10_000
     assert not decoder["tie_embeddings"]
-    assert model["mask"]["init_args"]["ratio"] == ratio
+    assert model["mask_ratio"] == ratio
     optimizer = {"lr": 4e-4, "final_lr": 4e-5, "warmup_share": 0.1, "betas": [0.9, 0.95], "weight_decay": 0.05}
     assert optimizer.items() <= model["optimizer"].items()
     assert recipe["data"]["init_args"]["global_batch_size"] * 4096 == 2**20
@@ -180,7 +180,7 @@ def test_the_ladder_is_the_papers(size, objective, ratio):
 def test_interpolation_follows_an_override():
     recipe = ("--config", "recipes/pretrain/mask_ratio.yaml")
     assert resolve(*recipe)["trainer"]["logger"]["init_args"]["name"] == "mask_ratio_0.15"
-    changed = resolve(*recipe, "--model.mask.ratio", "0.05", "--seed_everything", "7")
+    changed = resolve(*recipe, "--model.mask_ratio", "0.05", "--seed_everything", "7")
     assert changed["trainer"]["logger"]["init_args"]["name"] == "mask_ratio_0.05"
     assert changed["model"]["init_args"]["seed"] == changed["data"]["init_args"]["seed"] == 7
 
@@ -249,10 +249,10 @@ def test_where_logs_cannot_be_written_is_named_before_anything_is_made(
 
 def test_a_second_recipe_overrides_the_first(tmp_path):
     overlay = tmp_path / "overlay.yaml"
-    overlay.write_text("trainer: {devices: 4}\nmodel: {init_args: {mask: {init_args: {ratio: 0.1}}}}\n")
+    overlay.write_text("trainer: {devices: 4}\nmodel: {init_args: {mask_ratio: 0.1}}\n")
     recipe = resolve("--config", "recipes/pretrain/meap_0.1b.yaml", "--config", str(overlay))
     assert recipe["trainer"]["devices"] == 4
-    assert recipe["model"]["init_args"]["mask"]["init_args"]["ratio"] == 0.1
+    assert recipe["model"]["init_args"]["mask_ratio"] == 0.1
     assert recipe["model"]["init_args"]["decoder"]["hidden_size"] == 768
 
 

@@ -27,9 +27,20 @@ def test_runs_that_differ_in_seed_and_machine_are_one_arm(tmp_path):
     assert ntp.baseline is None
     assert meap.baseline is ntp
     assert study.at_ratio(0.15) is meap
-    assert describe(meap.differs_from(ntp)) == "mask.ratio 0.15"
+    assert describe(meap.differs_from(ntp)) == "mask_ratio 0.15"
     assert [seed for seed, _, _ in meap.pairs(ntp)] == ["1", "2"]
     assert study.title == "Pretraining, 66 parameters"
+
+
+def test_a_run_of_an_earlier_version_is_one_of_its_arm(tmp_path):
+    old = recipe("meap_s2", 2)
+    del old["model"]["init_args"]["mask_ratio"]
+    old["model"]["init_args"]["mask"] = {"class_path": "meap_lit.masking.Constant", "init_args": {"ratio": 0.15}}
+    (study,) = studies_of(tmp_path, recipe("ntp_s1", 1, 0), recipe("meap_s1", 1, 0.15), old)
+    assert [(arm.name, arm.ratio, list(arm.runs)) for arm in study.arms] == [
+        ("ntp", 0, ["1"]),
+        ("meap", 0.15, ["1", "2"]),
+    ]
 
 
 def test_ablation_and_variants(tmp_path):
@@ -37,7 +48,7 @@ def test_ablation_and_variants(tmp_path):
         tmp_path,
         *(recipe(f"p{ratio}", 1, ratio) for ratio in (0.15, 0, 0.05)),
         recipe("released", 1, 0.15, model__init_args__mask_scope="batch"),
-        recipe("ramp", 1, mask={"class_path": "meap_lit.masking.Linear", "init_args": {"end": 0.15}}),
+        recipe("ramp", 1, schedule={"class_path": "meap_lit.masking.Linear", "init_args": {"end": 0.15}}),
     )
     assert [arm.name for arm in study.arms] == ["p0", "p0.05", "p0.15", "released", "ramp"]
     assert [arm.name for arm in study.ablation] == ["p0.05", "p0.15"]
@@ -98,7 +109,7 @@ def test_continued_pretraining_is_plain_only_if_it_began_plain(tmp_path):
     ("configs", "message"),
     [
         ([recipe("a", 1, 0), recipe("b", 1, 0)], "have the same recipe and seed 1; leave one of them out"),
-        ([recipe("a", 1, 0.15), recipe("a", 2, 0.15)], "no baseline (model.mask Constant 0) for the pretraining of a"),
+        ([recipe("a", 1, 0.15), recipe("a", 2, 0.15)], "no baseline (model.mask_ratio 0) for the pretraining of a"),
         (
             [recipe("a", 1, 0.1, fine_tuning=True, init_from="hf/model")],
             "no baseline (data.duplication.mask_ratio 0) for the fine-tuning of a; name its runs too",

@@ -27,7 +27,7 @@ def trained(prepared, tmp_path_factory) -> Trained:
     config.write_text(TOY_RECIPE.format(dataset=prepared.dataset, tokenizer=prepared.tokenizer, runs=runs))
     for seed in (1, 2):
         for ratio in ("0.0", "0.15"):
-            options = ["--seed_everything", str(seed), "--model.mask.ratio", ratio, "--budget.max_steps", "6"]
+            options = ["--seed_everything", str(seed), "--model.mask_ratio", ratio, "--budget.max_steps", "6"]
             name = ["--trainer.logger.init_args.name", f"p{ratio}_s{seed}"]
             assert main(["fit", "--config", str(config), *options, *name]) == 0
         pair = [str(runs / f"p{ratio}_s{seed}") for ratio in ("0.0", "0.15")]
@@ -58,7 +58,7 @@ def test_report_of_real_runs(report, prepared):
     ):
         assert heading in headings
     assert re.search(r"\| p0.0 \| the baseline \| [\d,]+ \| 1,536 \| 1, 2 \|", text)
-    assert re.search(r"\| p0.15 \| mask.ratio 0.15 \| [\d,]+ \| 1,536 \| 1, 2 \|", text)
+    assert re.search(r"\| p0.15 \| mask_ratio 0.15 \| [\d,]+ \| 1,536 \| 1, 2 \|", text)
     assert re.search(r"\| decay \(%\) \| p0.15 \| .* \| 1: .*, 2: .* \| [+-]\d+.\d+ \\\[", text)
     assert "attention: " in text.partition("## The paper's claims")[2]
     assert "not recorded" not in text
@@ -106,7 +106,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
     (line,) = complain(*runs, "--output", str(tmp_path / "taken"))
     assert line.endswith("taken exists and is not a report; name another folder")
     (line,) = complain(*runs, "--output", str(tmp_path / "new"))
-    assert line.startswith("error: no baseline (model.mask Constant 0)")
+    assert line.startswith("error: no baseline (model.mask_ratio 0)")
     assert not (tmp_path / "new").exists()
     (line,) = complain("--runs", str(tmp_path / "taken"))
     assert line.startswith(f"error: no run found under --runs {tmp_path / 'taken'}")

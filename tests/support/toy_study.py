@@ -14,7 +14,7 @@ TOKENS_PER_STEP = 4 * 8
 DECODER = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "hidden_size": 2, "intermediate_size": 2}
 
 
-def recipe(name, seed=1, ratio=0.0, *, init_from=None, fine_tuning=False, mask=None, **values):
+def recipe(name, seed=1, ratio=0.0, *, init_from=None, fine_tuning=False, schedule=None, **values):
     """A resolved recipe; `values` are dotted keys with `__` for the dot, such as trainer__devices."""
     config = {
         "seed_everything": seed,
@@ -23,7 +23,7 @@ def recipe(name, seed=1, ratio=0.0, *, init_from=None, fine_tuning=False, mask=N
             "class_path": "meap_lit.modules.MEAPPretraining",
             "init_args": {
                 "seed": seed,
-                "mask": mask or {"class_path": "meap_lit.masking.Constant", "init_args": {"ratio": ratio}},
+                "mask_ratio": ratio if schedule is None else schedule,
                 "init_from": init_from,
             },
         },
@@ -37,7 +37,7 @@ def recipe(name, seed=1, ratio=0.0, *, init_from=None, fine_tuning=False, mask=N
     }
     if fine_tuning:
         config["model"]["class_path"] = "meap_lit.modules.MEAPFineTuning"
-        del config["model"]["init_args"]["mask"]
+        del config["model"]["init_args"]["mask_ratio"]
         config["data"]["init_args"]["duplication"] = {"mask_ratio": ratio}
     for key, value in values.items():
         *parents, last = key.split("__")
