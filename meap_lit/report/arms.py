@@ -148,9 +148,10 @@ def find_studies(runs: Sequence[Run]) -> list[Study]:
     for group in groups.values():
         plain = [arm for arm in group if arm.is_plain]
         if not plain:
+            names = ", ".join(arm.name for arm in group)
             raise UserError(
-                f"no baseline ({group[0].ratio_key} 0) for the {group[0].kind} of {', '.join(arm.name for arm in group)}; "
-                f"name its runs too, or leave these out of --runs"
+                f"no baseline ({group[0].ratio_key} 0) for the {group[0].kind} of {names}; name its runs too, or leave "
+                f"these out of --runs"
             )
         for arm in group:
             if not arm.is_plain:
@@ -171,15 +172,14 @@ def _find_arms(runs: Sequence[Run]) -> list[Arm]:
         """Return the arm of a run, and its seed, after the seed of the run that it started from if that differs."""
         if run.path in found:
             return found[run.path]
-        recipe, seed = recipe_of(run), str(run.seed)
-        start, identity = _origin(run, runs), json.dumps(recipe, sort_keys=True)
-        origin = None
+        recipe, seed, origin = recipe_of(run), str(run.seed), None
+        identity = dict(recipe)
+        start = _origin(run, runs)
         if start is not None:
             origin, earlier = place(start)
-            named = {**recipe, "model.init_from": id(origin)}
-            identity = json.dumps(named, sort_keys=True)
+            identity["model.init_from"] = id(origin)
             seed = seed if seed == earlier else f"{earlier}/{seed}"
-        arm = arms.setdefault(identity, Arm(recipe, run.kind, origin=origin))
+        arm = arms.setdefault(json.dumps(identity, sort_keys=True), Arm(recipe, run.kind, origin=origin))
         if seed in arm.runs:
             raise UserError(
                 f"runs {arm.runs[seed].path} and {run.path} have the same recipe and seed {seed}; "
@@ -209,17 +209,14 @@ def _origin(run: Run, runs: Sequence[Run]) -> Run | None:
 
 def recipe_of(run: Run) -> dict[str, Any]:
     """Return the values of a recipe that decide the result, by dotted key, without seeds and nulls."""
-    config = run.config
     values: dict[str, Any] = {}
     for part in ("model", "data", "budget", "probe", "trainer"):
-        section = dict(config.get(part) or {})
-        arguments = section.pop("init_args", section)
-        if "class_path" in section:
-            values[part] = section["class_path"].rpartition(".")[2]
-        for name, value in arguments.items():
-            if name != "class_path" and name in _KEPT.get(part, {name}) - _DROPPED.get(part, set()):
-                _flatten(f"{part}.{name}", value, values)
-    return values
+        _flatten(part, run.config.get(part), values)
+    return {key: value for key, value in values.items() if _decides(*f"{key}.".split(".")[:2])}
+
+
+def _decides(part: str, name: str) -> bool:
+    return name in _KEPT.get(part, {name}) and name not in _DROPPED.get(part, ())
 
 
 def _flatten(key: str, value: Any, values: dict[str, Any]) -> None:
@@ -254,25 +251,21 @@ def _title(arm: Arm) -> str:
 
 
 def _name(arms: Sequence[Arm]) -> None:
-    """Name arms after their runs without the seed; add P or a number where names are the same."""
+    """Name arms after their runs without the seed; add P, then a number, where names are the same."""
     for arm in arms:
         names = {_without_seed(run.name, run.seed) for run in arm.runs.values()}
         arm.name = names.pop().strip("-_. ") if len(names) == 1 else arm.any_run.name
         arm.name = arm.name or arm.kind
-    for same in _same_names(arms):
-        for arm in same:
-            if arm.ratio is not None:
-                arm.name += f" P={arm.ratio:g}"
-    for same in _same_names(arms):
-        for number, arm in enumerate(same, start=1):
-            arm.name += f" ({number})"
-
-
-def _same_names(arms: Sequence[Arm]) -> list[list[Arm]]:
-    groups: dict[str, list[Arm]] = defaultdict(list)
-    for arm in arms:
-        groups[arm.name].append(arm)
-    return [group for group in groups.values() if len(group) > 1]
+    for with_ratio in (True, False):
+        groups: dict[str, list[Arm]] = defaultdict(list)
+        for arm in arms:
+            groups[arm.name].append(arm)
+        for same in groups.values():
+            for number, arm in enumerate(same if len(same) > 1 else (), start=1):
+                if not with_ratio:
+                    arm.name += f" ({number})"
+                elif arm.ratio is not None:
+                    arm.name += f" P={arm.ratio:g}"
 
 
 def _without_seed(name: str, seed: int) -> str:
