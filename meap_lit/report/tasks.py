@@ -11,7 +11,8 @@ from meap_lit.report.arms import Arm, Study, describe
 from meap_lit.report.blocks import Block, Heading, Paragraph, Picture, Table
 from meap_lit.report.evaluations import Evaluations, check_items
 from meap_lit.report.measures import ONE_SEED, Change, Logged, Results, Score, over_items
-from meap_lit.report.runs import ACCURACY, LOSS
+from meap_lit.report.runs import LOSS
+from meap_lit.report.training import PROBE
 
 _MAX_GROUPS = 24
 """Number of values up to which a key of the cells gets a table."""
@@ -136,11 +137,11 @@ def ablation_section(study: Study, evaluations: Evaluations) -> Iterator[Block]:
         return
     plain = [arm for arm in study.arms if arm.is_plain and any(other.baseline is arm for other in study.ablation)]
     arms = sorted([*plain, *study.ablation], key=lambda arm: arm.ratio or 0)
-    scores, loss, probe = _headlines(study, evaluations), Logged(LOSS), Logged(ACCURACY, digits=1, scale=100)
+    scores, loss = _headlines(study, evaluations), Logged(LOSS)
     rows = []
     for arm in arms:
         cells = [score.text(arm, arm.baseline) for score in scores.values()]
-        rows.append([_text(arm.ratio), arm.name, loss.text(arm, arm.baseline), probe.text(arm, None), *cells])
+        rows.append([_text(arm.ratio), arm.name, loss.text(arm, arm.baseline), PROBE.text(arm, None), *cells])
     yield Heading("Mask ratio", 3)
     yield Paragraph(
         "Arms that differ from the baseline in P only. Means over seeds, in brackets differences to the baseline."
@@ -148,7 +149,7 @@ def ablation_section(study: Study, evaluations: Evaluations) -> Iterator[Block]:
     yield Table(["P", "arm", "clean validation loss", "probe, %", *scores], rows)
     tasks = {name: score.result.task for name, score in scores.items()}
     drawn = [name for name, task in tasks.items() if task.unit == "%" and task.topic != "attention"]
-    measures = {"accuracy of the probe": probe, **{name: scores[name] for name in drawn}}
+    measures = {"accuracy of the probe": PROBE, **{name: scores[name] for name in drawn}}
     lines = {
         name: {arm.ratio: measure.mean(arm) for arm in arms if measure.by_seed(arm)}
         for name, measure in measures.items()

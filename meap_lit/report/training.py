@@ -20,6 +20,8 @@ from meap_lit.report.runs import ACCURACY, LOSS, Run, shown
 
 HALF = 0.5
 """Accuracy of the probe at which retrieval has emerged."""
+PROBE = Logged(ACCURACY, digits=1, scale=100)
+"""Accuracy of the probe in percent."""
 FILES_FILE = "files.json"
 """List of {file, bytes, sha256, ...} that a step of the preparation writes about its input."""
 
@@ -170,21 +172,14 @@ def _command(run: Run) -> str:
 
 def loss_section(study: Study) -> list[Block]:
     """Return the curves of the validation loss and its last values."""
-    loss = Logged(LOSS)
-    figure = curves(
-        mean_lines(study, LOSS),
-        faint=seed_lines(study, LOSS),
-        x_label="tokens",
-        y_label="clean validation loss (nats)",
-        log_x=True,
-    )
+    loss, label = Logged(LOSS), "clean validation loss (nats)"
     return [
         Heading("Validation loss over tokens", 3),
         Paragraph(
             "Validation never masks, so both objectives are on one axis; lower is better. Lines are means over seeds, "
             "thin lines the seeds. Intervals are those of the paired t-test over seeds."
         ),
-        Picture(study.file_name("loss"), figure, f"Clean validation loss over tokens: {study.title}"),
+        _over_tokens(study, "loss", "Clean validation loss", loss, y_label=label, log_x=True),
         Table(["arm", "mean", "seeds", "difference to the baseline, 95%"], [loss.row(arm) for arm in study.arms]),
     ]
 
@@ -216,13 +211,7 @@ def emergence_section(study: Study) -> list[Block]:
     """Return the tokens until the probe reached half, with its curves; nothing if no run was probed."""
     if not any(emergence(arm) for arm in study.arms):
         return []
-    figure = curves(
-        mean_lines(study, ACCURACY, scale=100),
-        faint=seed_lines(study, ACCURACY, scale=100),
-        x_label="tokens",
-        y_label="accuracy of the probe (%)",
-        y_range=(0, 102),
-    )
+    label, caption = "accuracy of the probe (%)", "Accuracy of the retrieval probe"
     num_options = (study.arms[0].any_run.config.get("probe") or {}).get("num_options")
     guess = f"; guessing gives {100 / num_options:.0f}%" if num_options else ""
     return [
@@ -231,7 +220,7 @@ def emergence_section(study: Study) -> list[Block]:
             f"Tokens until the probe's accuracy was first {HALF:.0%} or more{guess}. The probe runs at validations "
             f"only, so these numbers are exact up to the interval between two of them."
         ),
-        Picture(study.file_name("probe"), figure, f"Accuracy of the retrieval probe over tokens: {study.title}"),
+        _over_tokens(study, "probe", caption, PROBE, y_label=label, y_range=(0, 102)),
         Table(
             ["arm", "tokens, by seed", "mean", "difference to the baseline, 95%", "last accuracy, %"],
             [_emergence_row(arm) for arm in study.arms],
@@ -248,26 +237,32 @@ def _emergence_row(arm: Arm) -> list[str]:
     if arm.baseline is not None:
         change = emergence_difference(arm)
         difference = "no pair of seeds, or one that never did" if change is None else change.text(0)
-    return [arm.name, ", ".join(texts), mean, difference, Logged(ACCURACY, digits=1, scale=100).text(arm, None)]
+    return [arm.name, ", ".join(texts), mean, difference, PROBE.text(arm, None)]
 
 
-def mean_lines(study: Study, tag: str, scale: float = 1) -> dict[str, dict[Any, float]]:
-    """Return the mean curve of each arm, at the tokens that all of its seeds logged."""
-    lines = {}
-    for name, seeds in seed_lines(study, tag, scale).items():
-        shared = [x for x in seeds[0] if all(x in seed for seed in seeds)]
-        lines[name] = {x: statistics.mean(seed[x] for seed in seeds) for x in shared}
-    return lines
+def _over_tokens(study: Study, name: str, caption: str, logged: Logged, **how: Any) -> Picture:
+    """Return the curve of each arm and of its seeds."""
+    seeds = seed_lines(study, logged)
+    figure = curves(mean_lines(seeds), faint=seeds, x_label="tokens", **how)
+    return Picture(study.file_name(name), figure, f"{caption} over tokens: {study.title}")
 
 
-def seed_lines(study: Study, tag: str, scale: float = 1) -> dict[str, list[dict[Any, float]]]:
-    """Return the curves of the seeds of each arm that logged it."""
+def seed_lines(study: Study, logged: Logged) -> dict[str, list[dict[Any, float]]]:
+    """Return the values over tokens of the seeds of each arm that logged any."""
     lines = {}
     for arm in study.arms:
-        seeds = [run.over_tokens(tag) for run in arm.runs.values() if run.curves.get(tag)]
-        if seeds:
-            lines[arm.name] = [{x: scale * value for x, value in seed.items()} for seed in seeds]
+        seeds = [run.over_tokens(logged.name) for run in arm.runs.values()]
+        if any(seeds):
+            lines[arm.name] = [{x: logged.scale * value for x, value in seed.items()} for seed in seeds if seed]
     return lines
+
+
+def mean_lines(lines: Mapping[str, Sequence[Mapping[Any, float]]]) -> dict[str, dict[Any, float]]:
+    """Return the mean over the seeds of each arm, at the tokens where all of them have a value."""
+    return {
+        name: {x: statistics.mean(seed[x] for seed in seeds) for x in seeds[0] if all(x in seed for seed in seeds)}
+        for name, seeds in lines.items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- cost

@@ -3,6 +3,7 @@ import pytest
 from meap_lit.report import training
 from meap_lit.report.arms import find_studies
 from meap_lit.report.blocks import Table
+from meap_lit.report.measures import Logged
 from meap_lit.report.runs import LOSS, find_runs
 from tests.support.toy_study import recipe, write_run
 
@@ -38,7 +39,7 @@ def test_loss(study):
     assert table["ntp"] == ["1.5000", "1: 1.0000, 2: 2.0000", ""]
     # deltas -0.5 and 0.5: standard error 0.5, quantile 12.7062
     assert table["meap"] == ["1.5000", "1: 0.5000, 2: 2.5000", "+0.0000 [-6.3531, +6.3531]"]
-    assert training.mean_lines(study, LOSS)["ntp"] == {320: 3, 640: 2.5, 960: 1.5}
+    assert training.mean_lines(training.seed_lines(study, Logged(LOSS)))["ntp"] == {320: 3, 640: 2.5, 960: 1.5}
 
 
 def test_retrieval_emerges_at_the_first_validation_with_half(study):
