@@ -106,7 +106,7 @@ def find(claims: Claims, studies: Sequence[Study], evaluations: Evaluations) -> 
         found = [
             Finding(claim.claim, study.title, claim.paper, *tested)
             for study in studies
-            if study.kind == claim.kind and (arm := study.at_ratio(claims.mask_ratios[claim.kind])) is not None
+            if study.kind == claim.kind and (arm := study.at_ratio(claims.mask_ratios.get(claim.kind))) is not None
             for tested in TESTS[claim.test](Case(claims, claim, study, arm, evaluations))
         ]
         findings += found or [Finding(claim.claim, "", claim.paper, "", "", NOT_TESTED)]
