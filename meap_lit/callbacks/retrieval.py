@@ -8,7 +8,8 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, build_items, plot_grid, score_items
+from meap_lit.evaluation.task import Item
+from meap_lit.evaluation.tasks.facts import FactRetrieval, plot_grid, score_items
 
 
 class RetrievalProbe(L.Callback):
@@ -63,9 +64,18 @@ class RetrievalProbe(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule
-        lengths = tuple(length for length in self.lengths if length <= data.seq_len)
-        self.grid = RetrievalGrid(lengths, tuple(self.depths), self.num_items, self.num_options, self.seed, self.filler)
-        self._items = build_items(self.grid, data.tokenizer) if lengths else []
+        lengths = [length for length in self.lengths if length <= data.seq_len]
+        self._items: list[Item] = []
+        if lengths:
+            self.task = FactRetrieval(
+                lengths=lengths,
+                depths=self.depths,
+                num_items=self.num_items,
+                num_options=self.num_options,
+                seed=self.seed,
+                filler=self.filler,
+            )
+            self._items = self.task.build(data.tokenizer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = time.monotonic()
@@ -87,11 +97,11 @@ class RetrievalProbe(L.Callback):
 
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with trainer.precision_plugin.forward_context():
-            self.accuracy = score_items(pl_module.decoder, self._items, self.grid, batch_size=self.batch_size)
+            self.accuracy = score_items(pl_module.decoder, self._items, self.task, batch_size=self.batch_size)
         pl_module.log("val/retrieval_accuracy", float(self.accuracy.mean()), prog_bar=True, sync_dist=True)
         log_dir = trainer.log_dir  # on every rank, since Lightning broadcasts it
         if trainer.is_global_zero and trainer.loggers and log_dir:  # without loggers it is the current folder
-            figure = plot_grid(self.accuracy, self.grid, title=f"Retrieval at step {trainer.global_step}")
+            figure = plot_grid(self.accuracy, self.task, title=f"Retrieval at step {trainer.global_step}")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure("retrieval", figure, trainer.global_step)

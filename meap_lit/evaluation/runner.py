@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.task import GenerationTask, Item, Record, Task
+from meap_lit.files import parse_json, read_json, write_file
 from meap_lit.inference.generation import common_beginning
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.renamed import current
@@ -118,7 +119,7 @@ class Records:
         if is_first_rank() and not file.is_file():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _write_whole(file, json.dumps(self.settings, indent=1, default=str) + "\n")
+                write_file(file, json.dumps(self.settings, indent=1, default=str) + "\n")
             except OSError as error:
                 raise UserError(
                     f"cannot write into {self.folder}: {error.strerror}; choose another --output"
@@ -129,9 +130,9 @@ class Records:
         if not file.is_file():
             return
         try:
-            then = _flat(current(json.loads(file.read_text(encoding="utf-8"))))
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"{file} is damaged ({error}); remove the folder {self.folder} to ask anew") from error
+            then = _flat(current(read_json(file)))
+        except UserError as error:
+            raise UserError(f"{error}; remove the folder {self.folder} to evaluate again") from error
         now = _flat(json.loads(json.dumps(settings, default=str)))
         for key in now:
             if then.get(key) != now[key]:
@@ -303,9 +304,9 @@ def _whole_lines(file: Path) -> Iterator[Record]:
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):
             try:
-                record = json.loads(line)
+                record = parse_json(line, f"{file}:{number}")
                 record["id"]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (UserError, KeyError, TypeError) as error:
                 raise UserError(f"{file}:{number} is not an answer of evaluate ({error}); remove that line") from error
             yield record
 
@@ -319,10 +320,4 @@ def _cut_broken_line(file: Path) -> None:
 
 def write_records(file: Path, records: Sequence[Record]) -> None:
     """Put records into a file, a line each, in the place of what it held."""
-    _write_whole(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def _write_whole(file: Path, text: str) -> None:
-    aside = file.with_name(f"{file.name}.partial-{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
+    write_file(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -22,7 +22,6 @@ from meap_lit.evaluation.tasks.multi_document_qa import MultiDocumentQA
 from meap_lit.evaluation.tasks.needle import MagicNumber, MultiNeedle, Needle
 from meap_lit.evaluation.tasks.perplexity import Perplexity
 from meap_lit.evaluation.tasks.reasoning import Reasoning
-from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, build_items
 from meap_lit.inference.command import Generate
 from meap_lit.inference.language_model import LanguageModel
 from tests.support.toy_task import CountLetters
@@ -147,7 +146,6 @@ def test_what_is_known_before_agrees_with_the_items(name, data, source_folder):
         ("perplexity", {"split": "test"}, "has no test split, only"),
         ("copying", {"dataset": "no/where"}, "no/where"),
         ("facts", {"filler": "no/where"}, "no/where"),
-        ("facts", {"num_options": 1}, "retrieval num_options must be in"),
     ],
 )
 def test_files_and_options_are_checked_before_items_are_made(name, changes, message, data, command, monkeypatch):
@@ -163,6 +161,7 @@ def test_files_and_options_are_checked_before_items_are_made(name, changes, mess
     ("kind", "options", "message"),
     [
         (Needle, {**GRID, "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        (FactRetrieval, {"lengths": [200], "num_options": 1}, "retrieval num_options must be in"),
         (KeyValueRetrieval, {"num_pairs": 5, "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         (
             MultiDocumentQA,
@@ -208,16 +207,16 @@ def test_too_little_haystack_is_said_before_the_grid_is_filled(source_folder, tm
 
 
 def test_a_retrieval_length_without_room_is_said_first(prepared, monkeypatch):
-    from meap_lit.evaluation.tasks import retrieval
+    from meap_lit.evaluation.tasks import facts
     from meap_lit.tokenizer.tokenizer import Tokenizer
 
     built: list[int] = []
-    build = retrieval._build_item
+    build = facts._build_item
     monkeypatch.setattr(
-        retrieval, "_build_item", lambda grid, length, *rest: built.append(length) or build(grid, length, *rest)
+        facts, "_build_item", lambda task, length, *rest: built.append(length) or build(task, length, *rest)
     )
     with pytest.raises(UserError, match="retrieval length 10 has no room for 4 facts"):
-        build_items(RetrievalGrid((200, 10)), Tokenizer.load(prepared.tokenizer))
+        FactRetrieval(lengths=[200, 10]).build(Tokenizer.load(prepared.tokenizer))
     assert built == [10]
     with pytest.raises(UserError, match=r"task\.lengths must name at least one length, got none"):
         FactRetrieval(lengths=[])

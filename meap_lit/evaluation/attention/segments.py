@@ -18,7 +18,7 @@ from meap_lit.errors import UserError
 from meap_lit.evaluation.attention.weights import PerHead, as_record, attention_weights, by_head, read
 from meap_lit.evaluation.statistics import Mean
 from meap_lit.evaluation.task import Item, Plot, Record, Task, Topic
-from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, RetrievalItem, build_items
+from meap_lit.evaluation.tasks.facts import FactRetrieval
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.model import Decoder
 
@@ -72,26 +72,30 @@ class AttentionSegments(Task):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.lengths:
-            raise UserError("task.lengths must name at least one length, got none")
         for depth in self.depths:
             if not 0 <= depth <= 100:
                 raise UserError(f"task.depths must be in [0, 100], got {depth:g}")
-        self._grid()  # complains of the rest
+        self._texts()  # checks the other options
 
-    def _grid(self) -> RetrievalGrid:
-        depths = tuple(depth / 100 for depth in self.depths)
-        return RetrievalGrid(tuple(self.lengths), depths, self.num_items, self.num_options, self.seed)
+    def _texts(self) -> FactRetrieval:
+        return FactRetrieval(
+            lengths=self.lengths,
+            depths=[depth / 100 for depth in self.depths],
+            num_items=self.num_items,
+            num_options=self.num_options,
+            seed=self.seed,
+        )
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         return min(self.lengths), max(self.lengths)
 
     def items(self, model: LanguageModel) -> list[Item]:
         items = []
-        for number, source in enumerate(build_items(self._grid(), model.tokenizer)):
-            input_ids, ends = encode(source, model)
-            cell = {"length": source.length, "depth": round(100 * source.depth, 6)}
-            items.append(Item(f"text-{number}", cell, {"needle": source.needle, "ends": ends}, input_ids, ends[-1]))
+        for number, source in enumerate(self._texts().build(model.tokenizer)):
+            needle = source.fields["needle"]
+            input_ids, ends = encode(source.fields["text"], needle, model)
+            cell = {"length": source.cell["length"], "depth": round(100 * source.cell["depth"], 6)}
+            items.append(Item(f"text-{number}", cell, {"needle": needle, "ends": ends}, input_ids, ends[-1]))
         return items
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
@@ -104,10 +108,10 @@ class AttentionSegments(Task):
         return {metric: 100 * float(np.mean(record["shares"][metric])) for metric in self.metrics}
 
 
-def encode(source: RetrievalItem, model: LanguageModel) -> tuple[list[int], list[int]]:
-    """Tokens of a text up to its question, with EOS behind, and the position after the last of each segment."""
-    text = source.text[: source.text.rindex("?") + 1]  # the beginning of the answer goes
-    start = text.index(source.needle) - 1  # the space before a sentence is part of its first token
+def encode(text: str, needle: str, model: LanguageModel) -> tuple[list[int], list[int]]:
+    """Return the tokens of a text up to its question, followed by EOS, and the end of each segment in tokens."""
+    text = text[: text.rindex("?") + 1]  # without the beginning of the answer
+    start = text.index(needle) - 1  # the space before a sentence is part of its first token
     query = text.rindex(". ") + 1
     input_ids = model.tokenizer.encode(text)
 
@@ -116,7 +120,7 @@ def encode(source: RetrievalItem, model: LanguageModel) -> tuple[list[int], list
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     before = model.tokenizer.before_text
-    places = (start, start + 1 + len(source.needle), query, len(text))
+    places = (start, start + 1 + len(needle), query, len(text))
     ends = [len(before) + num_tokens_before(place) for place in places]
     return [*before, *input_ids, model.tokenizer.eos_token_id], [*ends, ends[-1] + 1]
 

@@ -1,30 +1,44 @@
-"""Which of the people that a context names sings in a place: retrieval that a small model can be asked for.
+"""Retrieval of a made-up fact from the context, over length and depth: one that a small model can be asked for.
 
-The task of the probe that runs during training (`retrieval.py`), as an evaluation with its items on disk. The answer is
-chosen by log-likelihood among the people of the context, so that guessing gives 1 / num_options and nothing has to be
-generated.
+The context has about L tokens: a needle ("In Oslo Anna sings.") at relative depth d among filler and facts about other
+places. The question follows. The options are the people that the context names, chosen by log-likelihood, so guessing
+gives 1 / num_options and nothing has to be generated. Places and people are drawn anew for every item. The task works
+with any tokenizer and any decoder. `RetrievalProbe` asks the same during training.
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import cache
+from itertools import accumulate, takewhile
+from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from meap_lit.data.corpora.facts import NAMES, OPENING, Filler, draw_facts
 from meap_lit.data.read.readers import find_files
 from meap_lit.errors import UserError
+from meap_lit.evaluation.figures import heat_maps
 from meap_lit.evaluation.task import Item, Plot, Record, Task
-from meap_lit.evaluation.tasks.retrieval import RetrievalGrid, RetrievalItem, build_items, option_scores
 from meap_lit.inference.language_model import LanguageModel
+from meap_lit.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(kw_only=True)
 class FactRetrieval(Task):
-    """A fact among others and filler, over length and depth.
+    """Ask for a fact among other facts and filler, over length and depth.
 
     Args:
-        lengths: Lengths of the context in tokens, question and answer included.
-        depths: Where the fact stands, from 0 (first) to 1 (last).
+        lengths: Lengths of the context in tokens, from the first token to the last of the longest option.
+        depths: Depths of the fact in the context, from 0 (first) to 1 (last).
         num_items: Questions for each length and depth.
-        num_options: People to choose from.
+        num_options: People to choose from, the right one included.
         seed: Seed of the questions.
         filler: File or folder of text whose sentences surround the facts; made up if not given.
     """
@@ -52,40 +66,188 @@ class FactRetrieval(Task):
     def __post_init__(self) -> None:
         if not self.lengths:
             raise UserError("task.lengths must name at least one length, got none")
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise UserError(f"retrieval depths must be in [0, 1], got {depth:g}")
+        if not self.depths:
+            raise UserError("retrieval depths must name at least one depth, got none")
+        if self.num_items < 1:
+            raise UserError(f"retrieval num_items must be at least 1, got {self.num_items}")
+        if not 2 <= self.num_options <= len(NAMES):
+            raise UserError(f"retrieval num_options must be in [2, {len(NAMES)}], got {self.num_options}")
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
-        self._grid()
         if self.filler is not None:
             find_files([self.filler])
         return min(self.lengths), max(self.lengths)
 
-    def _grid(self) -> RetrievalGrid:
-        return RetrievalGrid(
-            tuple(self.lengths), tuple(self.depths), self.num_items, self.num_options, self.seed, self.filler
-        )
-
     def items(self, model: LanguageModel) -> list[Item]:
+        return self.build(model.tokenizer)
+
+    def build(self, tokenizer: Tokenizer) -> list[Item]:
+        """Return all items: lengths outermost, then depths.
+
+        Their fields are `text` (context and question, up to the answer), `needle` (the sentence that holds the answer),
+        `context_ids` (tokens that all options continue), `options` (tokens of each option) and `answer` (index of the
+        right option).
+
+        Raises:
+            UserError: If a length has no room for the facts and the question, or `filler` cannot be read.
+        """
+        filler = Filler() if self.filler is None else Filler.read(self.filler)
+        num_tokens = cache(lambda sentence: len(tokenizer.encode(" " + sentence)))  # most sentences appear often
+
+        def build(length: int, depth: float, index: int) -> Item:
+            rng = random.Random(f"{self.seed}/{length}/{depth}/{index}")
+            fields = _build_item(self, length, depth, rng, tokenizer, filler, num_tokens)
+            num_positions = len(fields["context_ids"]) + max(map(len, fields["options"]))
+            cell = {"length": length, "depth": depth}
+            return Item(f"{length}-{depth:g}-{index}", cell, fields, fields["context_ids"], num_positions)
+
+        build(min(self.lengths), self.depths[0], 0)  # a length without room fails before long items are made
         return [
-            Item(
-                id=f"{item.length}-{item.depth:g}-{number % self.num_items}",
-                cell={"length": item.length, "depth": item.depth},
-                fields={
-                    "text": item.text,
-                    "needle": item.needle,
-                    "context_ids": item.context_ids,
-                    "options": item.options,
-                    "answer": item.answer,
-                },
-                input_ids=item.context_ids,
-                num_tokens=len(item.context_ids) + max(map(len, item.options)),
-            )
-            for number, item in enumerate(build_items(self._grid(), model.tokenizer))
+            build(length, depth, index)
+            for length in self.lengths
+            for depth in self.depths
+            for index in range(self.num_items)
         ]
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
-        questions = [RetrievalItem(**item.cell, **item.fields) for item in items]
-        return [{"option_scores": row} for row in option_scores(model.decoder, questions, len(items))]
+        return [{"option_scores": row} for row in option_scores(model.decoder, items, len(items))]
 
     def score(self, record: Record) -> dict[str, float]:
         scores = record["option_scores"]
         return {"accuracy": 100.0 * (scores.index(max(scores)) == record["answer"])}
+
+
+# ---------------------------------------------------------------------------------------------------- items
+
+
+def _build_item(
+    task: FactRetrieval,
+    length: int,
+    depth: float,
+    rng: random.Random,
+    tokenizer: Tokenizer,
+    filler: Filler,
+    num_tokens: Callable[[str], int],
+) -> Record:
+    """Return the fields of an item that has at most `length` tokens."""
+    facts = draw_facts(rng, task.num_options)
+    answer = rng.randrange(task.num_options)
+    needle = facts[answer]
+    others = [fact.statement for index, fact in enumerate(facts) if index != answer]
+    question = f"{needle.question} {needle.prompt}"
+    padding: list[str] = []
+    sentences = filler.draw(rng)
+    room = length - sum(map(num_tokens, [OPENING, needle.statement, *others, question]))
+    while room > 0:
+        padding.append(next(sentences))
+        room -= num_tokens(padding[-1])
+    surroundings = others + padding
+    rng.shuffle(surroundings)
+
+    while True:  # the room above is an estimate and filled to the brim: take filler out until the item fits
+        text = " ".join([OPENING, *_insert(needle.statement, surroundings, depth), question])
+        # what is too long with one option need not be encoded with the others
+        if not padding or len(tokenizer.encode_prompt(f"{text} {facts[0].name}")) <= length:
+            context_ids, options = _encode_options(text, [fact.name for fact in facts], tokenizer)
+            size = len(context_ids) + max(map(len, options))
+            if size <= length:
+                return {
+                    "text": text,
+                    "needle": needle.statement,
+                    "context_ids": context_ids,
+                    "options": options,
+                    "answer": answer,
+                }
+            if not padding:
+                raise UserError(
+                    f"retrieval length {length} has no room for {task.num_options} facts and a question; "
+                    f"make it at least {size}, or lower num_options"
+                )
+        surroundings.remove(padding.pop())
+
+
+def _insert(needle: str, surroundings: list[str], depth: float) -> list[str]:
+    """The sentences with `needle` where a share `depth` of their characters stands before it, as near as it gets."""
+    starts = list(accumulate((len(sentence) for sentence in surroundings), initial=0))  # and the end of the last
+    index = min(range(len(starts)), key=lambda index: abs(starts[index] - depth * starts[-1]))
+    return [*surroundings[:index], needle, *surroundings[index:]]
+
+
+def _encode_options(text: str, options: list[str], tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
+    """Tokens of `text`, started as a document of its own, and of each word that may continue it.
+
+    Text and option are encoded together, as in training; where an option changes the last tokens of the text, those
+    count as part of the options.
+    """
+    encoded = tokenizer.encode_batch([text, *(f"{text} {option}" for option in options)])
+    rows = [[*tokenizer.before_text, *ids] for ids in encoded]
+    columns = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    context_ids = [column[0] for column in columns]
+    return context_ids, [row[len(context_ids) :] for row in rows[1:]]
+
+
+# -------------------------------------------------------------------------------------------------- scoring
+
+
+def score_items(decoder: nn.Module, items: Sequence[Item], task: FactRetrieval, batch_size: int = 32) -> np.ndarray:
+    """Return the share of items whose right option has the highest summed log-likelihood.
+
+    Args:
+        decoder: Maps token ids [B, T] to hidden states [B, T, D]; its `logits` maps those to scores [..., V].
+        items: The items that `task.build` returned.
+        task: The task.
+        batch_size: Sequences in one forward.
+
+    Returns:
+        Accuracy in [0, 1], [num_lengths, num_depths].
+    """
+    scores = option_scores(decoder, items, batch_size)
+    correct = [row.index(max(row)) == item.fields["answer"] for row, item in zip(scores, items, strict=True)]
+    return np.array(correct, dtype=float).reshape(len(task.lengths), len(task.depths), task.num_items).mean(axis=2)
+
+
+@torch.no_grad()
+def option_scores(decoder: nn.Module, items: Sequence[Item], batch_size: int) -> list[list[float]]:
+    """Summed log-likelihood of each option of each item; arguments as in `score_items`."""
+    # An option's last token is predicted but never read, so options of one token share a single row.
+    rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # input -> the (item, option) pairs read off it
+    for item_index, item in enumerate(items):
+        for option_index, option in enumerate(item.fields["options"]):
+            rows.setdefault((*item.fields["context_ids"], *option[:-1]), []).append((item_index, option_index))
+
+    scores = [[0.0] * len(item.fields["options"]) for item in items]
+    device = next(decoder.parameters()).device
+    ordered = sorted(rows, key=len)  # rows of like length together, so that little of a batch is padding
+    for first in range(0, len(ordered), batch_size):
+        batch = ordered[first : first + batch_size]
+        read = [  # of every option token: row of the batch, position that predicts it, its id, item, option
+            (row, len(items[i].fields["context_ids"]) - 1 + offset, token, i, j)
+            for row, tokens in enumerate(batch)
+            for i, j in rows[tokens]
+            for offset, token in enumerate(items[i].fields["options"][j])
+        ]
+        # attention is causal, so padding on the right changes nothing before it
+        input_ids = pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True)  # [B, T]
+        row_ids, positions, targets = torch.tensor([entry[:3] for entry in read], device=device).unbind(1)  # [N]
+        hidden = decoder(input_ids.to(device))[row_ids, positions]  # [N, D]
+        log_probs = decoder.logits(hidden).float().log_softmax(dim=-1)  # type: ignore[operator]  # [N, V]
+        for (*_, i, j), log_prob in zip(read, log_probs.gather(1, targets[:, None])[:, 0].tolist(), strict=True):
+            scores[i][j] += log_prob
+    return scores
+
+
+def plot_grid(accuracy: np.ndarray, task: FactRetrieval, title: str) -> "Figure":
+    """Draw accuracy in percent: length from left to right, depth from top to bottom.
+
+    Args:
+        accuracy: Accuracy in [0, 1], [num_lengths, num_depths].
+        task: The task that it was measured on.
+        title: First line of the title; the second gives mean and chance.
+    """
+    title = f"{title}\nmean {100 * accuracy.mean():.1f}%, chance {100 / task.num_options:.1f}%"
+    depths = [100 * depth for depth in task.depths]
+    labels = {"x_label": "context length (tokens)", "y_label": "depth of the fact (%)"}
+    return heat_maps({title: 100 * accuracy.T}, task.lengths, depths, **labels)

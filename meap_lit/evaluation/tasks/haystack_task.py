@@ -26,7 +26,7 @@ _MAX_TRIES = 6  # to fill the last tokens; two are the rule
 
 
 @dataclass(frozen=True)
-class Question:
+class HaystackPrompt:
     """Something to hide and to ask for.
 
     Args:
@@ -102,7 +102,7 @@ class HaystackTask(GenerationTask):
             raise UserError(f"num_repeats must be at least 1, got {self.num_repeats}")
 
     @abstractmethod
-    def questions(self) -> list[Question]:
+    def prompts(self) -> list[HaystackPrompt]:
         """What is asked at each length and depth, `num_repeats` for each of their cells; data files are read here."""
 
     @property
@@ -126,13 +126,13 @@ class HaystackTask(GenerationTask):
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         super().extent(model)
-        self.questions()
+        self.prompts()
         if self.haystack is not None:
             Documents.find(self.haystack)
         return min(self.lengths), max(self.lengths)
 
     def items(self, model: LanguageModel) -> list[Item]:
-        questions = self.questions()
+        questions = self.prompts()
         if self.haystack is None:
             documents = Documents.noise(model.tokenizer)
         else:
@@ -144,7 +144,7 @@ class HaystackTask(GenerationTask):
         haystacks = [documents.haystack(num_tokens, order, repeat) for order in orders]
         ids: dict[int, int] = {}
 
-        def filler(question: Question) -> _Filler:
+        def filler(question: HaystackPrompt) -> _Filler:
             return _Filler(self, model, question, haystacks[question.repeat], ids)
 
         for question in questions:  # what has too little room, or too little haystack, shows in these first
@@ -166,7 +166,12 @@ class _Filler:
     """
 
     def __init__(
-        self, task: HaystackTask, model: LanguageModel, question: Question, haystack: Haystack, ids: dict[int, int]
+        self,
+        task: HaystackTask,
+        model: LanguageModel,
+        question: HaystackPrompt,
+        haystack: Haystack,
+        ids: dict[int, int],
     ) -> None:
         self.task = task
         self.model = model

@@ -19,11 +19,11 @@ from meap_lit.errors import UserError
 from meap_lit.evaluation.rows import Row, read_rows
 from meap_lit.evaluation.task import Plot, Record
 from meap_lit.evaluation.tasks.haystack import Boundary
-from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackTask, Question, grid_plot
+from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackPrompt, HaystackTask, grid_plot
 
 
 @dataclass(frozen=True)
-class Fact:
+class NeedleEntry:
     """A needle and what is asked about it.
 
     Args:
@@ -39,16 +39,16 @@ class Fact:
     blank: str
 
     @classmethod
-    def from_row(cls, row: Row) -> "Fact":
+    def from_row(cls, row: Row) -> "NeedleEntry":
         """From a line of NeedleBench's needles.jsonl."""
         match = _RETRIEVAL_QUESTION.fullmatch(row.text("retrieval_question"))
         if match is None:
             raise row.error("field 'retrieval_question' must end in \"Please answer in the format '... ________.'\"")
-        fact = cls(row.text("needle").strip(), row.text("arg2"), match["question"], match["blank"])
-        for name, text in (("needle", fact.needle), ("arg2", fact.keyword)):
+        entry = cls(row.text("needle").strip(), row.text("arg2"), match["question"], match["blank"])
+        for name, text in (("needle", entry.needle), ("arg2", entry.keyword)):
             if not text:
                 raise row.error(f"field {name!r} is empty")
-        return fact
+        return entry
 
     @property
     def stem(self) -> str:
@@ -64,7 +64,7 @@ _RETRIEVAL_QUESTION = re.compile(
     r"(?P<question>.+?)\s*Please answer in the format '(?P<blank>.+?__.*)'\.?\s*", re.DOTALL
 )
 
-BUILT_IN = Fact(
+BUILT_IN = NeedleEntry(
     needle="The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.",
     keyword="eat a sandwich and sit in Dolores Park on a sunny day",
     question="What is the best thing to do in San Francisco?",
@@ -99,9 +99,9 @@ class Needle(HaystackTask):
     def cut_at(self) -> Boundary:
         return self.boundary
 
-    def questions(self) -> list[Question]:
-        facts = self._facts()
-        return [self._question(repeat, facts[repeat % len(facts)]) for repeat in range(self.num_repeats)]
+    def prompts(self) -> list[HaystackPrompt]:
+        entries = self._entries()
+        return [self._question(repeat, entries[repeat % len(entries)]) for repeat in range(self.num_repeats)]
 
     def score(self, record: Record) -> dict[str, float]:
         answer, needle, keyword = (record[name] for name in ("model_answer", "needle", "arg2"))
@@ -110,23 +110,25 @@ class Needle(HaystackTask):
             "needlebench": needlebench_score(answer, needle, keyword),
         }
 
-    def _question(self, repeat: int, fact: Fact) -> Question:
-        ending = fact.stem if self.prompt_style == "raw" else f"Please answer in the format '{fact.blank}'"
-        after = f"\n\nNow, the question is: {fact.question} {_consider('this question')} {ending}"
-        fields = {"needle": fact.needle, "arg2": fact.keyword, "retrieval_question": fact.retrieval_question}
-        return Question(repeat, (f"\n{fact.needle}\n",), INTRODUCTION, after, fields)
+    def _question(self, repeat: int, entry: NeedleEntry) -> HaystackPrompt:
+        ending = entry.stem if self.prompt_style == "raw" else f"Please answer in the format '{entry.blank}'"
+        after = f"\n\nNow, the question is: {entry.question} {_consider('this question')} {ending}"
+        fields = {"needle": entry.needle, "arg2": entry.keyword, "retrieval_question": entry.retrieval_question}
+        return HaystackPrompt(repeat, (f"\n{entry.needle}\n",), INTRODUCTION, after, fields)
 
-    def _facts(self) -> list[Fact]:
+    def _entries(self) -> list[NeedleEntry]:
         """All needles there are, in the order in which the repeats take them."""
         if self.needles is None:
             return [BUILT_IN]
-        facts = [
-            Fact.from_row(row) for row in read_rows(self.needles) if row.fields.get("language", "English") == "English"
+        entries = [
+            NeedleEntry.from_row(row)
+            for row in read_rows(self.needles)
+            if row.fields.get("language", "English") == "English"
         ]
-        if not facts:
+        if not entries:
             raise UserError(f"needles {self.needles} holds no line whose language is English")
-        random.Random(self.seed).shuffle(facts)
-        return facts
+        random.Random(self.seed).shuffle(entries)
+        return entries
 
 
 @dataclass(kw_only=True)
@@ -157,20 +159,20 @@ class MultiNeedle(Needle):
         if self.num_needles < 1:
             raise UserError(f"num_needles must be at least 1, got {self.num_needles}")
 
-    def questions(self) -> list[Question]:
-        facts = self._facts()
-        return [self._joint_question(repeat, self._draw(facts, repeat)) for repeat in range(self.num_repeats)]
+    def prompts(self) -> list[HaystackPrompt]:
+        entries = self._entries()
+        return [self._joint_question(repeat, self._draw(entries, repeat)) for repeat in range(self.num_repeats)]
 
     def score(self, record: Record) -> dict[str, float]:
         found = [keyword in record["model_answer"] for keyword in record["arg2"]]
         return {"keyword": 100 * sum(found) / len(found), "all_found": 100.0 * all(found)}
 
-    def _draw(self, facts: Sequence[Fact], repeat: int) -> list[Fact]:
+    def _draw(self, entries: Sequence[NeedleEntry], repeat: int) -> list[NeedleEntry]:
         """Needles of which no two share question or keyword."""
-        drawn: list[Fact] = []
-        for fact in random.Random(f"{self.seed}/{repeat}").sample(facts, len(facts)):
-            if all(fact.question != other.question and fact.keyword != other.keyword for other in drawn):
-                drawn.append(fact)
+        drawn: list[NeedleEntry] = []
+        for entry in random.Random(f"{self.seed}/{repeat}").sample(entries, len(entries)):
+            if all(entry.question != other.question and entry.keyword != other.keyword for other in drawn):
+                drawn.append(entry)
             if len(drawn) == self.num_needles:
                 return drawn
         raise UserError(
@@ -178,21 +180,21 @@ class MultiNeedle(Needle):
             f"num_needles is {self.num_needles}; name a file with more, or lower num_needles"
         )
 
-    def _joint_question(self, repeat: int, facts: Sequence[Fact]) -> Question:
-        questions = " ".join(fact.question for fact in facts)
-        blanks = " ".join(fact.blank for fact in facts)
+    def _joint_question(self, repeat: int, entries: Sequence[NeedleEntry]) -> HaystackPrompt:
+        questions = " ".join(entry.question for entry in entries)
+        blanks = " ".join(entry.blank for entry in entries)
         after = (
             f"\n\nNow, the questions are: {questions} {_consider('these questions')} "
             f"Please answer in the format '{blanks}'"
         )
         if self.prompt_style == "raw":
-            after += f" {facts[0].stem}"  # a model that only continues is told the form and led into it
+            after += f" {entries[0].stem}"  # a model that only continues is told the form and led into it
         fields = {
-            "needle": [fact.needle for fact in facts],
-            "arg2": [fact.keyword for fact in facts],
-            "retrieval_question": [fact.retrieval_question for fact in facts],
+            "needle": [entry.needle for entry in entries],
+            "arg2": [entry.keyword for entry in entries],
+            "retrieval_question": [entry.retrieval_question for entry in entries],
         }
-        return Question(repeat, tuple(f"\n{fact.needle}\n" for fact in facts), INTRODUCTION, after, fields)
+        return HaystackPrompt(repeat, tuple(f"\n{entry.needle}\n" for entry in entries), INTRODUCTION, after, fields)
 
 
 def _consider(what: str) -> str:
@@ -217,13 +219,13 @@ class MagicNumber(HaystackTask):
     def cut_at(self) -> Boundary:
         return "line" if self.haystack is None else "sentence"
 
-    def questions(self) -> list[Question]:
+    def prompts(self) -> list[HaystackPrompt]:
         return [self._question(repeat) for repeat in range(self.num_repeats)]
 
     def score(self, record: Record) -> dict[str, float]:
         return {"string_match_all": string_match_all(record["model_answer"], record["outputs"])}
 
-    def _question(self, repeat: int) -> Question:
+    def _question(self, repeat: int) -> HaystackPrompt:
         rng = random.Random(f"{self.seed}/{repeat}")
         key, value = f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}", str(rng.randint(1_000_000, 9_999_999))
         needle = f"One of the special magic numbers for {key} is: {value}."
@@ -237,8 +239,8 @@ class MagicNumber(HaystackTask):
         )
         fields = {"needle": needle, "query": key, "outputs": [value]}
         if self.haystack is None:  # lines end in a line break of their own
-            return Question(repeat, (f"{needle}\n",), before, after, fields)
-        return Question(repeat, (f" {needle}",), before, f"\n{after}", fields)
+            return HaystackPrompt(repeat, (f"{needle}\n",), before, after, fields)
+        return HaystackPrompt(repeat, (f" {needle}",), before, f"\n{after}", fields)
 
 
 _ADJECTIVES = (

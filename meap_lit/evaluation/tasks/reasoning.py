@@ -12,7 +12,7 @@ from typing import ClassVar
 from meap_lit.errors import UserError
 from meap_lit.evaluation.rows import Row, read_rows
 from meap_lit.evaluation.task import Plot, Record, Topic
-from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackTask, Question
+from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackPrompt, HaystackTask
 
 # no space before it, as in the reference
 _CONSIDER = "Before answering, please consider what in the document is most relevant to this question."
@@ -66,7 +66,7 @@ class Reasoning(HaystackTask):
         if not self.num_needles or len(set(self.num_needles)) < len(self.num_needles):
             raise UserError(f"num_needles must name at least one value and each once, got {list(self.num_needles)}")
 
-    def questions(self) -> list[Question]:
+    def prompts(self) -> list[HaystackPrompt]:
         by_count: dict[int, list[Derivation]] = {}
         for row in read_rows(self.file):
             count = row.value("derivation_count")
@@ -99,7 +99,7 @@ class Reasoning(HaystackTask):
     def score(self, record: Record) -> dict[str, float]:
         return {"word_recall": word_recall(record["model_answer"], record["answer"])}
 
-    def _question(self, repeat: int, derivation: Derivation, count: int) -> Question:
+    def _question(self, repeat: int, derivation: Derivation, count: int) -> HaystackPrompt:
         needles = tuple(f"\n{sentence}\n" for sentence in derivation.sentences)
         after = f"\n\nNow, the question is: {derivation.question}{_CONSIDER}"
         fields = {
@@ -107,7 +107,7 @@ class Reasoning(HaystackTask):
             "question": derivation.question,
             "answer": derivation.answer,
         }
-        return Question(repeat, needles, INTRODUCTION, after, fields, {"num_needles": count})
+        return HaystackPrompt(repeat, needles, INTRODUCTION, after, fields, {"num_needles": count})
 
 
 def word_recall(prediction: str, answer: str) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import draw
-from meap_lit.evaluation.tasks.haystack_task import HaystackTask, Question, grid_plot
+from meap_lit.evaluation.tasks.haystack_task import HaystackPrompt, HaystackTask, grid_plot
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.support.oracle import Oracle, run, shared_data, text_of
 
@@ -26,9 +26,10 @@ class Hide(HaystackTask):
     cut_at = "token"
     max_new_tokens: int = 7
 
-    def questions(self):
+    def prompts(self):
         return [
-            Question(repeat, self.needles, "Begin: ", " :end", {"repeat": repeat}) for repeat in range(self.num_repeats)
+            HaystackPrompt(repeat, self.needles, "Begin: ", " :end", {"repeat": repeat})
+            for repeat in range(self.num_repeats)
         ]
 
     def score(self, record):

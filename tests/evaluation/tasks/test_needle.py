@@ -307,23 +307,23 @@ def test_wrong_needles(change, message, tmp_path) -> None:
     bad = {name: value for name, value in {**GOOD, **change}.items() if value is not ...}
     file.write_text(json.dumps(GOOD) + "\n" + json.dumps(bad) + "\n")
     with pytest.raises(UserError, match=re.escape(f"needles.jsonl, {message}")):
-        Needle(lengths=(100,), depths=(0.0,), needles=str(file)).questions()
+        Needle(lengths=(100,), depths=(0.0,), needles=str(file)).prompts()
 
 
 def test_no_needles(tmp_path) -> None:
     file = tmp_path / "needles.jsonl"
     with pytest.raises(UserError, match=r"needles\.jsonl does not exist"):
-        Needle(lengths=(100,), depths=(0.0,), needles=str(file)).questions()
+        Needle(lengths=(100,), depths=(0.0,), needles=str(file)).prompts()
     file.write_text(json.dumps({**GOOD, "language": "Chinese"}) + "\n")
     with pytest.raises(UserError, match=r"needles\.jsonl holds no line whose language is English"):
-        Needle(lengths=(100,), depths=(0.0,), needles=str(file)).questions()
+        Needle(lengths=(100,), depths=(0.0,), needles=str(file)).prompts()
     file.write_text(2 * (json.dumps(GOOD) + "\n"))
     with pytest.raises(
         UserError, match=r"needles\.jsonl holds 1 that differ in question and keyword, but num_needles is 2"
     ):
-        MultiNeedle(lengths=(300,), depths=(0.0,), num_needles=2, needles=str(file)).questions()
+        MultiNeedle(lengths=(300,), depths=(0.0,), num_needles=2, needles=str(file)).prompts()
     with pytest.raises(UserError, match=r"needles \(built in\) holds 1 .* num_needles is 3; name a file with more"):
-        MultiNeedle(lengths=(300,), depths=(0.0,)).questions()
+        MultiNeedle(lengths=(300,), depths=(0.0,)).prompts()
     with pytest.raises(UserError, match="num_needles must be at least 1, got 0"):
         MultiNeedle(lengths=(300,), depths=(0.0,), num_needles=0)
 

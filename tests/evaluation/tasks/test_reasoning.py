@@ -156,7 +156,7 @@ def test_wrong_records(change, message, tmp_path) -> None:
     bad = {name: value for name, value in {**GOOD, **change}.items() if value is not ...}
     file.write_text(json.dumps([GOOD, bad]))
     with pytest.raises(UserError, match=re.escape(f"mrs.json, {message}")):
-        reasoning(file=str(file)).questions()
+        reasoning(file=str(file)).prompts()
 
 
 def test_wrong_options(tmp_path) -> None:
@@ -165,9 +165,9 @@ def test_wrong_options(tmp_path) -> None:
     with pytest.raises(
         UserError, match=r"num_needles 3: .*mrs.jsonl holds no question with that derivation_count, only 2$"
     ):
-        reasoning(file=str(file), num_needles=(2, 3)).questions()
+        reasoning(file=str(file), num_needles=(2, 3)).prompts()
     for values in ((), (2, 2)):
         with pytest.raises(UserError, match="num_needles must name at least one value and each once, got"):
             reasoning(num_needles=values)
     with pytest.raises(UserError, match=r"missing\.json does not exist"):
-        reasoning(file=str(tmp_path / "missing.json")).questions()
+        reasoning(file=str(tmp_path / "missing.json")).prompts()
