@@ -114,7 +114,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
 
 def test_runs_and_results_moved_elsewhere_without_their_checkpoints_give_the_same_report(trained, report, tmp_path):
     moved = tmp_path / "elsewhere"
-    shutil.copytree(trained.runs, moved / "runs", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(trained.runs, moved / "runs", ignore=shutil.ignore_patterns("checkpoints", "events.*"))
     shutil.copytree(trained.evaluations, moved / "evaluations")
     away = trained.runs.rename(trained.runs.with_name("away"))
     try:
