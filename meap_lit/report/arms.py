@@ -246,8 +246,7 @@ def _title(arm: Arm) -> str:
         start = arm.origin.name if arm.origin else shown(arm.recipe.get("model.init_from", "random weights"))
         return f"Fine-tuning of {start}"
     words = "Continued pretraining" if "model.init_from" in arm.recipe else "Pretraining"
-    size = arm.any_run.num_parameters
-    return f"{words}, {size:,} parameters" if size else words
+    return f"{words}, {arm.any_run.num_parameters:,} parameters"
 
 
 def _name(arms: Sequence[Arm]) -> None:

@@ -74,7 +74,7 @@ def _opening(
 ) -> Iterator[Block]:
     """Yield the scale, the verdicts in one sentence, and how to read intervals."""
     runs = [arm.any_run for study in studies for arm in study.arms]
-    sizes, tokens = training.span(run.num_parameters or 0 for run in runs), training.span(run.tokens for run in runs)
+    sizes, tokens = training.span(run.num_parameters for run in runs), training.span(run.tokens for run in runs)
     yield Paragraph(
         f"What training with masked input tokens (MEAP, {PAPER}) changed against plain next-token prediction (NTP), in "
         f"runs of {sizes} parameters on {tokens} tokens. {tested.scale}".rstrip()

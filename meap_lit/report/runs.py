@@ -1,8 +1,8 @@
 """Read finished runs: recipe, curves, model and cost."""
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -44,9 +44,9 @@ class Run:
     config: dict[str, Any]
     curves: Curves
     folders: tuple[Path, ...]
-    decoder: dict[str, Any] = field(default_factory=dict)
-    datasets: dict[str, str] = field(default_factory=dict)
-    summaries: tuple[dict[str, Any], ...] = ()
+    decoder: dict[str, Any]
+    datasets: dict[str, str]
+    summaries: tuple[dict[str, Any], ...]
 
     def holds(self, path: Path) -> bool:
         """Return whether a resolved path is one of the run's folders or inside one."""
@@ -86,8 +86,8 @@ class Run:
         return self.tokens_per_step * max(point.step for point in self.curves[LOSS])
 
     @cached_property
-    def num_parameters(self) -> int | None:
-        return None if not self.decoder else DecoderConfig(**{**self.decoder, "rope_scaling": None}).num_parameters()
+    def num_parameters(self) -> int:
+        return DecoderConfig(**{**self.decoder, "rope_scaling": None}).num_parameters()
 
     def over_tokens(self, tag: str) -> dict[int, float]:
         """Return the values of a metric by the number of tokens seen; empty if the run did not log it."""
@@ -97,8 +97,6 @@ class Run:
         """Return the last value of a metric, or None."""
         points = self.curves.get(tag)
         return points[-1].value if points else None
-
-    # ---------------------------------------------------------------------------------------------- cost
 
     @property
     def seconds(self) -> float | None:
@@ -110,14 +108,12 @@ class Run:
     @property
     def tokens_per_second(self) -> float | None:
         """Rate of the last part by its summary, otherwise the mean of the logged rates."""
-        found = self.summaries[-1].get("tokens_per_second") if self.summaries else None
         rates = [point.value for point in self.curves.get("throughput/tokens_per_second", [])]
-        return found or (sum(rates) / len(rates) if rates else None)
+        return self.summaries[-1].get("tokens_per_second") or (sum(rates) / len(rates) if rates else None)
 
     @property
     def peak_memory_gb(self) -> float | None:
-        points = self.curves.get("memory/gigabytes")
-        return max(point.value for point in points) if points else None
+        return max((point.value for point in self.curves.get("memory/gigabytes", [])), default=None)
 
 
 def find_runs(folders: Sequence[str]) -> list[Run]:
@@ -140,7 +136,7 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
     configs = {path: _read_config(path) for path in paths}
     continued = {path: _resumed_from(path, configs[path], paths) for path in paths}
     ended = [path for path in paths if path not in continued.values()]
-    return [_open(list(_parts(path, continued)), configs) for path in ended]
+    return [_open(_parts(path, continued), configs) for path in ended]
 
 
 def _has_metrics(folder: Path) -> bool:
@@ -171,12 +167,10 @@ def _resumed_from(own: Path, config: dict[str, Any], paths: dict[Path, None]) ->
     return found if found != own else None  # a run may resume in its own folder
 
 
-def _parts(path: Path, continued: dict[Path, Path | None]) -> Iterator[Path]:
-    """Yield a run and the parts before it, the last part first."""
-    part: Path | None = path
-    while part is not None:
-        yield part
-        part = continued[part]
+def _parts(path: Path, continued: dict[Path, Path | None]) -> list[Path]:
+    """Return a run and the parts before it, the last part first."""
+    before = continued[path]
+    return [path] if before is None else [path, *_parts(before, continued)]
 
 
 def _open(parts: list[Path], configs: dict[Path, dict[str, Any]]) -> Run:

@@ -54,9 +54,9 @@ def setup(studies: Sequence[Study], evaluations: Evaluations) -> list[Block]:
 
 def _arm_row(study: Study, arm: Arm) -> list[str]:
     others = describe(arm.differs_from(arm.baseline)) if arm.baseline else "the baseline"
-    size = arm.any_run.num_parameters
+    size = f"{arm.any_run.num_parameters:,}"
     tokens = span(run.tokens for run in arm.runs.values())
-    return [study.title, arm.name, others, f"{size:,}" if size else "", tokens, ", ".join(arm.runs)]
+    return [study.title, arm.name, others, size, tokens, ", ".join(arm.runs)]
 
 
 def span(values: Iterable[int]) -> str:
