@@ -1,4 +1,4 @@
-"""Runs and results as the commands leave them, with numbers that a test chooses."""
+"""Write runs and results like those of the commands, with given numbers."""
 
 import json
 from pathlib import Path
