@@ -108,6 +108,8 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
     (line,) = complain(*runs, "--output", str(tmp_path / "new"))
     assert line.startswith("error: no baseline (model.mask_ratio 0)")
     assert not (tmp_path / "new").exists()
+    (line,) = complain(*runs, "--claims", str(tmp_path / "none.yaml"))
+    assert line.startswith(f"error: cannot read --claims {tmp_path / 'none.yaml'}: No such file")
     (line,) = complain("--runs", str(tmp_path / "taken"))
     assert line.startswith(f"error: no run found under --runs {tmp_path / 'taken'}")
 
