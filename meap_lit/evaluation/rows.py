@@ -85,7 +85,7 @@ def read_rows(path: str) -> Iterator[Row]:
     for entry in read_file(file, RECORD_FORMATS, Span(0, file.stat().st_size)):
         if isinstance(entry.content, UserError):
             raise entry.content
-        assert isinstance(entry.content, dict), "a plain text is no record"
+        assert isinstance(entry.content, dict), "record formats have objects only"
         yield Row(entry.where, entry.content)
         is_empty = False
     if is_empty:

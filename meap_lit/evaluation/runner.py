@@ -134,7 +134,7 @@ class Records:
         for key in now:
             if then.get(key) != now[key]:
                 raise UserError(
-                    f"{self.folder} holds answers for another {key} ({then.get(key)} then, {now[key]} now); choose "
+                    f"{self.folder} has answers for another {key} ({then.get(key)} then, {now[key]} now); choose "
                     f"another --output or --name, or remove that folder"
                 )
 

@@ -253,7 +253,7 @@ def test_answers_of_other_settings_are_noticed_before_items_are_made(source_fold
     options = {"checkpoint": [str(source_folder)], "output": str(tmp_path), "label": ["one"]}
     Evaluate(task=CountLetters(), **options).run()
     forbid(monkeypatch, CountLetters, "items")
-    with pytest.raises(UserError, match=r"holds answers for another task.init_args.miss \(1 then, 2 now\)"):
+    with pytest.raises(UserError, match=r"has answers for another task.init_args.miss \(1 then, 2 now\)"):
         Evaluate(task=CountLetters(miss=2), **options).run()
 
 
