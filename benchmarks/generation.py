@@ -225,7 +225,7 @@ def _write_tokenizer(config: DecoderConfig, needle: Needle, folder: str) -> None
     """Trained on the haystack, and on the question, which would be all letters otherwise."""
     assert config.vocab_size is not None
     assert needle.haystack is not None
-    [question] = needle.questions()
+    [question] = needle.prompts()
     asked = Path(folder) / "question.txt"
     asked.write_text(2 * "".join([question.before, *question.needles, question.after]))
     train = TrainTokenizer(output=folder, input=[needle.haystack, str(asked)], vocab_size=config.vocab_size)

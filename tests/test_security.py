@@ -520,7 +520,7 @@ def test_answers_of_an_evaluation_are_json_and_damage_is_named(tmp_path):
         records.read()
     (settings,) = (path for path in (tmp_path / "out").iterdir() if path != answers)
     settings.write_text("{")
-    with pytest.raises(UserError, match=rf"^{settings} is damaged"):
+    with pytest.raises(UserError, match=rf"^{settings}: not valid JSON .*; remove the folder .* to evaluate again$"):
         Records(tmp_path / "out", {"task": "x"})
 
 

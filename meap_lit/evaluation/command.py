@@ -1,4 +1,4 @@
-"""`python -m meap_lit evaluate`: a task on one checkpoint, or on two side by side."""
+"""`python -m meap_lit evaluate`: run a task on one checkpoint, or on two side by side."""
 
 import dataclasses
 import os
@@ -36,7 +36,7 @@ _WEIGHTS = (".safetensors", ".distcp")
 
 
 class _Prepared(NamedTuple):
-    """A checkpoint that nothing is known against, and what it is asked."""
+    """A checkpoint that passed all checks, with its items."""
 
     label: str
     model: LanguageModel
@@ -47,22 +47,22 @@ class _Prepared(NamedTuple):
 
 @dataclass(kw_only=True)
 class Evaluate:
-    """Run a task of a recipe on one checkpoint, or on two to see the difference.
+    """Run a task on one checkpoint, or on two to see the difference.
 
-    Answers, scores and figures go to OUTPUT/NAME/LABEL, of a pair also to OUTPUT/NAME/LABEL1--LABEL2. A run that was
-    killed goes on where it stopped when the same command is given again.
+    Answers, scores and figures are written to OUTPUT/NAME/LABEL, those of a pair also to OUTPUT/NAME/LABEL1--LABEL2.
+    The same command resumes a run that was killed.
 
     Args:
-        task: What is asked.
-        checkpoint: A Hugging Face folder, a .ckpt, or the folder of a run; or two, the baseline first.
-        label: Name of each checkpoint in tables and figures; made from its path if not given.
+        task: Task to run.
+        checkpoint: A Hugging Face folder, a .ckpt, or the folder of a run; or two of them, the baseline first.
+        label: Name of each checkpoint in tables and figures; derived from its path by default.
         output: Folder for results.
-        name: Name of this evaluation; the task's own if not given.
-        batch_tokens: Positions in one batch at most, unless a single item needs more; limited by memory.
-        on_overflow: What to do when items are longer than the model's context: stop, or leave them out and count them.
-        tokenizer: Folder of the tokenizer; the checkpoint's own if not given.
-        dtype: Dtype of the weights; if not given, bfloat16 on a GPU, and on a CPU the checkpoint's own.
-        device: Where to compute; auto takes a GPU if there is one.
+        name: Name of this evaluation; the task's own by default.
+        batch_tokens: Maximum number of positions in a batch; a longer item is a batch of its own. Memory limits it.
+        on_overflow: Stop if items are longer than the model's context, or skip and count them.
+        tokenizer: Folder of the tokenizer; the checkpoint's own by default.
+        dtype: Dtype of the weights; by default bfloat16 on a GPU, and the checkpoint's own on a CPU.
+        device: Device to compute on; auto takes a GPU if there is one.
         verify: Hash the checkpoint of a run and compare it with its checksums; false compares sizes only.
         base: Recipe that this one starts from, relative to its folder.
     """
@@ -81,10 +81,10 @@ class Evaluate:
     base: str | None = None
 
     def run(self) -> None:
-        """Print the tables.
+        """Evaluate, write the results and print the table.
 
         Raises:
-            UserError: If an option, a data file or a checkpoint is wrong.
+            UserError: If an option, a data file or a checkpoint is invalid.
         """
         if len(self.checkpoint) > 2:
             raise UserError(f"--checkpoint takes one checkpoint or two, got {len(self.checkpoint)}")
@@ -98,25 +98,25 @@ class Evaluate:
                 if name in ("", ".", "..") or Path(name).name != name:
                     raise UserError(f"--{option} must be the name of a folder, without any above it, got {name!r}")
         start_ranks()
-        # what one of two checkpoints is refused for must not come to light when the other has been evaluated
+        # both checkpoints are checked before the first is evaluated
         prepared = self._prepare(labels)
         results = []
-        while prepared:  # no model is kept when the next is loaded
+        while prepared:  # frees each model before the next is loaded
             results.append(self._evaluate(*prepared.pop(0)))
         if not is_first_rank():
             return
         for result in results:
-            save(self.task, [result], self._folder(result.label))
+            save([result], self._folder(result.label))
         if len(results) == 2:
-            save(self.task, results, self._folder("--".join(labels)))
-        print(report(self.task, results))
+            save(results, self._folder("--".join(labels)))
+        print(report(results))
         print(f"\nresults    {self._folder('--'.join(labels))}")
 
     def _folder(self, label: str) -> Path:
         return Path(self.output, self.name or self.task.name, label)
 
     def _prepare(self, labels: Sequence[str]) -> list[_Prepared]:
-        """Open the checkpoints, check the cheapest facts of all, and only then make the items of each."""
+        """Open the checkpoints, run the cheap checks for all of them, and then make the items of each."""
         verify = self.verify and is_first_rank()
         models = [LanguageModel(path, self.tokenizer, self.dtype, self._device(), verify) for path in self.checkpoint]
         for model in models:
@@ -170,19 +170,19 @@ class Evaluate:
 
 
 def _name_of(device: torch.device) -> str:
-    """The name of a GPU or of the processor, as the summary of a run has it."""
+    """Return the name of the GPU or of the processor, as in the summary of a run."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def label_of(checkpoint: str) -> str:
-    """A short name for a checkpoint: its last folders, without what all runs have in common."""
+    """Return a short name for a checkpoint: its last folders, without the parts that all runs share."""
     parts = [part for part in Path(checkpoint).resolve().parts if part not in ("/", "checkpoints", "runs")]
     named = next((n for n, part in enumerate(parts[::-1], 1) if not part.startswith(("version_", "step=", "last."))), 1)
     return "-".join(part.removesuffix(".ckpt") for part in parts[-named:])
 
 
 def state_of(path: Path) -> str:
-    """Size and age of the weights under `path`: other weights may come to lie where some were."""
+    """Return the size and modification time of the weights, so that replaced weights are noticed."""
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in _WEIGHTS]
     stats = [file.stat() for file in files]
     newest = datetime.fromtimestamp(max(stat.st_mtime for stat in stats), UTC)
@@ -190,7 +190,7 @@ def state_of(path: Path) -> str:
 
 
 def describe(task: Task) -> dict[str, Any]:
-    """The options of a task as its recipe states them, the class with them."""
+    """Return class and options of a task, as in a recipe."""
     assert dataclasses.is_dataclass(task)
     options = without_secrets(dataclasses.asdict(task))
     return {"class_path": f"{type(task).__module__}.{type(task).__qualname__}", "init_args": options}

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#F0496E", "#EBB839", "#0CD79F")
-"""0, 50 and 100% in heat maps of retrieval (opencompass/opencompass, NeedleBench)."""
+"""Colors of 0, 50 and 100% in heat maps (opencompass/opencompass, NeedleBench)."""
 
 LINE_COLORS = ("#4C6EF5", "#F76707", "#2F9E44", "#9C36B5", "#E03131", "#0C8599", "#868E96", "#5F3DC4")
 
 _PANELS_IN_A_ROW = 3
 _MAX_TICKS = 12
-
+"""Above this number of x values, matplotlib chooses the ticks."""
 
 Line = dict[tuple[Any, ...], Mean]
-"""Values by those of the keys of a plot."""
+"""Means by the values of a plot's keys."""
 
 
 def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
@@ -74,14 +74,7 @@ def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
     how: dict[str, Any] = {"x_label": labels[0], "y_label": value_label, "title": title, "errors": errors}
     if not _are_numbers(places[0]):
         return bars(heights, **how)
-    how["levels"] = {
-        f"{level.replace('_', ' ')}, {label}": _mean(results, level)
-        for label, results in groups.items()
-        for level in plot.levels
-        if results[0].scored(level)
-    }
-    if plot.choices is not None and plot.choices in first.options:
-        how["levels"]["guessing"] = 100 / first.options[plot.choices]
+    how["levels"] = _levels(plot, groups)
     how["faint"] = {
         label: [{x: mean.value for x, mean in project(line).items()} for line in lines]
         for label, lines in seeds.items()
@@ -95,12 +88,27 @@ def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
 
 
 def _line(plot: Plot, source: str | Callable[[Sequence[Record]], Values], result: Result) -> Line:
+    """Return the values of one line for one result."""
     if isinstance(source, str):
         return result.table(source or None, [plot.x] if plot.y is None else [plot.x, plot.y])
     return {
         at if isinstance(at, tuple) else (at,): value if isinstance(value, Mean) else Mean(value, np.nan, 1)
         for at, value in source(result.records).items()
     }
+
+
+def _levels(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> dict[str, float]:
+    """Return the dashed lines by name: bounds, and guessing."""
+    found = {
+        f"{level.replace('_', ' ')}, {label}": _mean(results, level)
+        for label, results in groups.items()
+        for level in plot.levels
+        if results[0].scored(level)
+    }
+    options = next(iter(groups.values()))[0].options
+    if plot.choices is not None and plot.choices in options:
+        found["guessing"] = 100 / options[plot.choices]
+    return found
 
 
 def _over_seeds(lines: Sequence[Line]) -> Line:
@@ -142,15 +150,15 @@ def heat_maps(
     y_label: str,
     title: str = "",
 ) -> "Figure":
-    """Heat maps of percentages side by side, three in a row, all from 0 to 100.
+    """Draw heat maps of percentages, three in a row, with one color scale from 0 to 100.
 
     Args:
-        panels: Values in [0, 100] under the title of each panel, [num_rows, num_columns]; NaN stays white.
-        columns: Values of the columns, from left to right.
-        rows: Values of the rows, from top to bottom.
-        x_label: Of the columns.
-        y_label: Of the rows.
-        title: Above all panels.
+        panels: Values in [0, 100], [num_rows, num_columns], by the title of their panel; NaN stays white.
+        columns: Labels of the columns, from left to right.
+        rows: Labels of the rows, from top to bottom.
+        x_label: Label of the columns.
+        y_label: Label of the rows.
+        title: Title above all panels.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
@@ -192,18 +200,18 @@ def curves(
     errors: Mapping[str, Mapping[Any, float]] | None = None,
     faint: Mapping[str, Sequence[Mapping[Any, float]]] | None = None,
 ) -> "Figure":
-    """Lines over a common axis.
+    """Draw lines over a common axis.
 
     Args:
-        lines: For each line its points, x to y.
-        x_label: Of x.
-        y_label: Of y.
-        title: Above.
-        levels: Values to draw as dashed lines, such as bounds.
-        log_x: Logarithmic x.
+        lines: Points of each line, x to y.
+        x_label: Label of x.
+        y_label: Label of y.
+        title: Title.
+        levels: Values of dashed lines, such as bounds.
+        log_x: Use a logarithmic x axis, linear from 0 to 1.
         y_range: Limits of y.
         errors: Half heights of a band around each line, keyed as `lines`.
-        faint: Thin lines in the color of a line, such as the seeds that it is the mean of.
+        faint: Thin lines in the color of a line, such as the seeds of a mean.
     """
     from matplotlib.figure import Figure
 
@@ -240,13 +248,13 @@ def bars(
     title: str = "",
     errors: Mapping[str, Mapping[Any, float]] | None = None,
 ) -> "Figure":
-    """Grouped bars: one color for each key of `groups`, side by side at each x.
+    """Draw bars: one color for each key of `groups`, side by side at each x.
 
     Args:
-        groups: For each color its heights, x to y.
-        x_label: Of x.
-        y_label: Of y.
-        title: Above.
+        groups: Heights of each color, x to y.
+        x_label: Label of x.
+        y_label: Label of y.
+        title: Title.
         errors: Half lengths of error bars, keyed as `groups`.
     """
     from matplotlib.figure import Figure

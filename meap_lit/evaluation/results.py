@@ -66,9 +66,10 @@ def _task_class(content: dict[str, Any], result: dict[str, Any]) -> type[Task]:
     return type("UnknownTask", (Task,), {"name": name, "unit": content["unit"], "metrics": metrics})
 
 
-def save(task: Task, results: list[Result], folder: Path) -> None:
+def save(results: list[Result], folder: Path) -> None:
     """Write result.json and the figures of one result, or of two side by side, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    task = results[0].task
     content: dict[str, Any] = {"task": task.name, "unit": task.unit, "extra": extras(results)}
     content["results"] = [_summary(result) for result in results]
     if len(results) == 2:
@@ -111,7 +112,7 @@ def _summary(result: Result) -> dict[str, Any]:
 
 
 def _without_nan(content: Any) -> Any:
-    """The same with null for numbers that JSON has not, such as the mean of nothing."""
+    """Replace numbers that JSON cannot hold, such as the mean of nothing, by null."""
     if isinstance(content, dict):
         return {name: _without_nan(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -120,7 +121,7 @@ def _without_nan(content: Any) -> Any:
 
 
 def _log(folder: Path, content: dict[str, Any], figures: "dict[str, Figure]") -> None:
-    """The same for TensorBoard."""
+    """Write scores and figures for TensorBoard, in the place of those of an earlier run."""
     from torch.utils.tensorboard import SummaryWriter
 
     for old in folder.glob("events.out.tfevents.*"):
@@ -152,14 +153,14 @@ def extras(results: list[Result]) -> dict[str, float]:
     return found
 
 
-def report(task: Task, results: list[Result]) -> str:
-    """The tables of one result or of two: each metric over all items, then the headline along each key of the cells."""
+def report(results: list[Result]) -> str:
+    """Return the table of one result or two: each metric over all items, then the headline by each key of the cells."""
     rows = [["", *(result.label for result in results), *(["difference"] if len(results) == 2 else [])]]
     for metric in results[0].metrics:
         unit = results[0].unit_of(metric)
         changes = [_change(difference(results[0], other, metric), unit) for other in results[1:]]
         rows.append([metric, *(_text(result.mean(metric), unit) for result in results), *changes])
-    for metric in (results[0].headline, *task.by_key):
+    for metric in (results[0].headline, *results[0].task.by_key):
         unit = results[0].unit_of(metric)
         for key in results[0].cell_keys:
             alongs = [result.along(key, metric) for result in results]

@@ -1,4 +1,4 @@
-"""Rows of a task's data files; whatever is wrong with one is said by file, line and field."""
+"""Read the data files of tasks; errors name file, line and field."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from meap_lit.errors import UserError
 
 @dataclass(frozen=True)
 class Row:
-    """A JSON object of a data file. Its methods give a field of the type they are named for.
+    """A JSON object of a data file. Each method returns a field as the type that it is named for.
 
     Args:
-        where: File and line, and which field if it is part of another object.
-        fields: Its fields.
+        where: File and line, and the field that holds it in another object.
+        fields: The fields.
 
     Raises:
-        UserError: By any method, if the field is missing or of another type.
+        UserError: In every method, if the field is missing or has another type.
     """
 
     where: str
@@ -34,33 +34,33 @@ class Row:
     def flag(self, name: str) -> bool:
         flag = self.value(name)
         if not isinstance(flag, bool):
-            raise self.error(f"field {name!r} is neither true nor false but {type(flag).__name__}")
+            raise self.error(f"field {name!r} must be true or false, got {type(flag).__name__}")
         return flag
 
     def rows(self, name: str) -> "list[Row]":
-        """A list of objects."""
+        """Return a list of objects."""
         rows = [Row(f"{self.where}, {name}[{number}]", fields) for number, fields in enumerate(self.elements(name))]
         for row in rows:
             if not isinstance(row.fields, dict):
-                raise row.error(f"not a JSON object but {type(row.fields).__name__}")
+                raise row.error(f"must be a JSON object, got {type(row.fields).__name__}")
         return rows
 
     def elements(self, name: str) -> list[Any]:
-        """A list of whatever."""
+        """Return a list of any type."""
         values = self.value(name)
         if not isinstance(values, list):
-            raise self.error(f"field {name!r} is not a list but {type(values).__name__}")
+            raise self.error(f"field {name!r} must be a list, got {type(values).__name__}")
         return values
 
     def value(self, name: str) -> Any:
-        """Whatever the field holds."""
+        """Return the field as it is."""
         if name not in self.fields:
             only = ", ".join(map(repr, self.fields)) or "an empty object"
             raise self.error(f"no field {name!r}, only {only}")
         return self.fields[name]
 
     def error(self, reason: str) -> UserError:
-        """To be raised when the row is wrong in a way that only its reader knows."""
+        """Return an error that names the row, to be raised by its reader."""
         return UserError(f"{self.where}: {reason}")
 
     def _checked_text(self, name: str, text: Any) -> str:
@@ -71,21 +71,21 @@ class Row:
 
 
 def read_rows(path: str) -> Iterator[Row]:
-    """The rows of a data file, .jsonl, .jsonl.gz or another of `RECORD_FORMATS`, in order; empty lines are passed over.
+    """Yield the rows of a data file (.jsonl, .jsonl.gz or another of `RECORD_FORMATS`), except empty lines.
 
     Raises:
-        UserError: While iterating, if there is no such file, it has no row, or a line is no JSON object.
+        UserError: If the file does not exist or has no row, or a line is not a JSON object.
     """
     file = Path(path).expanduser()
     if not has_suffix(file, list(RECORD_FORMATS)):
-        raise UserError(f"data file {path} ends in none of {', '.join(RECORD_FORMATS)}")
+        raise UserError(f"data file {path} must end in one of {', '.join(RECORD_FORMATS)}")
     if not file.is_file():
-        raise UserError(f"data file {path} does not exist; the recipe says where it comes from")
+        raise UserError(f"data file {path} does not exist; the recipe names its source")
     is_empty = True
     for entry in read_file(file, RECORD_FORMATS, Span(0, file.stat().st_size)):
         if isinstance(entry.content, UserError):
             raise entry.content
-        assert isinstance(entry.content, dict), "a plain text is no record"
+        assert isinstance(entry.content, dict), "record formats have objects only"
         yield Row(entry.where, entry.content)
         is_empty = False
     if is_empty:

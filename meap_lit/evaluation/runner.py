@@ -1,9 +1,8 @@
-"""Asks a model every item of a task and keeps each answer on disk at once, so that a killed run goes on where it was.
+"""Run a task: batch its items, let the model answer, and keep every answer on disk so that a killed run resumes.
 
-Items of like length share a batch, the longest first, and with them items that begin alike, of which the model reads
-the beginning once. Several processes (`torchrun`) divide the items among them; each writes a file of its own, and the
-first puts all together when everybody is done. What a model answers does not depend on its batch, so the scores are
-those of one process.
+Batches hold items of similar length, the longest first. Items with a common beginning share a batch, since the model
+reads that beginning once. Several processes (`torchrun`) divide the items. Each writes its own file, and the first one
+merges them at the end. Answers do not depend on the batch, so the scores equal those of a single process.
 """
 
 import hashlib
@@ -30,18 +29,18 @@ SETTINGS_FILE = "settings.json"
 _PART = "predictions.part-*.jsonl"
 
 _LIKENESS = 1 / 8
-"""Items that share a batch out of the order of their lengths differ in length by this share at most, which is padding,
-and have this share of their ids in common at least, which is not read again."""
+"""Items that are moved into a batch for their common beginning differ in length by at most this share (padding) and
+have at least this share of their ids in common (read once)."""
 
 Overflow = Literal["stop", "skip"]
 T = TypeVar("T")
 
 
 def check_task(task: Task, model: LanguageModel, on_overflow: Overflow) -> None:
-    """Refuse at once what `choose_items` would refuse after minutes, as far as it is known before items are made.
+    """Run the checks that need no items, which `choose_items` would fail only after minutes.
 
     Raises:
-        UserError: If an option or a data file is wrong, or lengths do not fit the model's context.
+        UserError: If an option or a data file is invalid, or lengths do not fit the model's context.
     """
     extent = task.extent(model)
     if extent is None:
@@ -53,7 +52,7 @@ def check_task(task: Task, model: LanguageModel, on_overflow: Overflow) -> None:
 
 
 def choose_items(task: Task, model: LanguageModel, on_overflow: Overflow) -> tuple[list[Item], int]:
-    """Return the items of a task that fit the model's context, and how many do not.
+    """Return the items of a task that fit the model's context, and the number of those that do not.
 
     Raises:
         UserError: If one does not fit and `on_overflow` is `stop`, or none does.
@@ -79,7 +78,7 @@ def _too_long(which: str, task: Task, model: LanguageModel, longest: int, some_f
 
 
 def fingerprint(items: Sequence[Item]) -> str:
-    """Hex SHA-256 of all that a model is asked, the data of the task with it."""
+    """Return a hex SHA-256 of all items, including their data."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps([item.id, item.cell, item.fields, item.input_ids], default=str).encode())
@@ -87,15 +86,14 @@ def fingerprint(items: Sequence[Item]) -> str:
 
 
 class Records:
-    """The answers in the folder of one run of a task.
+    """Answers in the folder of one run of a task.
 
     Args:
-        folder: Made by `begin` if missing.
-        settings: What the answers depend on, apart from the items. A folder with the answers of other settings is
-            refused.
+        folder: The folder; `begin` makes it.
+        settings: Everything that the answers depend on except the items.
 
     Raises:
-        UserError: If the folder belongs to other settings, or nothing can be written there.
+        UserError: If the folder has answers of other settings, or is not writable.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -105,13 +103,13 @@ class Records:
         check_writable(folder)
 
     def begin(self, items: str) -> None:
-        """Keep the settings in the folder, or compare the items with those that its answers are of.
+        """Write the settings into the folder, or compare them with those of its answers.
 
         Args:
-            items: The items' fingerprint.
+            items: Fingerprint of the items.
 
         Raises:
-            UserError: As the constructor does.
+            UserError: As the constructor.
         """
         self.settings["items"] = items
         self._check(self.settings)
@@ -137,12 +135,12 @@ class Records:
         for key in now:
             if then.get(key) != now[key]:
                 raise UserError(
-                    f"{self.folder} holds answers for another {key} ({then.get(key)} then, {now[key]} now); choose "
+                    f"{self.folder} has answers for another {key} ({then.get(key)} then, {now[key]} now); choose "
                     f"another --output or --name, or remove that folder"
                 )
 
     def read(self) -> dict[str, Record]:
-        """All answers so far, by id."""
+        """Return all answers so far, by id."""
         records: dict[str, Record] = {}
         for file in [self.folder / RECORDS_FILE, *sorted(self.folder.glob(_PART))]:
             if file.is_file():
@@ -150,7 +148,7 @@ class Records:
         return records
 
     def add(self, records: Sequence[Record]) -> None:
-        """Append answers to the file of this rank; they are on the disk when this returns."""
+        """Append answers to the file of this rank, and wait until they are on disk."""
         file = self.folder / _PART.replace("*", str(rank()))
         if file.is_file():
             _cut_broken_line(file)
@@ -160,7 +158,7 @@ class Records:
             os.fsync(opened.fileno())
 
     def finish(self, items: Sequence[Item]) -> list[Record]:
-        """One file of all answers, in the order of the items, when each has one; the parts go."""
+        """Merge the files of all ranks into one, in the order of the items, once every item has an answer."""
         known = self.read()
         records = [known[item.id] for item in items]
         if is_first_rank():
@@ -171,7 +169,7 @@ class Records:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise UserError if `folder` cannot be made, or nothing can be written into it."""
+    """Raise `UserError` if `folder` cannot be made or is not writable."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     reason = "Not a directory" if not there.is_dir() else "Permission denied" if not os.access(there, os.W_OK) else None
     if reason is not None:
@@ -181,20 +179,20 @@ def check_writable(folder: Path) -> None:
 def predict(
     task: Task, model: LanguageModel, items: Sequence[Item], records: Records, batch_tokens: int
 ) -> list[Record]:
-    """Answer what has no answer yet.
+    """Answer the items that have no answer yet.
 
     Args:
         task: The task.
-        model: The model; its weights are read only if something is left to be answered.
-        items: What `choose_items` gave.
-        records: Where answers are kept.
-        batch_tokens: Positions in one batch at most, padding included, unless a single item needs more.
+        model: The model; its weights are read only if an item has no answer.
+        items: The items that `choose_items` returned.
+        records: Answers on disk.
+        batch_tokens: Maximum number of positions in a batch, including padding; a longer item is a batch of its own.
 
     Returns:
         The record of each item, in their order.
     """
     known = records.read()
-    _wait_for_all()  # all must have read before anybody writes, or they would divide the items differently
+    _wait_for_all()  # ranks that read after another wrote would divide the items differently
     open_items = alike_together([item for item in items if item.id not in known])
     rounds = batches(open_items, batch_tokens, lambda item: item.num_tokens, num_ranks())
     shares = (_share(batch, rank(), num_ranks()) for batch in rounds)
@@ -216,12 +214,12 @@ def predict(
 
 
 def alike_together(items: Sequence[Item]) -> list[Item]:
-    """Longest first, but an item that begins like others of about its length stands beside the longest of them."""
+    """Sort items by length, longest first, but place those with a common beginning beside the longest of them."""
     runs: list[list[Item]] = []
     rest = sorted(items, key=lambda item: -item.num_tokens)
     while rest:
         num_alike = sum(item.num_tokens >= (1 - _LIKENESS) * rest[0].num_tokens for item in rest)
-        # in the order of their ids an item has most in common with its neighbours
+        # sorted by ids, an item has most in common with its neighbors
         alike, rest = sorted(rest[:num_alike], key=lambda item: item.input_ids), rest[num_alike:]
         runs.append(alike[:1])
         for item, following in pairwise(alike):
@@ -234,9 +232,9 @@ def alike_together(items: Sequence[Item]) -> list[Item]:
 def batches(
     ordered: Iterable[T], batch_tokens: int, num_tokens: Callable[[T], int], num_ranks: int = 1
 ) -> Iterator[list[T]]:
-    """Whatever has a number of tokens, in batches of at most `batch_tokens` positions, padding included.
+    """Yield batches of at most `batch_tokens` positions for each rank, including padding.
 
-    With several ranks, batches that they are to divide evenly, each so many positions.
+    With several ranks, a batch is divided evenly among them.
     """
     batch: list[T] = []
     longest = 0
@@ -252,7 +250,7 @@ def batches(
 
 
 def _share(batch: list[T], rank: int, num_ranks: int) -> list[T]:
-    """Of a batch for all ranks, the neighbours that one of them answers."""
+    """Return the contiguous slice of a batch that one rank answers."""
     return batch[rank * len(batch) // num_ranks : (rank + 1) * len(batch) // num_ranks]
 
 
@@ -260,13 +258,13 @@ def _share(batch: list[T], rank: int, num_ranks: int) -> list[T]:
 
 
 def start_ranks() -> None:
-    """Meet the other processes, if `torchrun` started several.
+    """Initialize torch.distributed if `torchrun` started several processes.
 
     Raises:
-        UserError: If another launcher did: each would take itself for the only one.
+        UserError: If srun started them, since each would then run alone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        # who is done waits for the others, however long they take; torchrun ends all if one fails
+        # ranks may wait long for the slowest; torchrun ends all of them if one fails
         dist.init_process_group("gloo", timeout=timedelta(days=7))
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not dist.is_initialized():
         raise UserError("srun started several processes that do not know of each other; let each node run torchrun")
@@ -293,14 +291,14 @@ def _wait_for_all() -> None:
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted keys."""
+    """Return nested settings by dotted keys."""
     if not isinstance(settings, dict):
         return {prefix.removesuffix("."): settings}
     return {key: value for name, inner in settings.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
 
 
 def _whole_lines(file: Path) -> Iterator[Record]:
-    """The records of a file whose last line a kill may have cut."""
+    """Yield the records of a file, except a last line that a kill has cut."""
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):
             try:
@@ -319,5 +317,5 @@ def _cut_broken_line(file: Path) -> None:
 
 
 def write_records(file: Path, records: Sequence[Record]) -> None:
-    """Put records into a file, a line each, in the place of what it held."""
+    """Replace the content of a file by records, one on each line."""
     write_file(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

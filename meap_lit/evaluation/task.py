@@ -1,7 +1,7 @@
-"""What a task of the evaluation is: items for a model, what the model makes of each, and what that is worth.
+"""Tasks of the evaluation, their items, and their results.
 
-A run of a task is a file of records, one JSON object for each item. `runner.py` writes it, with whatever model is at
-hand; scores, tables and figures follow from the records alone and need no model.
+A task makes items, lets a model answer them, and scores the answers. `runner.py` writes a record for each item, a JSON
+object. Scores, tables and figures follow from the records alone and need no model.
 """
 
 from abc import ABC, abstractmethod
@@ -16,25 +16,24 @@ from meap_lit.evaluation.statistics import Difference, Mean, bootstrap
 from meap_lit.inference.language_model import LanguageModel
 
 Cell = tuple[Any, ...]
-
-
+"""Values of some keys of a record's `cell`."""
 Record = dict[str, Any]
-"""What is known of an item: `id`, `cell`, the fields of its source, what the model made of it, and `scores`."""
+"""An item that was answered: `id`, `group`, `cell`, the fields of its source, those of its answer, and `scores`."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something that is asked of a model.
+    """A question for a model.
 
     Args:
-        id: Its name, unique in the task and the same for every model.
-        cell: Where its score counts in the table, such as {"length": 4096, "depth": 50}; the keys are the same for all
-            items of a task.
-        fields: What the record keeps of the source, named as there.
-        input_ids: Tokens that the model reads.
-        num_tokens: Positions that the item needs, what is generated included.
-        group: Items of one group ask the same under other circumstances, such as a question at every position; they are
-            drawn together when the uncertainty of a difference is estimated. Each is its own if not given.
+        id: Name, unique in the task and the same for every model.
+        cell: Cell of the table in which its score counts, such as {"length": 4096, "depth": 50}. All items of a task
+            have the same keys.
+        fields: Fields of the source that the record keeps, with their names there.
+        input_ids: Token ids that the model reads.
+        num_tokens: Positions that the item needs, including generated ones.
+        group: Name that items share if they ask the same under different conditions, such as a question at every
+            position. The bootstrap draws them together. Each item is its own group by default.
     """
 
     id: str
@@ -88,10 +87,7 @@ Topic = Literal["retrieval", "reasoning", "knowledge", "summaries", "loss", "att
 
 
 class Task(ABC):
-    """A task; a recipe names a subclass and its arguments.
-
-    Subclasses are dataclasses whose fields are the options of the recipe.
-    """
+    """Base class of tasks. Subclasses are dataclasses; their fields are the options of a recipe."""
 
     name: ClassVar[str]
     """Name in files and figures."""
@@ -111,34 +107,34 @@ class Task(ABC):
     """Figures of one or more results."""
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
-        """Check what can be checked before items are made: options, files, the chat template.
+        """Check options, files and chat template before items are made.
 
         Returns:
-            About how many positions the shortest and the longest item need; None if that is not known.
+            Estimated positions of the shortest and the longest item; None if unknown.
 
         Raises:
-            UserError: If an option or a data file is wrong.
+            UserError: If an option or a data file is invalid.
         """
         return None
 
     @abstractmethod
     def items(self, model: LanguageModel) -> list[Item]:
-        """All items for the tokenizer and the context of `model`, whose weights are not touched.
+        """Return all items, without reading the weights of `model`.
 
-        The same options and tokenizer give the same items; data files are read here. What is cheap to check is checked
-        by `extent`, since making items may take minutes.
+        The same options and tokenizer give the same items. Making them may take minutes, so `extent` does the cheap
+        checks before.
 
         Raises:
-            UserError: If an option or a data file is wrong.
+            UserError: If an option or a data file is invalid.
         """
 
     @abstractmethod
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
-        """What the model makes of a batch of items: for each the fields to add to its record, all of them JSON."""
+        """Answer a batch of items; return the JSON fields to add to the record of each."""
 
     @abstractmethod
     def score(self, record: Record) -> dict[str, float]:
-        """Scores of an item that was answered, from its record alone: by each of `metrics` that applies to it."""
+        """Score an answered item from its record alone, by each of `metrics` that applies to it."""
 
     @classmethod
     def extra(cls, result: "Result") -> dict[str, float]:
@@ -156,7 +152,7 @@ PromptStyle = Literal["raw", "chat"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """An item whose text is not encoded yet; the other fields are those of `Item`."""
+    """An item before its text is encoded, with the fields of `Item`."""
 
     id: str
     cell: Mapping[str, Any]
@@ -167,14 +163,14 @@ class Prompt:
 
 @dataclass(kw_only=True)
 class GenerationTask(Task):
-    """A task whose items are prompts that the model continues greedily; the record gets the text as `model_answer`.
+    """A task whose prompts the model continues greedily; the record keeps the text as `model_answer`.
 
     Args:
-        prompt_style: The prompt as plain text that the model continues, or as a user's message in a chat template.
+        prompt_style: Give the prompt as plain text (raw), or as a user's message in a chat template (chat).
         template: Chat template, as for `prepare chat`; the tokenizer's own by default.
-        system: With a chat template, what the system says first, if it did in training. In the authors' fine-tuning
-            (scitix/MEAP) that is "You are a helpful, excellent and smart assistant."
-        max_new_tokens: Most tokens of an answer.
+        system: System message of the chat, if training had one. The authors' fine-tuning (scitix/MEAP) has "You are a
+            helpful, excellent and smart assistant."
+        max_new_tokens: Maximum number of tokens in an answer.
     """
 
     prompt_style: PromptStyle = "raw"
@@ -187,7 +183,7 @@ class GenerationTask(Task):
             raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
     def encode_prompt(self, model: LanguageModel, prompt: str) -> list[int]:
-        """Tokens of a prompt in the task's style."""
+        """Return the token ids of a prompt in the task's style."""
         if self.prompt_style == "raw":
             return model.encode(prompt)
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -214,37 +210,40 @@ class GenerationTask(Task):
         return [{"model_answer": text} for text in texts]
 
 
+class SharedIds:
+    """Make equal token ids one object: many long prompts then take a quarter of the memory."""
+
+    def __init__(self) -> None:
+        self._ids: dict[int, int] = {}
+
+    def __call__(self, item: Item) -> Item:
+        item.input_ids[:] = [self._ids.setdefault(token_id, token_id) for token_id in item.input_ids]
+        return item
+
+
 class PromptTask(GenerationTask):
     """A task whose prompts are texts, the same for every model."""
 
     @abstractmethod
     def prompts(self) -> Iterator[Prompt]:
-        """Yield what is asked; data files are read here.
+        """Yield the prompts; data files are read here.
 
         Raises:
-            UserError: If an option or a data file is wrong.
+            UserError: If an option or a data file is invalid.
         """
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
-        """Check all but the lengths, and encode the prompts of the fewest and the most characters."""
+        """Run the checks of `prompts`, and encode the prompts with the fewest and the most characters."""
         super().extent(model)
-        shortest = longest = None
+        found: list[Prompt] = []
         for prompt in self.prompts():
-            if shortest is None or len(prompt.text) < len(shortest.text):
-                shortest = prompt
-            if longest is None or len(prompt.text) > len(longest.text):
-                longest = prompt
-        if shortest is None or longest is None:
-            return None
-        return self.item(model, shortest).num_tokens, self.item(model, longest).num_tokens
+            found = sorted([*found, prompt], key=lambda prompt: len(prompt.text))
+            found = [found[0], found[-1]]  # the others need not stay in memory
+        return (self.item(model, found[0]).num_tokens, self.item(model, found[-1]).num_tokens) if found else None
 
     def items(self, model: LanguageModel) -> list[Item]:
-        items = []
-        known: dict[int, int] = {}  # equal ids become one object: many long prompts then take a quarter of the memory
-        for prompt in self.prompts():
-            items.append(self.item(model, prompt))
-            items[-1].input_ids[:] = [known.setdefault(token_id, token_id) for token_id in items[-1].input_ids]
-        return items
+        share = SharedIds()
+        return [share(self.item(model, prompt)) for prompt in self.prompts()]
 
 
 @dataclass(frozen=True)

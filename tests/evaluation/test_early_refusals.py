@@ -133,12 +133,12 @@ def test_what_is_known_before_agrees_with_the_items(name, data, source_folder):
     [
         ("needle", {"haystack": "no/where"}, "haystack: .*no/where"),
         ("needle", {"needles": "no/where.jsonl"}, "data file no/where.jsonl does not exist"),
-        ("multi_needle", {"num_needles": 2}, "holds 1 that differ in question and keyword"),
+        ("multi_needle", {"num_needles": 2}, "has 1 that differ in question and keyword"),
         ("needle", {"prompt_style": "chat"}, "has no chat_template; name a template"),
         ("needle", {"prompt_style": "chat", "template": "x.jinja"}, "cannot read chat template x.jinja"),
         ("reasoning", {"file": "no/where.json"}, "data file no/where.json does not exist"),
         ("multi_document_qa", {"file": "no/where.jsonl"}, "data file no/where.jsonl does not exist"),
-        ("multi_document_qa", {"num_documents": 9}, "'ctxs' holds 3 distractors, num_documents 9 needs 8"),
+        ("multi_document_qa", {"num_documents": 9}, "'ctxs' has 3 distractors, num_documents 9 needs 8"),
         ("key_value", {"gold": (60,)}, "gold position 60 is outside a set of 60 pairs"),
         ("hallucination", {"file": "no/where.jsonl"}, "data file no/where.jsonl does not exist"),
         ("hallucination", {"prompt_style": "chat"}, "has no chat_template; name a template"),
@@ -253,7 +253,7 @@ def test_answers_of_other_settings_are_noticed_before_items_are_made(source_fold
     options = {"checkpoint": [str(source_folder)], "output": str(tmp_path), "label": ["one"]}
     Evaluate(task=CountLetters(), **options).run()
     forbid(monkeypatch, CountLetters, "items")
-    with pytest.raises(UserError, match=r"holds answers for another task.init_args.miss \(1 then, 2 now\)"):
+    with pytest.raises(UserError, match=r"has answers for another task.init_args.miss \(1 then, 2 now\)"):
         Evaluate(task=CountLetters(miss=2), **options).run()
 
 

@@ -46,10 +46,10 @@ def test_fields_by_type(row):
     [
         (lambda row: row.text("txt"), r"data\.jsonl, line 3: no field 'txt', only 'text', 'texts', "),
         (lambda row: row.text("flag"), r"data\.jsonl, line 3: field 'flag' is not a string but bool"),
-        (lambda row: row.texts("text"), r"line 3: field 'text' is not a list but str"),
+        (lambda row: row.texts("text"), r"line 3: field 'text' must be a list, got str"),
         (lambda row: row.texts("mixed"), r"line 3: field 'mixed\[1\]' is not a string but int"),
-        (lambda row: row.flag("text"), r"line 3: field 'text' is neither true nor false but str"),
-        (lambda row: row.rows("mixed"), r"line 3, mixed\[0\]: not a JSON object but str"),
+        (lambda row: row.flag("text"), r"line 3: field 'text' must be true or false, got str"),
+        (lambda row: row.rows("mixed"), r"line 3, mixed\[0\]: must be a JSON object, got str"),
         (lambda row: row.rows("rows")[1].text("m"), r"line 3, rows\[1\]: no field 'm', only 'n'"),
     ],
 )
@@ -66,7 +66,7 @@ def test_a_wrong_field_is_named(row, read, message):
         ("a.jsonl", b"\xff\n", r"a\.jsonl, line 1: not valid UTF-8"),
         ("a.jsonl", b"\n", r"a\.jsonl is empty"),
         ("a.jsonl.gz", CUT, r"a\.jsonl\.gz, line \d+: damaged or cut compressed file"),
-        ("a.csv", b"a,b\n", r"a\.csv ends in none of \.json, \.jsonl, "),
+        ("a.csv", b"a,b\n", r"a\.csv must end in one of \.json, \.jsonl, "),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, name, content, message):
@@ -76,5 +76,5 @@ def test_a_wrong_file_is_refused(tmp_path, name, content, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"b\.jsonl does not exist; the recipe says where it comes from"):
+    with pytest.raises(UserError, match=r"b\.jsonl does not exist; the recipe names its source"):
         next(read_rows(str(tmp_path / "b.jsonl")))

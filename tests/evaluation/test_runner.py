@@ -255,7 +255,7 @@ def test_a_label_says_which_checkpoint(path, label):
             ["--task.lengths", "[500]", "--on_overflow", "skip", "--name", "other"],
             "6 of 6 items .* needs 500; make the task shorter$",
         ),
-        (["--task.miss", "2"], r"letters/one holds answers for another task.init_args.miss \(1 then, 2 now\); choose"),
+        (["--task.miss", "2"], r"letters/one has answers for another task.init_args.miss \(1 then, 2 now\); choose"),
         (["--batch_tokens", "0"], "batch_tokens must be at least 1, got 0"),
         (["--label", "a", "b"], "--label must give each checkpoint a name of its own, got a, b"),
         (["--label", "../x"], r"--label must be the name of a folder, without any above it, got '\.\./x'"),
@@ -291,7 +291,7 @@ def test_other_weights_in_the_same_place_are_refused(recipe, source_folder, tmp_
     assert main(command) == main(command) == 0
     os.utime(folder / "model.safetensors", (0, 0))
     assert main(command) == 2
-    message = r"letters/model holds answers for another weights \(.* bytes of 2.* then, .* bytes of 1970-01-01T00:00:00"
+    message = r"letters/model has answers for another weights \(.* bytes of 2.* then, .* bytes of 1970-01-01T00:00:00"
     assert re.search(message, capsys.readouterr().err)
 
 

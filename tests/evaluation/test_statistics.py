@@ -1,9 +1,11 @@
 import math
+import sys
 
 import numpy as np
 import pytest
 
-from meap_lit.evaluation.statistics import paired_t_test
+from meap_lit.errors import UserError
+from meap_lit.evaluation.statistics import paired_t_test, t_interval
 
 
 def sample(t, n):
@@ -51,3 +53,33 @@ def test_a_sample_worked_out_by_hand():
     test = paired_t_test([1.0, 2.0, 3.0])
     assert test.t == pytest.approx(2 * math.sqrt(3))
     assert test.p == pytest.approx(1 - math.sqrt(12 / 14))
+
+
+@pytest.mark.parametrize(
+    ("deltas", "half"),
+    [
+        # quantiles of Student's t at 97.5% from tables: 12.7062, 4.30265 and 2.77645 for 1, 2 and 4 degrees of freedom
+        ([1.0, 3.0], 12.7062),
+        ([1.0, 2.0, 3.0], 4.30265 / math.sqrt(3)),
+        ([-2.0, -1.0, 0.0, 1.0, 2.0], 2.77645 * math.sqrt(2.5 / 5)),
+        ([4.0, 4.0], 0.0),
+    ],
+)
+def test_interval_is_that_of_the_t_distribution(deltas, half):
+    change = t_interval(deltas)
+    mean = sum(deltas) / len(deltas)
+    assert (change.value, change.n) == (mean, len(deltas))
+    assert change.low == pytest.approx(mean - half, abs=1e-4)
+    assert change.high == pytest.approx(mean + half, abs=1e-4)
+
+
+def test_a_single_difference_has_no_interval():
+    change = t_interval([2.0])
+    assert change.value == 2
+    assert math.isnan(change.low)
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(UserError, match=r"needs scipy: pip install 'meap-lit\[statistics\]'"):
+        t_interval([1.0, 2.0])

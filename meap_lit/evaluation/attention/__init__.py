@@ -1,1 +1,1 @@
-"""Tasks that measure where attention goes."""
+"""Tasks that measure attention weights."""

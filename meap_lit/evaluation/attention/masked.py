@@ -1,8 +1,9 @@
-"""What masked input tokens do to attention: less of it goes to them, and it is spread less evenly over the others.
+"""Effect of masked input tokens on attention: they get less of it, and the others get it less evenly.
 
-From the analysis in the MEAP paper (arXiv 2502.07490). Every sequence is read as it is and with a share of its tokens
-masked. The paper compares a model of plain next-token prediction on the first with one of MEAP on the second; the same
-model on both is the control that tells the effect of the mask in the input from that of training with it.
+From the analysis in the MEAP paper (arXiv 2502.07490). Every sequence is read twice: clean, and with a share of its
+tokens masked. The paper compares a model of plain next-token prediction on clean sequences with one of MEAP on masked
+ones. The same model on both is the control: it separates the effect of masks in the input from that of training with
+them.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.attention.weights import PerHead, as_record, by_head, read, visible, weight_blocks
-from meap_lit.evaluation.statistics import Mean, paired_t_test
+from meap_lit.evaluation.statistics import Mean, paired_t_test, student
 from meap_lit.evaluation.task import Item, Plot, Record, Result, Topic
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
@@ -48,18 +49,18 @@ def _layer_plot(name: str, statistic: str, value_label: str) -> Plot:
 
 @dataclass(kw_only=True)
 class MaskedAttention(SequenceTask):
-    """Attention to masked tokens, and the variance of that to the others, on clean and on masked sequences.
+    """Attention to masked tokens, and variance of the attention to the others, on clean and on masked sequences.
 
-    Of each query, layer and head: the mean weight of the visible keys at masked positions (`attention`), and the
-    variance of the weights of the other visible keys (`variance`); the positions are the same where the sequence is
-    read clean. A record holds the mean over the queries that see at least one of the former and two of the latter,
-    [num_layers, num_heads]. The scores are of one checkpoint, hence the control; with two, `extra` compares the first
-    on clean with the second on masked sequences, as the paper does.
+    For each query, layer and head: the mean weight of the visible keys at masked positions (`attention`), and the
+    variance of the weights of the other visible keys (`variance`), at the same positions in both readings. A record has
+    the means over the queries that see at least one masked and two other keys, [num_layers, num_heads]. The scores are
+    of one checkpoint, the control. With two checkpoints, `extra_of_pair` compares the first on clean with the second on
+    masked sequences, as in the paper.
 
     Args:
         mask_ratio: Share of the tokens to mask.
         seed: Seed of the masks.
-        block_size: Queries whose weights are held at a time.
+        block_size: Number of queries whose weights are in memory at a time.
     """
 
     name: ClassVar[str] = "attention"
@@ -93,6 +94,7 @@ class MaskedAttention(SequenceTask):
             )
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
+        student()  # without it, the results could not be compared after the model has answered
         rows, mask_token_id = model.config.vocab_size, model.tokenizer.mask_token_id
         assert rows is not None
         if mask_token_id >= rows:
@@ -152,13 +154,13 @@ class MaskedAttention(SequenceTask):
 
 
 def statistics(decoder: Decoder, input_ids: Tensor, input_mask: Tensor, block_size: int) -> dict[str, PerHead]:
-    """Attention to masked keys and variance of that to the others, each averaged over queries.
+    """Return the attention to masked keys and the variance of that to the others, averaged over queries.
 
     Args:
         decoder: The model.
-        input_ids: What it reads, [T], int64.
-        input_mask: Which positions count as masked, [T], bool; at least one of them, and two that do not.
-        block_size: Queries whose weights are held at a time, [num_heads, block_size, T].
+        input_ids: Token ids, [T], int64.
+        input_mask: Positions that count as masked, [T], bool; at least one does, and two do not.
+        block_size: Number of queries whose weights are in memory at a time, [num_heads, block_size, T].
 
     Returns:
         `attention` and `variance`, each [num_layers, num_heads] as lists, rounded to six digits.
@@ -179,11 +181,11 @@ def statistics(decoder: Decoder, input_ids: Tensor, input_mask: Tensor, block_si
 
 
 def key_statistics(weights: Tensor, input_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean weight of the masked keys, and population variance of the weights of the others, of each query.
+    """Return for each query the mean weight of the masked keys and the population variance of the other weights.
 
     Args:
         weights: Attention weights of n queries at the last n of S positions, [H, n, S].
-        input_mask: Which keys are masked, [S], bool.
+        input_mask: Masked keys, [S], bool.
 
     Returns:
         Mean and variance, each [H, n]; 0 where a query sees no masked key or fewer than two others.
@@ -195,7 +197,7 @@ def key_statistics(weights: Tensor, input_mask: Tensor) -> tuple[Tensor, Tensor]
     mean = weights @ input_mask.to(weights.dtype) / num_masked_keys  # [H, n]
     mean_of_others = weights @ (~input_mask).to(weights.dtype) / num_others  # [H, n]
     others = visible(num_queries, num_keys, weights.device) & ~input_mask  # [n, S]
-    # deviations first: the difference of mean square and squared mean would lose the digits of small variances
+    # the difference of mean square and squared mean would lose the digits of small variances
     squares = (weights - mean_of_others[..., None]).square_().masked_fill_(~others, 0)
     variance = squares.sum(dim=-1) / num_others
     not_counted = ~counted(num_masked_keys, num_seen)
@@ -203,7 +205,7 @@ def key_statistics(weights: Tensor, input_mask: Tensor) -> tuple[Tensor, Tensor]
 
 
 def counted(num_masked_keys: Tensor, num_seen: Tensor) -> Tensor:
-    """Which queries count: those that see a masked key and two others."""
+    """Return which queries count: those that see a masked key and two others."""
     return (num_masked_keys >= 1) & (num_seen - num_masked_keys >= 2)
 
 
@@ -230,7 +232,7 @@ def changes(clean: Sequence[Record], masked: Sequence[Record]) -> dict[str, floa
 
 
 def _mean(record: Record, reading: str, statistic: str) -> float:
-    """Mean over layers and heads."""
+    """Return the mean over layers and heads."""
     return float(np.mean(record[reading][statistic]))
 
 

@@ -1,8 +1,8 @@
-"""Where the last token of a text looks: before the answer, at it, after it, or at the question.
+"""Attention of the last token of a text to the segments before it: context, answer, and question.
 
-From the analysis in the MEAP paper (arXiv 2502.07490): a model trained with masks spends more of its attention on the
-part of the context that holds the answer. A text is context, a fact, more context, a question for that fact, and EOS,
-whose weights count.
+From the analysis in the MEAP paper (arXiv 2502.07490): a model trained with masks gives more attention to the part of
+the context that contains the answer. A text is context, a fact, more context, a question about that fact, and EOS,
+whose weights are measured.
 """
 
 from collections.abc import Sequence
@@ -37,17 +37,17 @@ def answer_by_head(records: Sequence[Record]) -> dict[tuple[int, int], float]:
 
 @dataclass(kw_only=True)
 class AttentionSegments(Task):
-    """Shares of the EOS token's attention, in percent, over the segments of a text; they add to 100.
+    """Shares of the EOS token's attention, in percent, to the segments of a text; they sum to 100.
 
     Texts are those of the retrieval probe: facts about people and places among filler. `context_before` begins with
-    the first token, BOS if the tokenizer writes one, on which much attention rests that has nowhere to go (an attention
-    sink); `bos` tells its part apart. A record holds the shares in [0, 1], [num_layers, num_heads].
+    the first token, BOS if the tokenizer writes one. This token is an attention sink, so `bos` gives its share
+    separately. A record has the shares in [0, 1], [num_layers, num_heads].
 
     Args:
-        lengths: Lengths of the texts in tokens, at most.
+        lengths: Maximum lengths of the texts in tokens.
         depths: Depths of the answer in its context, from 0 (first) to 100 (last).
         num_items: Texts for each length and depth.
-        num_options: Facts in a text, the one that is asked for included.
+        num_options: Facts in a text, including the requested one.
         seed: Seed of the texts.
     """
 
@@ -126,7 +126,7 @@ def encode(text: str, needle: str, model: LanguageModel) -> tuple[list[int], lis
 
 
 def shares(decoder: Decoder, input_ids: Tensor, ends: Sequence[int]) -> dict[str, PerHead]:
-    """Shares of the last token's attention.
+    """Return the shares of the last token's attention.
 
     Args:
         decoder: The model.

@@ -1,8 +1,8 @@
-"""The attention weights of a decoder while it reads a sequence, without ever holding all of them.
+"""Attention weights of a decoder while it reads a sequence, computed block by block.
 
-The decoder computes its attention in one fused call that keeps no weights, and all of them together would not fit:
-51 GB in float32 for 24 layers of 32 heads over 4,096 tokens. So its layers are asked for their queries and keys as they
-go, and the softmax is taken again, a block of queries at a time. What the decoder computes is not changed.
+The decoder computes its attention in one fused call that keeps no weights, and together they would not fit in memory:
+51 GB in float32 for 24 layers of 32 heads over 4,096 tokens. So each layer passes on its queries and keys, and the
+softmax is computed again, a block of queries at a time. The output of the decoder does not change.
 """
 
 import math
@@ -20,12 +20,12 @@ Observe = Callable[[int, Tensor, Tensor], None]
 """Called with the number of a layer, its queries [H, T, head_dim] and keys [H_kv, T, head_dim], both rotated."""
 
 PerHead = list[list[float]]
-"""A number for each layer and head, [num_layers, num_heads]."""
+"""Values, [num_layers, num_heads]."""
 
 
 @torch.no_grad()
 def read(decoder: Decoder, input_ids: Tensor, observe: Observe) -> None:
-    """Let the decoder read one sequence and `observe` each layer's queries and keys, one layer after the other.
+    """Run the decoder on one sequence and call `observe` with the queries and keys of each layer.
 
     Args:
         decoder: The model.
@@ -44,7 +44,7 @@ def read(decoder: Decoder, input_ids: Tensor, observe: Observe) -> None:
 
 
 def _with_observer(layer: nn.Module, inputs: tuple[Any, ...], *, number: int, observe: Observe) -> tuple[Any, ...]:
-    """The inputs of a block with an attention function that tells what it is given."""
+    """Return the inputs of a block with an attention function that passes its arguments to `observe`."""
     *others, attend = inputs
 
     def observed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _with_observer(layer: nn.Module, inputs: tuple[Any, ...], *, number: int, ob
 
 
 def weight_blocks(query: Tensor, key: Tensor, block_size: int) -> Iterator[Tensor]:
-    """Attention weights of `block_size` queries after the other, from the first of the sequence to the last.
+    """Yield the attention weights of a sequence, `block_size` queries at a time.
 
     Args:
         query: Rotated queries of all positions, [H, T, head_dim].
@@ -71,7 +71,7 @@ def weight_blocks(query: Tensor, key: Tensor, block_size: int) -> Iterator[Tenso
 
 
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
-    """Causal softmax weights of n queries that stand at the last n of S positions.
+    """Return the causal softmax weights of n queries at the last n of S positions.
 
     Args:
         query: Rotated queries, [H, n, head_dim].
@@ -82,7 +82,7 @@ def attention_weights(query: Tensor, key: Tensor) -> Tensor:
     """
     (num_kv_heads, num_keys, width), num_queries = key.shape, query.size(1)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    # query heads that share a key head are stacked as further queries of it, so no key is copied
+    # query heads that share a key head are stacked as more queries of it, so that no key is copied
     stacked = query.to(dtype).unflatten(0, (num_kv_heads, -1)).flatten(1, 2)  # [H_kv, H / H_kv * n, head_dim]
     scores = (stacked / math.sqrt(width)) @ key.to(dtype).transpose(1, 2)  # [H_kv, H / H_kv * n, S]
     scores = scores.unflatten(1, (-1, num_queries)).flatten(0, 1)  # [H, n, S]
@@ -90,13 +90,13 @@ def attention_weights(query: Tensor, key: Tensor) -> Tensor:
 
 
 def visible(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """Which of S keys each of n queries at the last n positions sees, [n, S], bool."""
+    """Return which of S keys each of n queries at the last n positions sees, [n, S], bool."""
     positions = torch.arange(num_keys, device=device)
     return positions <= positions[num_keys - num_queries :, None]
 
 
 def as_record(values: Tensor) -> PerHead:
-    """Values, [num_layers, num_heads], with six digits each."""
+    """Return values, [num_layers, num_heads], as lists, rounded to six digits."""
     return [[float(f"{value:.6g}") for value in row] for row in values.tolist()]
 
 

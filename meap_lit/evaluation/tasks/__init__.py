@@ -1,1 +1,1 @@
-"""The tasks of the evaluation, each a file, and what they share."""
+"""Tasks of the evaluation."""

@@ -1,7 +1,7 @@
-"""Commonsense reasoning by multiple choice, zero-shot, as the MEAP paper reports it (arXiv 2502.07490).
+"""Commonsense reasoning by multiple choice, zero-shot, as in the MEAP paper (arXiv 2502.07490).
 
-The tasks are those of EleutherAI's lm-evaluation-harness: data, prompts and choices are its own, the log-likelihood
-of each choice is ours. Needs pip install 'meap-lit[harness]'.
+EleutherAI's lm-evaluation-harness provides data, prompts and choices; this package computes the log-likelihood of each
+choice. It needs pip install 'meap-lit[harness]'.
 """
 
 import math
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MultipleChoice(Item):
-    """A question; `input_ids` are those of the longest choice.
+    """A question; its `input_ids` are those of the longest choice.
 
     Args:
-        rows: What the model reads for each choice, and the position of the first token that counts.
+        rows: Token ids that the model reads for each choice, and the position of the first token that counts.
     """
 
     rows: list[tuple[list[int], int]] = field(repr=False)
@@ -32,16 +32,16 @@ class MultipleChoice(Item):
 
 @dataclass(kw_only=True)
 class Commonsense(Task):
-    """Which choice is most likely to follow? The harness calls it `acc`; `acc_norm` is by log-likelihood per character.
+    """Choose the most likely continuation: by log-likelihood (`acc`), or by log-likelihood per character (`acc_norm`).
 
-    The score `accuracy` is `acc_norm` of tasks that have it in the harness, and `acc` of the others. A question that is
-    longer than the context loses its beginning, as in the harness; the report counts those.
+    `accuracy` is `acc_norm` for tasks that have it in the harness, and `acc` for the others. A question that is longer
+    than the context loses its beginning, as in the harness; the table counts such questions.
 
     Args:
         tasks: Names of multiple-choice tasks of the harness, or of groups of them. Their data is downloaded from the
             Hugging Face Hub at the first use.
-        include_path: Folder with tasks of your own, in the YAML of the harness.
-        limit: Questions of each task, from the first on; all if not given.
+        include_path: Folder with your own tasks, in the YAML format of the harness.
+        limit: Number of questions of each task, from the first on; all by default.
     """
 
     name: ClassVar[str] = "commonsense"
@@ -56,7 +56,7 @@ class Commonsense(Task):
 
     def __post_init__(self) -> None:
         if not self.tasks:
-            raise UserError("tasks names no task of lm-evaluation-harness; give some, such as [arc_easy, piqa]")
+            raise UserError("tasks must name tasks of lm-evaluation-harness, such as [arc_easy, piqa], got none")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit must be at least 1, got {self.limit}")
 
@@ -68,7 +68,7 @@ class Commonsense(Task):
         for name, task in tasks.items():
             if task.OUTPUT_TYPE != "multiple_choice":
                 raise UserError(
-                    f"task {name} is not multiple choice but {task.OUTPUT_TYPE}; run it with the harness itself, "
+                    f"task {name} must be multiple_choice, got {task.OUTPUT_TYPE}; run it with the harness itself, "
                     f"python -m meap_lit.evaluation.harness run --model meap_lit"
                 )
         items: list[Item] = []
@@ -83,7 +83,7 @@ class Commonsense(Task):
 
         questions = [item for item in items if isinstance(item, MultipleChoice)]
         rows = [row for question in questions for row in question.rows]
-        # no more positions at once than the items have, of which each is several rows
+        # an item is several rows, so bound the positions by those of the items
         batch_tokens = len(questions) * max(len(row) for row, _ in rows)
         scores = iter(HarnessModel(model, batch_tokens=batch_tokens).score_rows(rows))
         return [{"log_likelihoods": [next(scores)[0] for _ in question.rows]} for question in questions]
@@ -99,17 +99,17 @@ class Commonsense(Task):
 
     @classmethod
     def extra(cls, result: Result) -> dict[str, float]:
-        """Return means in which each task counts alike, whatever its size, and how many questions were cut."""
+        """Return means in which every task has the same weight, and the number of questions that were cut."""
         found = {f"{metric}, mean of tasks": _mean(result.along("task", metric)) for metric in result.metrics}
         num_cut = sum(record["is_cut"] for record in result.records)
         return found | ({"questions that lost their beginning": num_cut} if num_cut else {})
 
 
 def _question(name: str, task: Any, requests: Sequence[Any], reader: "HarnessModel") -> MultipleChoice:
-    """The item of one document, given the harness's requests for it."""
+    """Return the item of one document, given the harness's requests for it."""
     doc = requests[0].doc
     choices = list(task.doc_to_choice(doc))
-    pairs = [tuple(request.args[:2]) for request in requests[: len(choices)]]  # some tasks add unconditional ones
+    pairs = [tuple(request.args[:2]) for request in requests[: len(choices)]]  # some tasks add requests without context
     fields = {
         "arguments": pairs,
         "choices": choices,
@@ -131,7 +131,7 @@ def _question(name: str, task: Any, requests: Sequence[Any], reader: "HarnessMod
 
 
 def _gold(task: Any, doc: Any, choices: Sequence[str]) -> list[int]:
-    """Indices of the right choices; a task may give one or several, as index or text."""
+    """Return the indices of the right choices; a task gives one or several, as index or text."""
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     return [
         choices.index(one) if isinstance(one, str) else int(one) for one in (gold if isinstance(gold, list) else [gold])

@@ -1,7 +1,8 @@
-"""Loss on a span of tokens that comes back: does the model copy what it has read, and from how far?
+"""Loss on a repeated span of tokens: whether the model copies from its context, and over which distance.
 
-A span of a held-out text, then other text, then the span again. Spans of random tokens, which only copying can predict,
-are the repeated random sequences of "In-context Learning and Induction Heads" (Olsson et al. 2022, arXiv 2209.11895).
+An item is a span of held-out text, other text, and the span again. Spans of random tokens, which only copying can
+predict, are the repeated random sequences of "In-context Learning and Induction Heads" (Olsson et al. 2022,
+arXiv 2209.11895).
 """
 
 import random
@@ -18,23 +19,23 @@ from meap_lit.tokenizer.tokenizer import Tokenizer
 
 @dataclass(kw_only=True)
 class Copying(SequenceTask):
-    """Mean negative log-likelihood of a span where it stands first (`first_loss`) and where it comes back.
+    """Mean negative log-likelihood of a span at its first (`first_loss`) and at its second occurrence (`copy_loss`).
 
-    The latter is `copy_loss`, the difference `gain`. The first token of either occurrence does not count: nothing tells
-    that the span begins. The second has other text before it, which may help or mislead, so the gain on spans
-    of text is not that of copying alone. As in `Perplexity`, no token is put before a sequence.
+    `gain` is their difference. The first token of each occurrence does not count, since nothing indicates that the span
+    begins. The text before the second occurrence may help or mislead, so the gain on spans of text is not due to
+    copying alone. As in `Perplexity`, no token is put before a sequence.
 
-    Spans are drawn from the sequences of the dataset and share no token; what stands between is the end of another
-    sequence. Every span is asked for at every distance, and the text right before its return is always the same.
+    Spans are drawn from the sequences of the dataset and do not overlap. The text between is the end of another
+    sequence. Every span is used at every distance, with the same text directly before its second occurrence.
 
     Args:
-        seq_len: Tokens that the model reads at most: 2 * span_len + distance - 1 must not be more.
-        num_sequences: Sequences from which spans and what stands between them are drawn.
-        source: Spans of the dataset's text, or of random tokens, special tokens excepted.
+        seq_len: Maximum number of tokens that the model reads; 2 * span_len + distance - 1 must not exceed it.
+        num_sequences: Number of sequences from which spans and the text between are drawn.
+        source: Take spans from the text of the dataset, or draw random tokens that are not special.
         span_len: Tokens of a span.
         distances: Tokens between the two occurrences.
-        num_spans: Spans, each at all distances.
-        seed: Of the spans.
+        num_spans: Number of spans, each at all distances.
+        seed: Seed of the spans.
     """
 
     name: ClassVar[str] = "copying"
@@ -67,7 +68,7 @@ class Copying(SequenceTask):
             raise UserError(f"task.source must be text or random, got {self.source}")
         if self.span_len < 2:
             raise UserError(
-                f"task.span_len must be at least 2, since its first token does not count, got {self.span_len}"
+                f"task.span_len must be at least 2 because its first token does not count, got {self.span_len}"
             )
         if self.num_spans < 1:
             raise UserError(f"task.num_spans must be at least 1, got {self.num_spans}")
@@ -92,7 +93,7 @@ class Copying(SequenceTask):
             for distance in self.distances:
                 input_ids = [*span, *between[len(between) - distance :], *span]
                 cell, name = {"distance": distance}, f"{self.source}-{number}"
-                # the last token is a label only
+                # the last token is only a label
                 items.append(Item(f"{name}/{distance}", cell, {"span": text}, input_ids, len(input_ids) - 1, name))
         return items
 
@@ -113,7 +114,7 @@ class Copying(SequenceTask):
         return {"copy_loss": copy, "first_loss": first, "gain": first - copy, "copy_accuracy": 100 * record["copied"]}
 
     def _draws(self, model: LanguageModel) -> list[tuple[list[int], list[int]]]:
-        """Each span, and the sequence whose end stands between its occurrences."""
+        """Return each span, and the sequence whose end comes between its occurrences."""
         blocks, rng = self.blocks(model), random.Random(self.seed)
         if self.source == "random":
             vocabulary = ordinary_ids(model.tokenizer)
@@ -123,7 +124,7 @@ class Copying(SequenceTask):
         if len(blocks) < 2 or num_possible < self.num_spans:
             raise UserError(
                 f"the {self.split} split of dataset {self.dataset} gives {len(blocks)} sequences of {self.seq_len + 1} "
-                f"tokens, too few: they have {num_possible} spans for task.num_spans {self.num_spans}, and what stands "
+                f"tokens, too few: they have {num_possible} spans for task.num_spans {self.num_spans}, and the text "
                 f"between is of another sequence; lower task.num_spans or task.seq_len, or raise task.num_sequences"
             )
         draws = []
@@ -135,7 +136,7 @@ class Copying(SequenceTask):
 
 
 def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids that stand for text: all of the vocabulary but the special tokens."""
+    """Return all ids of the vocabulary except special tokens."""
     backend = tokenizer.copy_backend()
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     special |= set(tokenizer.special_tokens.values())

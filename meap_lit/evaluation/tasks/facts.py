@@ -1,9 +1,9 @@
-"""Retrieval of a made-up fact from the context, over length and depth: one that a small model can be asked for.
+"""Retrieval of a made-up fact from the context, over length and depth, for models of any size.
 
 The context has about L tokens: a needle ("In Oslo Anna sings.") at relative depth d among filler and facts about other
-places. The question follows. The options are the people that the context names, chosen by log-likelihood, so guessing
-gives 1 / num_options and nothing has to be generated. Places and people are drawn anew for every item. The task works
-with any tokenizer and any decoder. `RetrievalProbe` asks the same during training.
+places. The question follows. The options are the people in the context, compared by log-likelihood. So guessing gives
+1 / num_options, and nothing is generated. Every item has other places and people. Any tokenizer and any decoder will
+do. `RetrievalProbe` runs the same task during training.
 """
 
 import random
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class FactRetrieval(Task):
-    """Ask for a fact among other facts and filler, over length and depth.
+    """A fact among other facts and filler, over length and depth.
 
     Args:
         lengths: Lengths of the context in tokens, from the first token to the last of the longest option.
@@ -87,7 +87,7 @@ class FactRetrieval(Task):
     def build(self, tokenizer: Tokenizer) -> list[Item]:
         """Return all items: lengths outermost, then depths.
 
-        Their fields are `text` (context and question, up to the answer), `needle` (the sentence that holds the answer),
+        Their fields are `text` (context and question, up to the answer), `needle` (the sentence with the answer),
         `context_ids` (tokens that all options continue), `options` (tokens of each option) and `answer` (index of the
         right option).
 
@@ -147,9 +147,9 @@ def _build_item(
     surroundings = others + padding
     rng.shuffle(surroundings)
 
-    while True:  # the room above is an estimate and filled to the brim: take filler out until the item fits
+    while True:  # the room above is an estimate: remove filler until the item fits
         text = " ".join([OPENING, *_insert(needle.statement, surroundings, depth), question])
-        # what is too long with one option need not be encoded with the others
+        # encode the other options only if the text fits with the first
         if not padding or len(tokenizer.encode_prompt(f"{text} {facts[0].name}")) <= length:
             context_ids, options = _encode_options(text, [fact.name for fact in facts], tokenizer)
             size = len(context_ids) + max(map(len, options))
@@ -170,17 +170,17 @@ def _build_item(
 
 
 def _insert(needle: str, surroundings: list[str], depth: float) -> list[str]:
-    """The sentences with `needle` where a share `depth` of their characters stands before it, as near as it gets."""
+    """Return the sentences with `needle` inserted so that about a share `depth` of their characters comes before it."""
     starts = list(accumulate((len(sentence) for sentence in surroundings), initial=0))  # and the end of the last
     index = min(range(len(starts)), key=lambda index: abs(starts[index] - depth * starts[-1]))
     return [*surroundings[:index], needle, *surroundings[index:]]
 
 
 def _encode_options(text: str, options: list[str], tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
-    """Tokens of `text`, started as a document of its own, and of each word that may continue it.
+    """Return the tokens of `text`, as the beginning of a document, and those of each word that may continue it.
 
-    Text and option are encoded together, as in training; where an option changes the last tokens of the text, those
-    count as part of the options.
+    Text and option are encoded together, as in training. If an option changes the last tokens of the text, these tokens
+    are part of the options.
     """
     encoded = tokenizer.encode_batch([text, *(f"{text} {option}" for option in options)])
     rows = [[*tokenizer.before_text, *ids] for ids in encoded]
@@ -211,8 +211,8 @@ def score_items(decoder: nn.Module, items: Sequence[Item], task: FactRetrieval, 
 
 @torch.no_grad()
 def option_scores(decoder: nn.Module, items: Sequence[Item], batch_size: int) -> list[list[float]]:
-    """Summed log-likelihood of each option of each item; arguments as in `score_items`."""
-    # An option's last token is predicted but never read, so options of one token share a single row.
+    """Return the summed log-likelihood of each option of each item; arguments as in `score_items`."""
+    # an option's last token is predicted but not read, so options of one token share a row
     rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # input -> the (item, option) pairs read off it
     for item_index, item in enumerate(items):
         for option_index, option in enumerate(item.fields["options"]):
@@ -220,16 +220,16 @@ def option_scores(decoder: nn.Module, items: Sequence[Item], batch_size: int) ->
 
     scores = [[0.0] * len(item.fields["options"]) for item in items]
     device = next(decoder.parameters()).device
-    ordered = sorted(rows, key=len)  # rows of like length together, so that little of a batch is padding
+    ordered = sorted(rows, key=len)  # rows of similar length together, for little padding
     for first in range(0, len(ordered), batch_size):
         batch = ordered[first : first + batch_size]
-        read = [  # of every option token: row of the batch, position that predicts it, its id, item, option
+        read = [  # for every token of an option: row, position that predicts it, id, item, option
             (row, len(items[i].fields["context_ids"]) - 1 + offset, token, i, j)
             for row, tokens in enumerate(batch)
             for i, j in rows[tokens]
             for offset, token in enumerate(items[i].fields["options"][j])
         ]
-        # attention is causal, so padding on the right changes nothing before it
+        # attention is causal, so padding on the right has no effect
         input_ids = pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True)  # [B, T]
         row_ids, positions, targets = torch.tensor([entry[:3] for entry in read], device=device).unbind(1)  # [N]
         hidden = decoder(input_ids.to(device))[row_ids, positions]  # [N, D]

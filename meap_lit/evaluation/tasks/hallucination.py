@@ -1,7 +1,7 @@
-"""Contextual hallucination: summaries that say what their document does not (MEAP paper, arXiv 2502.07490).
+"""Contextual hallucination: summaries that contradict or exceed their document (MEAP paper, arXiv 2502.07490).
 
-A model summarises documents of XSum, MultiNews or WikiSum; `python -m meap_lit judge` then has other models read each
-summary beside its document. The score is the share that is judged free of hallucination.
+The model summarizes documents of XSum, MultiNews or WikiSum. `python -m meap_lit judge` lets other models compare each
+summary with its document. The score is the share of summaries that are judged free of hallucination.
 """
 
 import random
@@ -27,7 +27,7 @@ PROMPTS = {
 }
 
 STOPS = ("#Document#:", "#Article#:")
-"""Where a model that goes on with another example begins it."""
+"""Beginnings of a further example, which ends the summary."""
 
 
 def free_by_judge(records: Sequence[Record]) -> dict[str, Mean]:
@@ -38,19 +38,19 @@ def free_by_judge(records: Sequence[Record]) -> dict[str, Mean]:
 
 
 def _judges(records: Sequence[Record]) -> list[str]:
-    """Return the judges of every summary."""
+    """Return the judges who judged every summary."""
     judges = [list(record.get("verdicts", {})) for record in records]
     return [judge for judge in judges[0] if all(judge in others for others in judges)]
 
 
 @dataclass(kw_only=True)
 class Hallucination(PromptTask):
-    """Summaries of documents, for others to judge.
+    """Summaries of documents, for `judge`.
 
     Args:
         file: Records with `document` and `summary` (.jsonl, .jsonl.gz, .json, .parquet).
-        prompt: What is asked for: one sentence, as for XSum, or a summary of any length.
-        num_samples: Records drawn from the file; all of a file that has fewer.
+        prompt: Ask for one sentence, as for XSum, or for a summary of any length.
+        num_samples: Number of records drawn from the file; all of them if there are fewer.
         seed: Seed of the draw.
     """
 
@@ -83,7 +83,7 @@ class Hallucination(PromptTask):
         return [{"model_answer": until_stop(answer["model_answer"])} for answer in super().answer(model, items)]
 
     def score(self, record: Record) -> dict[str, float]:
-        """Share of judges who found it free of hallucination, and of those undecided; nothing before anybody judged."""
+        """Return the share of judges who found it free of hallucination, and who were undecided; {} before judging."""
         verdicts = list(record.get("verdicts", {}).values())
         if not verdicts:
             return {}
@@ -94,7 +94,7 @@ class Hallucination(PromptTask):
 
     @classmethod
     def extra(cls, result: Result) -> dict[str, float]:
-        """Return each judge's share, how far judges agree, and how many summaries nobody judged yet."""
+        """Return the share and the agreement of judges, or the number of summaries that are not judged yet."""
         num_open = sum(not record.get("verdicts") for record in result.records)
         if num_open:
             return {"not judged yet (python -m meap_lit judge)": num_open}
@@ -106,7 +106,7 @@ class Hallucination(PromptTask):
 
 
 def until_stop(text: str) -> str:
-    """A summary, without what follows a stop string."""
+    """Return a summary up to the first stop string."""
     for stop in STOPS:
         text = text.partition(stop)[0]
     return text.strip()

@@ -1,4 +1,4 @@
-"""Text to hide something in: documents one after the other, which can be cut after any token, sentence or line."""
+"""Long texts made of documents, which can be cut after any token, sentence or line."""
 
 import random
 import re
@@ -16,35 +16,35 @@ from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
 Boundary = Literal["sentence", "line", "token"]
-"""After what a text may be cut: a period that white space follows, a line break, or any token."""
+"""Places to cut a text: after a period that white space follows, after a line break, or after any token."""
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-"""A line that means nothing; NVIDIA/RULER, scripts/data/synthetic/niah.py."""
+"""Line without meaning (NVIDIA/RULER, scripts/data/synthetic/niah.py)."""
 
 _ENDS = {"sentence": re.compile(r"\.(?=\s|\Z)"), "line": re.compile(r"\n")}
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """A text that can be cut after any of its tokens.
+    """A text that can be cut after any of its N tokens.
 
     Args:
         text: The text.
-        ends: How many characters the first i tokens have, [N + 1] int64, from 0 to all.
+        ends: Number of characters in the first i tokens, [N + 1], int64.
     """
 
     text: str
     ends: np.ndarray
 
     def __len__(self) -> int:
-        """Number of tokens N."""
+        """Return the number of tokens N."""
         return len(self.ends) - 1
 
     def cut(self, index: int, boundary: Boundary) -> int:
-        """The character before token `index`, or before it the last one at which a sentence or line has ended.
+        """Return the position of token `index` in characters, or the last end of a sentence or line before it, or 0.
 
-        0 if none has. Sentences are looked for in the text, for a token "." is not the period of a sentence in every
-        tokenizer: Llama 2 encodes a lone "." as two other tokens.
+        Ends of sentences are searched in the text, not in the tokens: Llama 2 encodes a lone "." in another way than
+        the period of a sentence.
         """
         position = int(self.ends[index])
         if boundary == "token":
@@ -53,22 +53,22 @@ class Haystack:
         return int(stops[np.searchsorted(stops, position, side="right") - 1])
 
     def index(self, position: int) -> int:
-        """Number of whole tokens in the first `position` characters."""
+        """Return the number of whole tokens in the first `position` characters."""
         return int(np.searchsorted(self.ends, position, side="right")) - 1
 
     @cached_property
     def _stops(self) -> dict[str, np.ndarray]:
-        """For each kind of boundary the characters at which the text may be cut, ascending, the first 0."""
+        """Positions in characters at which the text may be cut, ascending from 0, for each kind of boundary."""
         return {kind: np.array([0, *(match.end() for match in end.finditer(self.text))]) for kind, end in _ENDS.items()}
 
 
 class Documents:
-    """Texts to make haystacks of. Each is tokenised once, when it is first needed.
+    """Texts to make haystacks of; each is tokenized once, when it is first needed.
 
     Args:
         texts: The texts.
-        tokenizer: What counts tokens.
-        name: Where they are from, for messages.
+        tokenizer: Tokenizer that counts tokens.
+        name: Name of the source, for messages.
     """
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, name: str) -> None:
@@ -76,7 +76,7 @@ class Documents:
         self._texts = texts
         self._backend = tokenizer.copy_backend()
         self._backend.encode_special_tokens = True
-        self._backend.post_processor = None  # it may trim white space off the offsets
+        self._backend.post_processor = None  # it may remove white space from the offsets
         self._ends: dict[int, np.ndarray] = {}
 
     @staticmethod
@@ -93,10 +93,10 @@ class Documents:
 
     @classmethod
     def read(cls, path: str, tokenizer: Tokenizer) -> "Documents":
-        """The documents of a file, or of all files in a folder: texts, and field `text` of records.
+        """Read the documents of a file, or of all files in a folder: texts, and field `text` of records.
 
         Raises:
-            UserError: If there is no such file, or a document cannot be read.
+            UserError: If there is no file, or a document cannot be read.
         """
         files = cls.find(path)
         reader = DocumentReader(files)
@@ -110,23 +110,23 @@ class Documents:
 
     @classmethod
     def noise(cls, tokenizer: Tokenizer) -> "Documents":
-        """One text of many lines `NOISE`."""
+        """Return one text of many lines `NOISE`."""
         return cls([NOISE * 200], tokenizer, "of noise")
 
     def haystack(self, num_tokens: int, order: random.Random | None = None, repeat: bool = True) -> Haystack:
-        """The documents joined, until there are about `num_tokens` tokens.
+        """Join documents until there are about `num_tokens` tokens.
 
         Args:
-            num_tokens: Tokens wanted. There are fewer if the documents have fewer and are not repeated.
-            order: Shuffles the documents; they stay as they are if not given.
+            num_tokens: Tokens wanted; there are fewer if the documents have fewer and are not repeated.
+            order: Random state that shuffles the documents; by default they keep their order.
             repeat: Start again at the first document after the last.
 
         Raises:
-            UserError: If there is no text at all.
+            UserError: If all documents are empty.
         """
         numbers = [number for number, text in enumerate(self._texts) if text.strip()]
         if not numbers:
-            raise UserError(f"haystack {self.name} holds no text")
+            raise UserError(f"haystack {self.name} has no text")
         if order is not None:
             order.shuffle(numbers)
         texts: list[str] = []
@@ -141,7 +141,7 @@ class Documents:
         return Haystack("".join(texts), np.concatenate(ends))
 
     def _token_ends(self, number: int) -> np.ndarray:
-        """Where each token of a document ends, in characters, [N] int64."""
+        """Return the end of each token of a document in characters, [N], int64."""
         if number not in self._ends:
             offsets = self._backend.encode(self._texts[number], add_special_tokens=False).offsets
             self._ends[number] = np.array([end for _, end in offsets], dtype=np.int64)

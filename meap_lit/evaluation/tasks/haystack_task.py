@@ -1,7 +1,7 @@
-"""Questions about what is hidden in a long context, over a grid of lengths and depths.
+"""Questions about sentences hidden in a long context, over a grid of lengths and depths.
 
-A prompt's length is what the model's own tokenizer counts when all has been put together, so prompt and answer
-never take more than the L tokens of their cell, and as a rule exactly as many.
+The model's own tokenizer measures the finished prompt, so prompt and answer never exceed the L tokens of their cell
+and usually fill them exactly.
 """
 
 import random
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.task import GenerationTask, Item, Plot
+from meap_lit.evaluation.task import GenerationTask, Item, Plot, SharedIds
 from meap_lit.evaluation.tasks.haystack import Boundary, Documents, Haystack
 from meap_lit.inference.language_model import LanguageModel
 
@@ -20,22 +20,23 @@ INTRODUCTION = (
     "Please keep your answers concise and clear. Do not talk about irrelevant topics or repeat your answers.\n"
     "The document given to you by the user is "
 )
-"""What stands before the context (open-compass/opencompass, opencompass/datasets/needlebench/origin.py)."""
+"""Text before the context (open-compass/opencompass, opencompass/datasets/needlebench/origin.py)."""
 
-_MAX_TRIES = 6  # to fill the last tokens; two are the rule
+_MAX_TRIES = 6
+"""Attempts to fill the last tokens; two usually suffice."""
 
 
 @dataclass(frozen=True)
 class HaystackPrompt:
-    """Something to hide and to ask for.
+    """A prompt without its haystack.
 
     Args:
-        repeat: Which order of the documents it is asked with.
-        needles: What is hidden, as it goes into the text, in order.
-        before: Of the prompt, what stands before the context.
-        after: Of the prompt, what stands after the context.
-        fields: What the record keeps of the source.
-        cell: Where it counts in the table, besides length and depth.
+        repeat: Number of the haystack, each with another order of the documents.
+        needles: Texts to hide, in order.
+        before: Part of the prompt before the context.
+        after: Part of the prompt after the context.
+        fields: Fields of the source that the record keeps.
+        cell: Cell of the table, besides length and depth.
     """
 
     repeat: int
@@ -46,10 +47,10 @@ class HaystackPrompt:
     cell: Mapping[str, Any] = field(default_factory=dict)
 
     def with_needles(self, text: str, positions: Sequence[int]) -> str:
-        """The prompt with each needle before the character of `text` at its position; positions ascend.
+        """Return the whole prompt, with each needle inserted into `text` before the character at its position.
 
         Raises:
-            UserError: If a needle is also part of the text, or there are two alike.
+            UserError: If a needle also appears elsewhere in the context.
         """
         starts = [0, *positions]
         pieces = [text[start:stop] for start, stop in zip(starts, [*positions, len(text)], strict=True)]
@@ -57,8 +58,8 @@ class HaystackPrompt:
         for needle in self.needles:
             if needle.strip() in text or context.count(needle) != 1:
                 raise UserError(
-                    f"needle {needle.strip()!r} must stand once in its context, but the haystack or another needle "
-                    f"holds it as well"
+                    f"needle {needle.strip()!r} must appear once in its context, but the haystack or another needle "
+                    f"contains it too"
                 )
         return self.before + context + self.after
 
@@ -70,17 +71,17 @@ def grid_plot(name: str, metric: str) -> Plot:
 
 @dataclass(kw_only=True)
 class HaystackTask(GenerationTask):
-    """Questions about what is hidden in a long context, over a grid of lengths and depths.
+    """Questions about sentences hidden in a long context, over a grid of lengths and depths.
 
     Args:
-        lengths: Lengths L in the model's tokens, from the first of the prompt to the last of `max_new_tokens`.
-        depths: Percentage of the haystack's tokens that stand before the needle, the first if there are several.
-        num_repeats: Questions for each length and depth, each in another order of the documents; the first in that of
-            the files' names.
-        haystack: What to hide something in: a folder of .txt, .md or .jsonl (field `text`), or such a file. If not
-            given, one line of noise over and over (NVIDIA/RULER).
-        repeat: Begin the haystack anew where it is too short for a length; without, that is an error.
-        seed: Seed of the orders and of what is drawn.
+        lengths: Lengths L in the model's tokens, including prompt and `max_new_tokens`.
+        depths: Percentage of the haystack's tokens before the (first) needle.
+        num_repeats: Questions for each length and depth. Each has another order of the documents, the first the order
+            of the file names.
+        haystack: Text to hide needles in: a folder of .txt, .md or .jsonl (field `text`), or such a file. By default
+            one line of noise, repeated (NVIDIA/RULER).
+        repeat: Start the haystack again where it is too short for a length, instead of an error.
+        seed: Seed of the orders and of the needles.
     """
 
     lengths: tuple[int, ...]
@@ -103,22 +104,22 @@ class HaystackTask(GenerationTask):
 
     @abstractmethod
     def prompts(self) -> list[HaystackPrompt]:
-        """What is asked at each length and depth, `num_repeats` for each of their cells; data files are read here."""
+        """Return the prompts for each length and depth, `num_repeats` for each cell; data files are read here."""
 
     @property
     def cut_at(self) -> Boundary:
-        """Where the haystack may be cut to put a needle in. With lines it consists of whole ones."""
+        """Boundary at which a needle is inserted. With lines, the haystack has whole lines only."""
         return "token"
 
     def indices(self, num_tokens: int, depth: float, needle_lengths: Sequence[int]) -> list[int]:
-        """The tokens of a haystack before which the needles go; ascending, `num_tokens` is the end.
+        """Return the index of the haystack token before which each needle is inserted, ascending.
 
-        Several are spread evenly between `depth` and the end (gkamradt/LLMTest_NeedleInAHaystack,
+        Several needles are spread evenly between `depth` and the end (gkamradt/LLMTest_NeedleInAHaystack,
         needlehaystack/llm_multi_needle_haystack_tester.py).
 
         Args:
-            num_tokens: Length of the haystack.
-            depth: Of the first needle, in percent.
+            num_tokens: Length of the haystack; this index is its end.
+            depth: Depth of the first needle, in percent.
             needle_lengths: Number of tokens of each needle.
         """
         step = (100 - depth) / len(needle_lengths)
@@ -132,61 +133,50 @@ class HaystackTask(GenerationTask):
         return min(self.lengths), max(self.lengths)
 
     def items(self, model: LanguageModel) -> list[Item]:
-        questions = self.prompts()
+        prompts = self.prompts()
         if self.haystack is None:
             documents = Documents.noise(model.tokenizer)
         else:
             documents = Documents.read(self.haystack, model.tokenizer)
-        # a document may have fewer tokens within a text than alone, so there are more than the longest prompt takes
+        # a document may have fewer tokens within a text than alone, so take more than the longest prompt needs
         num_tokens = max(self.lengths) * 5 // 4 + 64
         orders = [random.Random(f"{self.seed}/{repeat}") if repeat else None for repeat in range(self.num_repeats)]
         repeat = self.repeat or self.haystack is None
         haystacks = [documents.haystack(num_tokens, order, repeat) for order in orders]
-        ids: dict[int, int] = {}
-
-        def filler(question: HaystackPrompt) -> _Filler:
-            return _Filler(self, model, question, haystacks[question.repeat], ids)
-
-        for question in questions:  # what has too little room, or too little haystack, shows in these first
+        for prompt in prompts:  # fail early if a length has too little room, or the haystack is too short
             for length in (min(self.lengths), max(self.lengths)):
-                filler(question).item(length, self.depths[0])
-        fillers = [filler(question) for question in questions]
-        return [filler.item(length, depth) for length in self.lengths for depth in self.depths for filler in fillers]
+                _Filler(self, model, prompt, haystacks[prompt.repeat]).item(length, self.depths[0])
+        fillers = [_Filler(self, model, prompt, haystacks[prompt.repeat]) for prompt in prompts]
+        share = SharedIds()
+        return [
+            share(filler.item(length, depth)) for length in self.lengths for depth in self.depths for filler in fillers
+        ]
 
 
 class _Filler:
-    """Puts as much of a haystack around the needles of a question as a length has room for.
+    """Fill a prompt with as much of a haystack as a length has room for.
 
     Args:
         task: The task.
-        model: Its tokenizer counts.
-        question: The question.
-        haystack: What to take from, longer than any length unless the task does not repeat it.
-        ids: Shared by all, so that equal ids are one object: many long prompts then take a quarter of the memory.
+        model: Model whose tokenizer counts.
+        prompt: The prompt.
+        haystack: Text to fill it with, longer than any length unless the task does not repeat it.
     """
 
-    def __init__(
-        self,
-        task: HaystackTask,
-        model: LanguageModel,
-        question: HaystackPrompt,
-        haystack: Haystack,
-        ids: dict[int, int],
-    ) -> None:
+    def __init__(self, task: HaystackTask, model: LanguageModel, prompt: HaystackPrompt, haystack: Haystack) -> None:
         self.task = task
         self.model = model
-        self.question = question
+        self.prompt = prompt
         self.haystack = haystack
-        self.ids = ids
-        self.needle_lengths = [len(model.tokenizer.encode(needle)) for needle in question.needles]
+        self.needle_lengths = [len(model.tokenizer.encode(needle)) for needle in prompt.needles]
         self.num_others = sum(self.needle_lengths)
-        """Tokens of a prompt that are not the haystack's; a guess until there has been one."""
+        """Tokens of the prompt outside the haystack: estimated at first, then measured."""
 
     def item(self, length: int, depth: float) -> Item:
-        """The item whose prompt and answer fill `length` tokens, or as many of them as can be.
+        """Return the item whose prompt and answer fill `length` tokens, or nearly so.
 
         Raises:
-            UserError: If there is no room for the needles and the question, or not enough haystack.
+            UserError: If needles and question leave no room for a haystack, or the haystack is too short.
         """
         budget = length - self.task.max_new_tokens
         best: tuple[list[int], dict[str, Any]] | None = None
@@ -214,30 +204,24 @@ class _Filler:
                 f"{len(self._prompt(0, depth)[0]) + self.task.max_new_tokens} tokens"
             )
         input_ids, measured = best
-        cell = {**self.question.cell, "length": length, "depth": depth}
-        id = "/".join(f"{key}={value:.10g}" for key, value in [*cell.items(), ("repeat", self.question.repeat)])
-        num_positions = len(input_ids) + self.task.max_new_tokens
-        return Item(
-            id,
-            cell,
-            {**self.question.fields, **measured},
-            [self.ids.setdefault(token_id, token_id) for token_id in input_ids],
-            num_positions,
-        )
+        cell = {**self.prompt.cell, "length": length, "depth": depth}
+        id = "/".join(f"{key}={value:.10g}" for key, value in [*cell.items(), ("repeat", self.prompt.repeat)])
+        fields = {**self.prompt.fields, **measured}
+        return Item(id, cell, fields, input_ids, len(input_ids) + self.task.max_new_tokens)
 
     def _prompt(self, num_tokens: int, depth: float) -> tuple[list[int], list[float]]:
-        """The prompt with the first tokens of the haystack, and how deep in these each needle really is, in percent."""
+        """Encode the prompt with the first `num_tokens` of the haystack; return also the true depths, in percent."""
         text = self.haystack.text[: self.haystack.cut(num_tokens, "token")]
         positions = [
             len(text) if index >= num_tokens else self.haystack.cut(index, self.task.cut_at)
             for index in self.task.indices(num_tokens, depth, self.needle_lengths)
         ]
-        prompt = self.question.with_needles(text, positions)
+        prompt = self.prompt.with_needles(text, positions)
         true_depths = [round(100 * self.haystack.index(place) / max(1, num_tokens), 2) for place in positions]
         return self.task.encode_prompt(self.model, prompt), true_depths
 
     def _whole(self, num_tokens: int) -> int:
-        """Tokens without those of a broken line at the end, where lines matter."""
+        """Return `num_tokens` without those of an incomplete last line, if the haystack has whole lines only."""
         if self.task.cut_at != "line":
             return num_tokens
         return self.haystack.index(self.haystack.cut(num_tokens, "line"))

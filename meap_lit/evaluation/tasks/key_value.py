@@ -1,7 +1,7 @@
-"""Key-value retrieval: is the value of a key found wherever the pair stands in a JSON object of random pairs?
+"""Key-value retrieval: find the value of a key at any position in a JSON object of random pairs.
 
-The synthetic task of "Lost in the Middle" (arXiv 2307.03172; nelson-liu/lost-in-the-middle, commit 29b8a6d): neither
-knowledge nor language helps, only looking up.
+This is the synthetic task of "Lost in the Middle" (arXiv 2307.03172; nelson-liu/lost-in-the-middle, commit 29b8a6d).
+Neither knowledge nor language helps, only looking up.
 """
 
 import random
@@ -20,12 +20,12 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class KeyValueSet:
-    """A JSON object and the key that is asked for.
+    """A JSON object and the requested key.
 
     Args:
-        where: File and line, or what stands for it.
-        pairs: Keys, each once, and their values.
-        key: One of the keys.
+        where: File and line, or another name, for messages.
+        pairs: Distinct keys and their values.
+        key: The requested key.
         value: Its value.
     """
 
@@ -39,23 +39,23 @@ class KeyValueSet:
         pairs = []
         for number, pair in enumerate(row.elements("ordered_kv_records")):
             if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-                raise row.error(f"'ordered_kv_records[{number}]' is not a pair of strings")
+                raise row.error(f"'ordered_kv_records[{number}]' must be a pair of strings")
             pairs.append((pair[0], pair[1]))
         key, value = row.text("key"), row.text("value")
         if len(dict(pairs)) < len(pairs):
-            raise row.error("a key stands twice in 'ordered_kv_records'")
+            raise row.error("a key appears twice in 'ordered_kv_records'")
         if (key, value) not in pairs:
-            raise row.error("'key' and 'value' are no pair of 'ordered_kv_records'")
+            raise row.error("'key' and 'value' must be a pair of 'ordered_kv_records'")
         return cls(row.where, pairs, key, value)
 
     @classmethod
     def draw(cls, num_pairs: int, rng: random.Random) -> "KeyValueSet":
-        """Pairs of UUIDs, of version 4 as in the benchmark."""
+        """Draw pairs of UUIDs of version 4, as in the benchmark."""
         pairs = [(_random_uuid(rng), _random_uuid(rng)) for _ in range(num_pairs)]
         return cls(f"a set of {num_pairs} pairs", pairs, *rng.choice(pairs))
 
     def prompt(self, gold: int) -> str:
-        """The benchmark's prompt (`kv_retrieval.prompt`) with the pair asked for at index `gold`."""
+        """Return the benchmark's prompt (`kv_retrieval.prompt`) with the requested pair at index `gold`."""
         pairs = [pair for pair in self.pairs if pair[0] != self.key]
         pairs.insert(gold, (self.key, self.value))
         data = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs)
@@ -67,14 +67,14 @@ class KeyValueSet:
 
 @dataclass(kw_only=True)
 class KeyValueRetrieval(PromptTask):
-    """Sets of pairs, each with the pair that is asked for at several positions.
+    """Sets of pairs, each with the requested pair at several positions.
 
     Args:
-        file: Data in the benchmark's format; if not given, sets are made up.
-        num_pairs: Pairs in a set that is made up; a file says it itself.
-        gold: Positions of the pair, from 0; if not given, the first and the ends of the four quarters of the set.
-        num_sets: Sets to make up, or to read of the file, the first ones.
-        seed: Of the sets that are made up.
+        file: Data in the benchmark's format; by default sets are made up.
+        num_pairs: Pairs in a made-up set.
+        gold: Positions of the requested pair, from 0; by default the first and the end of each quarter of the set.
+        num_sets: Number of sets to make up, or to read from the start of the file.
+        seed: Seed of made-up sets.
     """
 
     name: ClassVar[str] = "key_value"
@@ -114,7 +114,7 @@ class KeyValueRetrieval(PromptTask):
                 yield Prompt(f"gold_at_{position}/{number}", cell, fields, entry.prompt(position), str(number))
 
     def score(self, record: Record) -> dict[str, float]:
-        # as `evaluate_kv_responses.py` of the benchmark: anywhere in the answer, which is not cut
+        # anywhere in the whole answer, as in the benchmark's `evaluate_kv_responses.py`
         return {"accuracy": 100.0 * (record["value"].lower() in record["model_answer"].lower())}
 
     def _sets(self) -> Iterator[KeyValueSet]:
@@ -127,7 +127,7 @@ class KeyValueRetrieval(PromptTask):
 
 
 def quarter_ends(num_pairs: int) -> list[int]:
-    """The first position and the last of each quarter, as the benchmark's experiments: of 140 pairs 0, 34, 69, ..."""
+    """Return the first position and the last of each quarter, as in the benchmark: 0, 34, 69, ... for 140 pairs."""
     return sorted({0, *(max(0, num_pairs * quarter // 4 - 1) for quarter in (1, 2, 3, 4))})
 
 

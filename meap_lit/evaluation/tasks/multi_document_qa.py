@@ -1,8 +1,8 @@
-"""Multi-document question answering: is an answer found wherever its passage stands among others?
+"""Multi-document question answering: find an answer at any position of its passage among others.
 
-The benchmark of "Lost in the Middle" (arXiv 2307.03172; nelson-liu/lost-in-the-middle, commit 29b8a6d), which the MEAP
-paper reports. Questions are from Natural Questions; of N passages of Wikipedia one, the gold passage, holds the answer.
-Two bounds stand beside it: the gold passage alone (oracle), and the question alone (closed book).
+This is the benchmark of "Lost in the Middle" (arXiv 2307.03172; nelson-liu/lost-in-the-middle, commit 29b8a6d), which
+the MEAP paper reports. Questions are from Natural Questions. One of N passages of Wikipedia, the gold passage, contains
+the answer. Two prompts give bounds: the gold passage alone (oracle), and the question alone (closed book).
 """
 
 import random
@@ -35,9 +35,9 @@ class Question:
     Args:
         where: File and line.
         text: The question.
-        answers: Right answers; any of them will do.
-        gold: The passage that holds one.
-        distractors: Passages that hold none, the most similar to the question first.
+        answers: Right answers; any of them counts.
+        gold: The passage that contains an answer.
+        distractors: Passages that contain none, the most similar to the question first.
     """
 
     where: str
@@ -52,12 +52,12 @@ class Question:
         passages = [Passage(context.text("title"), context.text("text")) for context in contexts]
         is_gold = [context.flag("isgold") for context in contexts]
         if sum(is_gold) != 1:
-            raise row.error(f"{sum(is_gold)} of the passages in 'ctxs' have 'isgold', it must be one")
+            raise row.error(f"one passage in 'ctxs' must have 'isgold', got {sum(is_gold)}")
         gold = passages.pop(is_gold.index(True))
         return cls(row.where, row.text("question"), row.texts("answers"), gold, passages)
 
     def prompt(self, passages: Sequence[Passage]) -> str:
-        """The benchmark's prompt, for a closed book if there is no passage (`qa.prompt`, `closedbook_qa.prompt`)."""
+        """Return the benchmark's prompt, without passages the closed-book one (`qa.prompt`, `closedbook_qa.prompt`)."""
         ending = f"Question: {self.text}\nAnswer:"
         if not passages:
             return ending
@@ -78,26 +78,26 @@ _INSTRUCTION = (
 class MultiDocumentQA(PromptTask):
     """Questions with the gold passage at several positions among distractors.
 
-    An answer is stripped, cut at its first line break and compared. The benchmark strips in its script for Llama 2
-    (scripts/get_qa_responses_from_llama_2.py) before `evaluate_qa_responses.py` cuts; its scripts for MPT and LongChat
-    do not, so there an answer that begins with a line break counts as empty.
+    An answer is stripped, cut at its first line break and compared. The benchmark's script for Llama 2
+    (scripts/get_qa_responses_from_llama_2.py) strips before `evaluate_qa_responses.py` cuts. Its scripts for MPT and
+    LongChat do not, so an answer that begins with a line break counts there as empty.
 
     Args:
-        file: Data in the benchmark's format. A `{gold}` in it stands for the position of the gold passage, if there is
-            a file for each; one file serves all positions as well, since the gold passage is put where it belongs.
-        num_documents: Passages N in a prompt, the gold one included.
+        file: Data in the benchmark's format. `{gold}` in the name is replaced by the position of the gold passage. One
+            file for all positions gives the same prompts, since the gold passage is moved to its position.
+        num_documents: Number N of passages in a prompt, including the gold one.
         gold: Positions of the gold passage, from 0.
-        distractors: `retrieved`: those in the file, the first N - 1 of them. `synthetic`: gold passages of other
-            questions of the file, none of which holds an answer; they are easier to tell from the gold passage, so
-            the scores compare with each other only.
-        bounds: Which bounds to ask for as well.
-        num_questions: Only so many questions, the first of the file.
-        seed: Of the draw of synthetic distractors.
+        distractors: `retrieved` takes the first N - 1 distractors of the file. `synthetic` takes gold passages of other
+            questions that contain no answer. They are easier to tell from the gold passage, so these scores compare
+            only with each other.
+        bounds: Bounds to evaluate too.
+        num_questions: Number of questions, from the start of the file; all by default.
+        seed: Seed of synthetic distractors.
     """
 
     name: ClassVar[str] = "multi_document_qa"
     metrics: ClassVar[tuple[str, ...]] = ("best_subspan_em", "oracle", "closed_book")
-    """Each item has one of them: the last two are the same score of the prompts that make a bound."""
+    """Each item has one of them: the last two are the same score for the prompts of the bounds."""
     plots: ClassVar[tuple[Plot, ...]] = (
         Plot(
             "multi_document_qa",
@@ -149,7 +149,7 @@ class MultiDocumentQA(PromptTask):
                 yield _prompt(f"closed_book/{number}", cell, question, [])
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
-        # as the benchmark's script for Llama 2 does; its scorer does not strip before it cuts at the first line break
+        # as in the benchmark's script for Llama 2; its scorer cuts at the first line break without stripping before
         return [{"model_answer": record["model_answer"].strip()} for record in super().answer(model, items)]
 
     def score(self, record: Record) -> dict[str, float]:
@@ -159,7 +159,7 @@ class MultiDocumentQA(PromptTask):
 
     @classmethod
     def extra_of_pair(cls, first: Result, second: Result) -> dict[str, float]:
-        """Return the gain of the second relative to the first, as the paper gives it for pretrained models."""
+        """Return the relative gain of the second, which the paper reports for pretrained models."""
         later = second.along("gold")
         pairs = {
             f"relative gain at position {position + 1}, %": (mean.value, later[position].value)
@@ -170,7 +170,7 @@ class MultiDocumentQA(PromptTask):
         return {name: 100 * (after - before) / before for name, (before, after) in pairs.items() if before > 0}
 
     def _questions(self) -> dict[int, list[Question]]:
-        """The questions for each position; they differ in nothing but the order of passages that their file had."""
+        """Return the questions for each position; they differ only in the order of passages in their file."""
         paths = {position: self.file.replace("{gold}", str(position)) for position in self.gold}
         read = {path: self._read(path) for path in dict.fromkeys(paths.values())}
         _check_same_questions(list(read.values()))
@@ -185,7 +185,7 @@ class MultiDocumentQA(PromptTask):
         for question in questions:
             if len(question.distractors) < self.num_documents - 1:
                 raise UserError(
-                    f"{question.where}: 'ctxs' holds {len(question.distractors)} distractors, num_documents "
+                    f"{question.where}: 'ctxs' has {len(question.distractors)} distractors, num_documents "
                     f"{self.num_documents} needs {self.num_documents - 1}; lower it, or set distractors to synthetic"
                 )
         return questions
@@ -197,11 +197,11 @@ def _prompt(id: str, cell: Mapping[str, Any], question: Question, passages: Sequ
 
 
 def _check_same_questions(files: Sequence[Sequence[Question]]) -> None:
-    """Positions are compared question by question, so the files for them must agree line by line."""
+    """Raise `UserError` unless the files for all positions have the same questions, which are compared in pairs."""
     for questions in files[1:]:
         for question, expected in zip(questions, files[0]):
             if question.text != expected.text:
-                raise UserError(f"{question.where}: the question is another than in {expected.where}")
+                raise UserError(f"{question.where}: the question differs from that in {expected.where}")
         if len(questions) != len(files[0]):
             last = min(questions, files[0], key=len)[-1]
             raise UserError(f"{last.where}: the last question, but the file for another position has more")
@@ -213,14 +213,17 @@ def _check_same_questions(files: Sequence[Sequence[Question]]) -> None:
 def _with_synthetic_distractors(
     questions: Sequence[Question], num_questions: int | None, num_distractors: int, seed: int
 ) -> list[Question]:
-    """The first questions with passages of others, drawn by (seed, number): more of them begin with the same ones."""
+    """Return the first questions with passages of others, drawn by (seed, number).
+
+    A larger number of distractors begins with the same ones.
+    """
     pool = {question.gold: normalize_answer(" ".join(question.gold)) for question in questions}
     chosen = []
     for number, question in enumerate(questions[:num_questions]):
         answers = [
             answer
             for answer in map(normalize_answer, question.answers)
-            # "*" is normalised to nothing, and "S" is the only letter asked for: no passage is without them
+            # ignore what every passage contains: "*", which is normalized to nothing, or a single letter
             if len(answer) > 1 or not all(answer in text for text in pool.values())
         ]
         suitable = (
@@ -231,7 +234,7 @@ def _with_synthetic_distractors(
         distractors = list(islice(suitable, num_distractors))
         if len(distractors) < num_distractors:
             raise UserError(
-                f"{question.where}: only {len(distractors)} passages of other questions hold none of its answers, "
+                f"{question.where}: only {len(distractors)} passages of other questions contain none of its answers, "
                 f"num_documents {num_distractors + 1} needs {num_distractors}; lower it"
             )
         chosen.append(replace(question, distractors=distractors))
@@ -239,7 +242,7 @@ def _with_synthetic_distractors(
 
 
 def _in_random_order(passages: list[Passage], rng: random.Random) -> Iterator[Passage]:
-    """Drawn one by one: of thousands a few are needed."""
+    """Yield passages in random order, drawn one by one because only a few of thousands are needed."""
     while passages:
         index = rng.randrange(len(passages))
         passages[index], passages[-1] = passages[-1], passages[index]
@@ -250,17 +253,17 @@ def _in_random_order(passages: list[Passage], rng: random.Random) -> Iterator[Pa
 
 
 def best_subspan_em(prediction: str, answers: Sequence[str]) -> float:
-    """1 if one of the answers is part of the prediction, both normalised, else 0.
+    """Return 1 if the normalized prediction contains a normalized answer, else 0.
 
-    Characters are compared, not words: "5" is part of "1950". An answer of which nothing is left when it is normalised
-    is part of everything. Source: `metrics.py` of the benchmark.
+    Characters are compared, not words: "1950" contains "5". Every prediction contains an answer that is normalized to
+    nothing. Source: `metrics.py` of the benchmark.
     """
     normalized = normalize_answer(prediction)
     return float(any(normalize_answer(answer) in normalized for answer in answers))
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation and English articles, single spaces (SQuAD's evaluation script)."""
+    """Lower the case, remove ASCII punctuation and English articles, join by single spaces (SQuAD's script)."""
     text = text.lower().translate(_NO_PUNCTUATION)
     return " ".join(_ARTICLE.sub(" ", text).split())
 

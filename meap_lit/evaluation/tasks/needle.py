@@ -1,10 +1,10 @@
-"""Needle in a haystack: is a sentence found again, wherever it stands in a long context?
+"""Needle in a haystack: find a sentence again at any depth of a long context.
 
 - `Needle`: one sentence among essays. Prompt, needles and scores are those of NeedleBench 2024
   (open-compass/opencompass, opencompass/datasets/needlebench/origin.py); the built-in needle is that of
   gkamradt/LLMTest_NeedleInAHaystack.
 - `MultiNeedle`: several at once, spread as LLMTest_NeedleInAHaystack spreads them; the prompt is ours.
-- `MagicNumber`: a number among lines of noise, so that nothing has been seen before (NVIDIA/RULER, niah.py).
+- `MagicNumber`: a number among lines of noise, all of it made up (NVIDIA/RULER, niah.py).
 """
 
 import random
@@ -24,13 +24,13 @@ from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackPrompt
 
 @dataclass(frozen=True)
 class NeedleEntry:
-    """A needle and what is asked about it.
+    """A needle and the question about it, as in NeedleBench's needles.jsonl.
 
     Args:
         needle: The sentence, without the line breaks around it.
-        keyword: What an answer must hold.
+        keyword: Text that the answer must contain.
         question: The question.
-        blank: How the answer is to be given: the sentence with its end left blank, "The best thing is ________."
+        blank: Form of the answer: the sentence with a blank at its end, such as "The best thing is ________."
     """
 
     needle: str
@@ -40,7 +40,7 @@ class NeedleEntry:
 
     @classmethod
     def from_row(cls, row: Row) -> "NeedleEntry":
-        """From a line of NeedleBench's needles.jsonl."""
+        """Parse a line of needles.jsonl."""
         match = _RETRIEVAL_QUESTION.fullmatch(row.text("retrieval_question"))
         if match is None:
             raise row.error("field 'retrieval_question' must end in \"Please answer in the format '... ________.'\"")
@@ -52,7 +52,7 @@ class NeedleEntry:
 
     @property
     def stem(self) -> str:
-        """The sentence up to the blank, for a model that is to continue it."""
+        """Sentence up to the blank, for a model to continue."""
         return self.blank.split("__")[0].rstrip()
 
     @property
@@ -76,13 +76,13 @@ BUILT_IN = NeedleEntry(
 class Needle(HaystackTask):
     """One needle at each length and depth.
 
-    The score over all items is the mean over lengths of the mean over depths, as the grid is full.
+    Since the grid is full, the score over all items is the mean over lengths of the mean over depths.
 
     Args:
-        needles: A file of lines in the format of NeedleBench's needles.jsonl, of which each repeat takes another; the
-            built-in needle if not given.
-        boundary: Put the needle after the last sentence that ends before the depth (`sentence`), or at the depth
-            itself even within a word (`token`), as NeedleBench does.
+        needles: File in the format of NeedleBench's needles.jsonl; each repeat takes another line. The built-in needle
+            by default.
+        boundary: Insert the needle after the last sentence that ends before the depth (`sentence`), or at the depth
+            itself, even within a word, as NeedleBench does (`token`).
     """
 
     name: ClassVar[str] = "needle"
@@ -117,7 +117,7 @@ class Needle(HaystackTask):
         return HaystackPrompt(repeat, (f"\n{entry.needle}\n",), INTRODUCTION, after, fields)
 
     def _entries(self) -> list[NeedleEntry]:
-        """All needles there are, in the order in which the repeats take them."""
+        """Return all needles, in the order in which the repeats take them."""
         if self.needles is None:
             return [BUILT_IN]
         entries = [
@@ -126,7 +126,7 @@ class Needle(HaystackTask):
             if row.fields.get("language", "English") == "English"
         ]
         if not entries:
-            raise UserError(f"needles {self.needles} holds no line whose language is English")
+            raise UserError(f"needles {self.needles} has no line whose language is English")
         random.Random(self.seed).shuffle(entries)
         return entries
 
@@ -135,13 +135,11 @@ class Needle(HaystackTask):
 class MultiNeedle(Needle):
     """Several needles at once, the first at the depth and the others spread evenly from there to the end.
 
-    The prompt is ours: that of `Needle` with all questions and all forms of the answer one after the other, so its
-    scores compare with each other only.
-
-    `keyword` is the share of keywords found, `all_found` is 100 if that is all of them.
+    The prompt is that of `Needle` with all questions and all forms of the answer in a row. It is our own, so its scores
+    compare only with each other. `keyword` is the share of keywords found; `all_found` is 100 if all are.
 
     Args:
-        num_needles: Needles in each context; they need a file of `needles`.
+        num_needles: Needles in each context; more than one needs a file of `needles`.
     """
 
     name: ClassVar[str] = "multi_needle"
@@ -168,7 +166,7 @@ class MultiNeedle(Needle):
         return {"keyword": 100 * sum(found) / len(found), "all_found": 100.0 * all(found)}
 
     def _draw(self, entries: Sequence[NeedleEntry], repeat: int) -> list[NeedleEntry]:
-        """Needles of which no two share question or keyword."""
+        """Draw needles with distinct questions and keywords."""
         drawn: list[NeedleEntry] = []
         for entry in random.Random(f"{self.seed}/{repeat}").sample(entries, len(entries)):
             if all(entry.question != other.question and entry.keyword != other.keyword for other in drawn):
@@ -176,7 +174,7 @@ class MultiNeedle(Needle):
             if len(drawn) == self.num_needles:
                 return drawn
         raise UserError(
-            f"needles {self.needles or '(built in)'} holds {len(drawn)} that differ in question and keyword, but "
+            f"needles {self.needles or '(built in)'} has {len(drawn)} that differ in question and keyword, but "
             f"num_needles is {self.num_needles}; name a file with more, or lower num_needles"
         )
 
@@ -188,7 +186,7 @@ class MultiNeedle(Needle):
             f"Please answer in the format '{blanks}'"
         )
         if self.prompt_style == "raw":
-            after += f" {entries[0].stem}"  # a model that only continues is told the form and led into it
+            after += f" {entries[0].stem}"  # a base model gets the form and its beginning
         fields = {
             "needle": [entry.needle for entry in entries],
             "arg2": [entry.keyword for entry in entries],
@@ -203,10 +201,10 @@ def _consider(what: str) -> str:
 
 @dataclass(kw_only=True)
 class MagicNumber(HaystackTask):
-    """A number of seven digits under a made-up key, drawn anew for each repeat.
+    """A number of seven digits under a made-up key; each repeat draws another.
 
-    Without a `haystack` the context is lines of noise and the needle is a line among them; in a text it follows the
-    last sentence that ends before the depth.
+    Without a `haystack` the context is lines of noise and the needle is one more line. In a text it follows the last
+    sentence that ends before the depth.
     """
 
     name: ClassVar[str] = "magic_number"
@@ -238,7 +236,7 @@ class MagicNumber(HaystackTask):
             f"{key} mentioned in the provided text is"
         )
         fields = {"needle": needle, "query": key, "outputs": [value]}
-        if self.haystack is None:  # lines end in a line break of their own
+        if self.haystack is None:  # lines of noise end in a line break
             return HaystackPrompt(repeat, (f"{needle}\n",), before, after, fields)
         return HaystackPrompt(repeat, (f" {needle}",), before, f"\n{after}", fields)
 
@@ -258,9 +256,9 @@ _NOUNS = (
 
 
 def needlebench_score(prediction: str, needle: str, keyword: str) -> float:
-    """100 if the keyword stands in the prediction, else up to 20 for likeness to the needle, white space aside.
+    """Return 100 if the prediction contains the keyword, else up to 20 for its similarity to the needle.
 
-    `NeedleBenchOriginEvaluator.score` in opencompass/datasets/needlebench/origin.py.
+    Source: `NeedleBenchOriginEvaluator.score` in opencompass/datasets/needlebench/origin.py.
     """
     if keyword in prediction:
         return 100.0
@@ -269,18 +267,18 @@ def needlebench_score(prediction: str, needle: str, keyword: str) -> float:
 
 
 def levenshtein(first: str, second: str) -> int:
-    """The fewest characters to insert, delete or replace to make one text of the other."""
+    """Return the minimum number of characters to insert, delete or replace to turn one text into the other."""
     letters = np.array([ord(letter) for letter in second])
     steps = np.arange(len(second) + 1)
-    row = steps  # distances of the first characters so far to each beginning of `second`
+    row = steps  # distances of the characters read so far to each prefix of `second`
     for number, letter in enumerate(first, start=1):
-        # without insertions; of these the minimum so far takes care, as each costs a step to the right
+        # deletions and replacements; the running minimum adds insertions, each of which costs a step to the right
         others = np.minimum(row[1:] + 1, row[:-1] + (letters != ord(letter)))
         row = np.minimum.accumulate(np.concatenate([[number], others]) - steps) + steps
     return int(row[-1])
 
 
 def string_match_all(prediction: str, outputs: Iterable[str]) -> float:
-    """Percentage of `outputs` that stand in the prediction, in whatever case (NVIDIA/RULER, scripts/eval/synthetic)."""
+    """Return the percentage of `outputs` in the prediction, ignoring case (NVIDIA/RULER, scripts/eval/synthetic)."""
     found = [output.lower() in prediction.lower() for output in outputs]
     return 100 * sum(found) / len(found)

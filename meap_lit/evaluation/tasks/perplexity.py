@@ -1,4 +1,4 @@
-"""Negative log-likelihood of a prepared dataset, also over the number of tokens that the model has read."""
+"""Negative log-likelihood of a prepared dataset, also by the number of tokens read before."""
 
 import math
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ def nll_by_context(records: Sequence[Record]) -> dict[int, float]:
 
 @dataclass(kw_only=True)
 class Perplexity(SequenceTask):
-    """Mean negative log-likelihood of every next token, nothing masked: what `validate` calls val/loss.
+    """Mean negative log-likelihood of every next token without masks, as val/loss of `validate`.
 
-    A token's context is what stands before it in its sequence. Contexts are grouped by doubling length: 1, 2, 3 to 4, 5
-    to 8 tokens and so on; a record holds the sum of each group.
+    The context of a token is the part of its sequence before it. Contexts are grouped by doubling length: 1, 2, 3 to 4,
+    5 to 8 tokens and so on. A record has the sum of each group.
     """
 
     name: ClassVar[str] = "perplexity"
@@ -63,7 +63,7 @@ class Perplexity(SequenceTask):
         ]
 
     def score(self, record: Record) -> dict[str, float]:
-        # all sequences have equally many tokens, so the mean over them is the mean over tokens
+        # all sequences have the same number of tokens, so their mean is the mean over tokens
         return {"nll": sum(record["nll_sums"]) / sum(record["num_tokens"])}
 
     @classmethod
@@ -78,11 +78,11 @@ class Perplexity(SequenceTask):
 
 
 _LARGEST = 709.0
-"""Loss whose exponential a float still holds."""
+"""Largest loss whose exponential a float can hold."""
 
 
 def context_ends(seq_len: int) -> list[int]:
-    """The longest context of each group: 1, 2, 4, 8 and so on, and `seq_len`."""
+    """Return the longest context of each group: 1, 2, 4, 8 and so on, and `seq_len`."""
     return [2**power for power in range((seq_len - 1).bit_length())] + [seq_len]
 
 

@@ -1,7 +1,7 @@
-"""Reasoning over a long context: the answer follows from several sentences that stand apart in it (M-RS).
+"""Reasoning over a long context: the answer follows from several distant sentences (M-RS).
 
 Multi-needle reasoning of NeedleBench 2024 (open-compass/opencompass, opencompass/datasets/needlebench/multi.py). The
-data set opencompass/NeedleBench has the public questions, `multi_needle_reasoning_en.json`.
+dataset opencompass/NeedleBench has the public questions, `multi_needle_reasoning_en.json`.
 """
 
 import random
@@ -23,7 +23,7 @@ _SPACING = 10
 
 @dataclass(frozen=True)
 class Derivation:
-    """A question and the sentences that its answer follows from, in order."""
+    """A question and the sentences from which its answer follows, in order."""
 
     sentences: tuple[str, ...]
     question: str
@@ -42,11 +42,11 @@ class Derivation:
 
 @dataclass(kw_only=True)
 class Reasoning(HaystackTask):
-    """Questions that need several needles, the first at the depth, the others behind it at distances of a tenth.
+    """Questions that need several needles: the first at the depth, each other one a tenth of the haystack later.
 
     Args:
-        file: Questions: `derivation_count`, `derivations`, `question` and `answer`, in a JSON array or a line each.
-        num_needles: Numbers of sentences that an answer follows from; each is asked at each length and depth.
+        file: Records with `derivation_count`, `derivations`, `question` and `answer`: a JSON array, or one a line.
+        num_needles: Numbers of sentences from which an answer follows; each is asked at each length and depth.
     """
 
     name: ClassVar[str] = "reasoning"
@@ -54,7 +54,7 @@ class Reasoning(HaystackTask):
     metrics: ClassVar[tuple[str, ...]] = ("word_recall",)
     plots: ClassVar[tuple[Plot, ...]] = (
         Plot("reasoning_by_length", "length", x_label="length (tokens)"),
-        Plot("reasoning_by_num_needles", "num_needles", x_label="sentences that an answer follows from"),
+        Plot("reasoning_by_num_needles", "num_needles", x_label="sentences from which an answer follows"),
     )
 
     file: str
@@ -71,12 +71,12 @@ class Reasoning(HaystackTask):
         for row in read_rows(self.file):
             count = row.value("derivation_count")
             if not isinstance(count, int):
-                raise row.error(f"field 'derivation_count' is not a whole number but {type(count).__name__}")
+                raise row.error(f"field 'derivation_count' must be an integer, got {type(count).__name__}")
             by_count.setdefault(count, []).append(Derivation.from_row(row))
         missing = [count for count in self.num_needles if count not in by_count]
         if missing:
             raise UserError(
-                f"num_needles {missing[0]}: {self.file} holds no question with that derivation_count, only "
+                f"num_needles {missing[0]}: {self.file} has no question with that derivation_count, only "
                 f"{', '.join(map(str, sorted(by_count)))}"
             )
         return [
@@ -86,10 +86,10 @@ class Reasoning(HaystackTask):
         ]
 
     def indices(self, num_tokens: int, depth: float, needle_lengths: Sequence[int]) -> list[int]:
-        """As in the reference, which moves each needle on by the length of the one before it twice.
+        """Return positions as the reference places them.
 
-        It does so once among the tokens of haystack and needles together, where that length belongs, and once more:
-        here, in tokens of the haystack alone.
+        The reference counts the length of the previous needle twice, in tokens of haystack and needles together. These
+        are positions in the haystack alone, where that length counts once.
         """
         indices = [int(num_tokens * depth / 100)]
         for needle_length in needle_lengths[:-1]:
@@ -111,9 +111,9 @@ class Reasoning(HaystackTask):
 
 
 def word_recall(prediction: str, answer: str) -> float:
-    """Percentage of the answer's words that stand in the prediction, in whatever case, within other words as well.
+    """Return the percentage of the answer's words in the prediction, ignoring case, also as parts of other words.
 
-    `NeedleBenchMultiEvaluator.score` in opencompass/datasets/needlebench/multi.py.
+    Source: `NeedleBenchMultiEvaluator.score` in opencompass/datasets/needlebench/multi.py.
     """
     words = answer.lower().split()
     return 100 * sum(word in prediction.lower() for word in words) / max(1, len(words))

@@ -1,4 +1,4 @@
-"""Items that are the token sequences of a prepared dataset."""
+"""Tasks on the token sequences of a prepared dataset."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,13 +12,13 @@ from meap_lit.inference.language_model import LanguageModel
 
 @dataclass(kw_only=True)
 class SequenceTask(Task):
-    """A task on the first sequences of a prepared dataset of text, cut as training and validation cut them.
+    """A task on the first sequences of a prepared dataset of text, cut as in training and validation.
 
     Args:
-        dataset: Prepared folder or s3:// address (made by `python -m meap_lit prepare text`).
-        split: Part of the dataset.
-        seq_len: Tokens that the model reads of a sequence.
-        num_sequences: The first so many, or as many as there are; all if not given.
+        dataset: Folder or s3:// address of a dataset that `python -m meap_lit prepare text` made.
+        split: Split of the dataset.
+        seq_len: Tokens of a sequence that the model reads.
+        num_sequences: Maximum number of sequences, from the first on; all if null.
     """
 
     dataset: str
@@ -37,10 +37,10 @@ class SequenceTask(Task):
         return self.seq_len, self.seq_len
 
     def blocks(self, model: LanguageModel) -> list[list[int]]:
-        """Token ids of each sequence, seq_len + 1 of them: the last is a label only.
+        """Return the seq_len + 1 token ids of each sequence; the last is only a label.
 
         Raises:
-            UserError: If there is no such dataset or split, it was made with another tokenizer, or it is too short.
+            UserError: If dataset or split do not exist, are too short, or were made with another tokenizer.
         """
         blocks = self._open(model)
         count = len(blocks) if self.num_sequences is None else min(self.num_sequences, len(blocks))

@@ -92,7 +92,7 @@ def write(name, content):
 WRONG = [
     (lambda folder: folder.rmdir(), "haystack: input .* does not exist"),
     (lambda folder: None, "haystack: input .* holds no file that ends in .txt, .md"),
-    (write("a.txt", b" \n"), "haystack .* holds no text"),
+    (write("a.txt", b" \n"), "haystack .* has no text"),
     (write("a.txt", b"ok\n\xff"), r"a\.txt, line 2: not valid UTF-8$"),
     (write("a.jsonl", b'{"text": "a"}\n{"body": "a"}\n'), r"a\.jsonl, line 2: no field 'text', only 'body'$"),
     (write("a.jsonl", b'{"text": "a"}\n{"text"\n'), r"a\.jsonl, line 2: not valid JSON"),

@@ -188,7 +188,7 @@ def test_a_haystack_too_short_to_go_without_repeat(model, tmp_path) -> None:
 @pytest.mark.parametrize("needles", [("\nA stone.\n", "\nA stone.\n"), ("\nHere we go.\n",)])
 def test_a_needle_that_is_there_already(needles, model) -> None:
     with pytest.raises(
-        UserError, match=r"needle '.*' must stand once in its context, but the haystack or another needle"
+        UserError, match=r"needle '.*' must appear once in its context, but the haystack or another needle"
     ):
         Hide(lengths=(300,), depths=(50.0,), needles=needles).items(model)
 

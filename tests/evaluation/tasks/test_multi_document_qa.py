@@ -410,13 +410,13 @@ GOOD = retrieved("Anna")
     [
         (without(GOOD, "question"), r"a\.jsonl, line 2: no field 'question', only 'answers', 'ctxs'"),
         (without(GOOD, "answers"), r"a\.jsonl, line 2: no field 'answers', only 'question', 'ctxs'"),
-        ({**GOOD, "answers": "Oslo"}, r"a\.jsonl, line 2: field 'answers' is not a list but str"),
-        ({**GOOD, "ctxs": {}}, r"a\.jsonl, line 2: field 'ctxs' is not a list but dict"),
+        ({**GOOD, "answers": "Oslo"}, r"a\.jsonl, line 2: field 'answers' must be a list, got str"),
+        ({**GOOD, "ctxs": {}}, r"a\.jsonl, line 2: field 'ctxs' must be a list, got dict"),
         ({**GOOD, "ctxs": [without(GOOD["ctxs"][0], "title")]}, r"line 2, ctxs\[0\]: no field 'title', only 'text', "),
         ({**GOOD, "ctxs": [without(GOOD["ctxs"][0], "isgold")]}, r"line 2, ctxs\[0\]: no field 'isgold', only "),
-        ({**GOOD, "ctxs": GOOD["ctxs"][1:]}, r"line 2: 0 of the passages in 'ctxs' have 'isgold', it must be one"),
-        ({**GOOD, "ctxs": GOOD["ctxs"][:1] * 2}, r"line 2: 2 of the passages in 'ctxs' have 'isgold', it must be one"),
-        (row("Anna"), r"line 2: 'ctxs' holds 0 distractors, num_documents 4 needs 3; lower it, or set distractors"),
+        ({**GOOD, "ctxs": GOOD["ctxs"][1:]}, r"line 2: one passage in 'ctxs' must have 'isgold', got 0"),
+        ({**GOOD, "ctxs": GOOD["ctxs"][:1] * 2}, r"line 2: one passage in 'ctxs' must have 'isgold', got 2"),
+        (row("Anna"), r"line 2: 'ctxs' has 0 distractors, num_documents 4 needs 3; lower it, or set distractors"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path, bad, message):
@@ -428,7 +428,7 @@ def test_a_wrong_row_is_named(tmp_path, bad, message):
 @pytest.mark.parametrize(
     ("people", "message"),
     [
-        (("Anna", "Clara"), r"gold_at_1\.jsonl, line 2: the question is another than in .*gold_at_0\.jsonl, line 2"),
+        (("Anna", "Clara"), r"gold_at_1\.jsonl, line 2: the question differs from that in .*gold_at_0\.jsonl, line 2"),
         (("Anna",), r"gold_at_1\.jsonl, line 1: the last question, but the file for another position has more"),
     ],
 )

@@ -315,14 +315,14 @@ def test_no_needles(tmp_path) -> None:
     with pytest.raises(UserError, match=r"needles\.jsonl does not exist"):
         Needle(lengths=(100,), depths=(0.0,), needles=str(file)).prompts()
     file.write_text(json.dumps({**GOOD, "language": "Chinese"}) + "\n")
-    with pytest.raises(UserError, match=r"needles\.jsonl holds no line whose language is English"):
+    with pytest.raises(UserError, match=r"needles\.jsonl has no line whose language is English"):
         Needle(lengths=(100,), depths=(0.0,), needles=str(file)).prompts()
     file.write_text(2 * (json.dumps(GOOD) + "\n"))
     with pytest.raises(
-        UserError, match=r"needles\.jsonl holds 1 that differ in question and keyword, but num_needles is 2"
+        UserError, match=r"needles\.jsonl has 1 that differ in question and keyword, but num_needles is 2"
     ):
         MultiNeedle(lengths=(300,), depths=(0.0,), num_needles=2, needles=str(file)).prompts()
-    with pytest.raises(UserError, match=r"needles \(built in\) holds 1 .* num_needles is 3; name a file with more"):
+    with pytest.raises(UserError, match=r"needles \(built in\) has 1 .* num_needles is 3; name a file with more"):
         MultiNeedle(lengths=(300,), depths=(0.0,)).prompts()
     with pytest.raises(UserError, match="num_needles must be at least 1, got 0"):
         MultiNeedle(lengths=(300,), depths=(0.0,), num_needles=0)
@@ -330,5 +330,5 @@ def test_no_needles(tmp_path) -> None:
 
 def test_a_haystack_that_holds_the_needle(tokenizer, tmp_path) -> None:
     (tmp_path / "a.txt").write_text(f"Some say: {BUILT_IN.needle} ")
-    with pytest.raises(UserError, match=r"needle 'The best thing to do in San Francisco .* must stand once"):
+    with pytest.raises(UserError, match=r"needle 'The best thing to do in San Francisco .* must appear once"):
         Needle(lengths=(900,), depths=(50.0,), haystack=str(tmp_path)).items(Oracle(tokenizer))

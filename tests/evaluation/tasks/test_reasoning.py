@@ -140,9 +140,9 @@ def test_our_records_can_be_answered_from_their_sentences_alone() -> None:
 
 GOOD = {"derivation_count": 2, "derivations": ["a is b.", "b is c."], "question": "What is a?", "answer": "c"}
 WRONG = [
-    ({"derivation_count": "2"}, "element 2: field 'derivation_count' is not a whole number but str"),
+    ({"derivation_count": "2"}, "element 2: field 'derivation_count' must be an integer, got str"),
     ({"derivation_count": ...}, "element 2: no field 'derivation_count', only 'derivations', 'question', 'answer'"),
-    ({"derivations": "a is b."}, "element 2: field 'derivations' is not a list but str"),
+    ({"derivations": "a is b."}, "element 2: field 'derivations' must be a list, got str"),
     ({"derivations": []}, "element 2: field 'derivations' is empty"),
     ({"derivations": ["a", " "]}, "element 2: field 'derivations[1]' is empty"),
     ({"question": None}, "element 2: field 'question' is not a string but NoneType"),
@@ -163,7 +163,7 @@ def test_wrong_options(tmp_path) -> None:
     file = tmp_path / "mrs.jsonl"
     file.write_text(json.dumps(GOOD) + "\n")
     with pytest.raises(
-        UserError, match=r"num_needles 3: .*mrs.jsonl holds no question with that derivation_count, only 2$"
+        UserError, match=r"num_needles 3: .*mrs.jsonl has no question with that derivation_count, only 2$"
     ):
         reasoning(file=str(file), num_needles=(2, 3)).prompts()
     for values in ((), (2, 2)):

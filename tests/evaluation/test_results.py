@@ -48,7 +48,7 @@ def test_the_result_of_a_task_that_is_not_at_hand(tmp_path):
 def test_what_is_saved_is_read_again(tmp_path):
     records = [{"id": "a", "group": "a", "cell": {"x": 1}, "count": 1, "word": "a", "scores": {"right": 0.0}}]
     saved = Result(CountLetters(), "x", records, 2, {"task": {"class_path": "tests.CountLetters"}})
-    save(CountLetters(), [saved, saved], tmp_path)
+    save([saved, saved], tmp_path)
     first, second = load(tmp_path / "result.json")
     assert first.records == second.records == records
     assert first.num_skipped == 2
