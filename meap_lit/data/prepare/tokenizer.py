@@ -61,8 +61,8 @@ class TrainTokenizer(Preparation):
         texts = _Counted(reader, self.max_megabytes)
         backend.train_from_iterator(texts, trainer)
         if texts.num_bytes == 0:
-            skipped = f" ({reader.skipped})" if reader.num_skipped else ""
-            raise UserError(f"no text to train on in {', '.join(self.input)}{skipped}")
+            skipped = f"{reader.num_skipped} lines unreadable{reader.why_skipped}"
+            raise UserError(f"no text to train on in {', '.join(self.input)} ({skipped})")
         tokenizer = Tokenizer(backend, {"eos_token": END_OF_TEXT, "mask_token": MASK_TOKEN})
         tokenizer.save(folder)
         short = "" if tokenizer.vocab_size == self.vocab_size else f" ({self.vocab_size} asked: too little text)"

@@ -111,9 +111,9 @@ class Reader(ABC, Generic[Item]):
         self.num_bytes = sum(span.stop - span.start for _, span in self.parts)
 
     @property
-    def skipped(self) -> str:
-        """How many items were skipped, and why the first was."""
-        return f"{self.num_skipped} unreadable lines" + (f", first: {self.first_skipped}" if self.num_skipped else "")
+    def why_skipped(self) -> str:
+        """Why the first item was skipped, as the end of a sentence; empty if none was."""
+        return f", first: {self.first_skipped}" if self.first_skipped else ""
 
     @abstractmethod
     def convert(self, entry: Entry) -> Item:

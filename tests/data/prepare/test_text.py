@@ -66,7 +66,7 @@ def test_documents_are_closed_by_end_of_text(tmp_path, tokenizer, tokenizer_fold
     ]
     printed = capsys.readouterr().out
     assert f"train    3 documents, {len(expected)} tokens\n" in printed
-    assert "left out 2 empty documents, 0 unreadable lines\n" in printed
+    assert "left out 2 empty, 0 unreadable\n" in printed
     assert f"dataset {tmp_path / 'out'}\n" in printed
     assert "MB/s" in printed
 
@@ -154,7 +154,7 @@ def test_large_vocabulary_is_stored_as_int32(tmp_path, tokenizer_folder):
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, tokenizer_folder, monkeypatch):
-    monkeypatch.setattr("meap_lit.data.prepare.text._BATCH_CHARACTERS", 300)  # many batches for each worker
+    monkeypatch.setattr("meap_lit.data.prepare.text.TextEncoder.batch_size", 300)  # many batches for each worker
     source = write_jsonl(tmp_path / "in.jsonl", documents(200))
     results = []
     for num_workers in (1, 2, 3):
@@ -237,14 +237,14 @@ def test_wrong_options(tmp_path, tokenizer_folder, options, message):
 
 
 def test_input_without_text(tmp_path, tokenizer_folder):
-    with pytest.raises(UserError, match=r"no text to tokenise in \S+/in.jsonl \(2 empty documents\)"):
+    with pytest.raises(UserError, match=r"no documents to tokenize in \S+/in.jsonl \(2 empty, 0 unreadable\)"):
         prepare(tmp_path / "out", write_jsonl(tmp_path / "in.jsonl", ["", " "]), tokenizer_folder)
 
 
 def test_input_without_a_readable_line_says_why(tmp_path, tokenizer_folder):
     source = tmp_path / "in.jsonl"
     source.write_text("[1]\n[2]\n\n")
-    message = r"^no text to tokenise in \S+ \(0 empty documents, 2 unreadable lines, first: \S+/in.jsonl, line 1: "
+    message = r"^no documents to tokenize in \S+ \(0 empty, 2 unreadable, first: \S+/in.jsonl, line 1: "
     with pytest.raises(UserError, match=message + "begins a JSON array"):
         prepare(tmp_path / "out", source, tokenizer_folder, on_error="skip")
 
@@ -257,7 +257,7 @@ def test_the_summary_says_what_was_skipped_and_passed_over(tmp_path, tokenizer_f
     prepare(tmp_path / "out", folder, tokenizer_folder, on_error="skip")
     printed = capsys.readouterr().out
     assert (
-        f"left out 0 empty documents, 1 unreadable lines, first: {folder}/a.jsonl, line 2: field 'text' is " in printed
+        f"left out 0 empty, 1 unreadable, first: {folder}/a.jsonl, line 2: field 'text' is " in printed
     )
     assert "not read 1 .csv in the folders\n" in printed
 
@@ -271,7 +271,7 @@ def test_bad_lines_stop_or_are_counted(tmp_path, tokenizer_folder, capsys, num_w
         prepare(tmp_path / "out", source, tokenizer_folder, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
     prepare(tmp_path / "out", source, tokenizer_folder, on_error="skip", **options)
-    assert "0 empty documents, 1 unreadable lines" in capsys.readouterr().out
+    assert "0 empty, 1 unreadable" in capsys.readouterr().out
     assert Manifest.load(str(tmp_path / "out")).num_skipped == 1
 
 
