@@ -146,5 +146,5 @@ def test_a_resume_with_another_batch_is_refused_of_an_older_checkpoint_too(prepa
 def test_a_shard_alone_is_refused(prepared, tmp_path):
     options = {"input": [str(prepared.texts)], "tokenizer": prepared.tokenizer, "num_workers": 1}
     PrepareText(output=str(tmp_path / "shard"), shard="1/3", **options).run()
-    with pytest.raises(UserError, match=r"is shard 1/3 of one; put them together with: python -m meap_lit prep"):
+    with pytest.raises(UserError, match=r"is part 1/3 of one; put them together with: python -m meap_lit prep"):
         PretrainingData(str(tmp_path / "shard"), prepared.tokenizer, seq_len=32).setup("fit")

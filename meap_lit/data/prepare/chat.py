@@ -15,7 +15,7 @@ import numpy as np
 from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
 from meap_lit.data.read.conversations import Conversation, to_conversation
 from meap_lit.data.read.formats import RECORD_FORMATS
-from meap_lit.data.read.readers import SKIP_HINT, InputShard, Record, RecordReader, check_text
+from meap_lit.data.read.readers import SKIP_HINT, InputPart, Record, RecordReader, check_text
 from meap_lit.data.store.manifest import ChatDetails
 from meap_lit.data.store.writers import ChatWriter
 from meap_lit.errors import UserError
@@ -58,7 +58,7 @@ class PrepareChat(PrepareDataset):
 
         return ChatEncoder(ChatTemplate.load(self.template, tokenizer), tokenizer, self, Duplication.min_copied)
 
-    def new_reader(self, files: Sequence[Path], part: InputShard | None) -> RecordReader:
+    def new_reader(self, files: Sequence[Path], part: InputPart | None) -> RecordReader:
         return RecordReader(files, self.on_error, part)
 
     def chat_details(self, encoder: Any, counts: Counter[str]) -> ChatDetails:

@@ -19,8 +19,8 @@ from meap_lit.data.prepare.splits import SplitWriter, draw
 from meap_lit.data.prepare.step import Preparation, progress_bar
 from meap_lit.data.prepare.workers import default_num_workers, map_in_order
 from meap_lit.data.read.formats import Format
-from meap_lit.data.read.readers import InputShard, Reader, find_input
-from meap_lit.data.store.manifest import ChatDetails, Kind, Manifest, ShardDetails, Source
+from meap_lit.data.read.readers import InputPart, Reader, find_input
+from meap_lit.data.store.manifest import ChatDetails, Kind, Manifest, PartDetails, Source
 from meap_lit.data.store.writers import ChunkWriter
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
@@ -141,7 +141,7 @@ class PrepareDataset(Preparation, ABC):
         """
 
     @abstractmethod
-    def new_reader(self, files: Sequence[Path], part: InputShard | None) -> Reader:
+    def new_reader(self, files: Sequence[Path], part: InputPart | None) -> Reader:
         """Return the reader of what the encoder encodes."""
 
     @abstractmethod
@@ -163,7 +163,7 @@ class PrepareDataset(Preparation, ABC):
         chunk_bytes = parse_bytes(self.chunk_bytes, "chunk_bytes")
         tokenizer = Tokenizer.load(self.tokenizer)
         encoder = self.new_encoder(tokenizer)
-        part = None if self.shard is None else InputShard.parse(self.shard)
+        part = None if self.shard is None else InputPart.parse(self.shard)
         found = find_input(self.input, getattr(self, "suffixes", None), self.formats)
         reader = self.new_reader(found.files, part)
         writers = SplitWriter(self.writer, folder, encoder.dtype, chunk_bytes, self.val_share)
@@ -187,7 +187,7 @@ class PrepareDataset(Preparation, ABC):
             num_empty=counts["empty"],
             num_skipped=counts["skipped"],
             chat=self.chat_details(encoder, counts),
-            shard=None if part is None else ShardDetails(part.index, part.count, writers.reserve_draw),
+            part=None if part is None else PartDetails(part.index, part.count, writers.reserve_draw),
         ).save(folder)
         seconds, megabytes = time.perf_counter() - started, reader.num_bytes / 1e6
         num_tokens = sum(split.tokens for split in splits.values())

@@ -12,7 +12,7 @@ from typing import Any
 
 from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
 from meap_lit.data.read.formats import FORMATS
-from meap_lit.data.read.readers import DocumentReader, InputShard
+from meap_lit.data.read.readers import DocumentReader, InputPart
 from meap_lit.data.store.writers import TokenWriter
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ class PrepareText(PrepareDataset):
     def new_encoder(self, tokenizer: Tokenizer) -> "TextEncoder":
         return TextEncoder(tokenizer)
 
-    def new_reader(self, files: Sequence[Path], part: InputShard | None) -> DocumentReader:
+    def new_reader(self, files: Sequence[Path], part: InputPart | None) -> DocumentReader:
         return DocumentReader(files, self.text_field, self.on_error, part)
 
     def left_out(self, counts: Counter[str]) -> str:

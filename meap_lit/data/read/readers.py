@@ -1,4 +1,4 @@
-"""Documents and records out of many files, or of one shard of them; what cannot be read is refused or counted."""
+"""Documents and records out of many files, or of one part of them; what cannot be read is refused or counted."""
 
 import glob
 import os
@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 from meap_lit.data.read.formats import DIVISIBLE, FORMATS, RECORD_FORMATS, Entry, Format, Span, has_suffix, read_file
 from meap_lit.errors import UserError
@@ -23,19 +23,12 @@ Item = TypeVar("Item")
 SKIP_HINT = "use --on_error skip to leave such lines out"
 
 
-class Part(NamedTuple):
-    """What is read of a file."""
-
-    file: Path
-    span: Span
-
-
 @dataclass(frozen=True)
-class InputShard:
-    """One of `count` shards of the input; together they read every document once, in order.
+class InputPart:
+    """One of `count` parts of the input; together they read every document once, in order.
 
-    The files stand in line, and each shard has an equal part of their bytes. Files of many lines or row groups are
-    divided, the others go to the shard that has their middle; a shard may so be without any.
+    Each part has an equal share of the bytes of all files in line. Files of many lines or row groups are divided. A
+    file of another kind goes to the part that has its middle, so a part may be without any.
     """
 
     index: int = 0
@@ -43,35 +36,35 @@ class InputShard:
     count: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> "InputShard":
-        """Read "3/8".
+    def parse(cls, text: str) -> "InputPart":
+        """Return the part that "3/8" names.
 
         Raises:
-            UserError: If it is no such text, or the index not below the count.
+            UserError: If the text is not of this form, or the index not below the count.
         """
         match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
-        shard = cls(int(match[1]), int(match[2])) if match else None
-        if shard is None or shard.index >= shard.count:
+        part = cls(int(match[1]), int(match[2])) if match else None
+        if part is None or part.index >= part.count:
             raise UserError(
                 f"shard must be i/n with i from 0 to n - 1, such as 0/8 for the first of eight and 7/8 for the last, "
                 f"got {text!r}"
             )
-        return shard
+        return part
 
-    def parts(self, files: Sequence[Path], sizes: Sequence[int]) -> list[Part]:
-        """What this shard reads of `files`, which have `sizes` bytes."""
-        lengths = [size + 1 for size in sizes]  # a place in line for an empty file too
+    def spans(self, files: Sequence[Path], sizes: Sequence[int]) -> list[tuple[Path, Span]]:
+        """Return what this part reads of `files`, which have `sizes` bytes."""
+        lengths = [size + 1 for size in sizes]  # an empty file has a place too
         start, stop = (sum(lengths) * index // self.count for index in (self.index, self.index + 1))
-        parts = []
+        spans = []
         first = 0  # place of the file's first byte
         for file, size, length in zip(files, sizes, lengths, strict=True):
             if has_suffix(file, DIVISIBLE):
                 if max(start, first) < min(stop, first + length):
-                    parts.append(Part(file, Span(max(start - first, 0), min(stop - first, size))))
+                    spans.append((file, Span(max(start - first, 0), min(stop - first, size))))
             elif start <= first + size // 2 < stop:
-                parts.append(Part(file, Span(0, size)))
+                spans.append((file, Span(0, size)))
             first += length
-        return parts
+        return spans
 
 
 class Reader(ABC, Generic[Item]):
@@ -82,7 +75,7 @@ class Reader(ABC, Generic[Item]):
         formats: `FORMATS` or `RECORD_FORMATS`; a file of another ending is plain text.
         on_error: `stop` raises at the first item that cannot be read, `skip` counts it.
         column: The only column to read of a Parquet file, all if not given.
-        shard: Shard of the files to read, all if not given.
+        part: Part of the input to read, all if not given.
 
     Raises:
         UserError: While iterating; names file and line. A file that cannot be opened, a missing package and a Parquet
@@ -95,7 +88,7 @@ class Reader(ABC, Generic[Item]):
         formats: Mapping[str, Format],
         on_error: Literal["stop", "skip"],
         column: str | None = None,
-        shard: InputShard | None = None,
+        part: InputPart | None = None,
     ) -> None:
         self.files = files
         self.formats = formats
@@ -107,8 +100,8 @@ class Reader(ABC, Generic[Item]):
         self.bytes_read = 0
         """Bytes on disk that have been read so far, of `num_bytes`."""
         self.sizes = [_size(file) for file in files]
-        self.parts = (shard or InputShard()).parts(files, self.sizes)
-        self.num_bytes = sum(span.stop - span.start for _, span in self.parts)
+        self.spans = (part or InputPart()).spans(files, self.sizes)
+        self.num_bytes = sum(span.stop - span.start for _, span in self.spans)
 
     @property
     def why_skipped(self) -> str:
@@ -125,7 +118,7 @@ class Reader(ABC, Generic[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         finished = 0
-        for file, span in self.parts:
+        for file, span in self.spans:
             for entry in read_file(file, self.formats, span, self.column):
                 # the last line or row group may reach out of the span
                 self.bytes_read = finished + min(max(entry.position, span.start), span.stop) - span.start
@@ -151,7 +144,7 @@ class DocumentReader(Reader[str]):
         files: Files to read, as `find_files` returns them.
         text_field: Name of the text in a JSON object or of the column in a Parquet file.
         on_error: `stop` raises at the first document that cannot be read, `skip` counts it.
-        shard: Shard of the files to read, all if not given.
+        part: Part of the input to read, all if not given.
     """
 
     def __init__(
@@ -159,9 +152,9 @@ class DocumentReader(Reader[str]):
         files: Sequence[Path],
         text_field: str = "text",
         on_error: Literal["stop", "skip"] = "stop",
-        shard: InputShard | None = None,
+        part: InputPart | None = None,
     ) -> None:
-        super().__init__(files, FORMATS, on_error, column=text_field, shard=shard)
+        super().__init__(files, FORMATS, on_error, column=text_field, part=part)
         self.text_field = text_field
 
     def convert(self, entry: Entry) -> str:
@@ -191,16 +184,16 @@ class RecordReader(Reader[Record]):
     Args:
         files: Files to read, as `find_files` finds them by `RECORD_FORMATS`.
         on_error: `stop` raises at the first record that cannot be read, `skip` counts it.
-        shard: Shard of the files to read, all if not given.
+        part: Part of the input to read, all if not given.
     """
 
     def __init__(
         self,
         files: Sequence[Path],
         on_error: Literal["stop", "skip"] = "stop",
-        shard: InputShard | None = None,
+        part: InputPart | None = None,
     ) -> None:
-        super().__init__(files, RECORD_FORMATS, on_error, shard=shard)
+        super().__init__(files, RECORD_FORMATS, on_error, part=part)
 
     def convert(self, entry: Entry) -> Record:
         assert isinstance(entry.content, dict), "a plain text is no record"

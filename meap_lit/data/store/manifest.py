@@ -64,13 +64,13 @@ class ChatDetails:
 
 
 @dataclass(frozen=True)
-class ShardDetails:
-    """What only a shard says of itself: it is one of `count`, which `prepare merge` makes a dataset of."""
+class PartDetails:
+    """What only a part of a dataset says of itself: it is one of `count`, which `prepare merge` puts together."""
 
     index: int
     count: int
     reserve_draw: float | None
-    """Draw of the document in the split `reserve`, if there is one; see `splits.ShardWriter`."""
+    """Draw of the document in the split `reserve`, if there is one; see `SplitWriter.close_part`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +86,14 @@ class Manifest:
         mask_token_id: Id of the mask token; it stands nowhere in the data.
         dtype: uint16 or int32.
         val_share: Share of documents that was to be held out.
-        splits: `train`, and `val` unless val_share is 0; of a shard those with a document (see `splits.ShardWriter`).
-        sources: Files read, in order; in a shard, all files that the shards share out.
+        splits: `train`, and `val` unless val_share is 0; of a part those with a document (see `SplitWriter`).
+        sources: Files read, in order; in a part, those of all parts.
         num_empty: Documents left out because they hold nothing but white space.
         num_skipped: Lines left out because they could not be read.
         version: Version of this format.
         kind: `text` or `chat`.
         chat: More of what a chat dataset is; None for text.
-        shard: Which part of a dataset this is; None for a whole one.
+        part: Which part of a dataset this is, `shard` in the file; None for a whole one.
     """
 
     tokenizer_fingerprint: str
@@ -110,7 +110,7 @@ class Manifest:
     version: int = VERSION
     kind: Kind = "text"
     chat: ChatDetails | None = None
-    shard: ShardDetails | None = None
+    part: PartDetails | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -158,7 +158,7 @@ class Manifest:
             )
         _check_own_hash(text, content, location)
         try:
-            chat, shard = content.pop("chat", None), content.pop("shard", None)
+            chat, part = content.pop("chat", None), content.pop("shard", None)
             split_type = ChatSplit if chat else Split
             splits = {name: split_type(**split) for name, split in content.pop("splits").items()}
             sources = [Source(**source) for source in content.pop("sources")]
@@ -167,14 +167,13 @@ class Manifest:
                 splits=splits,
                 sources=sources,
                 chat=ChatDetails(**chat) if chat else None,
-                shard=ShardDetails(**shard) if shard else None,
+                part=PartDetails(**part) if part else None,
             )
-            parts = (manifest, manifest.chat, manifest.shard, *sources, *splits.values())
-            for part in filter(None, parts):
-                _check_types(part)
+            for entry in filter(None, (manifest, manifest.chat, manifest.part, *sources, *splits.values())):
+                _check_types(entry)
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{location}/{MANIFEST_FILE} is not a manifest of meap_lit ({error})") from error
-        if not splits.keys() <= _SPLITS or (shard is None and "train" not in splits):
+        if not splits.keys() <= _SPLITS or (part is None and "train" not in splits):
             raise UserError(
                 f"{location}/{MANIFEST_FILE} is damaged: its splits are {', '.join(splits) or 'none'}; copy the "
                 f"dataset again or prepare it anew"
@@ -184,9 +183,8 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`."""
         content = dataclasses.asdict(self)
-        for name in ("chat", "shard"):
-            if content[name] is None:
-                del content[name]
+        content["shard"] = content.pop("part")
+        content = {name: value for name, value in content.items() if name not in ("chat", "shard") or value is not None}
         body = json.dumps(content, indent=1).removesuffix("\n}")
         (folder / MANIFEST_FILE).write_text(f'{body},\n "{SHA256}": "{_hash_of(body.encode())}"\n}}\n')
 
@@ -276,10 +274,10 @@ def _check_own_hash(text: bytes, content: dict[str, Any], location: str) -> None
         )
 
 
-def _check_types(part: Any) -> None:
+def _check_types(entry: Any) -> None:
     """Raise TypeError if a field of a dataclass that was read from JSON has another type than it says."""
-    for name, hint in typing.get_type_hints(type(part)).items():
-        value, classes = getattr(part, name), typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    for name, hint in typing.get_type_hints(type(entry)).items():
+        value, classes = getattr(entry, name), typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
         if all(kind in (int, float, str, type(None)) for kind in classes):
             allowed = (*classes, int) if float in classes else classes
             if not isinstance(value, allowed) or isinstance(value, bool):

@@ -401,7 +401,7 @@ def test_a_conversation_cut_before_its_answer_is_dropped(tmp_path, tokenizer, to
         ({"input": ["nowhere.json"]}, "input nowhere.json does not exist"),
         (
             {"max_tokens": 3, "on_long": "drop"},
-            r"no conversations to tokenize in \S+/in.json \(2 too long for max_tokens, 0 without a turn to learn, 0 unr",
+            r"no conversations to tokenize in \S+/in.json \(2 too long for max_tokens, 0 without a turn to learn, 0 u",
         ),
     ],
 )
@@ -460,7 +460,7 @@ def test_empty_data_file(tmp_path, tokenizer_folder, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(
         UserError,
-        match=rf"^no conversations to tokenize in \S+/{name} \(0 too long for max_tokens, 0 without a turn to learn, 0 ",
+        match=rf"^no conversations to tokenize in \S+/{name} \(0 too long for max_tokens, 0 without a turn to learn, ",
     ):
         prepare(tmp_path / "out", tmp_path / name, tokenizer_folder)
     assert not (tmp_path / "out").exists()
