@@ -22,7 +22,8 @@ from pathlib import Path
 from textwrap import shorten
 
 from meap_lit.data.prepare.step import Preparation
-from meap_lit.data.read.readers import DocumentReader, find_files
+from meap_lit.data.read.find import find_files
+from meap_lit.data.read.readers import DocumentReader
 from meap_lit.errors import UserError
 
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Hugo", "Maria", "Peter")

@@ -16,7 +16,8 @@ from typing import Any
 
 from meap_lit.data.prepare.splits import draw
 from meap_lit.data.prepare.step import Preparation
-from meap_lit.data.read.readers import DocumentReader, find_files
+from meap_lit.data.read.find import find_files
+from meap_lit.data.read.readers import DocumentReader
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
 

@@ -7,14 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
 from meap_lit.data.read.conversations import Conversation, to_conversation
-from meap_lit.data.read.formats import RECORD_FORMATS
+from meap_lit.data.read.formats import RECORD_FORMATS, InputFile
 from meap_lit.data.read.readers import SKIP_HINT, InputPart, Record, RecordReader, check_text
 from meap_lit.data.store.manifest import ChatDetails
 from meap_lit.data.store.writers import ChatWriter
@@ -29,9 +28,10 @@ class PrepareChat(PrepareDataset):
 
     Args:
         output: Folder to make.
-        input: Files, folders and glob patterns (.json, an array of objects; .jsonl, .jsonl.gz, .jsonl.zst and .parquet,
-            one conversation a line or row). Alpaca, ShareGPT, OpenAI and prompt with completion are recognized by
-            their fields. `weight`, `train` or `training` of a turn say whether it is learned.
+        input: Files, folders and glob patterns, local or remote such as s3://bucket/folder (.json, an array of objects;
+            .jsonl, .jsonl.gz, .jsonl.zst and .parquet, one conversation a line or row). Alpaca, ShareGPT, OpenAI and
+            prompt with completion are recognized by their fields. `weight`, `train` or `training` of a turn say whether
+            it is learned.
         template: Chat template: `tokenizer` for the tokenizer's own, alpaca, llama3, chatml or mistral, or a file that
             ends in .jinja.
         system: System message of the conversations that have none.
@@ -58,7 +58,7 @@ class PrepareChat(PrepareDataset):
 
         return ChatEncoder(ChatTemplate.load(self.template, tokenizer), tokenizer, self, Duplication.min_copied)
 
-    def new_reader(self, files: Sequence[Path], part: InputPart | None) -> RecordReader:
+    def new_reader(self, files: Sequence[InputFile], part: InputPart | None) -> RecordReader:
         return RecordReader(files, self.on_error, part)
 
     def chat_details(self, encoder: Any, counts: Counter[str]) -> ChatDetails:

@@ -18,8 +18,9 @@ import numpy as np
 from meap_lit.data.prepare.splits import SplitWriter, draw
 from meap_lit.data.prepare.step import Preparation, progress_bar
 from meap_lit.data.prepare.workers import default_num_workers, map_in_order
-from meap_lit.data.read.formats import Format
-from meap_lit.data.read.readers import InputPart, Reader, find_input
+from meap_lit.data.read.find import find_input
+from meap_lit.data.read.formats import Format, InputFile
+from meap_lit.data.read.readers import InputPart, Reader
 from meap_lit.data.store.manifest import ChatDetails, Kind, Manifest, PartDetails, Source
 from meap_lit.data.store.writers import ChunkWriter
 from meap_lit.errors import UserError
@@ -107,7 +108,7 @@ class PrepareDataset(Preparation, ABC):
     """Tokenize files into a dataset with a train and a val split.
 
     Args:
-        input: Files, folders and glob patterns.
+        input: Files, folders and glob patterns, local or remote such as s3://bucket/folder.
         tokenizer: Folder with a tokenizer.json.
         val_share: Share of the documents or conversations held out for validation, at least one, chosen by a hash of
             their text; in [0, 1). With 0 there is no val split.
@@ -141,7 +142,7 @@ class PrepareDataset(Preparation, ABC):
         """
 
     @abstractmethod
-    def new_reader(self, files: Sequence[Path], part: InputPart | None) -> Reader:
+    def new_reader(self, files: Sequence[InputFile], part: InputPart | None) -> Reader:
         """Return the reader of what the encoder encodes."""
 
     @abstractmethod

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from meap_lit.data.prepare.splits import RESERVE
 from meap_lit.data.prepare.step import Preparation, progress_bar
-from meap_lit.data.read.readers import RECORD_FILE
+from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.data.store.chunks import INDEX_FILE, SAMPLES_FILE, ChatSplit, Split, check_chunk, check_index, hash_files
 from meap_lit.data.store.manifest import VERSION, Kind, Manifest, PartDetails, Source, load_samples
 from meap_lit.errors import UserError

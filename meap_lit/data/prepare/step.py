@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from meap_lit.data.read.readers import RECORD_FILE
+from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.errors import UserError
 from meap_lit.files import new_folder
 

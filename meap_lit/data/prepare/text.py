@@ -7,11 +7,10 @@ beginning-of-text token if the tokenizer writes one.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
-from meap_lit.data.read.formats import FORMATS
+from meap_lit.data.read.formats import FORMATS, InputFile
 from meap_lit.data.read.readers import DocumentReader, InputPart
 from meap_lit.data.store.writers import TokenWriter
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -23,8 +22,8 @@ class PrepareText(PrepareDataset):
 
     Args:
         output: Folder to make.
-        input: Files, folders and glob patterns (.txt and .md, one document a file; .jsonl, .jsonl.gz, .jsonl.zst and
-            .parquet, one document a line or row).
+        input: Files, folders and glob patterns, local or remote such as s3://bucket/folder (.txt and .md, one document a
+            file; .jsonl, .jsonl.gz, .jsonl.zst and .parquet, one document a line or row).
         text_field: Name of the text in .jsonl and .parquet files.
         suffixes: File name endings to take from folders, such as .py, which is read as plain text; the endings listed
             under `input` if not given.
@@ -41,7 +40,7 @@ class PrepareText(PrepareDataset):
     def new_encoder(self, tokenizer: Tokenizer) -> "TextEncoder":
         return TextEncoder(tokenizer)
 
-    def new_reader(self, files: Sequence[Path], part: InputPart | None) -> DocumentReader:
+    def new_reader(self, files: Sequence[InputFile], part: InputPart | None) -> DocumentReader:
         return DocumentReader(files, self.text_field, self.on_error, part)
 
     def left_out(self, counts: Counter[str]) -> str:

@@ -6,6 +6,7 @@ A plain text file is one document and a .json file, which only holds records, is
 
 import gzip
 import importlib
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -13,11 +14,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NamedTuple
 
+from meap_lit.data.store.remote import RemoteFile
 from meap_lit.errors import UserError
 from meap_lit.files import BYTE_ORDER_MARK, decode, parse_json, why_no_text
 
 MAX_LINE_BYTES = 1 << 28
 """Longest line of a .jsonl file, decompressed: 256 MiB."""
+
+
+InputFile = Path | RemoteFile
+"""What is read: both have `name` and `open`, and their text names them in messages."""
 
 
 class Span(NamedTuple):
@@ -38,14 +44,14 @@ class Entry(NamedTuple):
     """A plain text, the fields of a record, or why there is neither."""
 
 
-Format = Callable[[Path, IO[bytes], Span, str | None], Iterator[Entry]]
+Format = Callable[[InputFile, IO[bytes], Span, str | None], Iterator[Entry]]
 """Reads a span of a file; the last argument is the only column to read of a Parquet file."""
 
 DIVISIBLE = (".jsonl", ".parquet")
 """File name endings of which a span can be read; of others the span is not looked at, they are read whole."""
 
 
-def read_file(path: Path, formats: Mapping[str, Format], span: Span, column: str | None = None) -> Iterator[Entry]:
+def read_file(path: InputFile, formats: Mapping[str, Format], span: Span, column: str | None = None) -> Iterator[Entry]:
     """Entries of one file, read by the ending of its name; an unknown ending is plain text.
 
     Spans that share out a file share out its entries.
@@ -69,18 +75,18 @@ def read_file(path: Path, formats: Mapping[str, Format], span: Span, column: str
         raise UserError(f"not enough memory to read {path}; write its documents as lines of a .jsonl file") from error
 
 
-def has_suffix(path: Path, suffixes: Sequence[str]) -> bool:
+def has_suffix(path: InputFile, suffixes: Sequence[str]) -> bool:
     """Whether a file name ends in one of `suffixes`, in whatever case."""
     return path.name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))
 
 
-def _read_text(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+def _read_text(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     raw = file.read()
     content = decode(raw, str(path))
     yield Entry(len(raw), str(path), content)
 
 
-def _read_json(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+def _read_json(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     """The objects of an array, or one object."""
     raw = file.read()
     text = decode(raw, str(path))
@@ -93,22 +99,22 @@ def _read_json(path: Path, file: IO[bytes], span: Span, column: str | None) -> I
         yield Entry(len(raw) * number // len(content), where, _checked_object(element, where))
 
 
-def _read_jsonl(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+def _read_jsonl(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     return _parse_lines(path, file, _lines_of(file, span), span.start)
 
 
-def _read_jsonl_gz(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+def _read_jsonl_gz(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     return _parse_lines(path, file, _lines(gzip.GzipFile(fileobj=file)))
 
 
-def _read_jsonl_zst(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+def _read_jsonl_zst(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     zstandard = _import("zstandard", path)
     return _parse_lines(path, file, _split_lines(_decompress_zstd(file, zstandard)))
 
 
-def _read_parquet(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+def _read_parquet(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     pyarrow, parquet = _import("pyarrow", path), _import("pyarrow.parquet", path)
-    size = path.stat().st_size
+    size = os.fstat(file.fileno()).st_size
     row = 0
     try:
         table = parquet.ParquetFile(file)
@@ -147,7 +153,7 @@ RECORD_FORMATS: dict[str, Format] = {
 """File name endings of records and how they are read."""
 
 
-def _parse_lines(path: Path, file: IO[bytes], lines: Iterable[bytes], start: int = 0) -> Iterator[Entry]:
+def _parse_lines(path: InputFile, file: IO[bytes], lines: Iterable[bytes], start: int = 0) -> Iterator[Entry]:
     """One JSON object a line; blank lines are passed over. Damaged compression ends the file with an error.
 
     Lines of a span that starts at byte `start` are named by where they begin: their number is not known.
@@ -288,7 +294,7 @@ def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def _import(name: str, path: Path) -> ModuleType:
+def _import(name: str, path: InputFile) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -1,22 +1,24 @@
 """Documents and records out of many files, or of one part of them; what cannot be read is refused or counted."""
 
-import glob
-import os
 import re
-import stat
 from abc import ABC, abstractmethod
-from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from meap_lit.data.read.formats import DIVISIBLE, FORMATS, RECORD_FORMATS, Entry, Format, Span, has_suffix, read_file
+from meap_lit.data.read.find import size_of
+from meap_lit.data.read.formats import (
+    DIVISIBLE,
+    FORMATS,
+    RECORD_FORMATS,
+    Entry,
+    Format,
+    InputFile,
+    Span,
+    has_suffix,
+    read_file,
+)
 from meap_lit.errors import UserError
-
-RECORD_FILE = "preparation.json"
-"""Written into every folder that a step makes: the step's class and arguments."""
-
 
 Item = TypeVar("Item")
 
@@ -51,7 +53,7 @@ class InputPart:
             )
         return part
 
-    def spans(self, files: Sequence[Path], sizes: Sequence[int]) -> list[tuple[Path, Span]]:
+    def spans(self, files: Sequence[InputFile], sizes: Sequence[int]) -> list[tuple[InputFile, Span]]:
         """Return what this part reads of `files`, which have `sizes` bytes."""
         lengths = [size + 1 for size in sizes]  # an empty file has a place too
         start, stop = (sum(lengths) * index // self.count for index in (self.index, self.index + 1))
@@ -84,7 +86,7 @@ class Reader(ABC, Generic[Item]):
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[InputFile],
         formats: Mapping[str, Format],
         on_error: Literal["stop", "skip"],
         column: str | None = None,
@@ -99,7 +101,7 @@ class Reader(ABC, Generic[Item]):
         """Why the first item was skipped."""
         self.bytes_read = 0
         """Bytes on disk that have been read so far, of `num_bytes`."""
-        self.sizes = [_size(file) for file in files]
+        self.sizes = [size_of(file) for file in files]
         self.spans = (part or InputPart()).spans(files, self.sizes)
         self.num_bytes = sum(span.stop - span.start for _, span in self.spans)
 
@@ -149,7 +151,7 @@ class DocumentReader(Reader[str]):
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[InputFile],
         text_field: str = "text",
         on_error: Literal["stop", "skip"] = "stop",
         part: InputPart | None = None,
@@ -189,7 +191,7 @@ class RecordReader(Reader[Record]):
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[InputFile],
         on_error: Literal["stop", "skip"] = "stop",
         part: InputPart | None = None,
     ) -> None:
@@ -213,126 +215,3 @@ def check_text(name: str, text: Any) -> str:
     except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair
         raise UserError(f"field {name!r} holds a broken character (half of a surrogate pair)") from error
     return text
-
-
-@dataclass(frozen=True)
-class Input:
-    """What `find_input` found.
-
-    Args:
-        files: Files to read, sorted, each once.
-        passed_over: Number of files in folders that have other endings, by ending.
-    """
-
-    files: list[Path]
-    passed_over: Counter[str]
-
-    def lines_of_summary(self) -> list[str]:
-        """Return the line that says what was passed over; none if nothing was."""
-        if not self.passed_over:
-            return []
-        counts = sorted(self.passed_over.items(), key=lambda entry: (-entry[1], entry[0]))
-        kinds = [f"{count} {ending or 'without an ending'}" for ending, count in counts[:8]]
-        kinds += [f"{sum(count for _, count in counts[8:])} others"] if len(counts) > 8 else []
-        return [f"  not read {', '.join(kinds)} in the folders"]
-
-
-def find_files(
-    inputs: Sequence[str], suffixes: Sequence[str] | None = None, formats: Mapping[str, Format] | None = None
-) -> list[Path]:
-    """Return the files that `find_input` finds, without what it passed over."""
-    return find_input(inputs, suffixes, formats).files
-
-
-def find_input(
-    inputs: Sequence[str], suffixes: Sequence[str] | None = None, formats: Mapping[str, Format] | None = None
-) -> Input:
-    """Find the files named by paths, folders and glob patterns.
-
-    Folders are read at all levels, links to other folders included; hidden files and folders are left out.
-
-    Args:
-        inputs: Paths, folders and patterns.
-        suffixes: File name endings to take from folders, all of `formats` if not given.
-        formats: Formats that may be named: `FORMATS`, those of documents, if not given, or `RECORD_FORMATS`.
-
-    Raises:
-        UserError: If an input names nothing, a folder that cannot be listed, or a file of an ending that is neither
-            known nor in `suffixes`.
-    """
-    formats = FORMATS if formats is None else formats
-    wanted = [suffix if suffix.startswith(".") else f".{suffix}" for suffix in suffixes or formats]
-    found: dict[str, Path] = {}
-    others: dict[str, Path] = {}
-    for name in inputs:
-        files, passed_over = _expand(name, wanted, formats)
-        for path in sorted(files):  # of two names of a file always the same one
-            found.setdefault(os.path.realpath(path), path)
-        others.update((os.path.realpath(path), path) for path in passed_over)
-    if not found:
-        raise UserError("no input named; give files, folders or patterns with --input")
-    endings = Counter(path.suffix.lower() for real, path in others.items() if real not in found)
-    return Input(sorted(found.values(), key=Path.as_posix), endings)
-
-
-def _expand(name: str, wanted: Sequence[str], formats: Mapping[str, Format]) -> tuple[list[Path], list[Path]]:
-    """The files that an input names, and those in its folders that have other endings."""
-    path = Path(name).expanduser()
-    if not name:
-        raise UserError("an input has no name; give files, folders or patterns with --input")
-    if path.exists():
-        named = [path]
-    elif glob.has_magic(name):
-        named = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    else:
-        raise UserError(f"input {name} does not exist")
-    files: list[Path] = []
-    others: list[Path] = []
-    for entry in named:
-        if entry.is_dir():
-            for file in _files_in(entry):
-                (files if has_suffix(file, wanted) else others).append(file)
-        elif has_suffix(entry, [*formats, *wanted]):
-            files.append(entry)
-        else:
-            hint = "; name its ending in --suffixes to read it as plain text" if formats is FORMATS else ""
-            raise UserError(f"input file {entry} ends in none of {', '.join(formats)}{hint}")
-    if not files:
-        raise UserError(f"input {name} holds no file that ends in {', '.join(wanted)}")
-    return files, others
-
-
-def _files_in(folder: Path) -> list[Path]:
-    """The files of a folder and of those below it, each folder once, whatever links lead to it."""
-
-    def refuse(error: OSError) -> NoReturn:
-        reason = f"cannot list folder {error.filename}: {error.strerror}"
-        raise UserError(f"{reason}; give this user access, or name other input") from error
-
-    files: list[Path] = []
-    roots, seen = deque([str(folder)]), set[str]()
-    while roots:  # the folder itself first, so that its files are named without links
-        links = []
-        for parent, folders, names in os.walk(roots.popleft(), onerror=refuse):
-            real = os.path.realpath(parent)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            links += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
-            # the record that a preparation step leaves in a folder is not input
-            named = [name for name in names if not name.startswith(".") and name != RECORD_FILE]
-            files += [Path(parent, name) for name in named]
-        roots += sorted(links)
-    return files
-
-
-def _size(path: Path) -> int:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"cannot read {path}: not a regular file")  # a pipe would be waited for
-    return status.st_size

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from meap_lit.data.read.readers import find_files
+from meap_lit.data.read.find import find_files
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import curves, heat_maps
 from meap_lit.evaluation.task import Item, Record, Task

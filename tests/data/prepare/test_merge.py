@@ -23,7 +23,8 @@ from meap_lit.cli import main
 from meap_lit.data.prepare.chat import PrepareChat
 from meap_lit.data.prepare.merge import MergeParts
 from meap_lit.data.prepare.text import PrepareText
-from meap_lit.data.read.readers import DocumentReader, InputPart, find_files
+from meap_lit.data.read.find import find_files
+from meap_lit.data.read.readers import DocumentReader, InputPart
 from meap_lit.data.store.manifest import Manifest, load_samples
 from meap_lit.errors import UserError
 from tests.support.older_dataset import make_older

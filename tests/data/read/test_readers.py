@@ -10,8 +10,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from meap_lit.data.read.find import find_files, find_input
 from meap_lit.data.read.formats import RECORD_FORMATS
-from meap_lit.data.read.readers import DocumentReader, InputPart, RecordReader, find_files, find_input
+from meap_lit.data.read.readers import DocumentReader, InputPart, RecordReader
 from meap_lit.errors import UserError
 
 SKIP_HINT = "use --on_error skip to leave such lines out"

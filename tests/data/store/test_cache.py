@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import meap_lit.data.store.cache as cache_module
 from meap_lit.data.store.cache import CachedChunks
+from meap_lit.data.store.remote import Storage
 from meap_lit.data.store.writers import ChatWriter, TokenWriter
 from meap_lit.data.stream.chat import ChatSamples
 from meap_lit.data.stream.text import Shard, TokenBlocks, TrainStream
@@ -126,6 +127,14 @@ def test_a_chunk_with_a_fault_is_fetched_again(bucket, tmp_path, fault, num_work
     expected = rows(train_stream(local), num_batches=20)
     assert rows(train_stream(remote), num_workers, num_batches=20) == expected
     assert max(bucket.requests.values()) == 3, "no fault occurred"
+
+
+def test_forked_workers_read_by_fsspec_after_their_parent_did(bucket, tmp_path):
+    local = TokenBlocks(str(bucket.root / "bucket" / "train"), SEQ_LEN)
+    remote = TokenBlocks(f"{bucket.endpoint}/files/bucket/train", SEQ_LEN, Storage(str(tmp_path), tries=2, timeout=5.0))
+    assert remote[0].tolist() == local[0].tolist()
+    expected = rows(train_stream(local), num_batches=20)
+    assert rows(train_stream(remote), num_workers=2, num_batches=20) == expected
 
 
 def test_a_chunk_that_stays_wrong_is_named(bucket, tmp_path):
