@@ -22,8 +22,8 @@ class PrepareText(PrepareDataset):
 
     Args:
         output: Folder to make.
-        input: Files, folders and glob patterns, local or remote such as s3://bucket/folder (.txt and .md, one document a
-            file; .jsonl, .jsonl.gz, .jsonl.zst and .parquet, one document a line or row).
+        input: Files, folders and glob patterns, local or remote such as s3://bucket/folder (.txt and .md, one document
+            a file; .jsonl, .jsonl.gz, .jsonl.zst and .parquet, one document a line or row).
         text_field: Name of the text in .jsonl and .parquet files.
         suffixes: File name endings to take from folders, such as .py, which is read as plain text; the endings listed
             under `input` if not given.
