@@ -25,14 +25,38 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         UserError: If the file cannot be read, or does not hold a JSON object.
     """
+    return parse_object(_read(file), str(file))
+
+
+def parse_object(content: str | bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object of a text, as `parse_json` does any value.
+
+    Raises:
+        UserError: If it is not valid JSON, or another value.
+    """
+    parsed = parse_json(content, where)
+    if not isinstance(parsed, dict):
+        raise UserError(f"{where}: not a JSON object but {type(parsed).__name__}")
+    return parsed
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        UserError: If the file cannot be read, or is not UTF-8.
+    """
+    text = decode(_read(file), str(file))
+    if isinstance(text, UserError):
+        raise text
+    return text
+
+
+def _read(file: Path) -> bytes:
     try:
-        content = file.read_bytes()
+        return file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-    parsed = parse_json(content, str(file))
-    if not isinstance(parsed, dict):
-        raise UserError(f"{file}: not a JSON object but {type(parsed).__name__}")
-    return parsed
 
 
 def parse_json(content: str | bytes, where: str) -> Any:

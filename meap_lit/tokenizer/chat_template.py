@@ -26,6 +26,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from meap_lit.errors import UserError
+from meap_lit.files import read_text
 from meap_lit.tokenizer.bounded_jinja import BoundedEnvironment
 from meap_lit.tokenizer.builtin_templates import BOS, NAMED
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -88,12 +89,7 @@ class ChatTemplate:
             UserError: If there is no such template, or the tokenizer has not the special tokens that it writes.
         """
         if name.endswith(".jinja"):
-            try:
-                return cls(name, Path(name).read_text(encoding="utf-8"), tokenizer)
-            except OSError as error:
-                raise UserError(f"cannot read chat template {name}: {error.strerror}") from error
-            except UnicodeDecodeError as error:
-                raise UserError(f"cannot read chat template {name}: not valid UTF-8") from error
+            return cls(name, read_text(Path(name)), tokenizer)
         if name == "tokenizer":
             source = _default_template(tokenizer)
             if source is None:

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from meap_lit.errors import UserError
-from meap_lit.files import run_versions
+from meap_lit.files import read_json, read_text, run_versions
 
 MASK_TOKEN = "[MASK]"
 END_OF_TEXT = "<|endoftext|>"
@@ -101,20 +101,18 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise UserError(f"tokenizer folder {path} has no tokenizer.json; save the tokenizer in the fast format")
-        text = _read(file)
-        _parse(text, file)
+        read_json(file)  # the library's own message does not say where it is wrong
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
+            backend = tokenizers.Tokenizer.from_str(read_text(file))
         except Exception as error:  # the library raises nothing more special
             raise UserError(f"cannot read tokenizer {file}: {' '.join(str(error).split())}") from error
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
-                content = _parse(_read(folder / name), folder / name)
-                named = {key: value for key, value in content.items() if value is not None}
+                named = {key: value for key, value in read_json(folder / name).items() if value is not None}
                 settings |= {key: _plain(value, key, folder / name) for key, value in named.items()}
         if (folder / _TEMPLATE_FILE).is_file():
-            settings["chat_template"] = _read(folder / _TEMPLATE_FILE)
+            settings["chat_template"] = read_text(folder / _TEMPLATE_FILE)
         return cls(backend, settings, path)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -346,8 +344,7 @@ def id_of_token(folder: Path, token: str) -> int | None:
     Raises:
         UserError: If the file is unreadable.
     """
-    file = folder / "tokenizer.json"
-    added = _parse(_read(file), file).get("added_tokens") or []
+    added = read_json(folder / "tokenizer.json").get("added_tokens") or []
     return next((entry.get("id") for entry in added if entry.get("content") == token), None)
 
 
@@ -424,20 +421,3 @@ def _without_defaults(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_defaults(entry) for entry in value]
     return value
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
-
-
-def _parse(text: str, file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object, not a {type(content).__name__}")
-    return content

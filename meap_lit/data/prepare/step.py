@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.errors import UserError
-from meap_lit.files import new_folder
+from meap_lit.files import new_folder, read_json
 
 
 @dataclass(kw_only=True)
@@ -82,13 +82,14 @@ class Preparation(ABC):
 
 
 def _read_record(file: Path) -> dict[str, Any]:
+    hint = "remove the folder or name another output"
     try:
-        record = json.loads(file.read_text())
-        if isinstance(record["step"], str) and isinstance(record["arguments"], dict):
-            return record
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(f"{file} is damaged; remove the folder or name another output")
+        record = read_json(file)
+    except UserError as error:
+        raise UserError(f"{error}; {hint}") from error
+    if not isinstance(record.get("step"), str) or not isinstance(record.get("arguments"), dict):
+        raise UserError(f"{file} is damaged; {hint}")
+    return record
 
 
 def progress_bar(description: str, num_bytes: int) -> tqdm:

@@ -13,13 +13,13 @@ have `tools`. What would change the text or what is learnt, and is not known her
 record that are not listed count as metadata.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from meap_lit.data.read.readers import check_text
 from meap_lit.errors import UserError
+from meap_lit.files import parse_json
 from meap_lit.tokenizer.chat_template import REASONING, Message
 
 
@@ -257,9 +257,9 @@ def _parsed(where: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON: {_short(value)}") from error
+        return parse_json(value, where)
+    except UserError as error:
+        raise UserError(f"{error}: {_short(value)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------ checks

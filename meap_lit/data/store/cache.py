@@ -28,6 +28,7 @@ from typing import Any
 from meap_lit.data.store.chunks import INDEX_FILE, check_chunk, chunk_problem, parse_index
 from meap_lit.data.store.remote import Storage
 from meap_lit.errors import UserError
+from meap_lit.files import write_file
 
 NUM_HELD = 16
 """Chunks of a split that a process counts as in use: two windows of `order.ShuffledOrder`, since rows that are packed
@@ -79,7 +80,9 @@ class CachedChunks:
         self.folder = str(self.root / name)
         try:
             os.makedirs(self.folder, exist_ok=True)
-            _write_unless_there(Path(self.folder, INDEX_FILE), index)
+            file = Path(self.folder, INDEX_FILE)  # LitData reads it from there
+            if not file.exists() or file.read_bytes() != index:
+                write_file(file, index)
         except OSError as error:
             raise UserError(
                 f"cannot write the cache {self.root}: {error.strerror}; name another data.cache_dir"
@@ -239,12 +242,3 @@ def _files(root: Path) -> Iterator[tuple[int, int, Path]]:
         with contextlib.suppress(FileNotFoundError):  # it was renamed meanwhile
             stat = path.stat()
             yield stat.st_mtime_ns, stat.st_size, path
-
-
-def _write_unless_there(file: Path, content: bytes) -> None:
-    """Write `file` in one step, unless it holds this content already; LitData reads it from there."""
-    if file.exists() and file.read_bytes() == content:
-        return
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    os.replace(aside, file)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from meap_lit.errors import UserError
+from meap_lit.files import parse_object
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "samples.npz"
@@ -125,6 +126,18 @@ def check_hash(content: bytes, files: Mapping[str, str], file: str) -> None:
 _MEND = "copy the dataset again or prepare it anew"
 
 
+def parse_description(content: bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object of a file that describes a dataset.
+
+    Raises:
+        UserError: If it holds none.
+    """
+    try:
+        return parse_object(content, where)
+    except UserError as error:
+        raise UserError(f"{error}; {_MEND}") from error
+
+
 def check_index(content: bytes, split: Split, folder: str) -> dict[str, Any]:
     """Parse the index of a chunk folder and compare it with what was written.
 
@@ -153,10 +166,7 @@ def parse_index(content: bytes, folder: str) -> dict[str, Any]:
         UserError: If it is damaged, or not an index that this package writes.
     """
     where = f"{folder}/{INDEX_FILE}"
-    try:
-        index = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is damaged: {error}; {_MEND}") from error
+    index = parse_description(content, where)
     try:
         chunks, config = index["chunks"], index["config"]
         names = [chunk["filename"] for chunk in chunks]

@@ -22,6 +22,7 @@ from meap_lit.data.store.chunks import (
     check_chunk_files,
     check_hash,
     check_index,
+    parse_description,
     parse_index,
 )
 from meap_lit.data.store.remote import Storage
@@ -149,7 +150,7 @@ class Manifest:
 
     @classmethod
     def _parse(cls, text: bytes, location: str) -> "Manifest":
-        content = _parse_json(text, f"{location}/{MANIFEST_FILE}")
+        content = parse_description(text, f"{location}/{MANIFEST_FILE}")
         version = content.get("version")
         if isinstance(version, int) and version > VERSION:
             raise UserError(
@@ -323,13 +324,3 @@ def _local_reader(location: str, kind: Kind) -> Callable[[str], bytes]:
             raise UserError(f"dataset {location} is incomplete: cannot read {name} ({error.strerror})") from error
 
     return read
-
-
-def _parse_json(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{where} is damaged: not a JSON object")
-    return content

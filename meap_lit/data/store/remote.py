@@ -8,7 +8,6 @@ loop in a loop multiplies the waiting.
 import contextlib
 import glob
 import io
-import json
 import random
 import tempfile
 import time
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 from meap_lit.data.store.faults import Passing, fault_of_status, in_one_line
 from meap_lit.data.store.s3 import CONNECT_TIMEOUT, find_s3, open_s3
 from meap_lit.errors import UserError
+from meap_lit.files import parse_json
 
 _S3 = ("s3", "r2")  # R2 speaks S3's protocol: its address is AWS_ENDPOINT_URL
 _EXTRAS = {"gs": "gs", "az": "az", "abfs": "az", "azure": "az", "https": "https", "http": "https", "hf": "hf"}
@@ -108,9 +108,9 @@ class Storage:
 def _json_problem(content: IO[bytes]) -> str | None:
     content.seek(0)
     try:
-        json.load(content)
-    except (ValueError, RecursionError) as error:
-        return f"it is not JSON: {in_one_line(error)}"
+        parse_json(content.read(), "its content")
+    except UserError as error:
+        return str(error)
     return None
 
 

@@ -76,7 +76,9 @@ def test_damaged_json_is_read_again(filled, tmp_path):
     filled.fault = lambda key, number: "flip" if number == 0 else None
     assert filled.storage(tmp_path).read("s3://bucket/index.json") == b'{"a": 1}'
     filled.fault = lambda key, number: "flip"
-    with pytest.raises(UserError, match=r"cannot read s3://bucket/index.json \(tries: 3\): it is not JSON: Expecting"):
+    with pytest.raises(
+        UserError, match=r"cannot read s3://bucket/index.json \(tries: 3\): its content: not valid JSON"
+    ):
         filled.storage(tmp_path).read("s3://bucket/index.json")
 
 
