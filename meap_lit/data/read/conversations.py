@@ -20,7 +20,7 @@ from typing import Any
 from meap_lit.data.read.readers import check_text
 from meap_lit.errors import UserError
 from meap_lit.files import parse_json
-from meap_lit.tokenizer.chat_template import REASONING, Message
+from meap_lit.tokenizer.hidden_chat import REASONING, Message
 
 
 @dataclass(frozen=True)
