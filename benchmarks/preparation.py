@@ -1,4 +1,5 @@
-"""What preparing text costs beside tokenising it: `prepare text` against `encode_batch` of the bare `tokenizers`.
+"""Compare the cost of preparing text with that of tokenizing it: `prepare text` against `encode_batch` of
+the bare `tokenizers`.
 
 Both have the same documents, one .jsonl file, the same tokenizer and the same cores, in fresh processes by turns.
 `prepare text` is the command, by the time that it says it took: file read, worker processes started, tokens written,
@@ -84,7 +85,7 @@ def benchmark(
     prepared = rates["`prepare text`"]
     report = "\n".join(
         [
-            "# Preparing text beside tokenising it",
+            "# Preparing text and tokenizing it",
             "",
             f"    python -m benchmarks.preparation {shlex.join(sys.argv[1:])}".rstrip(),
             "",

@@ -116,9 +116,9 @@ def write_file(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` that takes its name when the block ends well, and vanishes when it fails.
+    """Provide an empty folder beside `output` that takes its name when the block ends well, and goes when it fails.
 
-    What a killed run left behind is removed, recognised by its name and by the record of its process; a folder
+    What a killed run left behind is removed, recognized by its name and by the record of its process; a folder
     whose process still lives is left alone.
     """
     for old in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
@@ -146,7 +146,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder is one that `new_folder` has not renamed: it is being made, or a killed run left it behind."""
+    """Return whether a folder is one that `new_folder` has not renamed: being made, or left by a killed run."""
     return re.search(r"\.partial-[0-9a-f]{8}$", folder.name) is not None
 
 
@@ -173,7 +173,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_bytes(value: str, name: str) -> int:
-    """Number of bytes in "64MB" (decimal units).
+    """Return the number of bytes in "64MB" (decimal units).
 
     Args:
         value: Number and unit.

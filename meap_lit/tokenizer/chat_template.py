@@ -1,9 +1,9 @@
 """Conversations to token ids by a Jinja chat template, and which of the ids the assistant says.
 
-A template is the tokenizer's own, a file, or one of `named_templates.py`. What is to be learnt follows from the
+A template is the tokenizer's own, a file, or one of `builtin_templates.py`. What is to be learned follows from the
 template's structure: from `{% generation %}` blocks where it has them, else from where each turn of the assistant
-begins and ends in the text, be it an answer, a call of a tool or reasoning. Nobody looks for markers in the text, and a
-special token spelled out in a message stays the characters it is made of.
+begins and ends in the text, be it an answer, a call of a tool or reasoning. Markers
+in the text play no role, and a special token spelled out in a message is encoded as ordinary characters.
 
 The environment is the one that transformers gives a template (`apply_chat_template` in transformers 5), so that both
 write the same text.
@@ -35,8 +35,8 @@ _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """A conversation as ids, and its answers in order: one for every turn of the assistant that is to be learnt, unless
-    the template marks several parts of a turn or none."""
+    """A conversation as ids, and its answers in order: one for every turn of the assistant that is to be learned,
+    unless the template marks several parts of a turn or none."""
 
     input_ids: list[int]
     answers: list[tuple[int, int, int]]
@@ -78,10 +78,10 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, name: str, tokenizer: Tokenizer) -> "ChatTemplate":
-        """The tokenizer's own template (`tokenizer`), one of `NAMED`, or the content of a file (`my_format.jinja`).
+        """Load the tokenizer's own template (`tokenizer`), one of `NAMED`, or a file (`my_format.jinja`).
 
         Raises:
-            UserError: If there is no such template, or the tokenizer has not the special tokens that it writes.
+            UserError: If there is no such template, or the tokenizer lacks special tokens that it writes.
         """
         if name.endswith(".jinja"):
             return cls(name, read_text(Path(name)), tokenizer)
@@ -127,12 +127,12 @@ class ChatTemplate:
         tools: Sequence[dict[str, Any]] | None = None,
         trained: Sequence[bool] | None = None,
     ) -> EncodedChat:
-        """Ids of a whole conversation, and where the answers stand in them.
+        """Encode a whole conversation, and find the answers in it.
 
         Args:
             messages: As `conversations.to_conversation` returns them; ends with the assistant.
             tools: Descriptions of the tools that the assistant may call.
-            trained: For each message whether it is to be learnt; all of the assistant's if not given.
+            trained: For each message whether it is to be learned; all of the assistant's if not given.
 
         Raises:
             UserError: If the template raises, does not write what the conversation holds, marks nothing that the
@@ -168,7 +168,7 @@ class ChatTemplate:
         return EncodedChat(tokens.ids, encoded)
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
-        """Ids up to where the assistant is to speak next.
+        """Return the ids up to where the assistant is to speak next.
 
         Raises:
             UserError: If the template raises, or does not write what the conversation holds.
@@ -258,7 +258,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         marks: Mapping[int, str] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text of the messages before `stop`, and the spans of it in `{% generation %}` blocks.
+        """Return the text of the messages before `stop`, and its spans in `{% generation %}` blocks.
 
         `marks` are characters to append to what the messages of these numbers say.
         """
@@ -306,7 +306,7 @@ class ChatTemplate:
     def _trained_blocks(
         self, chat: "HiddenChat", blocks: Sequence[tuple[int, int]], trained: Sequence[bool]
     ) -> list[tuple[int, int]]:
-        """Return the `{% generation %}` blocks of the turns that are to be learnt.
+        """Return the `{% generation %}` blocks of the turns that are to be learned.
 
         Two characters, one appended to what these turns say and one to the others, tell them apart.
         """
@@ -321,13 +321,13 @@ class ChatTemplate:
         if len(said) != len(blocks) or any((kept in block) == (left_out in block) for block in said):
             raise UserError(
                 f"chat template {self.name} does not show which of its {{% generation %}} blocks are of the turns that "
-                f"are not learnt; put all that the assistant says in a turn into one block"
+                f"are not learned; put all that the assistant says in a turn into one block"
             )
         return [block for block, inside in zip(blocks, said, strict=True) if kept in inside]
 
 
 def _default_template(tokenizer: Tokenizer) -> str | None:
-    """The tokenizer's template; tokenizer_config.json may hold a list of named ones."""
+    """Return the tokenizer's template; tokenizer_config.json may hold a list of named ones."""
     template = given = tokenizer.chat_template
     if isinstance(given, list) and all(isinstance(entry, dict) and "name" in entry for entry in given):
         template = next((entry.get("template") for entry in given if entry["name"] == "default"), None)

@@ -43,7 +43,7 @@ class HiddenChat:
         self.tools: Sequence[dict[str, Any]] | None = _map_texts(hide, tools) if hidden else tools
 
     def cut_marks(self, marked: str) -> tuple[str, list[tuple[int, int]]]:
-        """The text without marks, and the spans of characters they enclosed.
+        """Return the text without marks, and the spans of characters that they enclose.
 
         Raises:
             UserError: If the marks do not come in pairs.

@@ -60,12 +60,12 @@ class Fact:
 
 
 def draw_facts(rng: random.Random, count: int) -> list[Fact]:
-    """`count` facts, no place and no person twice."""
+    """Draw `count` facts, without a place or a person twice."""
     return [Fact(*pair) for pair in zip(rng.sample(PLACES, count), rng.sample(NAMES, count), strict=True)]
 
 
 def filler_sentence(rng: random.Random) -> str:
-    """A sentence without person or place."""
+    """Draw a sentence without person or place."""
     first, second = rng.sample(_NOUNS, 2)
     return f"The {rng.choice(_ADJECTIVES)} {first} {rng.choice(_VERBS)} {rng.choice(_PREPOSITIONS)} the {second}."
 
@@ -82,7 +82,7 @@ class Filler:
 
     @classmethod
     def read(cls, path: str) -> "Filler":
-        """The sentences of a file, or of all files in a folder, of 20 to 100 characters; longer ones are cut.
+        """Read the sentences of a file, or of all files in a folder, of 20 to 100 characters; longer ones are cut.
 
         Raises:
             UserError: If there is no such file, or it has no sentence.
@@ -95,7 +95,7 @@ class Filler:
         return cls(sentences)
 
     def draw(self, rng: random.Random) -> Iterator[str]:
-        """Sentences without end; `rng` is advanced."""
+        """Yield sentences without end; `rng` is advanced."""
         if not self.sentences:
             while True:
                 yield filler_sentence(rng)
@@ -115,7 +115,7 @@ def document(
     filler_share: float,
     filler: Filler | None = None,
 ) -> str:
-    """Text of one document.
+    """Return the text of one document.
 
     Every fact is stated once. Then come restatements, some of them after a question, each of a fact drawn at random
     from all. (Were they taken in turn, the place not heard of for longest would be the likely answer: a shortcut
@@ -126,8 +126,8 @@ def document(
         num_facts: Places that the document is about.
         num_mentions: Statements for each fact, on average.
         question_share: Chance that a restatement follows a question.
-        filler_share: Chance that a sentence of filler stands before a statement.
-        filler: Where that is from; made up if not given.
+        filler_share: Chance that a sentence of filler precedes a statement.
+        filler: Source of the sentences of filler; made up if not given.
     """
     facts = draw_facts(rng, num_facts)
     filler_sentences = (filler or Filler()).draw(rng)
@@ -143,10 +143,10 @@ def document(
 
 
 def instructions(count: int, seed: int = 0, filler: Filler | None = None) -> list[dict[str, str]]:
-    """Records of an instruction set in the same world, in Alpaca's fields; `data/instructions.jsonl` holds 400.
+    """Return records of an instruction set in the same world, in Alpaca's fields; `data/instructions.jsonl` holds 400.
 
-    Half ask for one fact of the input, half for all of them in turn, which makes the longer answers. One sentence of
-    filler stands in the inputs of the former; in all, if `filler` says where it is from.
+    Half ask for one fact of the input, half for all of them in turn, which makes the longer answers. The inputs
+    of the former have one sentence of filler; with `filler`, all inputs do.
     """
     records = []
     for number in range(count):
@@ -238,7 +238,7 @@ class FactInstructions(Preparation):
         output: Folder to make.
         num_records: Number of questions.
         seed: The same seed and numbers give the same file, byte for byte.
-        filler: File or folder of text, of which each question has a sentence among its facts; made up if not given.
+        filler: File or folder of text; each question has a sentence of it among its facts; made up if not given.
     """
 
     num_records: int = 400

@@ -1,4 +1,4 @@
-"""Steps that make something on disk once: a corpus, a tokenizer, a dataset.
+"""Steps that make a folder once: a corpus, a tokenizer, a dataset.
 
 A step is a dataclass of what it needs plus `output`, the folder it makes. The same classes serve the command line
 (`python -m meap_lit prepare text ...`) and a recipe's `data.preparation` list, which makes what is missing before
@@ -22,7 +22,7 @@ from meap_lit.files import new_folder, read_json
 
 @dataclass(kw_only=True)
 class Preparation(ABC):
-    """One step. Subclasses are dataclasses; a field with `compare=False` does not change what is made.
+    """A step. Subclasses are dataclasses; a field with `compare=False` does not change what is made.
 
     Args:
         output: Folder to make.
@@ -93,7 +93,7 @@ def _read_record(file: Path) -> dict[str, Any]:
 
 
 def progress_bar(description: str, num_bytes: int) -> tqdm:
-    """A bar over so many bytes of input, for the caller to move."""
+    """Return a progress bar over `num_bytes` bytes of input, which the caller moves."""
     # a log file gets a line every half minute instead of ten a second
     seconds = 0.1 if sys.stderr.isatty() else 30
     return tqdm(total=num_bytes, desc=description, unit="B", unit_scale=True, mininterval=seconds)

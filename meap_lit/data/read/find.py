@@ -109,7 +109,7 @@ def _find_local(name: str) -> tuple[list[InputFile], list[InputFile]]:
 
 
 def _find_remote(name: str) -> tuple[list[InputFile], list[InputFile]]:
-    """As `_find_local`, of an address."""
+    """Do the same as `_find_local` for a remote address."""
     found = Storage().find(name)
     if not found:
         raise UserError(f"input {name} does not exist")

@@ -1,4 +1,4 @@
-"""What files hold: .txt, .md, .json, .jsonl (plain, gzip, zstandard) and .parquet.
+"""Read files: .txt, .md, .json, .jsonl (plain, gzip, zstandard) and .parquet.
 
 Lines and rows are read as a stream, so such a file may be larger than memory, but a line has at most `MAX_LINE_BYTES`.
 A plain text file is one document and a .json file, which only holds records, is read whole.
@@ -27,7 +27,7 @@ InputFile = Path | RemoteFile
 
 
 class Span(NamedTuple):
-    """A part of a file, in bytes: the lines that begin in it, the row groups whose middle row lies in it."""
+    """A range of bytes of a file. It has the lines that begin in it, and the row groups whose middle row is in it."""
 
     start: int
     stop: int
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     """One text, line, element or row of a file."""
 
     position: int
-    """How many bytes of the file have been read."""
+    """Bytes of the file that have been read."""
     where: str
     """File and line, for messages."""
     content: str | dict[str, Any] | UserError
@@ -48,13 +48,13 @@ Format = Callable[[InputFile, IO[bytes], Span, str | None], Iterator[Entry]]
 """Reads a span of a file; the last argument is the only column to read of a Parquet file."""
 
 DIVISIBLE = (".jsonl", ".parquet")
-"""File name endings of which a span can be read; of others the span is not looked at, they are read whole."""
+"""File name endings of files that can be read by spans; others are read whole, whatever the span."""
 
 
 def read_file(path: InputFile, formats: Mapping[str, Format], span: Span, column: str | None = None) -> Iterator[Entry]:
-    """Entries of one file, read by the ending of its name; an unknown ending is plain text.
+    """Yield the entries of one file, read by the ending of its name; an unknown ending is plain text.
 
-    Spans that share out a file share out its entries.
+    Spans that divide a file divide its entries: each belongs to one of them.
 
     Args:
         path: The file.
@@ -76,7 +76,7 @@ def read_file(path: InputFile, formats: Mapping[str, Format], span: Span, column
 
 
 def has_suffix(path: InputFile, suffixes: Sequence[str]) -> bool:
-    """Whether a file name ends in one of `suffixes`, in whatever case."""
+    """Return whether a file name ends in one of `suffixes`, in whatever case."""
     return path.name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))
 
 
@@ -87,7 +87,7 @@ def _read_text(path: InputFile, file: IO[bytes], span: Span, column: str | None)
 
 
 def _read_json(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
-    """The objects of an array, or one object."""
+    """Yield the objects of an array, or one object."""
     raw = file.read()
     text = decode(raw, str(path))
     content = text if isinstance(text, UserError) else _parse_json(text, str(path))
@@ -154,9 +154,9 @@ RECORD_FORMATS: dict[str, Format] = {
 
 
 def _parse_lines(path: InputFile, file: IO[bytes], lines: Iterable[bytes], start: int = 0) -> Iterator[Entry]:
-    """One JSON object a line; blank lines are passed over. Damaged compression ends the file with an error.
+    """Yield the JSON object of each line that is not blank. Damaged compression ends the file with an error.
 
-    Lines of a span that starts at byte `start` are named by where they begin: their number is not known.
+    A line of a span that starts at byte `start` is named by the byte at which it begins: its number is not known.
     """
     number = 0
     try:
@@ -179,7 +179,7 @@ def _parse_lines(path: InputFile, file: IO[bytes], lines: Iterable[bytes], start
 
 
 def _lines_of(file: IO[bytes], span: Span) -> Iterator[bytes]:
-    """The lines that begin in the span."""
+    """Yield the lines that begin in the span."""
     lines = _lines(file)
     if span.start > 0:
         file.seek(span.start - 1)
@@ -191,7 +191,7 @@ def _lines_of(file: IO[bytes], span: Span) -> Iterator[bytes]:
 
 
 def _lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
-    """The lines of a file; a line that is too long without what comes after its first `MAX_LINE_BYTES` + 1 bytes."""
+    """Yield the lines of a file; a line that is too long is cut after `MAX_LINE_BYTES` + 1 bytes."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         yield line
         while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
@@ -224,7 +224,7 @@ def _checked_object(content: Any, where: str) -> dict[str, Any] | UserError:
 
 
 def _row_groups(metadata: Any, size: int, span: Span) -> tuple[int, list[int]]:
-    """Rows before the first row group of the span, and the numbers of its row groups; they follow each other."""
+    """Return the number of rows before the span's row groups, and the numbers of these, which are consecutive."""
     counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     firsts = [*accumulate(counts, initial=0)][:-1]
     groups = [
@@ -256,7 +256,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _decompress_zstd(file: IO[bytes], zstandard: ModuleType) -> Iterator[bytes]:
-    """Blocks of decompressed bytes; several frames may follow each other.
+    """Yield blocks of decompressed bytes; the file may have several frames.
 
     The library's own stream reader takes a file that ends within a frame for a whole one.
 
@@ -279,7 +279,7 @@ def _decompress_zstd(file: IO[bytes], zstandard: ModuleType) -> Iterator[bytes]:
 
 
 def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines as `_lines` gives them, without their line breaks."""
+    """Yield lines as `_lines` does, without their line breaks."""
     begun: list[bytes] = []  # pieces of a line whose end has not come yet
     size = 0
     for block in blocks:

@@ -1,4 +1,4 @@
-"""Documents and records out of many files, or of one part of them; what cannot be read is refused or counted."""
+"""Read documents and records of many files, or of one part of them; refuse or count what cannot be read."""
 
 import re
 from abc import ABC, abstractmethod
@@ -112,7 +112,7 @@ class Reader(ABC, Generic[Item]):
 
     @abstractmethod
     def convert(self, entry: Entry) -> Item:
-        """The item of an entry whose content was read.
+        """Return the item of an entry whose content was read.
 
         Raises:
             UserError: If it holds none.
@@ -174,7 +174,7 @@ class DocumentReader(Reader[str]):
 
 @dataclass(frozen=True)
 class Record:
-    """A JSON object or a row of a table, and the file and line it stands in."""
+    """A JSON object or a row of a table, and its file and line."""
 
     where: str
     fields: dict[str, Any]
@@ -198,12 +198,12 @@ class RecordReader(Reader[Record]):
         super().__init__(files, RECORD_FORMATS, on_error, part=part)
 
     def convert(self, entry: Entry) -> Record:
-        assert isinstance(entry.content, dict), "a plain text is no record"
+        assert isinstance(entry.content, dict), "a plain text is not a record"
         return Record(entry.where, entry.content)
 
 
 def check_text(name: str, text: Any) -> str:
-    """`text`, if it is a text that can be encoded.
+    """Return `text` if it is a text that can be encoded.
 
     Raises:
         UserError: If it is not; names the field `name`.

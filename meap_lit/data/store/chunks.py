@@ -1,11 +1,11 @@
-"""LitData chunk folders of token ids: writing one, and checking that one is whole.
+"""Describe LitData chunk folders of token ids, and check that one is whole.
 
 Documents of text are stored as one line of tokens, which a reader cuts into blocks of any length. Conversations are
 stored as samples: `input_ids`, 1-D, and `answers`, [num_answers, 3], the positions start <= stop <= end of each answer
-(see `duplication.Answer`). Their sizes stand in a table beside the chunks, so that packing reads no token.
+(see `duplication.Answer`). Their sizes are in a table beside the chunks, so that packing reads no token.
 
 LitData's own `optimize` is not used: it deletes files that are not its own, and a killed run of it can be taken for
-a whole one. Its writer alone does neither, and one writer makes the layout independent of who tokenised.
+a whole one. Its writer alone does neither, and one writer makes the layout independent of the processes that tokenize.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from meap_lit.files import parse_object
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "samples.npz"
 SHA256 = "sha256"
-"""Key of the hash of a chunk's file in the index; LitData reads past it. Older datasets lack it."""
+"""Key of the hash of a chunk's file in the index; LitData ignores it, older datasets lack it."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_plain_spec(spec: dict[str, Any], num_leaves: int) -> bool:
-    """Whether LitData puts `num_leaves` values back together as one tensor or a dict of them, and as nothing else."""
+    """Return whether LitData puts `num_leaves` values back together as one tensor or a dict of them."""
     leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
     if num_leaves == 1:
         return spec == leaf
@@ -256,7 +256,7 @@ def check_chunk(folder: Path, chunk: dict[str, Any]) -> None:
 
 
 def chunk_problem(content: io.BufferedIOBase, chunk: dict[str, Any]) -> str | None:
-    """What is wrong with the content of a chunk's file, or None; where the index has no hash, its size is compared."""
+    """Return what is wrong with the content of a chunk's file, or None; without a hash in the index, by its size."""
     size = content.seek(0, io.SEEK_END)
     if size != chunk["chunk_bytes"]:
         return f"has {size} bytes instead of {chunk['chunk_bytes']}"
@@ -272,5 +272,5 @@ def _sha256(file: Path) -> str:
 
 
 def _layout(index: dict[str, Any]) -> list[tuple[int, int]]:
-    """Number of documents and of tokens in each chunk; of samples LitData does not count the tokens."""
+    """Return the number of documents and of tokens in each chunk; LitData counts no tokens of conversations."""
     return [(chunk["chunk_size"], chunk["dim"] or 0) for chunk in index["chunks"]]

@@ -1,4 +1,4 @@
-"""What a prepared dataset says about itself, and the proof that it is whole."""
+"""Write and read the manifest of a dataset, and check that the dataset is whole."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,7 @@ VERSION = 2
 Kind = Literal["text", "chat"]
 _NO_STORAGE = Storage()
 _FIRST_TRIES = 3
-"""A wrong address or endpoint should not wait as long for its message as a run that has begun waits for its data."""
+"""Tries for the first files: an error in an address should be reported sooner than a fault during a run."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Source:
 
 @dataclass(frozen=True)
 class ChatDetails:
-    """What only a dataset of conversations says of itself."""
+    """The part of a manifest that only a dataset of conversations has."""
 
     template: str
     """Name of the chat template."""
@@ -61,12 +61,12 @@ class ChatDetails:
     num_truncated: int
     """Conversations cut because they are longer."""
     num_untrained: int = 0
-    """Conversations left out because no turn is to be learnt."""
+    """Conversations left out because no turn is to be learned."""
 
 
 @dataclass(frozen=True)
 class PartDetails:
-    """What only a part of a dataset says of itself: it is one of `count`, which `prepare merge` puts together."""
+    """The part of a manifest that only a part of a dataset has: one of `count`, which `prepare merge` puts together."""
 
     index: int
     count: int
@@ -76,7 +76,7 @@ class PartDetails:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Content of the manifest.json that stands beside the splits and is written last.
+    """Content of manifest.json, which is beside the splits and is written last.
 
     Args:
         tokenizer_fingerprint: `Tokenizer.document_fingerprint` of the tokenizer that made the ids; in a chat dataset,
@@ -84,7 +84,7 @@ class Manifest:
         vocab_size: Its vocabulary: every id is below.
         eos_token_id: Id that closes every document of text.
         bos_token_id: The id of the BOS that the tokenizer names; documents start with it if the tokenizer writes it.
-        mask_token_id: Id of the mask token; it stands nowhere in the data.
+        mask_token_id: Id of the mask token; the data does not have it.
         dtype: uint16 or int32.
         val_share: Share of documents that was to be held out.
         splits: `train`, and `val` unless val_share is 0; of a part those with a document (see `SplitWriter`).
@@ -115,7 +115,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the dataset's tokens, their layout and their tokenizer; independent of where it lies."""
+        """Hex SHA-256 of the dataset's tokens, their layout and their tokenizer; the same wherever it is stored."""
         parts = [self.tokenizer_fingerprint, *(f"{name}:{split.fingerprint}" for name, split in self.splits.items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -132,7 +132,7 @@ class Manifest:
             kind: Kind of dataset that is wanted.
 
         Raises:
-            UserError: If there is no whole dataset, or one of another kind; says what is wrong.
+            UserError: If there is no whole dataset, or one of another kind.
         """
         read = _reader(location, storage, kind)
         manifest = cls._parse(read(MANIFEST_FILE), location)
@@ -196,8 +196,8 @@ class Manifest:
 
         Args:
             tokenizer: The tokenizer of the recipe.
-            dataset: Where the dataset lies, for the message.
-            tokenizer_folder: Where the tokenizer lies, for the message.
+            dataset: Address of the dataset, for the message.
+            tokenizer_folder: Folder of the tokenizer, for the message.
             option: What names it, for the message.
 
         Raises:
@@ -248,7 +248,7 @@ _OWN_HASH = re.compile(rb'(.*),\n "sha256": "([0-9a-f]{64})"\n}\n', re.DOTALL)
 """The end of a manifest: the hash of all that comes before it."""
 
 _told: set[str] = set()
-"""Datasets that this process has said to be unverified."""
+"""Datasets that this process has printed a note about."""
 
 
 def _hash_of(body: bytes) -> str:
@@ -297,7 +297,7 @@ def _is_remote(location: str) -> bool:
 
 
 def _reader(location: str, storage: Storage, kind: Kind) -> Callable[[str], bytes]:
-    """A function that reads a file of the dataset at `location`."""
+    """Return a function that reads a file of the dataset at `location`."""
     if not _is_remote(location):
         return _local_reader(location, kind)
     hasty = dataclasses.replace(storage, tries=min(storage.tries, _FIRST_TRIES))
@@ -305,7 +305,7 @@ def _reader(location: str, storage: Storage, kind: Kind) -> Callable[[str], byte
 
 
 def _local_reader(location: str, kind: Kind) -> Callable[[str], bytes]:
-    """A function that reads a file of the dataset in the folder `location`."""
+    """Return a function that reads a file of the dataset in the folder `location`."""
     folder = Path(location)
     if not folder.is_dir():
         raise UserError(f"dataset folder {location} does not exist; make it with: {_command(location, kind)}")

@@ -87,7 +87,7 @@ class Storage:
         """Find objects by their address.
 
         Args:
-            address: An object, a folder, of which all objects at any level are returned, or a glob pattern.
+            address: An object, a folder, for all objects in it at any level, or a glob pattern.
 
         Raises:
             UserError: If they cannot be listed, or the server does not tell their size.
@@ -116,7 +116,7 @@ def _json_problem(content: IO[bytes]) -> str | None:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A remote file that is read as a local one is, by way of a temporary copy.
+    """A remote file, read like a `Path` by way of a temporary copy.
 
     Args:
         address: Its address.
@@ -233,7 +233,7 @@ def _scheme(address: str) -> str:
 
 @contextlib.contextmanager
 def _faults(address: str) -> Iterator[None]:
-    """As that of S3; each file system has exceptions of its own, most of them with the status of the answer."""
+    """Raise `Passing` or a `UserError`; each file system has its own exceptions, most with the status of the answer."""
     try:
         yield
     except (Passing, UserError):

@@ -1,4 +1,4 @@
-"""Writers of token chunks in the format of LitData."""
+"""Write token chunks in the format of LitData."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ from meap_lit.data.store.chunks import (
 
 
 class ChunkWriter(ABC):
-    """Writes samples into the chunks of one folder, in the order they come.
+    """Write samples into the chunks of one folder, in the order they come.
 
     The files depend on the samples and the arguments only, byte for byte.
 
@@ -37,7 +37,7 @@ class ChunkWriter(ABC):
     """
 
     def __init__(self, folder: Path, dtype: np.dtype, chunk_bytes: int, item_loader: Any = None) -> None:
-        # imported here because it takes seconds, and the processes that tokenise import this module too
+        # imported here because it takes seconds, and the processes that tokenize import this module too
         from litdata.streaming.writer import BinaryWriter
 
         self.folder = folder

@@ -96,7 +96,7 @@ ALPACA = {"instruction": "i", "output": "a"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"city": "Oslo"}}}
 
 
-# -------------------------------------------------------------------------------------- what is learnt
+# -------------------------------------------------------------------------------------- what is learned
 
 
 @pytest.mark.parametrize(
@@ -310,11 +310,11 @@ def test_real_calls(shared_data):
         ({"conversations": "text"}, "field 'conversations' is not a list but str"),
         ({"conversations": ["text"]}, r"conversations\[0\] is not an object but str"),
         (SHAREGPT | {"system": 1}, "field 'system' is not a string but int"),
-        (turn(weight=0.5), r"messages\[1\].weight must be 0 or 1, false or true, got 0.5; a turn is learnt or not$"),
+        (turn(weight=0.5), r"messages\[1\].weight must be 0 or 1, false or true, got 0.5; a turn is learned or not$"),
         (turn(train="no"), r"messages\[1\].train must be 0 or 1, false or true, got 'no'"),
         (
             turn(weight=1, train=False),
-            r"messages\[1\] says both that it is learnt and that it is not: {'weight': 1, 't",
+            r"messages\[1\] says both that it is learned and that it is not: {'weight': 1, 't",
         ),
         (
             turn(0, train=True),

@@ -1,6 +1,7 @@
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import threading
 import time
@@ -232,6 +233,11 @@ def test_a_cache_that_cannot_be_written(bucket, tmp_path):
 # ---------------------------------------------------------------------------------------------- the bound
 
 
+# a worker that is forked while a watch holds the lock of the cache would inherit it and never give it back
+_watching = threading.Lock()
+os.register_at_fork(before=_watching.acquire, after_in_parent=_watching.release, after_in_child=_watching.release)
+
+
 class Watch:
     """The most bytes that a cache held while something ran."""
 
@@ -243,7 +249,8 @@ class Watch:
 
     def _look(self):
         while not self._stop.is_set():
-            self.most = max(self.most, held_on_disk(self.cache_dir))
+            with _watching:
+                self.most = max(self.most, held_on_disk(self.cache_dir))
             time.sleep(0.001)
 
     def __enter__(self):
