@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meap_lit.data.read.readers import check_text
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, shorten
 from meap_lit.files import parse_json
 from meap_lit.tokenizer.hidden_chat import REASONING, Message
 
@@ -328,5 +328,4 @@ def _check_json(where: str, value: Any, depth: int) -> None:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shorten(repr(value), 60)

@@ -133,23 +133,16 @@ def _read_parquet(path: InputFile, file: IO[bytes], span: Span, column: str | No
         yield Entry(size, str(path), reason)
 
 
-FORMATS: dict[str, Format] = {
-    ".txt": _read_text,
-    ".md": _read_text,
+_TABLES: dict[str, Format] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl_gz,
     ".jsonl.zst": _read_jsonl_zst,
     ".parquet": _read_parquet,
 }
+FORMATS: dict[str, Format] = {".txt": _read_text, ".md": _read_text, **_TABLES}
 """File name endings of documents and how they are read."""
 
-RECORD_FORMATS: dict[str, Format] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl_gz,
-    ".jsonl.zst": _read_jsonl_zst,
-    ".parquet": _read_parquet,
-}
+RECORD_FORMATS: dict[str, Format] = {".json": _read_json, **_TABLES}
 """File name endings of records and how they are read."""
 
 

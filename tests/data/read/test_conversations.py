@@ -330,7 +330,7 @@ def test_real_calls(shared_data):
         (turn(tool_calls="[{"), r"messages\[1\].tool_calls: not valid JSON \(.*\): '\[{'"),
         (
             turn(tool_calls=[{"function": {"arguments": "x"}}]),
-            r"messages\[1\].tool_calls\[0\] arguments is not valid J",
+            r"messages\[1\].tool_calls\[0\] arguments: not valid J",
         ),
         (
             turn(tool_calls=[{"function": {"arguments": "[]"}}]),
