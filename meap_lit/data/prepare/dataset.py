@@ -46,6 +46,7 @@ class EncodedBatch:
     def add(self, sample: Any, text: bytes) -> None:
         """Append a sample, to be split by its text."""
         self.samples.append((sample, draw(text)))
+        self.counts["text_bytes"] += len(text)
 
 
 class Encoder(ABC, Generic[Item]):
@@ -190,7 +191,7 @@ class PrepareDataset(Preparation, ABC):
             chat=self.chat_details(encoder, counts),
             part=None if part is None else PartDetails(part.index, part.count, writers.reserve_draw),
         ).save(folder)
-        seconds, megabytes = time.perf_counter() - started, reader.num_bytes / 1e6
+        seconds, megabytes = time.perf_counter() - started, counts["text_bytes"] / 1e6
         num_tokens = sum(split.tokens for split in splits.values())
         lines = [
             f"dataset {self.output}" + ("" if part is None else f", part {self.shard} for prepare merge"),
@@ -199,7 +200,7 @@ class PrepareDataset(Preparation, ABC):
             *self.summarize(list(splits.values()), counts, encoder),
             f"  left out {left_out}",
             *found.lines_of_summary(),
-            f"  took     {seconds:.1f} s for {megabytes:.1f} MB of input, {megabytes / seconds:.2f} MB/s",
+            f"  took     {seconds:.1f} s for {megabytes:.1f} MB of text, {megabytes / seconds:.2f} MB/s",
         ]
         if counts["unknown"]:
             share = counts["unknown"] / num_tokens

@@ -34,8 +34,6 @@ VERSION = 2
 """Since 2 the manifest has the hashes of the files that describe the dataset, and of itself."""
 Kind = Literal["text", "chat"]
 _NO_STORAGE = Storage()
-_FIRST_TRIES = 3
-"""Tries for the first files: an error in an address should be reported sooner than a fault during a run."""
 
 
 @dataclass(frozen=True)
@@ -300,8 +298,7 @@ def _reader(location: str, storage: Storage, kind: Kind) -> Callable[[str], byte
     """Return a function that reads a file of the dataset at `location`."""
     if not _is_remote(location):
         return _local_reader(location, kind)
-    hasty = dataclasses.replace(storage, tries=min(storage.tries, _FIRST_TRIES))
-    return lambda name: hasty.read(f"{location.rstrip('/')}/{name}")
+    return lambda name: storage.hasty.read(f"{location.rstrip('/')}/{name}")
 
 
 def _local_reader(location: str, kind: Kind) -> Callable[[str], bytes]:
