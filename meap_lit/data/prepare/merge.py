@@ -286,20 +286,12 @@ def _sum(splits: Sequence[Split], fingerprint: str) -> Split:
 
 def _merge_manifests(manifests: Sequence[Manifest], splits: dict[str, Split]) -> Manifest:
     """Return the manifest of the dataset."""
-    first = manifests[0]
     chats = [manifest.chat for manifest in manifests if manifest.chat is not None]
-    return dataclasses.replace(
-        first,
-        version=VERSION,
-        splits=splits,
-        num_empty=sum(manifest.num_empty for manifest in manifests),
-        num_skipped=sum(manifest.num_skipped for manifest in manifests),
-        chat=first.chat
-        and dataclasses.replace(
-            first.chat,
-            num_dropped=sum(chat.num_dropped for chat in chats),
-            num_truncated=sum(chat.num_truncated for chat in chats),
-            num_untrained=sum(chat.num_untrained for chat in chats),
-        ),
-        part=None,
-    )
+    chat = _add_counts(chats) if chats else None
+    return dataclasses.replace(_add_counts(manifests), version=VERSION, splits=splits, chat=chat, part=None)
+
+
+def _add_counts(entries: Sequence[Any]) -> Any:
+    """Return the first of several entries of one class with the sums of all in its fields `num_...`."""
+    names = [f.name for f in dataclasses.fields(entries[0]) if f.name.startswith("num_")]
+    return dataclasses.replace(entries[0], **{name: sum(getattr(entry, name) for entry in entries) for name in names})

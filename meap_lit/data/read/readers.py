@@ -4,7 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from meap_lit.data.read.find import size_of
 from meap_lit.data.read.formats import (
@@ -74,26 +74,26 @@ class Reader(ABC, Generic[Item]):
 
     Args:
         files: Files to read, as `find_files` returns them.
-        formats: `FORMATS` or `RECORD_FORMATS`; a file of another ending is plain text.
         on_error: `stop` raises at the first item that cannot be read, `skip` counts it.
-        column: The only column to read of a Parquet file, all if not given.
         part: Part of the input to read, all if not given.
+        column: The only column to read of a Parquet file, all if not given.
 
     Raises:
         UserError: While iterating; names file and line. A file that cannot be opened, a missing package and a Parquet
             file without the column are never skipped.
     """
 
+    formats: ClassVar[Mapping[str, Format]]
+    """How files are read, by the endings of their names; a file of another ending is plain text."""
+
     def __init__(
         self,
         files: Sequence[InputFile],
-        formats: Mapping[str, Format],
-        on_error: Literal["stop", "skip"],
-        column: str | None = None,
+        on_error: Literal["stop", "skip"] = "stop",
         part: InputPart | None = None,
+        column: str | None = None,
     ) -> None:
         self.files = files
-        self.formats = formats
         self.on_error = on_error
         self.column = column
         self.num_skipped = 0
@@ -145,9 +145,11 @@ class DocumentReader(Reader[str]):
     Args:
         files: Files to read, as `find_files` returns them.
         text_field: Name of the text in a JSON object or of the column in a Parquet file.
-        on_error: `stop` raises at the first document that cannot be read, `skip` counts it.
-        part: Part of the input to read, all if not given.
+        on_error: As for `Reader`.
+        part: As for `Reader`.
     """
+
+    formats = FORMATS
 
     def __init__(
         self,
@@ -156,7 +158,7 @@ class DocumentReader(Reader[str]):
         on_error: Literal["stop", "skip"] = "stop",
         part: InputPart | None = None,
     ) -> None:
-        super().__init__(files, FORMATS, on_error, column=text_field, part=part)
+        super().__init__(files, on_error, part, column=text_field)
         self.text_field = text_field
 
     def convert(self, entry: Entry) -> str:
@@ -181,21 +183,9 @@ class Record:
 
 
 class RecordReader(Reader[Record]):
-    """Iterates over the records of many files.
+    """Iterates over the records of many files."""
 
-    Args:
-        files: Files to read, as `find_files` finds them by `RECORD_FORMATS`.
-        on_error: `stop` raises at the first record that cannot be read, `skip` counts it.
-        part: Part of the input to read, all if not given.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[InputFile],
-        on_error: Literal["stop", "skip"] = "stop",
-        part: InputPart | None = None,
-    ) -> None:
-        super().__init__(files, RECORD_FORMATS, on_error, part=part)
+    formats = RECORD_FORMATS
 
     def convert(self, entry: Entry) -> Record:
         assert isinstance(entry.content, dict), "a plain text is not a record"

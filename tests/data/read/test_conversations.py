@@ -324,7 +324,7 @@ def test_real_calls(shared_data):
             turn(training_detail=[{"train": True}]),
             r"messages\[1\].training_detail is not known, and may change what is ",
         ),
-        (turn(refusal="x" * 99), r"messages\[1\].refusal is not known, .* \(its value is 'x{39}\.\.\. .*\); remove it$"),
+        (turn(refusal="x" * 99), r"messages\[1\].refusal is not known, .* \(its value is 'x{39}\.\.\. .*\); remove"),
         (turn(0, tool_calls=[CALL]), r"messages\[0\].tool_calls: only the assistant may have tool_calls"),
         (turn(tool_calls=["f"]), r"messages\[1\].tool_calls\[0\] is not an object but str"),
         (turn(tool_calls="[{"), r"messages\[1\].tool_calls: not valid JSON \(.*\): '\[{'"),
