@@ -77,7 +77,7 @@ class ChatIndex:
         Raises:
             UserError: If it is damaged or belongs to other data.
         """
-        chunk_sizes = [documents for documents, _ in _layout(index)]
+        chunk_sizes = [documents for documents, _ in layout(index)]
         try:
             # written without compression: an archive that unpacks to more than it is was made to fill the memory
             unpacked = sum(entry.file_size for entry in zipfile.ZipFile(io.BytesIO(table)).infolist())
@@ -104,7 +104,7 @@ class ChatIndex:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the files that describe the chunks in `folder`, by their names."""
-    return {name: _sha256(folder / name) for name in (INDEX_FILE, SAMPLES_FILE) if (folder / name).is_file()}
+    return {name: sha256_of(folder / name) for name in (INDEX_FILE, SAMPLES_FILE) if (folder / name).is_file()}
 
 
 def check_hash(content: bytes, files: Mapping[str, str], file: str) -> None:
@@ -147,7 +147,7 @@ def check_index(content: bytes, split: Split, folder: str) -> dict[str, Any]:
     check_hash(content, split.files, f"{folder}/{INDEX_FILE}")
     index = parse_index(content, folder)
     unit = "tokens" if index["config"]["item_loader"] == "TokensLoader" else "documents"
-    found = sum(tokens if unit == "tokens" else documents for documents, tokens in _layout(index))
+    found = sum(tokens if unit == "tokens" else documents for documents, tokens in layout(index))
     expected = getattr(split, unit)
     if found != expected:
         raise UserError(
@@ -266,11 +266,12 @@ def chunk_problem(content: io.BufferedIOBase, chunk: dict[str, Any]) -> str | No
     return None
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """Return the hex SHA-256 of a file."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _layout(index: dict[str, Any]) -> list[tuple[int, int]]:
+def layout(index: dict[str, Any]) -> list[tuple[int, int]]:
     """Return the number of documents and of tokens in each chunk; LitData counts no tokens of conversations."""
     return [(chunk["chunk_size"], chunk["dim"] or 0) for chunk in index["chunks"]]

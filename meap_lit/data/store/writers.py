@@ -15,8 +15,8 @@ from meap_lit.data.store.chunks import (
     SHA256,
     ChatSplit,
     Split,
-    _layout,
-    _sha256,
+    layout,
+    sha256_of,
     check_chunk_files,
     check_index,
     hash_files,
@@ -66,12 +66,12 @@ class ChunkWriter(ABC):
         # LitData would wait here for the indexes of every process that takes part in a distributed run
         (piece,) = self.folder.glob(f"*.{INDEX_FILE}")
         index = json.loads(piece.read_text())
-        self._hash.update(json.dumps([index["config"]["data_format"], _layout(index)]).encode())
+        self._hash.update(json.dumps([index["config"]["data_format"], layout(index)]).encode())
         fingerprint = self._hash.hexdigest()
         # LitData names the cache of a remote folder after this; its own choice is the time
         index["updated_at"] = fingerprint
         for chunk in index["chunks"]:
-            chunk[SHA256] = _sha256(self.folder / chunk["filename"])
+            chunk[SHA256] = sha256_of(self.folder / chunk["filename"])
         (self.folder / INDEX_FILE).write_text(json.dumps(index, sort_keys=True))
         piece.unlink()
         split = Split(self.num_documents, self.num_tokens, fingerprint, files=hash_files(self.folder))
