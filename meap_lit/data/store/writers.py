@@ -15,11 +15,11 @@ from meap_lit.data.store.chunks import (
     SHA256,
     ChatSplit,
     Split,
-    layout,
-    sha256_of,
     check_chunk_files,
     check_index,
     hash_files,
+    layout,
+    sha256_of,
 )
 
 
