@@ -13,6 +13,7 @@ import numpy as np
 
 from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
 from meap_lit.data.read.conversations import Conversation, to_conversation
+from meap_lit.data.read.find import Input, find_input
 from meap_lit.data.read.formats import RECORD_FORMATS, InputFile
 from meap_lit.data.read.readers import SKIP_HINT, InputPart, Record, RecordReader, check_text
 from meap_lit.data.store.manifest import ChatDetails
@@ -41,7 +42,6 @@ class PrepareChat(PrepareDataset):
 
     kind = "chat"
     unit = "conversations"
-    formats = RECORD_FORMATS
     writer = ChatWriter
 
     template: str = "tokenizer"
@@ -57,6 +57,9 @@ class PrepareChat(PrepareDataset):
         from meap_lit.masking.duplication import Duplication  # imports torch, which no worker needs
 
         return ChatEncoder(ChatTemplate.load(self.template, tokenizer), tokenizer, self, Duplication.min_copied)
+
+    def find(self) -> Input:
+        return find_input(self.input, formats=RECORD_FORMATS)
 
     def new_reader(self, files: Sequence[InputFile], part: InputPart | None) -> RecordReader:
         return RecordReader(files, self.on_error, part)

@@ -7,7 +7,7 @@ sample is, documents of text or conversations, is up to an `Encoder`.
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,10 @@ import numpy as np
 from meap_lit.data.prepare.splits import SplitWriter, draw
 from meap_lit.data.prepare.step import Preparation, progress_bar
 from meap_lit.data.prepare.workers import default_num_workers, map_in_order
-from meap_lit.data.read.find import find_input
-from meap_lit.data.read.formats import Format, InputFile
+from meap_lit.data.read.find import Input
+from meap_lit.data.read.formats import InputFile
 from meap_lit.data.read.readers import InputPart, Reader
-from meap_lit.data.store.manifest import ChatDetails, Kind, Manifest, PartDetails, Source
+from meap_lit.data.store.manifest import ChatDetails, Kind, Manifest, PartDetails, Source, fingerprint_for
 from meap_lit.data.store.writers import ChunkWriter
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
@@ -123,7 +123,6 @@ class PrepareDataset(Preparation, ABC):
     kind: ClassVar[Kind]
     unit: ClassVar[str]
     """Name of the samples in messages."""
-    formats: ClassVar[Mapping[str, Format]]
     writer: ClassVar[type[ChunkWriter]]
 
     input: list[str]
@@ -143,12 +142,20 @@ class PrepareDataset(Preparation, ABC):
         """
 
     @abstractmethod
+    def find(self) -> Input:
+        """Find the files that the options name.
+
+        Raises:
+            UserError: If one is missing or cannot be read.
+        """
+
+    @abstractmethod
     def new_reader(self, files: Sequence[InputFile], part: InputPart | None) -> Reader:
         """Return the reader of what the encoder encodes."""
 
     @abstractmethod
     def left_out(self, counts: Counter[str]) -> str:
-        """Return in words how many samples were left out, those that cannot be read aside."""
+        """Return in words how many samples were left out, apart from those that cannot be read."""
 
     @abstractmethod
     def summarize(self, splits: Sequence[Any], counts: Counter[str], encoder: Any) -> Iterator[str]:
@@ -166,7 +173,7 @@ class PrepareDataset(Preparation, ABC):
         tokenizer = Tokenizer.load(self.tokenizer)
         encoder = self.new_encoder(tokenizer)
         part = None if self.shard is None else InputPart.parse(self.shard)
-        found = find_input(self.input, getattr(self, "suffixes", None), self.formats)
+        found = self.find()
         reader = self.new_reader(found.files, part)
         writers = SplitWriter(self.writer, folder, encoder.dtype, chunk_bytes, self.val_share)
         counts = self._write(writers, encoder, reader)
@@ -177,7 +184,7 @@ class PrepareDataset(Preparation, ABC):
         assert sum(split.documents for split in splits.values()) == counts["samples"], "samples were lost on the way"
         Manifest(
             kind=self.kind,
-            tokenizer_fingerprint=tokenizer.document_fingerprint if self.kind == "text" else tokenizer.fingerprint,
+            tokenizer_fingerprint=fingerprint_for(self.kind, tokenizer),
             vocab_size=tokenizer.vocab_size,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=tokenizer.bos_token_id,

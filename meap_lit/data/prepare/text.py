@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
-from meap_lit.data.read.formats import FORMATS, InputFile
+from meap_lit.data.read.find import Input, find_input
+from meap_lit.data.read.formats import InputFile
 from meap_lit.data.read.readers import DocumentReader, InputPart
 from meap_lit.data.store.writers import TokenWriter
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -31,7 +32,6 @@ class PrepareText(PrepareDataset):
 
     kind = "text"
     unit = "documents"
-    formats = FORMATS
     writer = TokenWriter
 
     text_field: str = "text"
@@ -39,6 +39,9 @@ class PrepareText(PrepareDataset):
 
     def new_encoder(self, tokenizer: Tokenizer) -> "TextEncoder":
         return TextEncoder(tokenizer)
+
+    def find(self) -> Input:
+        return find_input(self.input, self.suffixes)
 
     def new_reader(self, files: Sequence[InputFile], part: InputPart | None) -> DocumentReader:
         return DocumentReader(files, self.text_field, self.on_error, part)

@@ -77,8 +77,7 @@ class Manifest:
     """Content of manifest.json, which is beside the splits and is written last.
 
     Args:
-        tokenizer_fingerprint: `Tokenizer.document_fingerprint` of the tokenizer that made the ids; in a chat dataset,
-            where the template writes all special tokens, its `fingerprint`.
+        tokenizer_fingerprint: `fingerprint_for` the tokenizer that made the ids.
         vocab_size: Its vocabulary: every id is below.
         eos_token_id: Id that closes every document of text.
         bos_token_id: The id of the BOS that the tokenizer names; documents start with it if the tokenizer writes it.
@@ -201,7 +200,7 @@ class Manifest:
         Raises:
             UserError: If the dataset was prepared with another tokenizer.
         """
-        expected = tokenizer.document_fingerprint if self.kind == "text" else tokenizer.fingerprint
+        expected = fingerprint_for(self.kind, tokenizer)
         if expected == self.tokenizer_fingerprint:
             return
         if tokenizer.fingerprint == self.tokenizer_fingerprint:
@@ -215,6 +214,11 @@ class Manifest:
             f"{self.tokenizer_fingerprint[:8]} against {expected[:8]}); name that one as {option}, or prepare the "
             f"dataset anew with this one"
         )
+
+
+def fingerprint_for(kind: Kind, tokenizer: Tokenizer) -> str:
+    """Return the fingerprint of what decides the ids of a dataset; in chats the template writes all special tokens."""
+    return tokenizer.document_fingerprint if kind == "text" else tokenizer.fingerprint
 
 
 def load_samples(
