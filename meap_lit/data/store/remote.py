@@ -23,9 +23,9 @@ from meap_lit.errors import UserError
 from meap_lit.files import parse_json
 
 _S3 = ("s3", "r2")  # R2 speaks S3's protocol: its address is AWS_ENDPOINT_URL
-_EXTRAS = {"gs": "gs", "az": "az", "abfs": "az", "azure": "az", "https": "https", "http": "https", "hf": "hf"}
-"""For each scheme that fsspec reads, the extra of this package that installs its file system."""
-REMOTE_SCHEMES = (*_S3, *_EXTRAS)
+_EXTRAS = {"gs": "gs", "az": "az", "abfs": "az", "azure": "az"}
+"""The extra of this package that installs fsspec's file system for a scheme; those of the others are dependencies."""
+REMOTE_SCHEMES = (*_S3, *_EXTRAS, "https", "http", "hf")
 
 _SLOWEST = 1_000_000  # bytes per second over a whole object; below it a try is given up
 _LONGEST_PAUSE = 16.0  # seconds
@@ -266,7 +266,7 @@ def _file_system(address: str, storage: Storage) -> Any:
     scheme = urlsplit(address).scheme
     options: dict[str, Any] = {"use_listings_cache": False}
     try:
-        if _EXTRAS[scheme] == "https":
+        if scheme in ("https", "http"):
             import aiohttp
 
             timeout = aiohttp.ClientTimeout(
@@ -276,8 +276,9 @@ def _file_system(address: str, storage: Storage) -> Any:
             options |= {"client_kwargs": {"timeout": timeout}, "block_size": 0}
         return fsspec.filesystem("az" if scheme == "azure" else scheme, **{**options, **storage.options})
     except ImportError as error:
+        extra = f"[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else ""
         raise UserError(
-            f"reading {address} needs a package: pip install 'meap-lit[{_EXTRAS[scheme]}]' ({in_one_line(error)})"
+            f"reading {address} needs a package: pip install 'meap-lit{extra}' ({in_one_line(error)})"
         ) from error
     except Exception as error:  # each file system has errors of its own for wrong options and missing credentials
         raise UserError(
