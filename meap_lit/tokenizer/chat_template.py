@@ -30,7 +30,7 @@ from meap_lit.tokenizer.template_text import TextEncoder, to_tokens
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
-"""What marks the end of a message that is to be continued; a template that trims messages takes its space away."""
+"""Mark at the end of a message that is to be continued; a template that trims messages removes its space."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class ChatTemplate:
         return template
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # compiled templates cannot be pickled; the date goes along so that all workers write the same
+        # compiled templates cannot be pickled; the date is kept so that all workers write the same
         return ChatTemplate, (self.name, self.source, self._tokenizer, self._today)
 
     @cached_property

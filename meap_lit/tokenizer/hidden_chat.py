@@ -8,8 +8,8 @@ from typing import Any
 from meap_lit.errors import UserError
 
 Message = dict[str, Any]
-"""What a chat template is given: `role` (system, user, assistant or tool) and `content`; a user message of Alpaca also
-has `instruction` and `input`, one of the assistant may have `tool_calls` and `reasoning_content`."""
+"""A message as a chat template takes it: `role` (system, user, assistant or tool) and `content`; a user message of
+Alpaca also has `instruction` and `input`, one of the assistant may have `tool_calls` and `reasoning_content`."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """The names under which a message may hold its reasoning, the one that templates should read first."""
 

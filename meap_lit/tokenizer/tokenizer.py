@@ -25,7 +25,7 @@ _WELL_KNOWN = {
     "mask": (MASK_TOKEN, "<mask>"),
 }
 _TOKEN_SETTINGS = ("bos_token", "eos_token", "mask_token", "pad_token", "unk_token")
-# What of a tokenizer_config.json is handed on by `save`; the rest names classes and files that `save` does not write.
+# Settings of tokenizer_config.json that `save` keeps; the others name classes and files that `save` does not write.
 _KEPT_SETTINGS = (
     *("chat_template", "model_max_length", "padding_side", "unk_token", "pad_token"),
     *("add_bos_token", "add_eos_token"),  # for others than transformers 5
@@ -287,7 +287,7 @@ class Tokenizer:
             return tokenizers.Tokenizer.from_str(self._backend.to_str())
         except Exception as error:  # the library raises nothing more special, and not all of it on the first reading
             reason = " ".join(str(error).split())
-            raise UserError(f"tokenizer {self.path} is damaged: {reason}; copy or download it anew") from error
+            raise UserError(f"tokenizer {self.path} is damaged: {reason}; copy or download it again") from error
 
     def ids_without_token(self, num_rows: int) -> list[int]:
         """Return the ids below `num_rows` without a token: holes in the vocabulary, and padding above it."""

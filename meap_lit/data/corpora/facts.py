@@ -1,13 +1,13 @@
 """A small English-like world of facts, to pretrain on without downloading anything.
 
-A document is about a few places. In each some person sings, drawn anew for every document, so that only the document
+A document is about a few places. In each a person sings who is drawn for every document, so that only the document
 itself can tell who sings where:
 
     This is what people say. In Oslo Anna sings. In Lima Hugo sings. The old river shone near the mill. In Lima Hugo
     sings. Who sings in Oslo? In Oslo Anna sings. ...
 
-What is stated once is restated and asked for again and again, between filler that tells nothing. To guess among the
-people of the document is learned early; to name the right one takes attention to what was said of that place. The
+Each fact is stated once, then restated and asked for many times, between filler without facts. A model learns early to
+guess among the people of the document; to name the right one it must attend to the fact of that place. The
 world is small in words and in sentences, and the answer follows its place at once, so that two layers of attention
 learn this within minutes on a CPU. (With words between, "Anna lives in Oslo", they had not after as many steps.)
 """

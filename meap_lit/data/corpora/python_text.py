@@ -1,4 +1,4 @@
-"""Text that is on every machine: the sources and the documentation strings of Python itself.
+"""Collect text that every machine has: the sources and the documentation strings of Python itself.
 
 Documentation strings are prose, sources are not; a text that the user brings, such as essays, counts as prose. Files
 are held out as a whole, by a hash of their text, so that nothing of what is asked about later was read in training.

@@ -162,7 +162,7 @@ def _check_alike(parts: Sequence[_Part]) -> None:
             if source != first:
                 raise UserError(
                     f"{part} was made of other input than {parts[0]}: "
-                    f"{_describe(source)} where that has {_describe(first)}; prepare one of the two anew"
+                    f"{_describe(source)} where that has {_describe(first)}; prepare one of the two again"
                 )
     for name in sorted({name for part in parts for name in part.options} - _NOT_COMPARED):
         values = [(part, part.options.get(name)) for part in parts]
@@ -178,7 +178,7 @@ def _check_equal(what: str, values: Sequence[tuple[_Part, Any]]) -> None:
         if value != first_value:
             raise UserError(
                 f"{part} was made with {what} {value}, {first_part} with {what} {first_value}; "
-                f"prepare one of the two anew"
+                f"prepare one of the two again"
             )
 
 
@@ -234,7 +234,7 @@ def _assign(parts: Sequence[_Part]) -> dict[str, list[_Piece]]:
         if count == 0:
             raise UserError(f"the {len(parts)} parts hold no document; prepare them of other input")
         raise UserError(
-            f"no document is left to train on: the validation split took {count} of {count}; prepare the parts anew "
+            f"no document is left to train on: the validation split took {count} of {count}; prepare the parts again "
             f"with a val_share below {parts[0].manifest.val_share:g}, or 0 for no validation split"
         )
     return {name: some for name, some in pieces.items() if some}

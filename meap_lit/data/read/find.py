@@ -19,7 +19,7 @@ RECORD_FILE = "preparation.json"
 
 @dataclass(frozen=True)
 class Input:
-    """What `find_input` found.
+    """The files that `find_input` found.
 
     Args:
         files: Files to read, sorted, each once.

@@ -23,7 +23,7 @@ MAX_LINE_BYTES = 1 << 28
 
 
 InputFile = Path | RemoteFile
-"""What is read: both have `name` and `open`, and their text names them in messages."""
+"""A file to read. Both classes have `name` and `open`, and their text names the file in messages."""
 
 
 class Span(NamedTuple):

@@ -92,7 +92,7 @@ class CachedChunks:
         _caches.add(self)
 
     def ensure(self, number: int) -> None:
-        """Make sure that chunk `number` is in the cache, whole, and stays while `NUM_HELD` others are asked for.
+        """Make sure that chunk `number` is in the cache, whole, and stays while `NUM_HELD` others are read.
 
         Raises:
             UserError: If it cannot be fetched.
@@ -217,7 +217,7 @@ def _lock(path: Path, kind: int, create: bool = False) -> BufferedRandom | None:
     except BlockingIOError:
         file.close()
         return None
-    if not _is_at(path, file):  # removed, and perhaps made anew, between opening and locking it
+    if not _is_at(path, file):  # removed, and perhaps made again, between opening and locking it
         file.close()
         return None
     return file

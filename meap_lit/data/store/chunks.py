@@ -92,12 +92,12 @@ class ChatIndex:
                 raise ValueError("its arrays have other shapes or types")
         except Exception as error:  # a damaged archive may fail in any way
             reason = " ".join(str(error).split())
-            raise UserError(f"{folder}/{SAMPLES_FILE} is damaged: {reason:.200}; prepare the dataset anew") from error
+            raise UserError(f"{folder}/{SAMPLES_FILE} is damaged: {reason:.200}; prepare the dataset again") from error
         found, expected = len(result.num_tokens), sum(chunk_sizes)
         if found != expected or result.num_answers.sum() != len(result.answer_tokens):
             raise UserError(
                 f"{folder}/{SAMPLES_FILE} lists {found} samples with {len(result.answer_tokens)} answers, "
-                f"{INDEX_FILE} {expected} samples; prepare the dataset anew"
+                f"{INDEX_FILE} {expected} samples; prepare the dataset again"
             )
         return result
 
@@ -123,7 +123,7 @@ def check_hash(content: bytes, files: Mapping[str, str], file: str) -> None:
         raise UserError(f"{file} is damaged: it has another SHA-256 than the manifest says; {_MEND}")
 
 
-_MEND = "copy the dataset again or prepare it anew"
+_MEND = "copy or prepare the dataset again"
 
 
 def parse_description(content: bytes, where: str) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def check_index(content: bytes, split: Split, folder: str) -> dict[str, Any]:
     expected = getattr(split, unit)
     if found != expected:
         raise UserError(
-            f"{folder}/{INDEX_FILE} lists {found} {unit}, the manifest {expected}; prepare the dataset anew"
+            f"{folder}/{INDEX_FILE} lists {found} {unit}, the manifest {expected}; prepare the dataset again"
         )
     return index
 
@@ -230,12 +230,12 @@ def check_chunk_files(folder: Path, index: dict[str, Any]) -> None:
     for chunk in index["chunks"]:
         file = folder / chunk["filename"]
         if not file.is_file():
-            raise UserError(f"chunk {file} is missing; the dataset is incomplete: copy it again or prepare it anew")
+            raise UserError(f"chunk {file} is missing; the dataset is incomplete: copy or prepare it again")
         size = file.stat().st_size
         if size != chunk["chunk_bytes"]:
             raise UserError(
                 f"chunk {file} has {size} bytes instead of {chunk['chunk_bytes']}; "
-                f"the dataset is damaged: copy it again or prepare it anew"
+                f"the dataset is damaged: copy or prepare it again"
             )
 
 
@@ -250,9 +250,9 @@ def check_chunk(folder: Path, chunk: dict[str, Any]) -> None:
         with open(file, "rb") as content:
             problem = chunk_problem(content, chunk)
     except OSError as error:
-        raise UserError(f"cannot read chunk {file}: {error.strerror}; copy it again or prepare it anew") from error
+        raise UserError(f"cannot read chunk {file}: {error.strerror}; copy or prepare it again") from error
     if problem is not None:
-        raise UserError(f"chunk {file} {problem}; the dataset is damaged: copy it again or prepare it anew")
+        raise UserError(f"chunk {file} {problem}; the dataset is damaged: copy or prepare it again")
 
 
 def chunk_problem(content: io.BufferedIOBase, chunk: dict[str, Any]) -> str | None:

@@ -152,7 +152,7 @@ class Manifest:
         if isinstance(version, int) and version > VERSION:
             raise UserError(
                 f"dataset {location} has a manifest of version {version}, this meap_lit reads up to {VERSION}; "
-                f"upgrade meap_lit or prepare the dataset anew"
+                f"upgrade meap_lit or prepare the dataset again"
             )
         _check_own_hash(text, content, location)
         try:
@@ -173,8 +173,8 @@ class Manifest:
             raise UserError(f"{location}/{MANIFEST_FILE} is not a manifest of meap_lit ({error})") from error
         if not splits.keys() <= _SPLITS or (part is None and "train" not in splits):
             raise UserError(
-                f"{location}/{MANIFEST_FILE} is damaged: its splits are {', '.join(splits) or 'none'}; copy the "
-                f"dataset again or prepare it anew"
+                f"{location}/{MANIFEST_FILE} is damaged: its splits are {', '.join(splits) or 'none'}; copy or "
+                f"prepare the dataset again"
             )
         return manifest
 
@@ -207,12 +207,12 @@ class Manifest:
             around = tokenizer.decode([*tokenizer.before_text, *tokenizer.after_text])
             raise UserError(
                 f"dataset {dataset} was prepared by an earlier version, without the {around} that {tokenizer_folder} "
-                f"writes around each text; prepare the dataset anew"
+                f"writes around each text; prepare the dataset again"
             )
         raise UserError(
             f"dataset {dataset} was prepared with another tokenizer than {tokenizer_folder} (fingerprint "
             f"{self.tokenizer_fingerprint[:8]} against {expected[:8]}); name that one as {option}, or prepare the "
-            f"dataset anew with this one"
+            f"dataset again with this one"
         )
 
 
@@ -272,8 +272,8 @@ def _check_own_hash(text: bytes, content: dict[str, Any], location: str) -> None
     found = _OWN_HASH.fullmatch(text)
     if found is None or _hash_of(found[1]) != stated:
         raise UserError(
-            f"{location}/{MANIFEST_FILE} is damaged: it has another SHA-256 than it says; copy the dataset again or "
-            f"prepare it anew"
+            f"{location}/{MANIFEST_FILE} is damaged: it has another SHA-256 than it says; copy or prepare the "
+            f"dataset again"
         )
 
 

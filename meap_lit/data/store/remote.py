@@ -33,7 +33,7 @@ _LONGEST_PAUSE = 16.0  # seconds
 
 @dataclass(frozen=True)
 class Storage:
-    """How remote files are read.
+    """Options by which remote files are read.
 
     Endpoint, region and credentials of s3:// come from the environment, the way AWS names it: AWS_ENDPOINT_URL (http://
     too) or AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE.

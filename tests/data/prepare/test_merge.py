@@ -325,7 +325,7 @@ def test_no_document_in_any_part_and_none_to_train_on(tmp_path, tokenizer_folder
         prepare_text(tmp_path / f"s{index}", tmp_path / "one.txt", tokenizer_folder, shard=f"{index}/2")
     with pytest.raises(UserError, match=r"^the 2 parts hold no document"):
         merge(tmp_path / "merged", tmp_path / "e?")
-    with pytest.raises(UserError, match=r"took 1 of 1; prepare the parts anew with a val_share below 0.1, or 0 for"):
+    with pytest.raises(UserError, match=r"took 1 of 1; prepare the parts again with a val_share below 0.1, or 0 for"):
         merge(tmp_path / "merged", tmp_path / "s?")
     assert not (tmp_path / "merged").exists()
 
@@ -449,7 +449,7 @@ def parts(tmp_path_factory, tokenizer, tokenizer_folder):
         (
             "0 longer_input",
             r"part 1/2 in \S+/longer_input was made of other input than part 0/2 in \S+/0: "
-            r"\S+/in.jsonl of \d+ bytes where that has \S+/in.jsonl of \d+ bytes; prepare one of the two anew",
+            r"\S+/in.jsonl of \d+ bytes where that has \S+/in.jsonl of \d+ bytes; prepare one of the two again",
         ),
         (
             "0 chat1",

@@ -102,11 +102,13 @@ def test_index_missing_damaged_or_of_other_data(dataset):
         Manifest.load(str(dataset))
     make_older(dataset)
     edit(index, chunks=[{**chunk, "dim": chunk["dim"] + 1} for chunk in content["chunks"]])
-    with pytest.raises(UserError, match=r"val/index.json lists \d+ tokens, the manifest \d+; prepare the dataset anew"):
+    with pytest.raises(
+        UserError, match=r"val/index.json lists \d+ tokens, the manifest \d+; prepare the dataset again"
+    ):
         Manifest.load(str(dataset))
     for damaged in ("{", "[]", "{}", '{"config": null}'):
         index.write_text(damaged)
-        with pytest.raises(UserError, match=r"val/index.json(: not| is damaged).*copy the dataset again"):
+        with pytest.raises(UserError, match=r"val/index.json(: not| is damaged).*copy or prepare the dataset again"):
             Manifest.load(str(dataset))
     index.unlink()
     with pytest.raises(UserError, match=r"set is incomplete: cannot read val/index.json \(No such file or directory\)"):
@@ -124,9 +126,7 @@ def test_damaged_foreign_and_newer_manifests(dataset):
     with pytest.raises(UserError, match=r"set/manifest.json is not a manifest of meap_lit"):
         Manifest.load(str(dataset))
     file.write_text('{"name": ')
-    with pytest.raises(
-        UserError, match=r"set/manifest.json: not valid JSON .*; copy the dataset again or prepare it anew"
-    ):
+    with pytest.raises(UserError, match=r"set/manifest.json: not valid JSON .*; copy or prepare the dataset again"):
         Manifest.load(str(dataset))
 
 
@@ -155,7 +155,7 @@ def test_text_without_the_bos_that_its_tokenizer_writes_is_refused(dataset, chat
     assert writing.fingerprint == tokenizer.fingerprint != writing.document_fingerprint
     expected = (
         r"^dataset data/set was prepared by an earlier version, without the <\|endoftext\|> that tok "
-        r"writes around each text; prepare the dataset anew$"
+        r"writes around each text; prepare the dataset again$"
     )
     with pytest.raises(UserError, match=expected):
         Manifest.load(str(dataset)).check_tokenizer(writing, dataset="data/set", tokenizer_folder="tok")
@@ -257,7 +257,7 @@ def test_missing_damaged_and_foreign_table(chat_dataset):
         load_samples(location, "train")
     for damaged in (content[:-30], b"no archive", b""):
         file.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"^\S+/chat/train/samples.npz is damaged: .*; prepare the dataset anew$"):
+        with pytest.raises(UserError, match=r"^\S+/chat/train/samples.npz is damaged: .*; prepare the dataset again$"):
             load_samples(location, "train")
     np.savez(file, num_tokens=np.array([{}], dtype=object))  # pickled
     with pytest.raises(
