@@ -38,12 +38,9 @@ def bucket(store, monkeypatch, tmp_path, text_dataset, chat_dataset):  # noqa: F
     """A store with both datasets, which the environment leads to."""
     for name in ("text", "chat"):
         shutil.copytree({"text": text_dataset, "chat": chat_dataset}[name], store.root / "bucket" / name)
-    for name, value in store.environment.items():
-        if name.startswith("AWS_") or name == "NO_PROXY":
-            monkeypatch.setenv(name, value)
+    store.put_into_environment(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(storage_module, "_LONGEST_PAUSE", 0.01)
-    storage_module._clients.clear()
     return store
 
 

@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from meap_lit.data.store import s3
 from meap_lit.data.store.remote import Storage
 
 ACCESS_KEY = "AKIATEST"
@@ -53,6 +54,13 @@ class ObjectStore:
             "AWS_EC2_METADATA_DISABLED": "true",
             "NO_PROXY": "127.0.0.1",
         }
+
+    def put_into_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let this process read from here, by the variables that a user sets."""
+        for name, value in self.environment.items():
+            if name.startswith("AWS_") or name == "NO_PROXY":
+                monkeypatch.setenv(name, value)
+        s3._clients.clear()  # they remember the endpoint of another server
 
     def storage(self, cache_dir: Path, **kwargs) -> Storage:
         """How a test in this process reads from here."""

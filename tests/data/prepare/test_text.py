@@ -186,8 +186,7 @@ def test_remote_input_makes_the_same_dataset(tmp_path, store, tokenizer_folder, 
     pyarrow.parquet.write_table(pyarrow.table({"text": documents(9)}), folder / "more" / "c.parquet")
     for name in ("more/.hidden.txt", "preparation.json", "more/d.csv"):
         (folder / name).write_text("not read")
-    for name, value in store.environment.items():
-        monkeypatch.setenv(name, value)
+    store.put_into_environment(monkeypatch)
     inputs = {
         "local": [str(folder)],
         "s3": ["s3://bucket/texts"],
@@ -220,8 +219,7 @@ def test_remote_input_makes_the_same_dataset(tmp_path, store, tokenizer_folder, 
 )
 def test_remote_input_that_is_not_there(tmp_path, store, tokenizer_folder, monkeypatch, name, message):  # noqa: F811
     (store.root / "bucket" / "a.csv").write_text("a")
-    for key, value in store.environment.items():
-        monkeypatch.setenv(key, value)
+    store.put_into_environment(monkeypatch)
     with pytest.raises(UserError, match=message):
         prepare(tmp_path / "out", name, tokenizer_folder)
 
