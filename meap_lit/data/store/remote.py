@@ -1,8 +1,8 @@
 """Read objects from storage that may fail: try again what may pass, and end in one line otherwise.
 
-`s3.py` reads S3, fsspec's file systems read everything else. There is one loop of tries, with the retries of botocore
+`s3.py` reads S3, and fsspec's file systems read everything else. There is one loop of tries, with the retries of botocore
 switched off: botocore repeats a request that failed, but not a body that broke off or came with a flipped byte, and a
-loop in a loop multiplies the waiting.
+loop in a loop would multiply the waiting.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
-"""Objects of S3 and of what speaks its protocol, by boto3.
+"""Read and list objects of S3, and of other storage with its protocol, by boto3.
 
-boto3 and not s3fs: LitData depends on boto3, and s3fs holds botocore at versions of months ago.
+s3fs is not used: LitData depends on boto3, and s3fs (aiobotocore) restricts botocore to a few versions.
 """
 
 import contextlib
@@ -51,8 +51,8 @@ def find_s3(address: str, timeout: float, options: Mapping[str, Any]) -> dict[st
     with _faults(f"{address} at {client.meta.endpoint_url}"):
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         sizes = {entry["Key"]: entry["Size"] for page in pages for entry in page.get("Contents", ())}
-    root = address[: address.index(bucket)] + bucket
-    # what ends in a slash are no files: consoles make such objects for folders
+    root = f"{urlsplit(address).scheme}://{bucket}"
+    # consoles make objects whose names end in a slash, for folders
     return {f"{root}/{key}": size for key, size in sizes.items() if re.match(pattern, key) and not key.endswith("/")}
 
 
