@@ -1,7 +1,7 @@
 """Read objects from storage that may fail: try again what may pass, and end in one line otherwise.
 
-`s3.py` reads S3, and fsspec's file systems read everything else. There is one loop of tries, with the retries of botocore
-switched off: botocore repeats a request that failed, but not a body that broke off or came with a flipped byte, and a
+`s3.py` reads S3, and fsspec's file systems read everything else. There is one loop of tries, and the retries of botocore
+are off: botocore repeats a request that failed, but not a body that broke off or came with a flipped byte, and a
 loop in a loop would multiply the waiting.
 """
 
@@ -93,7 +93,7 @@ class Storage:
         """Find objects by their address.
 
         Args:
-            address: An object, a folder, for all objects in it at any level, or a glob pattern.
+            address: An object, a folder, for all objects in it at any level, or a glob pattern of objects.
 
         Raises:
             UserError: If they cannot be listed, or the server does not tell their size.
