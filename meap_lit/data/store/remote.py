@@ -1,6 +1,6 @@
 """Read objects from storage that may fail: try again what may pass, and end in one line otherwise.
 
-`s3.py` reads S3, and fsspec's file systems read everything else. There is one loop of tries, and the retries of botocore
+`s3.py` reads S3, and fsspec reads everything else. There is one loop of tries, and the retries of botocore
 are off: botocore repeats a request that failed, but not a body that broke off or came with a flipped byte, and a
 loop in a loop would multiply the waiting.
 """
