@@ -1,4 +1,4 @@
-"""A conversation as a chat template is given it: what must be found again in the text is marked or hidden."""
+"""Prepare a conversation for a chat template: mark or hide what must be found again in the text that it writes."""
 
 import json
 import re
@@ -15,7 +15,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class HiddenChat:
-    """A conversation as a template is given it, every special token that it spells out replaced by one character.
+    """A conversation for a template, with every special token that it spells out replaced by one character.
 
     The characters are from a private use area of Unicode, and the conversation has none of them. Two more mark where an
     answer begins and ends; others are appended to what a message says, to find it in the text.
@@ -26,7 +26,12 @@ class HiddenChat:
     ) -> None:
         given = [_with_reasoning(message) for message in messages]
         texts: list[str] = []
-        _map_texts(lambda text: texts.append(text) or text, [given, tools])  # type: ignore[func-returns-value]
+
+        def collect(text: str) -> str:
+            texts.append(text)
+            return text
+
+        _map_texts(collect, [given, tools])
         text = "\0".join(texts)
         free = (character for character in map(chr, range(0x100000, 0x10FFFE)) if character not in text)
         self.marks = (next(free), next(free))
