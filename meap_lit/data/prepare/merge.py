@@ -48,6 +48,8 @@ class MergeParts(Preparation):
         input: Folders of all parts, in any order, and glob patterns.
     """
 
+    recorded_as = "MergeShards"  # its name in version 0.1
+
     input: list[str]
 
     def make(self, folder: Path) -> str:

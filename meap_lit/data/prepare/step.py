@@ -11,7 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm import tqdm
 
@@ -27,6 +27,9 @@ class Preparation(ABC):
     Args:
         output: Folder to make.
     """
+
+    recorded_as: ClassVar[str] = ""
+    """Name of the step in preparation.json, if it is not that of the class."""
 
     output: str
 
@@ -78,7 +81,7 @@ class Preparation(ABC):
     def _record(self) -> dict[str, Any]:
         names = [f.name for f in dataclasses.fields(self) if f.compare and f.name != "output"]
         arguments = {name: getattr(self, name) for name in names}
-        return {"step": type(self).__name__, "arguments": json.loads(json.dumps(arguments))}
+        return {"step": self.recorded_as or type(self).__name__, "arguments": json.loads(json.dumps(arguments))}
 
 
 def _read_record(file: Path) -> dict[str, Any]:
