@@ -1,4 +1,5 @@
-"""What preparing text costs beside tokenising it: `prepare text` against `encode_batch` of the bare `tokenizers`.
+"""Compare the cost of preparing text with that of tokenizing it: `prepare text` against `encode_batch` of
+the bare `tokenizers`.
 
 Both have the same documents, one .jsonl file, the same tokenizer and the same cores, in fresh processes by turns.
 `prepare text` is the command, by the time that it says it took: file read, worker processes started, tokens written,
@@ -29,7 +30,8 @@ from jsonargparse import auto_cli
 from benchmarks.fresh import in_fresh_process
 from benchmarks.step import environment, publish
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
-from meap_lit.data.read.readers import DocumentReader, find_files
+from meap_lit.data.read.find import find_files, size_of
+from meap_lit.data.read.readers import DocumentReader
 from meap_lit.data.store.manifest import Manifest
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -62,7 +64,7 @@ def benchmark(
         sources = (file for file in sorted(library.rglob("*.py")) if "site-packages" not in file.parts)
         input, suffixes = [str(file) for file in sources], [".py"]
     files = find_files(input, suffixes)
-    num_bytes = sum(file.stat().st_size for file in files)
+    num_bytes = sum(map(size_of, files))
     with TemporaryDirectory() as place:
         documents, tokenizer = Path(place, "documents.jsonl"), Path(place, "tokenizer")
         with documents.open("w", encoding="utf-8") as file:
@@ -83,7 +85,7 @@ def benchmark(
     prepared = rates["`prepare text`"]
     report = "\n".join(
         [
-            "# Preparing text beside tokenising it",
+            "# Preparing text and tokenizing it",
             "",
             f"    python -m benchmarks.preparation {shlex.join(sys.argv[1:])}".rstrip(),
             "",

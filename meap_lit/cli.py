@@ -133,7 +133,7 @@ COMMANDS = {
     "tokenizer train": "meap_lit.data.prepare.tokenizer.TrainTokenizer",
     "prepare text": "meap_lit.data.prepare.text.PrepareText",
     "prepare chat": "meap_lit.data.prepare.chat.PrepareChat",
-    "prepare merge": "meap_lit.data.prepare.merge.MergeShards",
+    "prepare merge": "meap_lit.data.prepare.merge.MergeParts",
     "prepare facts": "meap_lit.data.corpora.facts.FactCorpus",
 }
 """Each is a dataclass of its options with a method `run`; only the one that is asked for is imported."""

@@ -25,14 +25,38 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         UserError: If the file cannot be read, or does not hold a JSON object.
     """
+    return parse_object(_read(file), str(file))
+
+
+def parse_object(content: str | bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object of a text, as `parse_json` does any value.
+
+    Raises:
+        UserError: If it is not valid JSON, or another value.
+    """
+    parsed = parse_json(content, where)
+    if not isinstance(parsed, dict):
+        raise UserError(f"{where}: not a JSON object but {type(parsed).__name__}")
+    return parsed
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        UserError: If the file cannot be read, or is not UTF-8.
+    """
+    text = decode(_read(file), str(file))
+    if isinstance(text, UserError):
+        raise text
+    return text
+
+
+def _read(file: Path) -> bytes:
     try:
-        content = file.read_bytes()
+        return file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-    parsed = parse_json(content, str(file))
-    if not isinstance(parsed, dict):
-        raise UserError(f"{file}: not a JSON object but {type(parsed).__name__}")
-    return parsed
 
 
 def parse_json(content: str | bytes, where: str) -> Any:
@@ -92,9 +116,9 @@ def write_file(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` that takes its name when the block ends well, and vanishes when it fails.
+    """Provide an empty folder beside `output` that takes its name when the block ends well, and goes when it fails.
 
-    What a killed run left behind is removed, recognised by its name and by the record of its process; a folder
+    What a killed run left behind is removed, recognized by its name and by the record of its process; a folder
     whose process still lives is left alone.
     """
     for old in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
@@ -122,7 +146,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder is one that `new_folder` has not renamed: it is being made, or a killed run left it behind."""
+    """Return whether a folder is one that `new_folder` has not renamed: being made, or left by a killed run."""
     return re.search(r"\.partial-[0-9a-f]{8}$", folder.name) is not None
 
 
@@ -149,7 +173,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_bytes(value: str, name: str) -> int:
-    """Number of bytes in "64MB" (decimal units).
+    """Return the number of bytes in "64MB" (decimal units).
 
     Args:
         value: Number and unit.

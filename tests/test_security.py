@@ -446,7 +446,7 @@ def test_files_of_weights_are_in_their_folder(source_folder, tmp_path):
 def test_deep_nesting_ends_in_one_line(source_folder, tmp_path, name):
     folder = Path(shutil.copytree(source_folder, tmp_path / "model"))
     (folder / name).write_text("[" * 100_000)
-    with pytest.raises(UserError, match=rf"{name} is not valid JSON: "):
+    with pytest.raises(UserError, match=rf"{name}(:| is) not valid JSON"):
         (HFFolder.open if name == "config.json" else lambda path: Tokenizer.load(str(path)))(folder)
 
 
@@ -540,5 +540,5 @@ def test_a_damaged_record_of_a_preparation_is_named(prepared, tmp_path, content)
     folder.mkdir()
     (folder / "preparation.json").write_text(content)
     step = PrepareText(input=[str(prepared.texts)], tokenizer=prepared.tokenizer, output=str(folder))
-    with pytest.raises(UserError, match=rf"^{folder}/preparation.json is damaged; remove the folder or name another"):
+    with pytest.raises(UserError, match=rf"^{folder}/preparation.json(: not| is dam).*; remove the folder or name"):
         step.ensure()

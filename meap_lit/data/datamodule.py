@@ -170,10 +170,10 @@ class StreamingData(L.LightningDataModule, ABC):
     def setup(self, stage: str) -> None:
         self.manifests = {path: Manifest.load(path, self.storage, kind=self.kind) for path in self.datasets}
         for path, manifest in self.manifests.items():
-            if manifest.shard is not None:
+            if manifest.part is not None:
                 raise UserError(
-                    f"dataset {path} is shard {manifest.shard.index}/{manifest.shard.count} of one; put them together "
-                    f"with: python -m meap_lit prepare merge --input SHARDS --output DIR"
+                    f"dataset {path} is part {manifest.part.index}/{manifest.part.count} of one; put them together "
+                    f"with: python -m meap_lit prepare merge --input PARTS --output DIR"
                 )
             manifest.check_tokenizer(self.tokenizer, dataset=path, tokenizer_folder=self.tokenizer_folder)
             if "val" not in manifest.splits:

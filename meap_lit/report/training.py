@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meap_lit.data.read.readers import RECORD_FILE
+from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.data.store.manifest import MANIFEST_FILE
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import curves

@@ -67,8 +67,8 @@ _CHATML = """\
 {%- endif %}
 """
 
-# Mistral's version 3 (Mistral 7B Instruct v0.3; github.com/mistralai/mistral-common). What the system says stands
-# before the first user message, where it does not move as the conversation grows.
+# Mistral's version 3 (Mistral 7B Instruct v0.3; github.com/mistralai/mistral-common). The system message
+# comes before the first user message, where it does not move as the conversation grows.
 _MISTRAL = """\
 {%- for message in messages %}
     {%- if message['role'] == 'user' %}

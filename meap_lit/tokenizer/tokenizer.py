@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from meap_lit.errors import UserError
-from meap_lit.files import run_versions
+from meap_lit.files import read_json, read_text, run_versions
 
 MASK_TOKEN = "[MASK]"
 END_OF_TEXT = "<|endoftext|>"
@@ -25,7 +25,7 @@ _WELL_KNOWN = {
     "mask": (MASK_TOKEN, "<mask>"),
 }
 _TOKEN_SETTINGS = ("bos_token", "eos_token", "mask_token", "pad_token", "unk_token")
-# What of a tokenizer_config.json is handed on by `save`; the rest names classes and files that `save` does not write.
+# Settings of tokenizer_config.json that `save` keeps; the others name classes and files that `save` does not write.
 _KEPT_SETTINGS = (
     *("chat_template", "model_max_length", "padding_side", "unk_token", "pad_token"),
     *("add_bos_token", "add_eos_token"),  # for others than transformers 5
@@ -101,20 +101,18 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise UserError(f"tokenizer folder {path} has no tokenizer.json; save the tokenizer in the fast format")
-        text = _read(file)
-        _parse(text, file)
+        read_json(file)  # the library's own message does not say where it is wrong
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
+            backend = tokenizers.Tokenizer.from_str(read_text(file))
         except Exception as error:  # the library raises nothing more special
             raise UserError(f"cannot read tokenizer {file}: {' '.join(str(error).split())}") from error
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
-                content = _parse(_read(folder / name), folder / name)
-                named = {key: value for key, value in content.items() if value is not None}
+                named = {key: value for key, value in read_json(folder / name).items() if value is not None}
                 settings |= {key: _plain(value, key, folder / name) for key, value in named.items()}
         if (folder / _TEMPLATE_FILE).is_file():
-            settings["chat_template"] = _read(folder / _TEMPLATE_FILE)
+            settings["chat_template"] = read_text(folder / _TEMPLATE_FILE)
         return cls(backend, settings, path)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -264,7 +262,7 @@ class Tokenizer:
         return {**content, "model": model, "added_tokens": added}
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of `ids`."""
+        """Return the text of `ids`."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     @property
@@ -284,15 +282,15 @@ class Tokenizer:
         return {name: token for name, token in named.items() if token and self._backend.token_to_id(token) is not None}
 
     def copy_backend(self) -> tokenizers.Tokenizer:
-        """A copy of the tokenizer that a caller may change; it finds special tokens in the text."""
+        """Return a copy of the tokenizer that a caller may change; it finds special tokens in the text."""
         try:
             return tokenizers.Tokenizer.from_str(self._backend.to_str())
         except Exception as error:  # the library raises nothing more special, and not all of it on the first reading
             reason = " ".join(str(error).split())
-            raise UserError(f"tokenizer {self.path} is damaged: {reason}; copy or download it anew") from error
+            raise UserError(f"tokenizer {self.path} is damaged: {reason}; copy or download it again") from error
 
     def ids_without_token(self, num_rows: int) -> list[int]:
-        """Ids below `num_rows` that stand for nothing: holes in the vocabulary, and padding above it."""
+        """Return the ids below `num_rows` without a token: holes in the vocabulary, and padding above it."""
         return sorted(set(range(num_rows)) - set(self._backend.get_vocab(with_added_tokens=True).values()))
 
     def save(self, folder: Path | str, with_mask: bool = True) -> None:
@@ -308,7 +306,7 @@ class Tokenizer:
         if not with_mask:
             assert self.mask_token_id == self.vocab_size - 1, "the mask token was not added to the others"
             content = _without_token(content, str(roles.pop("mask")))
-        # the library's own `save` says of a full disk nothing that could be told from a bug
+        # written here because the library's own `save` does not say that a disk is full
         (target / "tokenizer.json").write_text(content, encoding="utf-8")
         settings = {name: self._settings[name] for name in _KEPT_SETTINGS if name in self._settings}
         settings |= {f"{role}_token": token for role, token in roles.items() if token is not None}
@@ -346,13 +344,12 @@ def id_of_token(folder: Path, token: str) -> int | None:
     Raises:
         UserError: If the file is unreadable.
     """
-    file = folder / "tokenizer.json"
-    added = _parse(_read(file), file).get("added_tokens") or []
+    added = read_json(folder / "tokenizer.json").get("added_tokens") or []
     return next((entry.get("id") for entry in added if entry.get("content") == token), None)
 
 
 def _find_special(backend: tokenizers.Tokenizer, settings: dict[str, Any], role: str) -> str | None:
-    """The token that plays `role` ("eos"), if the vocabulary holds it."""
+    """Return the token that plays `role` ("eos"), if the vocabulary holds it."""
     candidates = [settings.get(f"{role}_token"), *_WELL_KNOWN[role]]
     if role == "bos" and settings.get("eos_token"):
         # a folder that names its tokens and no BOS has none; "<s>" may be a piece like any other in its vocabulary
@@ -361,7 +358,7 @@ def _find_special(backend: tokenizers.Tokenizer, settings: dict[str, Any], role:
 
 
 def _plain(setting: Any, key: str, file: Path) -> Any:
-    """A token as its text: the files may hold a serialised AddedToken instead."""
+    """Return the text of a token, which the files may hold as a serialized AddedToken."""
     plain = setting["content"] if isinstance(setting, dict) and "content" in setting else setting
     if key in _TOKEN_SETTINGS and not isinstance(plain, str):
         raise UserError(f"{file}: {key} must be a token such as {json.dumps(END_OF_TEXT)}, got {json.dumps(setting)}")
@@ -369,7 +366,7 @@ def _plain(setting: Any, key: str, file: Path) -> Any:
 
 
 def _with_mask_token(backend: tokenizers.Tokenizer, mask: str) -> tokenizers.Tokenizer:
-    """`backend` with the special token `mask`: its old id if it has one, else the largest id + 1."""
+    """Return `backend` with the special token `mask`: with its old id if it has one, else the largest id + 1."""
     old, expected = backend.token_to_id(mask), _next_id(backend)
     token = AddedToken(mask, special=True, normalized=False)
     backend.add_special_tokens([token])
@@ -389,7 +386,7 @@ def _num_encoded_characters(encoding: tokenizers.Encoding) -> int:
 
 
 def _without_token(text: str, added: str) -> str:
-    """A tokenizer.json without one token that `_with_mask_token` added."""
+    """Return a tokenizer.json without the token that `_with_mask_token` added."""
     content = json.loads(text)
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != added]
     if isinstance(content["model"]["vocab"], dict):
@@ -398,7 +395,7 @@ def _without_token(text: str, added: str) -> str:
 
 
 def _written_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids that the post-processor writes before and after a text.
+    """Return the ids that the post-processor writes before and after a text.
 
     It alone decides in transformers 5, which ignores `add_bos_token` where there is a tokenizer.json.
     """
@@ -424,20 +421,3 @@ def _without_defaults(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_defaults(entry) for entry in value]
     return value
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
-
-
-def _parse(text: str, file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object, not a {type(content).__name__}")
-    return content

@@ -38,12 +38,9 @@ def bucket(store, monkeypatch, tmp_path, text_dataset, chat_dataset):  # noqa: F
     """A store with both datasets, which the environment leads to."""
     for name in ("text", "chat"):
         shutil.copytree({"text": text_dataset, "chat": chat_dataset}[name], store.root / "bucket" / name)
-    for name, value in store.environment.items():
-        if name.startswith("AWS_") or name == "NO_PROXY":
-            monkeypatch.setenv(name, value)
+    store.put_into_environment(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(storage_module, "_LONGEST_PAUSE", 0.01)
-    storage_module._clients.clear()
     return store
 
 
@@ -146,5 +143,5 @@ def test_a_resume_with_another_batch_is_refused_of_an_older_checkpoint_too(prepa
 def test_a_shard_alone_is_refused(prepared, tmp_path):
     options = {"input": [str(prepared.texts)], "tokenizer": prepared.tokenizer, "num_workers": 1}
     PrepareText(output=str(tmp_path / "shard"), shard="1/3", **options).run()
-    with pytest.raises(UserError, match=r"is shard 1/3 of one; put them together with: python -m meap_lit prep"):
+    with pytest.raises(UserError, match=r"is part 1/3 of one; put them together with: python -m meap_lit prep"):
         PretrainingData(str(tmp_path / "shard"), prepared.tokenizer, seq_len=32).setup("fit")

@@ -135,7 +135,7 @@ def test_what_is_known_before_agrees_with_the_items(name, data, source_folder):
         ("needle", {"needles": "no/where.jsonl"}, "data file no/where.jsonl does not exist"),
         ("multi_needle", {"num_needles": 2}, "has 1 that differ in question and keyword"),
         ("needle", {"prompt_style": "chat"}, "has no chat_template; name a template"),
-        ("needle", {"prompt_style": "chat", "template": "x.jinja"}, "cannot read chat template x.jinja"),
+        ("needle", {"prompt_style": "chat", "template": "x.jinja"}, "cannot read x.jinja"),
         ("reasoning", {"file": "no/where.json"}, "data file no/where.json does not exist"),
         ("multi_document_qa", {"file": "no/where.jsonl"}, "data file no/where.jsonl does not exist"),
         ("multi_document_qa", {"num_documents": 9}, "'ctxs' has 3 distractors, num_documents 9 needs 8"),

@@ -1,4 +1,7 @@
-"""A small server that answers like S3 (GET, path style, signatures not checked) and fails when it is told to."""
+"""A small server that answers like S3 (GET and lists, path style, signatures not checked) and fails when told to.
+
+At `files/` it serves the same objects to anybody, as a web server does.
+"""
 
 import os
 import shutil
@@ -8,9 +11,11 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from meap_lit.data.store import s3
 from meap_lit.data.store.remote import Storage
 
 ACCESS_KEY = "AKIATEST"
@@ -50,6 +55,13 @@ class ObjectStore:
             "NO_PROXY": "127.0.0.1",
         }
 
+    def put_into_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let this process read from here, by the variables that a user sets."""
+        for name, value in self.environment.items():
+            if name.startswith("AWS_") or name == "NO_PROXY":
+                monkeypatch.setenv(name, value)
+        s3._clients.clear()  # they remember the endpoint of another server
+
     def storage(self, cache_dir: Path, **kwargs) -> Storage:
         """How a test in this process reads from here."""
         options = {
@@ -80,13 +92,17 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        key = self.path.split("?")[0].lstrip("/")
+        url = urlsplit(self.path)
+        key = url.path.lstrip("/").removeprefix("files/")
         fault = self.store.fault(key, self.store.count(key))
         file = self.store.root / key
-        if f"Credential={ACCESS_KEY}/" not in self.headers.get("Authorization", ""):
+        signed = url.path.startswith("/files/") or f"Credential={ACCESS_KEY}/" in self.headers.get("Authorization", "")
+        if not signed:
             self.refuse(403, "InvalidAccessKeyId")
         elif not (self.store.root / key.split("/")[0]).is_dir():
             self.refuse(404, "NoSuchBucket")
+        elif "list-type=2" in url.query:
+            self.list(key.strip("/"), parse_qs(url.query).get("prefix", [""])[0])
         elif not file.is_file():
             self.refuse(404, "NoSuchKey")
         elif fault in ("500", "503"):
@@ -95,6 +111,26 @@ class _Handler(BaseHTTPRequestHandler):
             self.break_off()
         else:
             self.answer(key, file.read_bytes(), fault)
+
+    def do_HEAD(self) -> None:
+        file = self.store.root / self.path.removeprefix("/files/")
+        self.send_response(200 if file.is_file() else 404)
+        self.send_header("Content-Length", str(file.stat().st_size if file.is_file() else 0))
+        self.end_headers()
+
+    def list(self, bucket: str, prefix: str) -> None:
+        root = self.store.root / bucket
+        keys = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
+        entries = [
+            f"<Contents><Key>{key}</Key><Size>{path.stat().st_size}</Size></Contents>"
+            for key, path in keys.items()
+            if key.startswith(prefix)
+        ]
+        body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{''.join(entries)}</ListBucketResult>".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def answer(self, key: str, body: bytes, fault: str | None) -> None:
         if fault == "stall":

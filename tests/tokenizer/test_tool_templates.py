@@ -173,7 +173,7 @@ TWICE = [
     {"role": "assistant", "content": "Noon, rain."},
 ]
 
-# What of the conversation is learnt, turn by turn.
+# What of the conversation is learned, turn by turn.
 LEARNT = {
     ("qwen2.5", "asked"): [
         '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call><|im_end|>',

@@ -1,13 +1,13 @@
 """A small English-like world of facts, to pretrain on without downloading anything.
 
-A document is about a few places. In each some person sings, drawn anew for every document, so that only the document
+A document is about a few places. In each a person sings who is drawn for every document, so that only the document
 itself can tell who sings where:
 
     This is what people say. In Oslo Anna sings. In Lima Hugo sings. The old river shone near the mill. In Lima Hugo
     sings. Who sings in Oslo? In Oslo Anna sings. ...
 
-What is stated once is restated and asked for again and again, between filler that tells nothing. To guess among the
-people of the document is learned early; to name the right one takes attention to what was said of that place. The
+Each fact is stated once, then restated and asked for many times, between filler without facts. A model learns early to
+guess among the people of the document; to name the right one it must attend to the fact of that place. The
 world is small in words and in sentences, and the answer follows its place at once, so that two layers of attention
 learn this within minutes on a CPU. (With words between, "Anna lives in Oslo", they had not after as many steps.)
 """
@@ -22,7 +22,8 @@ from pathlib import Path
 from textwrap import shorten
 
 from meap_lit.data.prepare.step import Preparation
-from meap_lit.data.read.readers import DocumentReader, find_files
+from meap_lit.data.read.find import find_files
+from meap_lit.data.read.readers import DocumentReader
 from meap_lit.errors import UserError
 
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Hugo", "Maria", "Peter")
@@ -59,12 +60,12 @@ class Fact:
 
 
 def draw_facts(rng: random.Random, count: int) -> list[Fact]:
-    """`count` facts, no place and no person twice."""
+    """Draw `count` facts, without a place or a person twice."""
     return [Fact(*pair) for pair in zip(rng.sample(PLACES, count), rng.sample(NAMES, count), strict=True)]
 
 
 def filler_sentence(rng: random.Random) -> str:
-    """A sentence without person or place."""
+    """Draw a sentence without person or place."""
     first, second = rng.sample(_NOUNS, 2)
     return f"The {rng.choice(_ADJECTIVES)} {first} {rng.choice(_VERBS)} {rng.choice(_PREPOSITIONS)} the {second}."
 
@@ -81,7 +82,7 @@ class Filler:
 
     @classmethod
     def read(cls, path: str) -> "Filler":
-        """The sentences of a file, or of all files in a folder, of 20 to 100 characters; longer ones are cut.
+        """Read the sentences of a file, or of all files in a folder, of 20 to 100 characters; longer ones are cut.
 
         Raises:
             UserError: If there is no such file, or it has no sentence.
@@ -94,7 +95,7 @@ class Filler:
         return cls(sentences)
 
     def draw(self, rng: random.Random) -> Iterator[str]:
-        """Sentences without end; `rng` is advanced."""
+        """Yield sentences without end; `rng` is advanced."""
         if not self.sentences:
             while True:
                 yield filler_sentence(rng)
@@ -114,7 +115,7 @@ def document(
     filler_share: float,
     filler: Filler | None = None,
 ) -> str:
-    """Text of one document.
+    """Return the text of one document.
 
     Every fact is stated once. Then come restatements, some of them after a question, each of a fact drawn at random
     from all. (Were they taken in turn, the place not heard of for longest would be the likely answer: a shortcut
@@ -125,8 +126,8 @@ def document(
         num_facts: Places that the document is about.
         num_mentions: Statements for each fact, on average.
         question_share: Chance that a restatement follows a question.
-        filler_share: Chance that a sentence of filler stands before a statement.
-        filler: Where that is from; made up if not given.
+        filler_share: Chance that a sentence of filler precedes a statement.
+        filler: Source of the sentences of filler; made up if not given.
     """
     facts = draw_facts(rng, num_facts)
     filler_sentences = (filler or Filler()).draw(rng)
@@ -142,10 +143,10 @@ def document(
 
 
 def instructions(count: int, seed: int = 0, filler: Filler | None = None) -> list[dict[str, str]]:
-    """Records of an instruction set in the same world, in Alpaca's fields; `data/instructions.jsonl` holds 400.
+    """Return records of an instruction set in the same world, in Alpaca's fields; `data/instructions.jsonl` holds 400.
 
-    Half ask for one fact of the input, half for all of them in turn, which makes the longer answers. One sentence of
-    filler stands in the inputs of the former; in all, if `filler` says where it is from.
+    Half ask for one fact of the input, half for all of them in turn, which makes the longer answers. The inputs
+    of the former have one sentence of filler; with `filler`, all inputs do.
     """
     records = []
     for number in range(count):
@@ -237,7 +238,7 @@ class FactInstructions(Preparation):
         output: Folder to make.
         num_records: Number of questions.
         seed: The same seed and numbers give the same file, byte for byte.
-        filler: File or folder of text, of which each question has a sentence among its facts; made up if not given.
+        filler: File or folder of text; each question has a sentence of it among its facts; made up if not given.
     """
 
     num_records: int = 400

@@ -1,4 +1,4 @@
-"""Text that is on every machine: the sources and the documentation strings of Python itself.
+"""Collect text that every machine has: the sources and the documentation strings of Python itself.
 
 Documentation strings are prose, sources are not; a text that the user brings, such as essays, counts as prose. Files
 are held out as a whole, by a hash of their text, so that nothing of what is asked about later was read in training.
@@ -16,7 +16,8 @@ from typing import Any
 
 from meap_lit.data.prepare.splits import draw
 from meap_lit.data.prepare.step import Preparation
-from meap_lit.data.read.readers import DocumentReader, find_files
+from meap_lit.data.read.find import find_files
+from meap_lit.data.read.readers import DocumentReader
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
 
@@ -72,7 +73,7 @@ class PythonText(Preparation):
         return f"text {self.output}: {len(files):,} files, {size / 1e6:.1f} MB"
 
     def _texts(self) -> Iterator[tuple[str, str, str]]:
-        """Name, kind and text of each file."""
+        """Yield name, kind and text of each file."""
         if self.prose:
             try:
                 paths = find_files(self.prose)
@@ -91,7 +92,7 @@ class PythonText(Preparation):
 
 
 def documentation(source: str) -> str:
-    """The documentation strings of a module, its classes and functions; a blank line between two. Empty if none."""
+    """Return the documentation strings of a module, its classes and functions, with blank lines between them."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):  # templates and old syntax lie among installed packages
@@ -105,7 +106,7 @@ def documentation(source: str) -> str:
 
 
 def _sources(packages: bool) -> Iterator[tuple[str, str]]:
-    """Name and text of Python's own source files, and of those of installed packages if asked for."""
+    """Yield name and text of Python's own source files, and those of installed packages if `packages`."""
     roots = {"python": Path(sysconfig.get_paths()["stdlib"])}
     if packages:
         roots |= {f"packages{number or ''}": Path(root) for number, root in enumerate(site.getsitepackages())}

@@ -1,4 +1,4 @@
-"""Documents shared out between the training and the validation split, by a hash of their text."""
+"""Assign documents to the training and the validation split, by a hash of their text."""
 
 import hashlib
 from pathlib import Path
@@ -11,22 +11,22 @@ from meap_lit.data.store.writers import ChunkWriter
 from meap_lit.errors import UserError
 
 RESERVE = "reserve"
-"""Split of a shard without a document for validation: the one that is to be it if no other shard has any."""
+"""Split of a part of a dataset that has no document for validation: the one to use if no other part has any."""
 
 
 def draw(text: bytes) -> float:
-    """A number in [0, 1). Equal texts get equal numbers, so that copies are never on both sides of a split."""
+    """Return a number in [0, 1) that is equal for equal texts, so that copies are never on both sides of a split."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest()) / 2**48  # 48 bits: exact in a float
 
 
 class SplitWriter:
-    """Writes documents whose draw is below `val_share` into `val`, the others into `train`.
+    """Write documents whose draw is below `val_share` into `val`, the others into `train`.
 
     A small corpus may have no such document. The one with the smallest draw is therefore kept back to the end, and
     becomes the validation split if nothing else did.
 
     Args:
-        writer: Class of what each split is written with.
+        writer: Class that writes each split.
         folder: Folder of the dataset.
         dtype: Type of the tokens, uint16 or int32.
         chunk_bytes: Size at which a chunk is closed.
@@ -46,7 +46,7 @@ class SplitWriter:
         self._writers = {name: self._new_writer(name) for name in names}
         self._val_share = val_share
         self.reserve_draw: float | None = None
-        """Draw of the document in the split `reserve`; only a shard may have one."""
+        """Draw of the document in the split `reserve`; None if there is no such split."""
         self._reserve: Any = None
         self._reserve_draw = 1.0 if val_share > 0 else 0.0
 
@@ -81,16 +81,12 @@ class SplitWriter:
             )
         return {name: writer.close() for name, writer in self._writers.items()}
 
+    def close_part(self) -> dict[str, Split]:
+        """Finish the splits that have a document, such that the parts of a dataset hold what one run would.
 
-class ShardWriter(SplitWriter):
-    """Writes the documents of one shard, so that the shards of a dataset hold what one run would.
-
-    Whether a document that was kept back is needed for validation is known when all shards are there: until then it is
-    a split of its own, `RESERVE`. Splits without a document are left out.
-    """
-
-    def close(self) -> dict[str, Split]:
-        """Finish the splits that have a document."""
+        Whether a document that was kept back is needed for validation is known when all parts are there. Until then it
+        is a split of its own, `RESERVE`.
+        """
         if "val" in self._writers and self._writers["val"].num_documents == 0 and self._reserve is not None:
             self._writers[RESERVE] = self._new_writer(RESERVE)
             self.reserve_draw = self._reserve_draw

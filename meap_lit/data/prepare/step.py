@@ -1,4 +1,4 @@
-"""Steps that make something on disk once: a corpus, a tokenizer, a dataset.
+"""Steps that make a folder once: a corpus, a tokenizer, a dataset.
 
 A step is a dataclass of what it needs plus `output`, the folder it makes. The same classes serve the command line
 (`python -m meap_lit prepare text ...`) and a recipe's `data.preparation` list, which makes what is missing before
@@ -11,22 +11,25 @@ import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from meap_lit.data.read.readers import RECORD_FILE
+from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.errors import UserError
-from meap_lit.files import new_folder
+from meap_lit.files import new_folder, read_json
 
 
 @dataclass(kw_only=True)
 class Preparation(ABC):
-    """One step. Subclasses are dataclasses; a field with `compare=False` does not change what is made.
+    """A step. Subclasses are dataclasses; a field with `compare=False` does not change what is made.
 
     Args:
         output: Folder to make.
     """
+
+    recorded_as: ClassVar[str] = ""
+    """Name of the step in preparation.json, if it is not that of the class."""
 
     output: str
 
@@ -78,21 +81,22 @@ class Preparation(ABC):
     def _record(self) -> dict[str, Any]:
         names = [f.name for f in dataclasses.fields(self) if f.compare and f.name != "output"]
         arguments = {name: getattr(self, name) for name in names}
-        return {"step": type(self).__name__, "arguments": json.loads(json.dumps(arguments))}
+        return {"step": self.recorded_as or type(self).__name__, "arguments": json.loads(json.dumps(arguments))}
 
 
 def _read_record(file: Path) -> dict[str, Any]:
+    hint = "remove the folder or name another output"
     try:
-        record = json.loads(file.read_text())
-        if isinstance(record["step"], str) and isinstance(record["arguments"], dict):
-            return record
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(f"{file} is damaged; remove the folder or name another output")
+        record = read_json(file)
+    except UserError as error:
+        raise UserError(f"{error}; {hint}") from error
+    if not isinstance(record.get("step"), str) or not isinstance(record.get("arguments"), dict):
+        raise UserError(f"{file} is damaged; {hint}")
+    return record
 
 
 def progress_bar(description: str, num_bytes: int) -> tqdm:
-    """A bar over so many bytes of input, for the caller to move."""
+    """Return a progress bar over `num_bytes` bytes of input, which the caller moves."""
     # a log file gets a line every half minute instead of ten a second
     seconds = 0.1 if sys.stderr.isatty() else 30
     return tqdm(total=num_bytes, desc=description, unit="B", unit_scale=True, mininterval=seconds)

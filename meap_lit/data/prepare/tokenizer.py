@@ -9,7 +9,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from meap_lit.data.prepare.step import Preparation
-from meap_lit.data.read.readers import DocumentReader, find_files
+from meap_lit.data.read.find import find_files
+from meap_lit.data.read.readers import DocumentReader
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import END_OF_TEXT, MASK_TOKEN, Tokenizer
 
@@ -20,8 +21,8 @@ class TrainTokenizer(Preparation):
 
     Args:
         output: Folder to make.
-        input: Files, folders and glob patterns of text to train on (.txt, .md, .jsonl, .jsonl.gz, .jsonl.zst,
-            .parquet).
+        input: Files, folders and glob patterns of text to train on, local or remote such as s3://bucket/folder (.txt,
+            .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet).
         vocab_size: Number of tokens, the 256 bytes and the 2 special tokens included.
         text_field: Name of the text in .jsonl and .parquet files.
         suffixes: File name endings to take from folders, such as .py, which is read as plain text; the endings listed
@@ -61,8 +62,8 @@ class TrainTokenizer(Preparation):
         texts = _Counted(reader, self.max_megabytes)
         backend.train_from_iterator(texts, trainer)
         if texts.num_bytes == 0:
-            skipped = f" ({reader.skipped})" if reader.num_skipped else ""
-            raise UserError(f"no text to train on in {', '.join(self.input)}{skipped}")
+            skipped = f"{reader.num_skipped} lines unreadable{reader.why_skipped}"
+            raise UserError(f"no text to train on in {', '.join(self.input)} ({skipped})")
         tokenizer = Tokenizer(backend, {"eos_token": END_OF_TEXT, "mask_token": MASK_TOKEN})
         tokenizer.save(folder)
         short = "" if tokenizer.vocab_size == self.vocab_size else f" ({self.vocab_size} asked: too little text)"

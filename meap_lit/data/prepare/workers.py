@@ -1,4 +1,4 @@
-"""A function applied to a stream by several processes, its results in the order of the stream."""
+"""Apply a function to a stream in several processes, with the results in the order of the stream."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ _PENDING_PER_WORKER = 3  # one in work, one waiting, one finished: nobody waits 
 
 
 def default_num_workers(num_bytes: int, bytes_per_worker: int = 4_000_000) -> int:
-    """Processes worth starting for an input of `num_bytes`: one per core, fewer for a small input."""
+    """Return the number of processes for an input of `num_bytes`: one per core, fewer for a small input."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, num_bytes // bytes_per_worker))
 
@@ -30,7 +30,7 @@ def map_in_order(
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for every item, in order; with one worker in this process, with more in that many others.
 
-    Every worker tokenises in a single thread. Items are read ahead by a few per worker only. The workers end when this
+    Every worker tokenizes in a single thread. Items are read ahead by a few per worker only. The workers end when this
     process ends, however it ends.
 
     Args:
@@ -76,7 +76,7 @@ def _start_worker(function: Callable[[Any], Any]) -> None:
 
 
 def _exit_with_parent() -> None:
-    """A pool's worker does not notice that its parent was killed: it waits for work for good."""
+    """End with the parent: a worker of a pool does not notice that it was killed, and waits for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Records of the usual conversation formats as lists of messages.
+"""Turn records of the usual conversation formats into lists of messages.
 
 | format     | fields of a record                                                                       |
 |------------|------------------------------------------------------------------------------------------|
@@ -6,21 +6,21 @@
 | ShareGPT   | `conversations`: a list of {`from`, `value`}; optional `system` or `system_prompt`       |
 | OpenAI     | `messages`: a list of {`role`, `content`}, as transformers' chat templates take them     |
 | completion | `prompt`, `completion`; optional `system`; both may be lists of messages: then only      |
-|            | the completion is learnt, as in TRL                                                      |
+|            | the completion is learned, as in TRL                                                      |
 
-The format is recognised by its fields. A field that is null, as in a Parquet file, counts as absent. Every format may
-have `tools`. What would change the text or what is learnt, and is not known here, is refused by its name; fields of the
-record that are not listed count as metadata.
+The format is recognized by its fields. A field that is null, as in a Parquet file, counts as absent. Every format may
+have `tools`. An unknown key that would change the text or what is learned is refused by its name; fields of the record
+that are not listed count as metadata.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from meap_lit.data.read.readers import check_text
-from meap_lit.errors import UserError
-from meap_lit.tokenizer.chat_template import REASONING, Message
+from meap_lit.errors import UserError, shorten
+from meap_lit.files import parse_json
+from meap_lit.tokenizer.hidden_chat import REASONING, Message
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Conversation:
     Args:
         messages: At most one of the system, then user and assistant in turn, the assistant last; what tools return
             comes between two messages of the assistant.
-        trained: For each message whether it is to be learnt; true for messages of the assistant only.
+        trained: For each message whether it is to be learned; true for messages of the assistant only.
         tools: Descriptions of the tools that the assistant may call, as JSON values; None if there are none.
     """
 
@@ -78,10 +78,10 @@ def to_conversation(record: Mapping[str, Any], system: str | None = None) -> Con
 
     Args:
         record: A JSON object or a row of a table.
-        system: What the system says where the record does not say it.
+        system: System message of records that have none.
 
     Raises:
-        UserError: If the format is unknown, or the record is no such conversation; says what is wrong.
+        UserError: If the format is unknown, or the record does not hold a conversation.
     """
     fields = {name: value for name, value in record.items() if value is not None}
     trained: list[bool] = []
@@ -161,17 +161,17 @@ def _from_list(name: str, turns: Any, role: str, content: str) -> tuple[list[Mes
 
 
 def _is_trained(where: str, fields: dict[str, Any], role: str) -> bool:
-    """Return whether a turn is to be learnt, and take the keys that say so out of its fields."""
+    """Return whether a turn is to be learned, and take the keys that say so out of its fields."""
     given = {key: fields.pop(key) for key in _WEIGHTS if key in fields}
     for key, value in given.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise UserError(
-                f"{where}.{key} must be 0 or 1, false or true, got {_short(value)}; a turn is learnt or not"
+                f"{where}.{key} must be 0 or 1, false or true, got {_short(value)}; a turn is learned or not"
             )
         if value and role != "assistant":
-            raise UserError(f"{where}.{key} asks to learn what the {role} says; only the assistant's turns are learnt")
+            raise UserError(f"{where}.{key} asks to learn what the {role} says; only the assistant's turns are learned")
     if len({bool(value) for value in given.values()}) > 1:
-        raise UserError(f"{where} says both that it is learnt and that it is not: {_short(given)}")
+        raise UserError(f"{where} says both that it is learned and that it is not: {_short(given)}")
     return role == "assistant" and all(given.values())
 
 
@@ -197,7 +197,7 @@ def _message(where: str, fields: dict[str, Any], kind: str, content: str) -> Mes
             message[key] = check_text(place, entry)
         elif key not in _METADATA and entry not in ("", [], {}):
             raise UserError(
-                f"{place} is not known, and may change what is learnt (its value is {_short(entry)}); remove it"
+                f"{place} is not known, and may change what is learned (its value is {_short(entry)}); remove it"
             )
     return message
 
@@ -257,9 +257,9 @@ def _parsed(where: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON: {_short(value)}") from error
+        return parse_json(value, where)
+    except UserError as error:
+        raise UserError(f"{error}: {_short(value)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -277,7 +277,7 @@ def _system_messages(fields: Mapping[str, Any], messages: Sequence[Message], def
 
 
 def _check_turns(messages: Sequence[Message], trained: Sequence[bool]) -> None:
-    """Make sure that the roles are in order, that there is an answer, and that none to be learnt is empty."""
+    """Make sure that the roles are in order, that there is an answer, and that none to be learned is empty."""
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise UserError("no answer: the assistant says nothing")
@@ -328,5 +328,4 @@ def _check_json(where: str, value: Any, depth: int) -> None:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shorten(repr(value), 60)

@@ -1,4 +1,4 @@
-"""What files hold: .txt, .md, .json, .jsonl (plain, gzip, zstandard) and .parquet.
+"""Read files: .txt, .md, .json, .jsonl (plain, gzip, zstandard) and .parquet.
 
 Lines and rows are read as a stream, so such a file may be larger than memory, but a line has at most `MAX_LINE_BYTES`.
 A plain text file is one document and a .json file, which only holds records, is read whole.
@@ -6,6 +6,7 @@ A plain text file is one document and a .json file, which only holds records, is
 
 import gzip
 import importlib
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NamedTuple
 
+from meap_lit.data.store.remote import RemoteFile
 from meap_lit.errors import UserError
 from meap_lit.files import BYTE_ORDER_MARK, decode, parse_json, why_no_text
 
@@ -20,8 +22,12 @@ MAX_LINE_BYTES = 1 << 28
 """Longest line of a .jsonl file, decompressed: 256 MiB."""
 
 
+InputFile = Path | RemoteFile
+"""A file to read. Both classes have `name` and `open`, and their text names the file in messages."""
+
+
 class Span(NamedTuple):
-    """A part of a file, in bytes: the lines that begin in it, the row groups whose middle row lies in it."""
+    """A range of bytes of a file. It has the lines that begin in it, and the row groups whose middle row is in it."""
 
     start: int
     stop: int
@@ -31,24 +37,24 @@ class Entry(NamedTuple):
     """One text, line, element or row of a file."""
 
     position: int
-    """How many bytes of the file have been read."""
+    """Bytes of the file that have been read."""
     where: str
     """File and line, for messages."""
     content: str | dict[str, Any] | UserError
     """A plain text, the fields of a record, or why there is neither."""
 
 
-Format = Callable[[Path, IO[bytes], Span, str | None], Iterator[Entry]]
+Format = Callable[[InputFile, IO[bytes], Span, str | None], Iterator[Entry]]
 """Reads a span of a file; the last argument is the only column to read of a Parquet file."""
 
 DIVISIBLE = (".jsonl", ".parquet")
-"""File name endings of which a span can be read; of others the span is not looked at, they are read whole."""
+"""File name endings of files that can be read by spans; others are read whole, whatever the span."""
 
 
-def read_file(path: Path, formats: Mapping[str, Format], span: Span, column: str | None = None) -> Iterator[Entry]:
-    """Entries of one file, read by the ending of its name; an unknown ending is plain text.
+def read_file(path: InputFile, formats: Mapping[str, Format], span: Span, column: str | None = None) -> Iterator[Entry]:
+    """Yield the entries of one file, read by the ending of its name; an unknown ending is plain text.
 
-    Spans that share out a file share out its entries.
+    Spans that divide a file divide its entries: each belongs to one of them.
 
     Args:
         path: The file.
@@ -69,19 +75,19 @@ def read_file(path: Path, formats: Mapping[str, Format], span: Span, column: str
         raise UserError(f"not enough memory to read {path}; write its documents as lines of a .jsonl file") from error
 
 
-def has_suffix(path: Path, suffixes: Sequence[str]) -> bool:
-    """Whether a file name ends in one of `suffixes`, in whatever case."""
+def has_suffix(path: InputFile, suffixes: Sequence[str]) -> bool:
+    """Return whether a file name ends in one of `suffixes`, in whatever case."""
     return path.name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))
 
 
-def _read_text(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+def _read_text(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     raw = file.read()
     content = decode(raw, str(path))
     yield Entry(len(raw), str(path), content)
 
 
-def _read_json(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
-    """The objects of an array, or one object."""
+def _read_json(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+    """Yield the objects of an array, or one object."""
     raw = file.read()
     text = decode(raw, str(path))
     content = text if isinstance(text, UserError) else _parse_json(text, str(path))
@@ -93,22 +99,22 @@ def _read_json(path: Path, file: IO[bytes], span: Span, column: str | None) -> I
         yield Entry(len(raw) * number // len(content), where, _checked_object(element, where))
 
 
-def _read_jsonl(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+def _read_jsonl(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     return _parse_lines(path, file, _lines_of(file, span), span.start)
 
 
-def _read_jsonl_gz(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+def _read_jsonl_gz(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     return _parse_lines(path, file, _lines(gzip.GzipFile(fileobj=file)))
 
 
-def _read_jsonl_zst(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+def _read_jsonl_zst(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     zstandard = _import("zstandard", path)
     return _parse_lines(path, file, _split_lines(_decompress_zstd(file, zstandard)))
 
 
-def _read_parquet(path: Path, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
+def _read_parquet(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     pyarrow, parquet = _import("pyarrow", path), _import("pyarrow.parquet", path)
-    size = path.stat().st_size
+    size = os.fstat(file.fileno()).st_size
     row = 0
     try:
         table = parquet.ParquetFile(file)
@@ -127,30 +133,23 @@ def _read_parquet(path: Path, file: IO[bytes], span: Span, column: str | None) -
         yield Entry(size, str(path), reason)
 
 
-FORMATS: dict[str, Format] = {
-    ".txt": _read_text,
-    ".md": _read_text,
+_TABLES: dict[str, Format] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl_gz,
     ".jsonl.zst": _read_jsonl_zst,
     ".parquet": _read_parquet,
 }
+FORMATS: dict[str, Format] = {".txt": _read_text, ".md": _read_text, **_TABLES}
 """File name endings of documents and how they are read."""
 
-RECORD_FORMATS: dict[str, Format] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl_gz,
-    ".jsonl.zst": _read_jsonl_zst,
-    ".parquet": _read_parquet,
-}
+RECORD_FORMATS: dict[str, Format] = {".json": _read_json, **_TABLES}
 """File name endings of records and how they are read."""
 
 
-def _parse_lines(path: Path, file: IO[bytes], lines: Iterable[bytes], start: int = 0) -> Iterator[Entry]:
-    """One JSON object a line; blank lines are passed over. Damaged compression ends the file with an error.
+def _parse_lines(path: InputFile, file: IO[bytes], lines: Iterable[bytes], start: int = 0) -> Iterator[Entry]:
+    """Yield the JSON object of each line that is not blank. Damaged compression ends the file with an error.
 
-    Lines of a span that starts at byte `start` are named by where they begin: their number is not known.
+    A line of a span that starts at byte `start` is named by the byte at which it begins: its number is not known.
     """
     number = 0
     try:
@@ -173,7 +172,7 @@ def _parse_lines(path: Path, file: IO[bytes], lines: Iterable[bytes], start: int
 
 
 def _lines_of(file: IO[bytes], span: Span) -> Iterator[bytes]:
-    """The lines that begin in the span."""
+    """Yield the lines that begin in the span."""
     lines = _lines(file)
     if span.start > 0:
         file.seek(span.start - 1)
@@ -185,7 +184,7 @@ def _lines_of(file: IO[bytes], span: Span) -> Iterator[bytes]:
 
 
 def _lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
-    """The lines of a file; a line that is too long without what comes after its first `MAX_LINE_BYTES` + 1 bytes."""
+    """Yield the lines of a file; a line that is too long is cut after `MAX_LINE_BYTES` + 1 bytes."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         yield line
         while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
@@ -218,7 +217,7 @@ def _checked_object(content: Any, where: str) -> dict[str, Any] | UserError:
 
 
 def _row_groups(metadata: Any, size: int, span: Span) -> tuple[int, list[int]]:
-    """Rows before the first row group of the span, and the numbers of its row groups; they follow each other."""
+    """Return the number of rows before the span's row groups, and the numbers of these, which are consecutive."""
     counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     firsts = [*accumulate(counts, initial=0)][:-1]
     groups = [
@@ -250,7 +249,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _decompress_zstd(file: IO[bytes], zstandard: ModuleType) -> Iterator[bytes]:
-    """Blocks of decompressed bytes; several frames may follow each other.
+    """Yield blocks of decompressed bytes; the file may have several frames.
 
     The library's own stream reader takes a file that ends within a frame for a whole one.
 
@@ -273,7 +272,7 @@ def _decompress_zstd(file: IO[bytes], zstandard: ModuleType) -> Iterator[bytes]:
 
 
 def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines as `_lines` gives them, without their line breaks."""
+    """Yield lines as `_lines` does, without their line breaks."""
     begun: list[bytes] = []  # pieces of a line whose end has not come yet
     size = 0
     for block in blocks:
@@ -288,7 +287,7 @@ def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def _import(name: str, path: Path) -> ModuleType:
+def _import(name: str, path: InputFile) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -1,41 +1,36 @@
-"""Documents and records out of many files, or of one shard of them; what cannot be read is refused or counted."""
+"""Read documents and records of many files, or of one part of them; refuse or count what cannot be read."""
 
-import glob
-import os
 import re
-import stat
 from abc import ABC, abstractmethod
-from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from meap_lit.data.read.formats import DIVISIBLE, FORMATS, RECORD_FORMATS, Entry, Format, Span, has_suffix, read_file
+from meap_lit.data.read.find import size_of
+from meap_lit.data.read.formats import (
+    DIVISIBLE,
+    FORMATS,
+    RECORD_FORMATS,
+    Entry,
+    Format,
+    InputFile,
+    Span,
+    has_suffix,
+    read_file,
+)
 from meap_lit.errors import UserError
-
-RECORD_FILE = "preparation.json"
-"""Written into every folder that a step makes: the step's class and arguments."""
-
 
 Item = TypeVar("Item")
 
 SKIP_HINT = "use --on_error skip to leave such lines out"
 
 
-class Part(NamedTuple):
-    """What is read of a file."""
-
-    file: Path
-    span: Span
-
-
 @dataclass(frozen=True)
-class InputShard:
-    """One of `count` shards of the input; together they read every document once, in order.
+class InputPart:
+    """One of `count` parts of the input; together they read every document once, in order.
 
-    The files stand in line, and each shard has an equal part of their bytes. Files of many lines or row groups are
-    divided, the others go to the shard that has their middle; a shard may so be without any.
+    Each part has an equal share of the bytes of all files in line. Files of many lines or row groups are divided. A
+    file of another kind goes to the part that has its middle, so a part may be without any.
     """
 
     index: int = 0
@@ -43,35 +38,35 @@ class InputShard:
     count: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> "InputShard":
-        """Read "3/8".
+    def parse(cls, text: str) -> "InputPart":
+        """Return the part that "3/8" names.
 
         Raises:
-            UserError: If it is no such text, or the index not below the count.
+            UserError: If the text is not of this form, or the index not below the count.
         """
         match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
-        shard = cls(int(match[1]), int(match[2])) if match else None
-        if shard is None or shard.index >= shard.count:
+        part = cls(int(match[1]), int(match[2])) if match else None
+        if part is None or part.index >= part.count:
             raise UserError(
                 f"shard must be i/n with i from 0 to n - 1, such as 0/8 for the first of eight and 7/8 for the last, "
                 f"got {text!r}"
             )
-        return shard
+        return part
 
-    def parts(self, files: Sequence[Path], sizes: Sequence[int]) -> list[Part]:
-        """What this shard reads of `files`, which have `sizes` bytes."""
-        lengths = [size + 1 for size in sizes]  # a place in line for an empty file too
+    def spans(self, files: Sequence[InputFile], sizes: Sequence[int]) -> list[tuple[InputFile, Span]]:
+        """Return what this part reads of `files`, which have `sizes` bytes."""
+        lengths = [size + 1 for size in sizes]  # an empty file has a place too
         start, stop = (sum(lengths) * index // self.count for index in (self.index, self.index + 1))
-        parts = []
+        spans = []
         first = 0  # place of the file's first byte
         for file, size, length in zip(files, sizes, lengths, strict=True):
             if has_suffix(file, DIVISIBLE):
                 if max(start, first) < min(stop, first + length):
-                    parts.append(Part(file, Span(max(start - first, 0), min(stop - first, size))))
+                    spans.append((file, Span(max(start - first, 0), min(stop - first, size))))
             elif start <= first + size // 2 < stop:
-                parts.append(Part(file, Span(0, size)))
+                spans.append((file, Span(0, size)))
             first += length
-        return parts
+        return spans
 
 
 class Reader(ABC, Generic[Item]):
@@ -79,26 +74,26 @@ class Reader(ABC, Generic[Item]):
 
     Args:
         files: Files to read, as `find_files` returns them.
-        formats: `FORMATS` or `RECORD_FORMATS`; a file of another ending is plain text.
         on_error: `stop` raises at the first item that cannot be read, `skip` counts it.
+        part: Part of the input to read, all if not given.
         column: The only column to read of a Parquet file, all if not given.
-        shard: Shard of the files to read, all if not given.
 
     Raises:
         UserError: While iterating; names file and line. A file that cannot be opened, a missing package and a Parquet
             file without the column are never skipped.
     """
 
+    formats: ClassVar[Mapping[str, Format]]
+    """How files are read, by the endings of their names; a file of another ending is plain text."""
+
     def __init__(
         self,
-        files: Sequence[Path],
-        formats: Mapping[str, Format],
-        on_error: Literal["stop", "skip"],
+        files: Sequence[InputFile],
+        on_error: Literal["stop", "skip"] = "stop",
+        part: InputPart | None = None,
         column: str | None = None,
-        shard: InputShard | None = None,
     ) -> None:
         self.files = files
-        self.formats = formats
         self.on_error = on_error
         self.column = column
         self.num_skipped = 0
@@ -106,18 +101,18 @@ class Reader(ABC, Generic[Item]):
         """Why the first item was skipped."""
         self.bytes_read = 0
         """Bytes on disk that have been read so far, of `num_bytes`."""
-        self.sizes = [_size(file) for file in files]
-        self.parts = (shard or InputShard()).parts(files, self.sizes)
-        self.num_bytes = sum(span.stop - span.start for _, span in self.parts)
+        self.sizes = [size_of(file) for file in files]
+        self.spans = (part or InputPart()).spans(files, self.sizes)
+        self.num_bytes = sum(span.stop - span.start for _, span in self.spans)
 
     @property
-    def skipped(self) -> str:
-        """How many items were skipped, and why the first was."""
-        return f"{self.num_skipped} unreadable lines" + (f", first: {self.first_skipped}" if self.num_skipped else "")
+    def why_skipped(self) -> str:
+        """Why the first item was skipped, as the end of a sentence; empty if none was."""
+        return f", first: {self.first_skipped}" if self.first_skipped else ""
 
     @abstractmethod
     def convert(self, entry: Entry) -> Item:
-        """The item of an entry whose content was read.
+        """Return the item of an entry whose content was read.
 
         Raises:
             UserError: If it holds none.
@@ -125,7 +120,7 @@ class Reader(ABC, Generic[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         finished = 0
-        for file, span in self.parts:
+        for file, span in self.spans:
             for entry in read_file(file, self.formats, span, self.column):
                 # the last line or row group may reach out of the span
                 self.bytes_read = finished + min(max(entry.position, span.start), span.stop) - span.start
@@ -150,18 +145,20 @@ class DocumentReader(Reader[str]):
     Args:
         files: Files to read, as `find_files` returns them.
         text_field: Name of the text in a JSON object or of the column in a Parquet file.
-        on_error: `stop` raises at the first document that cannot be read, `skip` counts it.
-        shard: Shard of the files to read, all if not given.
+        on_error: As for `Reader`.
+        part: As for `Reader`.
     """
+
+    formats = FORMATS
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[InputFile],
         text_field: str = "text",
         on_error: Literal["stop", "skip"] = "stop",
-        shard: InputShard | None = None,
+        part: InputPart | None = None,
     ) -> None:
-        super().__init__(files, FORMATS, on_error, column=text_field, shard=shard)
+        super().__init__(files, on_error, part, column=text_field)
         self.text_field = text_field
 
     def convert(self, entry: Entry) -> str:
@@ -179,36 +176,24 @@ class DocumentReader(Reader[str]):
 
 @dataclass(frozen=True)
 class Record:
-    """A JSON object or a row of a table, and the file and line it stands in."""
+    """A JSON object or a row of a table, and its file and line."""
 
     where: str
     fields: dict[str, Any]
 
 
 class RecordReader(Reader[Record]):
-    """Iterates over the records of many files.
+    """Iterates over the records of many files."""
 
-    Args:
-        files: Files to read, as `find_files` finds them by `RECORD_FORMATS`.
-        on_error: `stop` raises at the first record that cannot be read, `skip` counts it.
-        shard: Shard of the files to read, all if not given.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[Path],
-        on_error: Literal["stop", "skip"] = "stop",
-        shard: InputShard | None = None,
-    ) -> None:
-        super().__init__(files, RECORD_FORMATS, on_error, shard=shard)
+    formats = RECORD_FORMATS
 
     def convert(self, entry: Entry) -> Record:
-        assert isinstance(entry.content, dict), "a plain text is no record"
+        assert isinstance(entry.content, dict), "a plain text is not a record"
         return Record(entry.where, entry.content)
 
 
 def check_text(name: str, text: Any) -> str:
-    """`text`, if it is a text that can be encoded.
+    """Return `text` if it is a text that can be encoded.
 
     Raises:
         UserError: If it is not; names the field `name`.
@@ -220,126 +205,3 @@ def check_text(name: str, text: Any) -> str:
     except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair
         raise UserError(f"field {name!r} holds a broken character (half of a surrogate pair)") from error
     return text
-
-
-@dataclass(frozen=True)
-class Input:
-    """What `find_input` found.
-
-    Args:
-        files: Files to read, sorted, each once.
-        passed_over: Number of files in folders that have other endings, by ending.
-    """
-
-    files: list[Path]
-    passed_over: Counter[str]
-
-    def lines_of_summary(self) -> list[str]:
-        """Return the line that says what was passed over; none if nothing was."""
-        if not self.passed_over:
-            return []
-        counts = sorted(self.passed_over.items(), key=lambda entry: (-entry[1], entry[0]))
-        kinds = [f"{count} {ending or 'without an ending'}" for ending, count in counts[:8]]
-        kinds += [f"{sum(count for _, count in counts[8:])} others"] if len(counts) > 8 else []
-        return [f"  not read {', '.join(kinds)} in the folders"]
-
-
-def find_files(
-    inputs: Sequence[str], suffixes: Sequence[str] | None = None, formats: Mapping[str, Format] | None = None
-) -> list[Path]:
-    """Return the files that `find_input` finds, without what it passed over."""
-    return find_input(inputs, suffixes, formats).files
-
-
-def find_input(
-    inputs: Sequence[str], suffixes: Sequence[str] | None = None, formats: Mapping[str, Format] | None = None
-) -> Input:
-    """Find the files named by paths, folders and glob patterns.
-
-    Folders are read at all levels, links to other folders included; hidden files and folders are left out.
-
-    Args:
-        inputs: Paths, folders and patterns.
-        suffixes: File name endings to take from folders, all of `formats` if not given.
-        formats: Formats that may be named: `FORMATS`, those of documents, if not given, or `RECORD_FORMATS`.
-
-    Raises:
-        UserError: If an input names nothing, a folder that cannot be listed, or a file of an ending that is neither
-            known nor in `suffixes`.
-    """
-    formats = FORMATS if formats is None else formats
-    wanted = [suffix if suffix.startswith(".") else f".{suffix}" for suffix in suffixes or formats]
-    found: dict[str, Path] = {}
-    others: dict[str, Path] = {}
-    for name in inputs:
-        files, passed_over = _expand(name, wanted, formats)
-        for path in sorted(files):  # of two names of a file always the same one
-            found.setdefault(os.path.realpath(path), path)
-        others.update((os.path.realpath(path), path) for path in passed_over)
-    if not found:
-        raise UserError("no input named; give files, folders or patterns with --input")
-    endings = Counter(path.suffix.lower() for real, path in others.items() if real not in found)
-    return Input(sorted(found.values(), key=Path.as_posix), endings)
-
-
-def _expand(name: str, wanted: Sequence[str], formats: Mapping[str, Format]) -> tuple[list[Path], list[Path]]:
-    """The files that an input names, and those in its folders that have other endings."""
-    path = Path(name).expanduser()
-    if not name:
-        raise UserError("an input has no name; give files, folders or patterns with --input")
-    if path.exists():
-        named = [path]
-    elif glob.has_magic(name):
-        named = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    else:
-        raise UserError(f"input {name} does not exist")
-    files: list[Path] = []
-    others: list[Path] = []
-    for entry in named:
-        if entry.is_dir():
-            for file in _files_in(entry):
-                (files if has_suffix(file, wanted) else others).append(file)
-        elif has_suffix(entry, [*formats, *wanted]):
-            files.append(entry)
-        else:
-            hint = "; name its ending in --suffixes to read it as plain text" if formats is FORMATS else ""
-            raise UserError(f"input file {entry} ends in none of {', '.join(formats)}{hint}")
-    if not files:
-        raise UserError(f"input {name} holds no file that ends in {', '.join(wanted)}")
-    return files, others
-
-
-def _files_in(folder: Path) -> list[Path]:
-    """The files of a folder and of those below it, each folder once, whatever links lead to it."""
-
-    def refuse(error: OSError) -> NoReturn:
-        reason = f"cannot list folder {error.filename}: {error.strerror}"
-        raise UserError(f"{reason}; give this user access, or name other input") from error
-
-    files: list[Path] = []
-    roots, seen = deque([str(folder)]), set[str]()
-    while roots:  # the folder itself first, so that its files are named without links
-        links = []
-        for parent, folders, names in os.walk(roots.popleft(), onerror=refuse):
-            real = os.path.realpath(parent)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            links += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
-            # the record that a preparation step leaves in a folder is not input
-            named = [name for name in names if not name.startswith(".") and name != RECORD_FILE]
-            files += [Path(parent, name) for name in named]
-        roots += sorted(links)
-    return files
-
-
-def _size(path: Path) -> int:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"cannot read {path}: not a regular file")  # a pipe would be waited for
-    return status.st_size

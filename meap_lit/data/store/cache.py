@@ -1,8 +1,8 @@
-"""The chunks of a split as local files that are known to be whole before anything reads them.
+"""Provide the chunks of a split as local files, each verified before anything reads it.
 
 LitData's own downloads are not used. It fetches in a thread whose failure it prints as a traceback, verifies nothing,
-reads conversations from object storage sample by sample, and counts on chunks being read one after the other when it
-bounds its cache. Here a chunk is fetched by the process that needs it, and LitData opens the folder of the cache as any
+reads conversations from object storage sample by sample, and bounds its cache correctly only if chunks are read one
+after the other. Here a chunk is fetched by the process that needs it, and LitData opens the folder of the cache as any
 local dataset.
 
 Processes share a cache through locks on its files, which the system takes back from a killed one:
@@ -28,6 +28,7 @@ from typing import Any
 from meap_lit.data.store.chunks import INDEX_FILE, check_chunk, chunk_problem, parse_index
 from meap_lit.data.store.remote import Storage
 from meap_lit.errors import UserError
+from meap_lit.files import write_file
 
 NUM_HELD = 16
 """Chunks of a split that a process counts as in use: two windows of `order.ShuffledOrder`, since rows that are packed
@@ -47,10 +48,10 @@ class LocalChunks:
         self._verified: set[int] = set()
 
     def ensure(self, number: int) -> None:
-        """Make sure that chunk `number` is there and whole, before LitData reads from it.
+        """Make sure that chunk `number` exists and is whole, before LitData reads from it.
 
         Raises:
-            UserError: If it is not.
+            UserError: If it does not, or is damaged.
         """
         if number not in self._verified:
             check_chunk(Path(self.folder), self._chunks[number])
@@ -58,11 +59,11 @@ class LocalChunks:
 
 
 class CachedChunks:
-    """A split at a remote address, chunk by chunk in the cache when asked for.
+    """A split at a remote address. Each chunk is fetched into the cache when it is first needed.
 
     Args:
         address: Address of the split.
-        storage: How it is read, and where it is kept.
+        storage: How it is read, and where the cache is.
 
     Raises:
         UserError: If its index cannot be read, or the cache not be written.
@@ -79,7 +80,9 @@ class CachedChunks:
         self.folder = str(self.root / name)
         try:
             os.makedirs(self.folder, exist_ok=True)
-            _write_unless_there(Path(self.folder, INDEX_FILE), index)
+            file = Path(self.folder, INDEX_FILE)  # LitData reads it from there
+            if not file.exists() or file.read_bytes() != index:
+                write_file(file, index)
         except OSError as error:
             raise UserError(
                 f"cannot write the cache {self.root}: {error.strerror}; name another data.cache_dir"
@@ -89,7 +92,7 @@ class CachedChunks:
         _caches.add(self)
 
     def ensure(self, number: int) -> None:
-        """Make sure that chunk `number` is in the cache, whole, and stays while `NUM_HELD` others are asked for.
+        """Make sure that chunk `number` is in the cache, whole, and stays while `NUM_HELD` others are read.
 
         Raises:
             UserError: If it cannot be fetched.
@@ -112,7 +115,7 @@ class CachedChunks:
             self._held.popitem()[1].close()
 
     def _hold(self, number: int) -> BufferedRandom:
-        """The file of a chunk, whole, under a shared lock."""
+        """Return the file of a chunk, whole, under a shared lock."""
         file = self._file(number)
         while True:
             held = _lock(file, fcntl.LOCK_SH) or self._fetch(number)
@@ -130,7 +133,7 @@ class CachedChunks:
             return held
 
     def _fetch(self, number: int) -> BufferedRandom | None:
-        """As `_hold`, by download; None if another process is at it."""
+        """Download a chunk and return its file as `_hold` does, or None if another process downloads it."""
         chunk, file = self._chunks[number], self._file(number)
         part = file.with_name(f"{file.name}.part")
         target = _lock(part, fcntl.LOCK_EX, create=True)
@@ -181,7 +184,7 @@ class CachedChunks:
 
 
 def open_chunks(path: str, storage: Storage) -> LocalChunks | CachedChunks:
-    """The chunks of the split at `path`, a folder or an address.
+    """Return the chunks of the split at `path`, a folder or an address.
 
     Raises:
         UserError: As for `CachedChunks`.
@@ -202,7 +205,7 @@ os.register_at_fork(after_in_child=_release_all)
 
 
 def _lock(path: Path, kind: int, create: bool = False) -> BufferedRandom | None:
-    """The file at `path`, open and locked; None if it is not there or locked otherwise."""
+    """Open and lock the file at `path`; return None if it does not exist or another process has locked it."""
     try:
         file = open(path, "r+b", opener=_create if create else None)  # noqa: SIM115  open as long as it is locked
     except FileNotFoundError:
@@ -214,7 +217,7 @@ def _lock(path: Path, kind: int, create: bool = False) -> BufferedRandom | None:
     except BlockingIOError:
         file.close()
         return None
-    if not _is_at(path, file):  # removed, and perhaps made anew, between opening and locking it
+    if not _is_at(path, file):  # removed, and perhaps made again, between opening and locking it
         file.close()
         return None
     return file
@@ -232,19 +235,10 @@ def _is_at(path: Path, file: BufferedRandom) -> bool:
 
 
 def _files(root: Path) -> Iterator[tuple[int, int, Path]]:
-    """Time of last use, size and path of every chunk in the cache, those that are being fetched too."""
+    """Yield time of last use, size and path of every chunk in the cache, also of those that are being fetched."""
     for path in root.glob(f"{'[0-9a-f]' * 32}/*"):  # nobody else's files, whatever folder the cache was given
         if path.name.startswith(INDEX_FILE):
             continue
         with contextlib.suppress(FileNotFoundError):  # it was renamed meanwhile
             stat = path.stat()
             yield stat.st_mtime_ns, stat.st_size, path
-
-
-def _write_unless_there(file: Path, content: bytes) -> None:
-    """Write `file` in one step, unless it holds this content already; LitData reads it from there."""
-    if file.exists() and file.read_bytes() == content:
-        return
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    os.replace(aside, file)

@@ -1,11 +1,11 @@
-"""LitData chunk folders of token ids: writing one, and checking that one is whole.
+"""Describe LitData chunk folders of token ids, and check that one is whole.
 
 Documents of text are stored as one line of tokens, which a reader cuts into blocks of any length. Conversations are
 stored as samples: `input_ids`, 1-D, and `answers`, [num_answers, 3], the positions start <= stop <= end of each answer
-(see `duplication.Answer`). Their sizes stand in a table beside the chunks, so that packing reads no token.
+(see `duplication.Answer`). Their sizes are in a table beside the chunks, so that packing reads no token.
 
 LitData's own `optimize` is not used: it deletes files that are not its own, and a killed run of it can be taken for
-a whole one. Its writer alone does neither, and one writer makes the layout independent of who tokenised.
+a whole one. Its writer alone does neither, and one writer makes the layout independent of the processes that tokenize.
 """
 
 import hashlib
@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 
 from meap_lit.errors import UserError
+from meap_lit.files import parse_object
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "samples.npz"
 SHA256 = "sha256"
-"""Key of the hash of a chunk's file in the index; LitData reads past it. Older datasets lack it."""
+"""Key of the hash of a chunk's file in the index; LitData ignores it, older datasets lack it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class ChatIndex:
         Raises:
             UserError: If it is damaged or belongs to other data.
         """
-        chunk_sizes = [documents for documents, _ in _layout(index)]
+        chunk_sizes = [documents for documents, _ in layout(index)]
         try:
             # written without compression: an archive that unpacks to more than it is was made to fill the memory
             unpacked = sum(entry.file_size for entry in zipfile.ZipFile(io.BytesIO(table)).infolist())
@@ -91,19 +92,19 @@ class ChatIndex:
                 raise ValueError("its arrays have other shapes or types")
         except Exception as error:  # a damaged archive may fail in any way
             reason = " ".join(str(error).split())
-            raise UserError(f"{folder}/{SAMPLES_FILE} is damaged: {reason:.200}; prepare the dataset anew") from error
+            raise UserError(f"{folder}/{SAMPLES_FILE} is damaged: {reason:.200}; prepare the dataset again") from error
         found, expected = len(result.num_tokens), sum(chunk_sizes)
         if found != expected or result.num_answers.sum() != len(result.answer_tokens):
             raise UserError(
                 f"{folder}/{SAMPLES_FILE} lists {found} samples with {len(result.answer_tokens)} answers, "
-                f"{INDEX_FILE} {expected} samples; prepare the dataset anew"
+                f"{INDEX_FILE} {expected} samples; prepare the dataset again"
             )
         return result
 
 
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the files that describe the chunks in `folder`, by their names."""
-    return {name: _sha256(folder / name) for name in (INDEX_FILE, SAMPLES_FILE) if (folder / name).is_file()}
+    return {name: sha256_of(folder / name) for name in (INDEX_FILE, SAMPLES_FILE) if (folder / name).is_file()}
 
 
 def check_hash(content: bytes, files: Mapping[str, str], file: str) -> None:
@@ -122,7 +123,19 @@ def check_hash(content: bytes, files: Mapping[str, str], file: str) -> None:
         raise UserError(f"{file} is damaged: it has another SHA-256 than the manifest says; {_MEND}")
 
 
-_MEND = "copy the dataset again or prepare it anew"
+_MEND = "copy or prepare the dataset again"
+
+
+def parse_description(content: bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object of a file that describes a dataset.
+
+    Raises:
+        UserError: If it holds none.
+    """
+    try:
+        return parse_object(content, where)
+    except UserError as error:
+        raise UserError(f"{error}; {_MEND}") from error
 
 
 def check_index(content: bytes, split: Split, folder: str) -> dict[str, Any]:
@@ -134,11 +147,11 @@ def check_index(content: bytes, split: Split, folder: str) -> dict[str, Any]:
     check_hash(content, split.files, f"{folder}/{INDEX_FILE}")
     index = parse_index(content, folder)
     unit = "tokens" if index["config"]["item_loader"] == "TokensLoader" else "documents"
-    found = sum(tokens if unit == "tokens" else documents for documents, tokens in _layout(index))
+    found = sum(tokens if unit == "tokens" else documents for documents, tokens in layout(index))
     expected = getattr(split, unit)
     if found != expected:
         raise UserError(
-            f"{folder}/{INDEX_FILE} lists {found} {unit}, the manifest {expected}; prepare the dataset anew"
+            f"{folder}/{INDEX_FILE} lists {found} {unit}, the manifest {expected}; prepare the dataset again"
         )
     return index
 
@@ -153,10 +166,7 @@ def parse_index(content: bytes, folder: str) -> dict[str, Any]:
         UserError: If it is damaged, or not an index that this package writes.
     """
     where = f"{folder}/{INDEX_FILE}"
-    try:
-        index = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is damaged: {error}; {_MEND}") from error
+    index = parse_description(content, where)
     try:
         chunks, config = index["chunks"], index["config"]
         names = [chunk["filename"] for chunk in chunks]
@@ -202,7 +212,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_plain_spec(spec: dict[str, Any], num_leaves: int) -> bool:
-    """Whether LitData puts `num_leaves` values back together as one tensor or a dict of them, and as nothing else."""
+    """Return whether LitData puts `num_leaves` values back together as one tensor or a dict of them."""
     leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
     if num_leaves == 1:
         return spec == leaf
@@ -220,12 +230,12 @@ def check_chunk_files(folder: Path, index: dict[str, Any]) -> None:
     for chunk in index["chunks"]:
         file = folder / chunk["filename"]
         if not file.is_file():
-            raise UserError(f"chunk {file} is missing; the dataset is incomplete: copy it again or prepare it anew")
+            raise UserError(f"chunk {file} is missing; the dataset is incomplete: copy or prepare it again")
         size = file.stat().st_size
         if size != chunk["chunk_bytes"]:
             raise UserError(
                 f"chunk {file} has {size} bytes instead of {chunk['chunk_bytes']}; "
-                f"the dataset is damaged: copy it again or prepare it anew"
+                f"the dataset is damaged: copy or prepare it again"
             )
 
 
@@ -240,13 +250,13 @@ def check_chunk(folder: Path, chunk: dict[str, Any]) -> None:
         with open(file, "rb") as content:
             problem = chunk_problem(content, chunk)
     except OSError as error:
-        raise UserError(f"cannot read chunk {file}: {error.strerror}; copy it again or prepare it anew") from error
+        raise UserError(f"cannot read chunk {file}: {error.strerror}; copy or prepare it again") from error
     if problem is not None:
-        raise UserError(f"chunk {file} {problem}; the dataset is damaged: copy it again or prepare it anew")
+        raise UserError(f"chunk {file} {problem}; the dataset is damaged: copy or prepare it again")
 
 
 def chunk_problem(content: io.BufferedIOBase, chunk: dict[str, Any]) -> str | None:
-    """What is wrong with the content of a chunk's file, or None; where the index has no hash, its size is compared."""
+    """Return what is wrong with the content of a chunk's file, or None; without a hash in the index, by its size."""
     size = content.seek(0, io.SEEK_END)
     if size != chunk["chunk_bytes"]:
         return f"has {size} bytes instead of {chunk['chunk_bytes']}"
@@ -256,11 +266,12 @@ def chunk_problem(content: io.BufferedIOBase, chunk: dict[str, Any]) -> str | No
     return None
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """Return the hex SHA-256 of a file."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _layout(index: dict[str, Any]) -> list[tuple[int, int]]:
-    """Number of documents and of tokens in each chunk; of samples LitData does not count the tokens."""
+def layout(index: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return the number of documents and of tokens in each chunk; LitData counts no tokens of conversations."""
     return [(chunk["chunk_size"], chunk["dim"] or 0) for chunk in index["chunks"]]

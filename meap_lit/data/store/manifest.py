@@ -1,4 +1,4 @@
-"""What a prepared dataset says about itself, and the proof that it is whole."""
+"""Write and read the manifest of a dataset, and check that the dataset is whole."""
 
 import dataclasses
 import hashlib
@@ -22,6 +22,7 @@ from meap_lit.data.store.chunks import (
     check_chunk_files,
     check_hash,
     check_index,
+    parse_description,
     parse_index,
 )
 from meap_lit.data.store.remote import Storage
@@ -33,8 +34,6 @@ VERSION = 2
 """Since 2 the manifest has the hashes of the files that describe the dataset, and of itself."""
 Kind = Literal["text", "chat"]
 _NO_STORAGE = Storage()
-_FIRST_TRIES = 3
-"""A wrong address or endpoint should not wait as long for its message as a run that has begun waits for its data."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class ChatDetails:
-    """What only a dataset of conversations says of itself."""
+    """The part of a manifest that only a dataset of conversations has."""
 
     template: str
     """Name of the chat template."""
@@ -60,40 +59,39 @@ class ChatDetails:
     num_truncated: int
     """Conversations cut because they are longer."""
     num_untrained: int = 0
-    """Conversations left out because no turn is to be learnt."""
+    """Conversations left out because no turn is to be learned."""
 
 
 @dataclass(frozen=True)
-class ShardDetails:
-    """What only a shard says of itself: it is one of `count`, which `prepare merge` makes a dataset of."""
+class PartDetails:
+    """The part of a manifest that only a part of a dataset has: one of `count`, which `prepare merge` puts together."""
 
     index: int
     count: int
     reserve_draw: float | None
-    """Draw of the document in the split `reserve`, if there is one; see `splits.ShardWriter`."""
+    """Draw of the document in the split `reserve`, if there is one; see `SplitWriter.close_part`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Content of the manifest.json that stands beside the splits and is written last.
+    """Content of manifest.json, which is beside the splits and is written last.
 
     Args:
-        tokenizer_fingerprint: `Tokenizer.document_fingerprint` of the tokenizer that made the ids; in a chat dataset,
-            where the template writes all special tokens, its `fingerprint`.
+        tokenizer_fingerprint: `fingerprint_for` the tokenizer that made the ids.
         vocab_size: Its vocabulary: every id is below.
         eos_token_id: Id that closes every document of text.
         bos_token_id: The id of the BOS that the tokenizer names; documents start with it if the tokenizer writes it.
-        mask_token_id: Id of the mask token; it stands nowhere in the data.
+        mask_token_id: Id of the mask token; the data does not have it.
         dtype: uint16 or int32.
         val_share: Share of documents that was to be held out.
-        splits: `train`, and `val` unless val_share is 0; of a shard those with a document (see `splits.ShardWriter`).
-        sources: Files read, in order; in a shard, all files that the shards share out.
+        splits: `train`, and `val` unless val_share is 0; of a part those with a document (see `SplitWriter`).
+        sources: Files read, in order; in a part, those of all parts.
         num_empty: Documents left out because they hold nothing but white space.
         num_skipped: Lines left out because they could not be read.
         version: Version of this format.
         kind: `text` or `chat`.
         chat: More of what a chat dataset is; None for text.
-        shard: Which part of a dataset this is; None for a whole one.
+        part: Which part of a dataset this is, `shard` in the file; None for a whole one.
     """
 
     tokenizer_fingerprint: str
@@ -110,11 +108,11 @@ class Manifest:
     version: int = VERSION
     kind: Kind = "text"
     chat: ChatDetails | None = None
-    shard: ShardDetails | None = None
+    part: PartDetails | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the dataset's tokens, their layout and their tokenizer; independent of where it lies."""
+        """Hex SHA-256 of the dataset's tokens, their layout and their tokenizer; the same wherever it is stored."""
         parts = [self.tokenizer_fingerprint, *(f"{name}:{split.fingerprint}" for name, split in self.splits.items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -131,7 +129,7 @@ class Manifest:
             kind: Kind of dataset that is wanted.
 
         Raises:
-            UserError: If there is no whole dataset, or one of another kind; says what is wrong.
+            UserError: If there is no whole dataset, or one of another kind.
         """
         read = _reader(location, storage, kind)
         manifest = cls._parse(read(MANIFEST_FILE), location)
@@ -149,16 +147,16 @@ class Manifest:
 
     @classmethod
     def _parse(cls, text: bytes, location: str) -> "Manifest":
-        content = _parse_json(text, f"{location}/{MANIFEST_FILE}")
+        content = parse_description(text, f"{location}/{MANIFEST_FILE}")
         version = content.get("version")
         if isinstance(version, int) and version > VERSION:
             raise UserError(
                 f"dataset {location} has a manifest of version {version}, this meap_lit reads up to {VERSION}; "
-                f"upgrade meap_lit or prepare the dataset anew"
+                f"upgrade meap_lit or prepare the dataset again"
             )
         _check_own_hash(text, content, location)
         try:
-            chat, shard = content.pop("chat", None), content.pop("shard", None)
+            chat, part = content.pop("chat", None), content.pop("shard", None)
             split_type = ChatSplit if chat else Split
             splits = {name: split_type(**split) for name, split in content.pop("splits").items()}
             sources = [Source(**source) for source in content.pop("sources")]
@@ -167,26 +165,24 @@ class Manifest:
                 splits=splits,
                 sources=sources,
                 chat=ChatDetails(**chat) if chat else None,
-                shard=ShardDetails(**shard) if shard else None,
+                part=PartDetails(**part) if part else None,
             )
-            parts = (manifest, manifest.chat, manifest.shard, *sources, *splits.values())
-            for part in filter(None, parts):
-                _check_types(part)
+            for entry in filter(None, (manifest, manifest.chat, manifest.part, *sources, *splits.values())):
+                _check_types(entry)
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{location}/{MANIFEST_FILE} is not a manifest of meap_lit ({error})") from error
-        if not splits.keys() <= _SPLITS or (shard is None and "train" not in splits):
+        if not splits.keys() <= _SPLITS or (part is None and "train" not in splits):
             raise UserError(
-                f"{location}/{MANIFEST_FILE} is damaged: its splits are {', '.join(splits) or 'none'}; copy the "
-                f"dataset again or prepare it anew"
+                f"{location}/{MANIFEST_FILE} is damaged: its splits are {', '.join(splits) or 'none'}; copy or "
+                f"prepare the dataset again"
             )
         return manifest
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`."""
         content = dataclasses.asdict(self)
-        for name in ("chat", "shard"):
-            if content[name] is None:
-                del content[name]
+        content["shard"] = content.pop("part")
+        content = {name: value for name, value in content.items() if name not in ("chat", "shard") or value is not None}
         body = json.dumps(content, indent=1).removesuffix("\n}")
         (folder / MANIFEST_FILE).write_text(f'{body},\n "{SHA256}": "{_hash_of(body.encode())}"\n}}\n')
 
@@ -197,27 +193,32 @@ class Manifest:
 
         Args:
             tokenizer: The tokenizer of the recipe.
-            dataset: Where the dataset lies, for the message.
-            tokenizer_folder: Where the tokenizer lies, for the message.
+            dataset: Address of the dataset, for the message.
+            tokenizer_folder: Folder of the tokenizer, for the message.
             option: What names it, for the message.
 
         Raises:
             UserError: If the dataset was prepared with another tokenizer.
         """
-        expected = tokenizer.document_fingerprint if self.kind == "text" else tokenizer.fingerprint
+        expected = fingerprint_for(self.kind, tokenizer)
         if expected == self.tokenizer_fingerprint:
             return
         if tokenizer.fingerprint == self.tokenizer_fingerprint:
             around = tokenizer.decode([*tokenizer.before_text, *tokenizer.after_text])
             raise UserError(
                 f"dataset {dataset} was prepared by an earlier version, without the {around} that {tokenizer_folder} "
-                f"writes around each text; prepare the dataset anew"
+                f"writes around each text; prepare the dataset again"
             )
         raise UserError(
             f"dataset {dataset} was prepared with another tokenizer than {tokenizer_folder} (fingerprint "
             f"{self.tokenizer_fingerprint[:8]} against {expected[:8]}); name that one as {option}, or prepare the "
-            f"dataset anew with this one"
+            f"dataset again with this one"
         )
+
+
+def fingerprint_for(kind: Kind, tokenizer: Tokenizer) -> str:
+    """Return the fingerprint of what decides the ids of a dataset; in chats the template writes all special tokens."""
+    return tokenizer.document_fingerprint if kind == "text" else tokenizer.fingerprint
 
 
 def load_samples(
@@ -249,7 +250,7 @@ _OWN_HASH = re.compile(rb'(.*),\n "sha256": "([0-9a-f]{64})"\n}\n', re.DOTALL)
 """The end of a manifest: the hash of all that comes before it."""
 
 _told: set[str] = set()
-"""Datasets that this process has said to be unverified."""
+"""Datasets that this process has printed a note about."""
 
 
 def _hash_of(body: bytes) -> str:
@@ -271,15 +272,15 @@ def _check_own_hash(text: bytes, content: dict[str, Any], location: str) -> None
     found = _OWN_HASH.fullmatch(text)
     if found is None or _hash_of(found[1]) != stated:
         raise UserError(
-            f"{location}/{MANIFEST_FILE} is damaged: it has another SHA-256 than it says; copy the dataset again or "
-            f"prepare it anew"
+            f"{location}/{MANIFEST_FILE} is damaged: it has another SHA-256 than it says; copy or prepare the "
+            f"dataset again"
         )
 
 
-def _check_types(part: Any) -> None:
+def _check_types(entry: Any) -> None:
     """Raise TypeError if a field of a dataclass that was read from JSON has another type than it says."""
-    for name, hint in typing.get_type_hints(type(part)).items():
-        value, classes = getattr(part, name), typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    for name, hint in typing.get_type_hints(type(entry)).items():
+        value, classes = getattr(entry, name), typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
         if all(kind in (int, float, str, type(None)) for kind in classes):
             allowed = (*classes, int) if float in classes else classes
             if not isinstance(value, allowed) or isinstance(value, bool):
@@ -298,15 +299,14 @@ def _is_remote(location: str) -> bool:
 
 
 def _reader(location: str, storage: Storage, kind: Kind) -> Callable[[str], bytes]:
-    """A function that reads a file of the dataset at `location`."""
+    """Return a function that reads a file of the dataset at `location`."""
     if not _is_remote(location):
         return _local_reader(location, kind)
-    hasty = dataclasses.replace(storage, tries=min(storage.tries, _FIRST_TRIES))
-    return lambda name: hasty.read(f"{location.rstrip('/')}/{name}")
+    return lambda name: storage.hasty.read(f"{location.rstrip('/')}/{name}")
 
 
 def _local_reader(location: str, kind: Kind) -> Callable[[str], bytes]:
-    """A function that reads a file of the dataset in the folder `location`."""
+    """Return a function that reads a file of the dataset in the folder `location`."""
     folder = Path(location)
     if not folder.is_dir():
         raise UserError(f"dataset folder {location} does not exist; make it with: {_command(location, kind)}")
@@ -325,13 +325,3 @@ def _local_reader(location: str, kind: Kind) -> Callable[[str], bytes]:
             raise UserError(f"dataset {location} is incomplete: cannot read {name} ({error.strerror})") from error
 
     return read
-
-
-def _parse_json(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{where} is damaged: not a JSON object")
-    return content

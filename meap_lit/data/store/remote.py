@@ -1,43 +1,50 @@
-"""Reading objects from storage that may fail: what passes is tried again, what does not ends in one line.
+"""Read objects from storage that may fail: try again what may pass, and end in one line otherwise.
 
-There is one loop of tries and it is ours, with the retries of botocore switched off: botocore repeats a request that
-failed, but not a body that broke off or came with a flipped byte, and a loop in a loop multiplies the waiting.
+`s3.py` reads S3, and fsspec reads everything else. There is one loop of tries, and the retries of botocore
+are off: botocore repeats a request that failed, but not a body that broke off or came with a flipped byte, and a
+loop in a loop would multiply the waiting.
 """
 
 import contextlib
+import dataclasses
+import glob
 import io
-import json
-import os
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
+from meap_lit.data.store.faults import Passing, fault_of_status, in_one_line
+from meap_lit.data.store.s3 import CONNECT_TIMEOUT, find_s3, open_s3
 from meap_lit.errors import UserError
+from meap_lit.files import parse_json
 
-REMOTE_SCHEMES = ("s3", "gs", "r2", "azure")
+_S3 = ("s3", "r2")  # R2 speaks S3's protocol: its address is AWS_ENDPOINT_URL
+_EXTRAS = {"gs": "gs", "az": "az", "abfs": "az", "azure": "az"}
+"""The extra of this package that installs fsspec's file system for a scheme; those of the others are dependencies."""
+REMOTE_SCHEMES = (*_S3, *_EXTRAS, "https", "http", "hf")
 
-_CONNECT_TIMEOUT = 5.0  # seconds
 _SLOWEST = 1_000_000  # bytes per second over a whole object; below it a try is given up
 _LONGEST_PAUSE = 16.0  # seconds
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How remote datasets are read.
+    """Options by which remote files are read.
 
     Endpoint, region and credentials of s3:// come from the environment, the way AWS names it: AWS_ENDPOINT_URL (http://
     too) or AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE.
 
     Args:
-        cache_dir: Folder that chunks are kept in; `~/.cache/meap_lit` if not given.
+        cache_dir: Folder that keeps chunks; `~/.cache/meap_lit` if not given.
         cache_bytes: Bytes that it may hold, beside what is being read; no limit if not given.
         tries: Tries to read an object. The pause after try n is 2**(n-2) seconds, 16 at most, shortened by up to half.
         timeout: Seconds without a byte after which a try is given up. It is also given up when on the whole it takes
             longer than this and a second per MB.
-        options: Arguments of the client: of `boto3.client` for s3://, otherwise as LitData takes them.
+        options: Arguments of `boto3.client` for s3://, otherwise of fsspec's file system.
     """
 
     cache_dir: str | None = None
@@ -46,8 +53,13 @@ class Storage:
     timeout: float = 30.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def hasty(self) -> "Storage":
+        """The same with 3 tries at most: a wrong address should be reported sooner than a fault during a run."""
+        return dataclasses.replace(self, tries=min(self.tries, 3))
+
     def read(self, address: str) -> bytes:
-        """Content of a small object; one that is named .json must be JSON.
+        """Return the content of a small object; one that is named .json must be JSON.
 
         Raises:
             UserError: If it cannot be read.
@@ -56,9 +68,7 @@ class Storage:
         self.download(address, buffer, _json_problem if address.endswith(".json") else None)
         return buffer.getvalue()
 
-    def download(
-        self, address: str, file: io.BufferedIOBase, problem: Callable[[io.BufferedIOBase], str | None] | None = None
-    ) -> None:
+    def download(self, address: str, file: IO[bytes], problem: Callable[[Any], str | None] | None = None) -> None:
         """Write an object into `file`, from its beginning and over what it holds.
 
         Args:
@@ -69,158 +79,208 @@ class Storage:
         Raises:
             UserError: If it cannot be read, or not as it should be; names the address, what happened and how often.
         """
+
+        def get() -> None:
+            file.seek(0)
+            _get(address, file, self)
+            file.truncate()
+            if problem is not None and (fault := problem(file)) is not None:
+                raise Passing(fault)
+
+        self._try(address, get)
+
+    def find(self, address: str) -> "list[RemoteFile]":
+        """Find objects by their address.
+
+        Args:
+            address: An object, a folder, for all objects in it at any level, or a glob pattern of objects.
+
+        Raises:
+            UserError: If they cannot be listed, or the server does not tell their size.
+        """
+        return self.hasty._try(address, lambda: _find(address, self))
+
+    def _try(self, address: str, attempt: Callable[[], Any]) -> Any:
         for number in range(self.tries):
             if number:
                 time.sleep(min(2.0 ** (number - 2), _LONGEST_PAUSE) * _UNSEEDED.uniform(0.5, 1.0))
-            file.seek(0)
             try:
-                _get(address, file, self)
-                file.truncate()
-                fault = problem(file) if problem is not None else None
-            except _Passing as error:
+                return attempt()
+            except Passing as error:
                 fault = str(error)
-            if fault is None:
-                return
         raise UserError(f"cannot read {address} (tries: {self.tries}): {fault}")
 
 
-def _json_problem(content: io.BufferedIOBase) -> str | None:
+def _json_problem(content: IO[bytes]) -> str | None:
     content.seek(0)
     try:
-        json.load(content)
-    except (ValueError, RecursionError) as error:
-        return f"it is not JSON: {_line(error)}"
+        parse_json(content.read(), "its content")
+    except UserError as error:
+        return str(error)
     return None
 
 
-class _Passing(Exception):
-    """A fault that another try may not meet."""
+@dataclass(frozen=True)
+class RemoteFile:
+    """A remote file, read like a `Path` by way of a temporary copy.
+
+    Args:
+        address: Its address.
+        size: Its size in bytes.
+        storage: How it is read.
+    """
+
+    address: str
+    size: int
+    storage: Storage = Storage()
+
+    def __str__(self) -> str:
+        return self.address
+
+    @property
+    def name(self) -> str:
+        return self.address.rpartition("/")[2]
+
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        """Download the file and open the copy, which disappears when it is closed.
+
+        Raises:
+            UserError: If it cannot be read.
+        """
+        copy = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+        try:
+            self.storage.download(self.address, copy)
+        except BaseException:
+            copy.close()
+            raise
+        copy.seek(0)
+        return copy
 
 
 _UNSEEDED = random.Random()  # many processes that fail together should not come back together
 
 
-def _get(address: str, file: io.BufferedIOBase, storage: Storage) -> None:
-    """One try.
+def _get(address: str, file: IO[bytes], storage: Storage) -> None:
+    """Read an object once.
 
     Raises:
-        _Passing: If another try may go better.
+        Passing: If another try may go better.
         UserError: If it would not.
     """
-    url = urlsplit(address)
-    if url.scheme == "s3" and url.netloc:
-        _get_s3(address, url.netloc, url.path.lstrip("/"), file, storage)
-    elif url.scheme in REMOTE_SCHEMES and url.netloc:
-        _get_by_litdata(address, file, storage)
-    else:
-        raise UserError(
-            f"dataset address {address} must begin with one of {', '.join(REMOTE_SCHEMES)} and ://, then name a bucket"
-        )
-
-
-def _get_s3(address: str, bucket: str, key: str, file: io.BufferedIOBase, storage: Storage) -> None:
-    client = _s3_client(storage)
-    with _faults_of_s3(f"{address} at {client.meta.endpoint_url}"):
-        response = client.get_object(Bucket=bucket, Key=key)
-        size = response["ContentLength"]
+    with _open(address, storage) as (stream, size):
         start = time.monotonic()
         received = 0
-        with response["Body"] as stream:
-            # at most what one call of the socket brings: a longer read would wait for a trickle without end
-            while piece := stream.read1(2**20):
-                try:
-                    file.write(piece)
-                except OSError as error:  # not one of the network
-                    raise UserError(
-                        f"cannot keep {address}: {error.strerror}; lower data.cache_bytes or move data.cache_dir"
-                    ) from error
-                received += len(piece)
-                seconds = time.monotonic() - start
-                if seconds > storage.timeout + size / _SLOWEST:
-                    raise _Passing(f"only {received} of {size} bytes came in {seconds:.0f} seconds")
-        if received != size:
-            raise _Passing(f"it ended after {received} of {size} bytes")
+        # at most what one call of the socket brings: a longer read would wait for a trickle without end
+        while piece := (getattr(stream, "read1", None) or stream.read)(2**20):
+            try:
+                file.write(piece)
+            except OSError as error:  # not one of the network
+                raise UserError(
+                    f"cannot keep {address}: {error.strerror}; lower data.cache_bytes or move data.cache_dir, or set "
+                    f"TMPDIR for an input of prepare"
+                ) from error
+            received += len(piece)
+            seconds = time.monotonic() - start
+            if seconds > storage.timeout + (size or received) / _SLOWEST:
+                raise Passing(f"only {received} of {size} bytes came in {seconds:.0f} seconds")
+        if size not in (None, received):
+            raise Passing(f"it ended after {received} of {size} bytes")
 
 
 @contextlib.contextmanager
-def _faults_of_s3(what: str) -> Iterator[None]:
-    """Tell faults that may pass from those that do not."""
-    from botocore import exceptions as botocore
-    from botocore.parsers import ResponseParserError
-    from urllib3.exceptions import HTTPError
+def _open(address: str, storage: Storage) -> Iterator[tuple[Any, int | None]]:
+    """Open an object as a stream, with its size if that is known."""
+    if _scheme(address) in _S3:
+        with open_s3(address, storage.timeout, storage.options) as opened:
+            yield opened
+    else:
+        with _faults(address), _file_system(address, storage).open(address) as stream:
+            yield stream, stream.size
 
-    passing = (
-        botocore.ConnectionError,
-        botocore.HTTPClientError,  # a broken connection, or a time-out
-        botocore.CredentialRetrievalError,
-        botocore.MetadataRetrievalError,
-        ResponseParserError,
-        HTTPError,
-        OSError,
-    )
+
+def _find(address: str, storage: Storage) -> list[RemoteFile]:
+    if _scheme(address) in _S3:
+        sizes: dict[str, int | None] = {**find_s3(address, storage.timeout, storage.options)}
+    else:
+        with _faults(address):
+            system = _file_system(address, storage)
+            if glob.has_magic(address):
+                found = system.glob(address, detail=True)
+            elif (info := system.info(address))["type"] == "file":
+                found = {address: info}
+            else:
+                found = system.find(address, detail=True)
+        sizes = {system.unstrip_protocol(name): info["size"] for name, info in found.items() if info["type"] == "file"}
+    files = []
+    for name, size in sizes.items():
+        if size is None:
+            raise UserError(f"cannot read {name}: the server does not tell its size; download it first")
+        files.append(RemoteFile(name, size, storage))
+    return files
+
+
+def _scheme(address: str) -> str:
+    """Return the scheme of an address.
+
+    Raises:
+        UserError: If it is not one that can be read.
+    """
+    url = urlsplit(address)
+    if url.scheme not in REMOTE_SCHEMES or not url.netloc:
+        raise UserError(
+            f"address {address} must begin with one of {', '.join(REMOTE_SCHEMES)} and ://, then name a bucket or host"
+        )
+    if "@" in url.netloc:
+        raise UserError(
+            f"the address of {url.path.strip('/')} must not hold credentials; put them into the environment"
+        )
+    return url.scheme
+
+
+@contextlib.contextmanager
+def _faults(address: str) -> Iterator[None]:
+    """Raise `Passing` or a `UserError`; each file system has its own exceptions, most with the status of the answer."""
     try:
         yield
-    except passing as error:
-        raise _Passing(_line(error)) from error
-    except botocore.ClientError as error:
-        code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
-        fault = f"{code} (status {status}): {error.response['Error'].get('Message', '')}"
-        if status >= 500 or status in (408, 429):
-            raise _Passing(fault) from error
-        raise UserError(f"cannot read {what}: {fault}; {_HINTS.get(code, _HINTS[''])}") from error
-    except botocore.NoCredentialsError as error:
-        raise UserError(
-            f"cannot read {what}: {_line(error)}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        ) from error
-    except botocore.BotoCoreError as error:
-        raise UserError(f"cannot read {what}: {_line(error)}; {_HINTS['']}") from error
+    except (Passing, UserError):
+        raise
+    except Exception as error:
+        # the HTTP file system calls whatever goes wrong a missing file
+        cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+        fault = f"{type(cause).__name__}: {in_one_line(cause)}"
+        stated = (getattr(cause, name, None) for name in ("status", "code", "status_code"))
+        status = next((value for value in stated if isinstance(value, int)), 500)
+        if isinstance(cause, (FileNotFoundError, PermissionError, TypeError)):
+            status = 400
+        raise fault_of_status(status, address, fault, "check the address and the credentials") from error
 
 
-_HINTS = {
-    "": "check the address, AWS_ENDPOINT_URL and the credentials",
-    "404": "is it part of a dataset made by meap_lit prepare?",
-    "NoSuchKey": "is it part of a dataset made by meap_lit prepare?",
-    "NoSuchBucket": "check the name of the bucket and AWS_ENDPOINT_URL",
-}
+def _file_system(address: str, storage: Storage) -> Any:
+    """Return fsspec's file system for an address.
 
-_clients: dict[tuple[int, str], Any] = {}
+    Raises:
+        UserError: If its package is not installed, or does not take the options.
+    """
+    import fsspec
 
-
-def _s3_client(storage: Storage) -> Any:
-    """The client of this process; a fork must not share the connections of its parent."""
-    key = (os.getpid(), repr((storage.timeout, storage.options)))
-    if key not in _clients:
-        # imported here because it takes seconds
-        import boto3
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
-
-        options = {
-            "region_name": os.environ.get("AWS_REGION"),  # boto3 itself reads AWS_DEFAULT_REGION only
-            "config": Config(
-                connect_timeout=min(_CONNECT_TIMEOUT, storage.timeout),
-                read_timeout=storage.timeout,
-                retries={"total_max_attempts": 1},
-            ),
-            **storage.options,
-        }
-        try:
-            _clients[key] = boto3.session.Session().client("s3", **options)
-        except (BotoCoreError, TypeError, ValueError) as error:
-            raise UserError(
-                f"cannot read from s3://: {_line(error)}; check AWS_ENDPOINT_URL, AWS_PROFILE and data.storage_options"
-            ) from error
-    return _clients[key]
-
-
-def _get_by_litdata(address: str, file: io.BufferedIOBase, storage: Storage) -> None:
-    from litdata.streaming.downloader import get_downloader
-
+    scheme = urlsplit(address).scheme
+    options: dict[str, Any] = {"use_listings_cache": False}
     try:
-        get_downloader(address, "", [], dict(storage.options)).download_fileobj(address, file)
-    except Exception as error:  # each client has classes of its own, which are there only if it is installed
-        raise _Passing(f"{type(error).__name__}: {_line(error)}") from error
+        if scheme in ("https", "http"):
+            import aiohttp
 
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+            timeout = aiohttp.ClientTimeout(
+                total=None, sock_connect=min(CONNECT_TIMEOUT, storage.timeout), sock_read=storage.timeout
+            )
+            # a stream instead of a request for each block
+            options |= {"client_kwargs": {"timeout": timeout}, "block_size": 0}
+        return fsspec.filesystem("az" if scheme == "azure" else scheme, **{**options, **storage.options})
+    except ImportError as error:
+        extra = f"[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else ""
+        raise UserError(
+            f"reading {address} needs a package: pip install 'meap-lit{extra}' ({in_one_line(error)})"
+        ) from error
+    except Exception as error:  # each file system has errors of its own for wrong options and missing credentials
+        raise UserError(
+            f"cannot read from {scheme}://: {in_one_line(error)}; check the credentials and data.storage_options"
+        ) from error

@@ -1,4 +1,4 @@
-"""Writers of token chunks in the format of LitData."""
+"""Write token chunks in the format of LitData."""
 
 import dataclasses
 import hashlib
@@ -15,16 +15,16 @@ from meap_lit.data.store.chunks import (
     SHA256,
     ChatSplit,
     Split,
-    _layout,
-    _sha256,
     check_chunk_files,
     check_index,
     hash_files,
+    layout,
+    sha256_of,
 )
 
 
 class ChunkWriter(ABC):
-    """Writes samples into the chunks of one folder, in the order they come.
+    """Write samples into the chunks of one folder, in the order they come.
 
     The files depend on the samples and the arguments only, byte for byte.
 
@@ -37,7 +37,7 @@ class ChunkWriter(ABC):
     """
 
     def __init__(self, folder: Path, dtype: np.dtype, chunk_bytes: int, item_loader: Any = None) -> None:
-        # imported here because it takes seconds, and the processes that tokenise import this module too
+        # imported here because it takes seconds, and the processes that tokenize import this module too
         from litdata.streaming.writer import BinaryWriter
 
         self.folder = folder
@@ -66,12 +66,12 @@ class ChunkWriter(ABC):
         # LitData would wait here for the indexes of every process that takes part in a distributed run
         (piece,) = self.folder.glob(f"*.{INDEX_FILE}")
         index = json.loads(piece.read_text())
-        self._hash.update(json.dumps([index["config"]["data_format"], _layout(index)]).encode())
+        self._hash.update(json.dumps([index["config"]["data_format"], layout(index)]).encode())
         fingerprint = self._hash.hexdigest()
         # LitData names the cache of a remote folder after this; its own choice is the time
         index["updated_at"] = fingerprint
         for chunk in index["chunks"]:
-            chunk[SHA256] = _sha256(self.folder / chunk["filename"])
+            chunk[SHA256] = sha256_of(self.folder / chunk["filename"])
         (self.folder / INDEX_FILE).write_text(json.dumps(index, sort_keys=True))
         piece.unlink()
         split = Split(self.num_documents, self.num_tokens, fingerprint, files=hash_files(self.folder))

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from meap_lit.data.corpora.facts import NAMES, OPENING, Filler, draw_facts
-from meap_lit.data.read.readers import find_files
+from meap_lit.data.read.find import find_files
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import heat_maps
 from meap_lit.evaluation.task import Item, Plot, Record, Task

@@ -5,13 +5,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from meap_lit.data.read.formats import FORMATS, Span, read_file
-from meap_lit.data.read.readers import DocumentReader, find_files
+from meap_lit.data.read.find import find_files
+from meap_lit.data.read.formats import FORMATS, InputFile, Span, read_file
+from meap_lit.data.read.readers import DocumentReader
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -80,7 +80,7 @@ class Documents:
         self._ends: dict[int, np.ndarray] = {}
 
     @staticmethod
-    def find(path: str) -> list[Path]:
+    def find(path: str) -> list[InputFile]:
         """Return the files that `read` reads.
 
         Raises:

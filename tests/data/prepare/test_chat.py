@@ -85,11 +85,12 @@ def test_samples_are_what_the_template_says(tmp_path, tokenizer, tokenizer_folde
     long = sum(stop - start > 50 for start, stop, _ in answers)
     assert long > 0
     printed = capsys.readouterr().out
-    assert f"dataset {tmp_path / 'out'}, template alpaca\n" in printed
+    assert f"dataset {tmp_path / 'out'}\n" in printed
+    assert "  template alpaca\n" in printed
     assert f"train    9 conversations, {sum(lengths)} tokens\n" in printed
-    assert f"longest {max(lengths)}, mean {sum(lengths) / 9:.1f}\n" in printed
+    assert f"longest {max(lengths)}, mean {sum(lengths) / 9:.1f} tokens; 0 truncated\n" in printed
     assert f"answers  9, {long} over 50 tokens; {learnt} tokens, those that close them included\n" in printed
-    assert "left out 0 too long, 0 without a turn to learn, 0 unreadable; 0 truncated\n" in printed
+    assert "left out 0 too long for max_tokens, 0 without a turn to learn, 0 unreadable\n" in printed
     assert "unknown" not in printed
     assert "prompts" not in printed
 
@@ -151,7 +152,7 @@ def test_large_vocabulary_is_stored_as_int32(tmp_path, tokenizer_folder):
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, tokenizer_folder, monkeypatch):
-    monkeypatch.setattr("meap_lit.data.prepare.chat._BATCH_RECORDS", 7)  # many batches for each worker
+    monkeypatch.setattr("meap_lit.data.prepare.chat.ChatEncoder.batch_size", 7)  # many batches for each worker
     source = write_json(tmp_path / "in.json", records(100))
     results = []
     for num_workers in (1, 2):
@@ -246,10 +247,10 @@ def test_turns_that_are_not_learnt_have_no_answer(tmp_path, tokenizer, tokenizer
     table = load_samples(str(tmp_path / "out"), "train")
     assert table.num_answers.tolist() == [2, 1, 1]
     assert Manifest.load(str(tmp_path / "out"), kind="chat").chat.num_untrained == 1
-    assert "left out 0 too long, 1 without a turn to learn, 0 unreadable" in capsys.readouterr().out
+    assert "left out 0 too long for max_tokens, 1 without a turn to learn, 0 unreadable" in capsys.readouterr().out
     none = write_json(tmp_path / "none.json", [{"messages": weighted[3]}])
     with pytest.raises(
-        UserError, match=r"^no conversation to tokenise in .*, 1 without a turn to learn, 0 unreadable\)$"
+        UserError, match=r"^no conversations to tokenize in .*, 1 without a turn to learn, 0 unreadable\)$"
     ):
         prepare(tmp_path / "none", none, tokenizer_folder, template="mistral")
 
@@ -348,7 +349,7 @@ def test_long_conversations_are_dropped(tmp_path, tokenizer, tokenizer_folder, t
     assert read_samples(tmp_path / "out" / "train") == [encode(tokenizer, turns[:2])]
     chat = Manifest.load(str(tmp_path / "out"), kind="chat").chat
     assert (chat.num_dropped, chat.num_truncated) == (1, 0)
-    assert "left out 1 too long, 0 without a turn to learn, 0 unreadable; 0 truncated" in capsys.readouterr().out
+    assert "left out 1 too long for max_tokens, 0 without a turn to learn, 0 unreadable" in capsys.readouterr().out
 
 
 def test_long_conversations_are_truncated(tmp_path, tokenizer, tokenizer_folder, turns):
@@ -400,7 +401,7 @@ def test_a_conversation_cut_before_its_answer_is_dropped(tmp_path, tokenizer, to
         ({"input": ["nowhere.json"]}, "input nowhere.json does not exist"),
         (
             {"max_tokens": 3, "on_long": "drop"},
-            r"no conversation to tokenise in \S+/in.json \(2 too long for max_tokens, 0 without a turn to learn, 0 unr",
+            r"no conversations to tokenize in \S+/in.json \(2 too long for max_tokens, 0 without a turn to learn, 0 u",
         ),
     ],
 )
@@ -442,14 +443,14 @@ def test_bad_records_stop_or_are_counted(tmp_path, tokenizer, record, message, c
     prepare(tmp_path / "out", source, str(tmp_path / "tokenizer"), on_error="skip", **options)
     assert len(read_samples(tmp_path / "out" / "train")) == 2
     printed = capsys.readouterr().out
-    assert "left out 0 too long, 0 without a turn to learn, 1 unreadable; 0 truncated; first unreadable: " in printed
+    assert "left out 0 too long for max_tokens, 0 without a turn to learn, 1 unreadable, first: " in printed
     assert "in.json, element 2: " in printed
     assert Manifest.load(str(tmp_path / "out"), kind="chat").num_skipped == 1
 
 
 def test_data_without_a_readable_record_says_why(tmp_path, tokenizer_folder):
     source = write_json(tmp_path / "in.json", [{"prompt": "q"}, {"prompt": "r"}])
-    message = r"2 unreadable; first unreadable: \S+/in.json, element 1: no answer: field 'com"
+    message = r"2 unreadable, first: \S+/in.json, element 1: no answer: field 'com"
     with pytest.raises(UserError, match=message):
         prepare(tmp_path / "out", source, tokenizer_folder, on_error="skip")
 
@@ -459,7 +460,7 @@ def test_empty_data_file(tmp_path, tokenizer_folder, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(
         UserError,
-        match=rf"^no conversation to tokenise in \S+/{name} \(0 too long for max_tokens, 0 without a turn to learn, 0 ",
+        match=rf"^no conversations to tokenize in \S+/{name} \(0 too long for max_tokens, 0 without a turn to learn, ",
     ):
         prepare(tmp_path / "out", tmp_path / name, tokenizer_folder)
     assert not (tmp_path / "out").exists()

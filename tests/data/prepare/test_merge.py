@@ -21,9 +21,10 @@ from litdata import StreamingDataset, TokensLoader
 
 from meap_lit.cli import main
 from meap_lit.data.prepare.chat import PrepareChat
-from meap_lit.data.prepare.merge import MergeShards
+from meap_lit.data.prepare.merge import MergeParts
 from meap_lit.data.prepare.text import PrepareText
-from meap_lit.data.read.readers import DocumentReader, InputShard, find_files
+from meap_lit.data.read.find import find_files
+from meap_lit.data.read.readers import DocumentReader, InputPart
 from meap_lit.data.store.manifest import Manifest, load_samples
 from meap_lit.errors import UserError
 from tests.support.older_dataset import make_older
@@ -54,7 +55,7 @@ def documents_of(dataset, kind="text"):
     return {name: Counter(items_in(dataset / name)) for name in Manifest.load(str(dataset), kind=kind).splits}
 
 
-# --------------------------------------------------------------------------------------- what a shard reads
+# --------------------------------------------------------------------------------------- what a part reads
 
 
 def every_format(folder):
@@ -73,13 +74,13 @@ def every_format(folder):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 100, 2000])
-def test_shards_read_every_document_once_and_in_order(tmp_path, count):
+def test_parts_read_every_document_once_and_in_order(tmp_path, count):
     files = every_format(tmp_path / "in")
     whole = list(DocumentReader(files))
     assert len(whole) == 5 * 9 + 4
     shared_out, num_bytes = [], 0
     for index in range(count):
-        reader = DocumentReader(files, shard=InputShard(index, count))
+        reader = DocumentReader(files, part=InputPart(index, count))
         seen = []
         for document in reader:
             shared_out.append(document)
@@ -95,15 +96,15 @@ def test_a_file_of_lines_is_divided_anywhere(tmp_path):
     documents = ["a", "", "ccc", "d" * 30, "e"]
     file = write_jsonl(tmp_path / "in.jsonl", documents)
     for count in range(1, file.stat().st_size + 5):
-        shards = [list(DocumentReader([file], shard=InputShard(index, count))) for index in range(count)]
-        assert list(chain(*shards)) == documents
+        parts = [list(DocumentReader([file], part=InputPart(index, count))) for index in range(count)]
+        assert list(chain(*parts)) == documents
 
 
 def shares(files, count):
-    return [len(list(DocumentReader(files, shard=InputShard(index, count)))) for index in range(count)]
+    return [len(list(DocumentReader(files, part=InputPart(index, count)))) for index in range(count)]
 
 
-def test_shards_are_of_equal_size(tmp_path):
+def test_parts_are_of_equal_size(tmp_path):
     same = ["all of one length"] * 120
     huge = write_jsonl(tmp_path / "huge.jsonl", same)
     assert max(shares([huge], 4)) - min(shares([huge], 4)) <= 1
@@ -119,23 +120,23 @@ def test_shards_are_of_equal_size(tmp_path):
     assert shares(unequal, 4) == [1, 1, 1, 1]
 
 
-def test_a_bad_line_of_a_shard_is_named_by_its_byte(tmp_path):
+def test_a_bad_line_of_a_part_is_named_by_its_byte(tmp_path):
     file = tmp_path / "in.jsonl"
     file.write_bytes(b'{"text": "fine"}\n' * 20 + b'{"text": 7}\n' + b'{"text": "fine"}\n' * 2)
     with pytest.raises(UserError, match=r"in.jsonl, byte 340: field 'text' is not a string but int; use --on_error"):
-        list(DocumentReader([file], shard=InputShard(1, 2)))
+        list(DocumentReader([file], part=InputPart(1, 2)))
     assert file.read_bytes()[340:].startswith(b'{"text": 7}')
-    assert list(DocumentReader([file], shard=InputShard(0, 2))) == ["fine"] * 12
+    assert list(DocumentReader([file], part=InputPart(0, 2))) == ["fine"] * 12
     with pytest.raises(UserError, match=r"in.jsonl, line 21: field"):
-        list(DocumentReader([file], shard=InputShard(0, 1)))
+        list(DocumentReader([file], part=InputPart(0, 1)))
 
 
-def test_a_bad_row_of_a_shard_is_named_by_its_number_in_the_file(tmp_path):
+def test_a_bad_row_of_a_part_is_named_by_its_number_in_the_file(tmp_path):
     file = tmp_path / "in.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": [*"abcdefg", None, "i"]}), file, row_group_size=2)
-    assert list(DocumentReader([file], shard=InputShard(0, 2))) == list("abcd")
+    assert list(DocumentReader([file], part=InputPart(0, 2))) == list("abcd")
     with pytest.raises(UserError, match=r"in.parquet, row 8: field 'text' is not a string"):
-        list(DocumentReader([file], shard=InputShard(1, 2)))
+        list(DocumentReader([file], part=InputPart(1, 2)))
 
 
 # -------------------------------------------------------------------------------------------------- result
@@ -151,8 +152,8 @@ def prepare_chat(output, source, tokenizer, **options):
     PrepareChat(output=str(output), input=[str(source)], tokenizer=tokenizer, **options).run()
 
 
-def merge(output, *shards):
-    MergeShards(output=str(output), input=[str(shard) for shard in shards]).run()
+def merge(output, *parts):
+    MergeParts(output=str(output), input=[str(part) for part in parts]).run()
     return output
 
 
@@ -169,9 +170,9 @@ def sources(tmp_path_factory):
 def test_merged_text_is_what_one_run_makes(tmp_path, sources, tokenizer, tokenizer_folder, count, capsys):
     prepare_text(tmp_path / "one", sources, tokenizer_folder)
     for index in range(count):
-        prepare_text(tmp_path / "shards" / f"s{index}", sources, tokenizer_folder, shard=f"{index}/{count}")
-    assert f"s0, shard 0/{count} for prepare merge\n" in capsys.readouterr().out
-    merged = merge(tmp_path / "merged", tmp_path / "shards" / "*")
+        prepare_text(tmp_path / "parts" / f"s{index}", sources, tokenizer_folder, shard=f"{index}/{count}")
+    assert f"s0, part 0/{count} for prepare merge\n" in capsys.readouterr().out
+    merged = merge(tmp_path / "merged", tmp_path / "parts" / "*")
     assert documents_of(merged) == documents_of(tmp_path / "one")
     assert sum(map(len, documents_of(merged).values())) > 100
 
@@ -189,11 +190,11 @@ def test_merged_text_is_what_one_run_makes(tmp_path, sources, tokenizer, tokeniz
         assert tokens.count(tokenizer.eos_token_id) == split.documents
         assert np.array(tokens, np.uint16).tobytes() == b"".join(items_in(merged / name))
     printed = capsys.readouterr().out
-    assert f"dataset {merged}, of {count} shards\n" in printed
+    assert f"dataset {merged}, of {count} parts\n" in printed
     assert "  in all   161 documents, " in printed
 
 
-def test_chunk_files_are_those_of_the_shards(tmp_path, sources, tokenizer_folder):
+def test_chunk_files_are_those_of_the_parts(tmp_path, sources, tokenizer_folder):
     names = ("first", "second")
     for index, name in enumerate(names):
         prepare_text(tmp_path / name, sources, tokenizer_folder, shard=f"{index}/2")
@@ -284,7 +285,7 @@ def test_the_validation_document_of_a_small_corpus_is_that_of_one_run(tmp_path, 
     }
 
 
-def test_a_document_kept_back_is_trained_on_if_another_shard_has_one_for_validation(tmp_path, tokenizer_folder):
+def test_a_document_kept_back_is_trained_on_if_another_part_has_one_for_validation(tmp_path, tokenizer_folder):
     source = write_jsonl(tmp_path / "in.jsonl", texts(12))
     prepare_text(tmp_path / "one", source, tokenizer_folder, val_share=0.1)
     for index in range(3):
@@ -296,7 +297,7 @@ def test_a_document_kept_back_is_trained_on_if_another_shard_has_one_for_validat
     assert documents_of(merged) == documents_of(tmp_path / "one")
 
 
-def test_a_shard_without_a_document(tmp_path, tokenizer_folder, capsys):
+def test_a_part_without_a_document(tmp_path, tokenizer_folder, capsys):
     for index in range(3):
         (tmp_path / f"{index}.txt").write_text("" if index == 1 else f"text {index}")
     for index in range(5):
@@ -311,20 +312,20 @@ def test_a_shard_without_a_document(tmp_path, tokenizer_folder, capsys):
     (tmp_path / "in.json").write_text(json.dumps([{"prompt": "q", "completion": "a"}]))
     for index in range(2):
         prepare_chat(tmp_path / f"c{index}", tmp_path / "in.json", tokenizer_folder, val_share=0, shard=f"{index}/2")
-    assert "in all   0 conversations, 0 tokens; longest 0, mean 0.0" in capsys.readouterr().out
+    assert "in all   0 conversations, 0 tokens" in capsys.readouterr().out
     merged = merge(tmp_path / "chat", tmp_path / "c?")
     assert Manifest.load(str(merged), kind="chat").splits["train"].documents == 1
 
 
-def test_no_document_in_any_shard_and_none_to_train_on(tmp_path, tokenizer_folder):
+def test_no_document_in_any_part_and_none_to_train_on(tmp_path, tokenizer_folder):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "one.txt").write_text("only one")
     for index in range(2):
         prepare_text(tmp_path / f"e{index}", tmp_path / "empty.txt", tokenizer_folder, shard=f"{index}/2")
         prepare_text(tmp_path / f"s{index}", tmp_path / "one.txt", tokenizer_folder, shard=f"{index}/2")
-    with pytest.raises(UserError, match=r"^the 2 shards hold no document"):
+    with pytest.raises(UserError, match=r"^the 2 parts hold no document"):
         merge(tmp_path / "merged", tmp_path / "e?")
-    with pytest.raises(UserError, match=r"took 1 of 1; prepare the shards anew with a val_share below 0.1, or 0 for"):
+    with pytest.raises(UserError, match=r"took 1 of 1; prepare the parts again with a val_share below 0.1, or 0 for"):
         merge(tmp_path / "merged", tmp_path / "s?")
     assert not (tmp_path / "merged").exists()
 
@@ -332,7 +333,7 @@ def test_no_document_in_any_shard_and_none_to_train_on(tmp_path, tokenizer_folde
 # -------------------------------------------------------------------------------------------- real processes
 
 
-def start_shard(folder, source, tokenizer, index):
+def start_part(folder, source, tokenizer, index):
     command = [sys.executable, "-m", "meap_lit", "prepare", "text", "--chunk_bytes", "100KB", "--num_workers", "1"]
     command += [
         "--input",
@@ -354,36 +355,36 @@ def finish(process):
     assert process.returncode == 0, errors
 
 
-def test_shards_by_processes_of_which_one_is_killed(tmp_path, tokenizer_folder, capsys):
+def test_parts_by_processes_of_which_one_is_killed(tmp_path, tokenizer_folder, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", [f"{number}: {text}" for number in range(240) for text in texts(50)])
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    killed = start_shard(shards, source, tokenizer_folder, 1)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    killed = start_part(parts, source, tokenizer_folder, 1)
     deadline = time.monotonic() + 120
-    while not list(shards.glob("1.partial-*/train")):
+    while not list(parts.glob("1.partial-*/train")):
         assert killed.poll() is None, killed.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     killed.kill()
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    finish(start_shard(shards, source, tokenizer_folder, 0))
+    finish(start_part(parts, source, tokenizer_folder, 0))
 
-    arguments = ["prepare", "merge", "--input", str(shards / "*"), "--output", str(tmp_path / "merged")]
-    assert len(list(shards.iterdir())) == 2  # what was left behind is no shard
+    arguments = ["prepare", "merge", "--input", str(parts / "*"), "--output", str(tmp_path / "merged")]
+    assert len(list(parts.iterdir())) == 2  # what was left behind is no part
     assert main(arguments) == 2
     assert capsys.readouterr().err == (
-        "error: of 2 shards 1 missing: 1/2; prepare each with its --shard and name its folder too\n"
+        "error: of 2 parts 1 missing: 1/2; prepare each with its --shard and name its folder too\n"
     )
-    again = start_shard(shards, source, tokenizer_folder, 1)
+    again = start_part(parts, source, tokenizer_folder, 1)
     prepare_text(tmp_path / "one", source, tokenizer_folder, val_share=0.01, chunk_bytes="100KB")
     finish(again)
-    assert sorted(path.name for path in shards.iterdir()) == ["0", "1"]
+    assert sorted(path.name for path in parts.iterdir()) == ["0", "1"]
     assert main(arguments) == 0
     found = documents_of(tmp_path / "merged")
     assert found == documents_of(tmp_path / "one")
     assert sum(counts.total() for counts in found.values()) == 12_000
-    shares = [sum(split.documents for split in Manifest.load(str(shards / name)).splits.values()) for name in "01"]
+    shares = [sum(split.documents for split in Manifest.load(str(parts / name)).splits.values()) for name in "01"]
     assert min(shares) > 5_900
 
 
@@ -391,9 +392,9 @@ def test_shards_by_processes_of_which_one_is_killed(tmp_path, tokenizer_folder, 
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory, tokenizer, tokenizer_folder):
-    """Two shards, `0` and `1`, and others that do not go with the first."""
-    folder = tmp_path_factory.mktemp("shards")
+def parts(tmp_path_factory, tokenizer, tokenizer_folder):
+    """Two parts, `0` and `1`, and others that do not go with the first."""
+    folder = tmp_path_factory.mktemp("parts")
     source = write_jsonl(folder / "in.jsonl", texts(20))
     tokenizer.save(folder / "tokenizer")
     content = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
@@ -426,54 +427,60 @@ def shards(tmp_path_factory, tokenizer, tokenizer_folder):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("0", r"of 2 shards 1 missing: 1/2; prepare each with its --shard and name its folder too"),
-        ("0 1 0", r"shard 0/2 in \S+/0 is there once more, in \S+/0; name one of the two"),
-        ("0 other_share 1", r"shard 1/2 in \S+/other_share is there once more, in \S+/1; name one of the two"),
-        ("0 of_three", r"shard 1/3 in \S+/of_three and shard 0/2 in \S+/0 do not belong together: name the shards of"),
+        ("0", r"of 2 parts 1 missing: 1/2; prepare each with its --shard and name its folder too"),
+        ("0 1 0", r"part 0/2 in \S+/0 appears twice, the second time in \S+/0; name one of the two"),
+        (
+            "0 other_share 1",
+            r"part 1/2 in \S+/other_share appears twice, the second time in \S+/1; name one",
+        ),
+        ("0 of_three", r"part 1/3 in \S+/of_three and part 0/2 in \S+/0 do not belong together: name the parts of"),
         (
             "0 other_tokenizer",
-            r"shard 1/2 in \S+ was made with tokenizer \w{8}, shard 0/2 in \S+/0 with tokenizer \w{8};",
+            r"part 1/2 in \S+ was made with tokenizer \w{8}, part 0/2 in \S+/0 with tokenizer \w{8};",
         ),
         (
             "0 other_share",
-            r"shard 1/2 in \S+ was made with val_share 0.2, shard 0/2 in \S+/0 with val_share 0.1; prepare",
+            r"part 1/2 in \S+ was made with val_share 0.2, part 0/2 in \S+/0 with val_share 0.1; prepare",
         ),
         (
             "0 other_chunks",
-            r"shard 1/2 in \S+ was made with chunk_bytes 4KB, shard 0/2 in \S+/0 with chunk_bytes 2KB; pr",
+            r"part 1/2 in \S+ was made with chunk_bytes 4KB, part 0/2 in \S+/0 with chunk_bytes 2KB; pr",
         ),
         (
             "0 longer_input",
-            r"shard 1/2 in \S+/longer_input was made of other input than shard 0/2 in \S+/0: "
-            r"\S+/in.jsonl of \d+ bytes where that has \S+/in.jsonl of \d+ bytes; prepare one of the two anew",
+            r"part 1/2 in \S+/longer_input was made of other input than part 0/2 in \S+/0: "
+            r"\S+/in.jsonl of \d+ bytes where that has \S+/in.jsonl of \d+ bytes; prepare one of the two again",
         ),
         (
             "0 chat1",
-            r"shard 1/2 in \S+/chat1 was made with prepare chat, shard 0/2 in \S+/0 with prepare text; prepare",
+            r"part 1/2 in \S+/chat1 was made with prepare chat, part 0/2 in \S+/0 with prepare text; prepare",
         ),
         (
             "chat0 chat_template",
-            r"shard 1/2 in \S+ was made with template alpaca \(\w{8}\), shard 0/2 in \S+ with templa",
+            r"part 1/2 in \S+ was made with template alpaca \(\w{8}\), part 0/2 in \S+ with templa",
         ),
         (
             "chat0 chat_system",
-            r"shard 1/2 in \S+ was made with system Be kind., shard 0/2 in \S+ with system Be brief.;",
+            r"part 1/2 in \S+ was made with system Be kind., part 0/2 in \S+ with system Be brief.;",
         ),
         (
             "0 whole",
-            r"input \S+/whole is no shard but a whole dataset, prepared without --shard; name the folders that",
+            r"input \S+/whole is not a part but a whole dataset, prepared without --shard; name the folders that",
         ),
         (
             "0 tokenizer",
-            r"input \S+/tokenizer is no shard of a dataset; name the folders that prepare text or prepare ch",
+            r"input \S+/tokenizer is not a part of a dataset; name the folders that prepare text or prepare ch",
         ),
-        ("0 nowhere", r"input \S+/nowhere is no folder; name the folders that prepare text or prepare chat made with"),
-        ("0 none*", r"input \S+/none\* is no folder; name the folders"),
+        (
+            "0 nowhere",
+            r"input \S+/nowhere is not a folder; name the folders that prepare text or prepare ch",
+        ),
+        ("0 none*", r"input \S+/none\* is not a folder; name the folders"),
     ],
 )
-def test_what_does_not_make_a_dataset(tmp_path, shards, names, message):
+def test_what_does_not_make_a_dataset(tmp_path, parts, names, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        merge(tmp_path / "merged", *[shards / name for name in names.split()])
+        merge(tmp_path / "merged", *[parts / name for name in names.split()])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -486,27 +493,27 @@ def test_a_missing_file_of_the_input_is_named(tmp_path, sources, tokenizer_folde
         merge(tmp_path / "merged", tmp_path / "0", tmp_path / "1")
 
 
-def test_many_missing_shards_are_counted(tmp_path, sources, tokenizer_folder):
+def test_many_missing_parts_are_counted(tmp_path, sources, tokenizer_folder):
     prepare_text(tmp_path / "3", sources, tokenizer_folder, shard="3/100")
-    with pytest.raises(UserError, match=r"^of 100 shards 99 missing: 0/100, .*8/100 and 91 more; prepare each"):
+    with pytest.raises(UserError, match=r"^of 100 parts 99 missing: 0/100, .*8/100 and 91 more; prepare each"):
         merge(tmp_path / "merged", tmp_path / "3")
 
 
-def test_an_output_that_exists_is_not_touched(tmp_path, shards):
+def test_an_output_that_exists_is_not_touched(tmp_path, parts):
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(UserError, match=r"^output folder \S+ exists already; remove it or name another --output"):
-        merge(tmp_path, shards / "0", shards / "1")
+        merge(tmp_path, parts / "0", parts / "1")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_one_shard_may_skip_what_the_others_did_not_meet(tmp_path, shards):
-    merged = merge(tmp_path / "merged", shards / "0", shards / "skipping")
-    assert documents_of(merged) == documents_of(shards / "whole")
+def test_one_part_may_skip_what_the_others_did_not_meet(tmp_path, parts):
+    merged = merge(tmp_path / "merged", parts / "0", parts / "skipping")
+    assert documents_of(merged) == documents_of(parts / "whole")
 
 
-def test_a_damaged_or_missing_chunk_is_found(tmp_path, shards):
+def test_a_damaged_or_missing_chunk_is_found(tmp_path, parts):
     for name in "01":
-        shutil.copytree(shards / name, tmp_path / name)
+        shutil.copytree(parts / name, tmp_path / name)
         make_older(tmp_path / name)
     index = tmp_path / "1" / "train" / "index.json"
     content = json.loads(index.read_text())
@@ -520,9 +527,9 @@ def test_a_damaged_or_missing_chunk_is_found(tmp_path, shards):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
-def test_shards_stored_by_different_versions_of_litdata(tmp_path, shards):
+def test_parts_stored_by_different_versions_of_litdata(tmp_path, parts):
     for name in "01":
-        shutil.copytree(shards / name, tmp_path / name)
+        shutil.copytree(parts / name, tmp_path / name)
         make_older(tmp_path / name)
     index = tmp_path / "1" / "train" / "index.json"
     content = json.loads(index.read_text())
@@ -533,9 +540,9 @@ def test_shards_stored_by_different_versions_of_litdata(tmp_path, shards):
 
 
 @pytest.mark.parametrize("text", ["3/3", "4/3", "x", "1", "/3", "0/0", "-1/3", "1/3/5", ""])
-def test_wrong_shard(text):
+def test_wrong_part(text):
     expected = (
         r"^shard must be i/n with i from 0 to n - 1, such as 0/8 for the first of eight and 7/8 for the last, got '"
     )
     with pytest.raises(UserError, match=f"{expected}{text}'$"):
-        InputShard.parse(text)
+        InputPart.parse(text)

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import re
@@ -7,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from litdata import StreamingDataset, TokensLoader
 from tokenizers import Tokenizer as Backend
@@ -17,6 +20,7 @@ from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.store.manifest import Manifest
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
+from tests.support.object_store import one_store, store  # noqa: F401  fixtures
 from tests.support.word_tokenizer import save_word_level
 
 
@@ -66,7 +70,7 @@ def test_documents_are_closed_by_end_of_text(tmp_path, tokenizer, tokenizer_fold
     ]
     printed = capsys.readouterr().out
     assert f"train    3 documents, {len(expected)} tokens\n" in printed
-    assert "left out 2 empty documents, 0 unreadable lines\n" in printed
+    assert "left out 2 empty, 0 unreadable\n" in printed
     assert f"dataset {tmp_path / 'out'}\n" in printed
     assert "MB/s" in printed
 
@@ -154,7 +158,7 @@ def test_large_vocabulary_is_stored_as_int32(tmp_path, tokenizer_folder):
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, tokenizer_folder, monkeypatch):
-    monkeypatch.setattr("meap_lit.data.prepare.text._BATCH_CHARACTERS", 300)  # many batches for each worker
+    monkeypatch.setattr("meap_lit.data.prepare.text.TextEncoder.batch_size", 300)  # many batches for each worker
     source = write_jsonl(tmp_path / "in.jsonl", documents(200))
     results = []
     for num_workers in (1, 2, 3):
@@ -171,6 +175,53 @@ def test_plain_text_code_is_read_with_its_suffix(tmp_path, tokenizer_folder):
     (tmp_path / "in" / "notes.txt").write_text("not wanted")
     prepare(tmp_path / "out", tmp_path / "in", tokenizer_folder, suffixes=[".py"])
     assert [Path(source.path).name for source in Manifest.load(str(tmp_path / "out")).sources] == ["a.py"]
+
+
+def test_remote_input_makes_the_same_dataset(tmp_path, store, tokenizer_folder, monkeypatch):  # noqa: F811
+    """Files of every kind, from object storage and from a web server, of which a part begins within a file."""
+    folder = store.root / "bucket" / "texts"
+    (folder / "more").mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", documents(50))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents(9)}), folder / "more" / "c.parquet")
+    for name in ("more/.hidden.txt", "preparation.json", "more/d.csv"):
+        (folder / name).write_text("not read")
+    store.put_into_environment(monkeypatch)
+    inputs = {
+        "local": [str(folder)],
+        "s3": ["s3://bucket/texts"],
+        "patterns": ["s3://bucket/texts/[ab].*", "s3://bucket/texts/**/*.parquet"],
+        "web": [f"{store.endpoint}/files/bucket/texts/{name}" for name in ("a.jsonl", "b.jsonl.gz", "more/c.parquet")],
+    }
+    for kind, input in inputs.items():
+        options = {"tokenizer": tokenizer_folder, "val_share": 0.1, "num_workers": 1}
+        PrepareText(output=str(tmp_path / kind), input=input, **options).run()
+        PrepareText(output=str(tmp_path / f"{kind}-part"), input=input, shard="1/3", **options).run()
+    for part in ("", "-part"):
+        expected = Manifest.load(str(tmp_path / f"local{part}"))
+        assert sum(split.documents for split in expected.splits.values()) >= 20
+        for kind in ("s3", "patterns", "web"):
+            manifest = Manifest.load(str(tmp_path / f"{kind}{part}"))
+            assert manifest.splits == expected.splits
+            assert [source.bytes for source in manifest.sources] == [source.bytes for source in expected.sources]
+    assert Manifest.load(str(tmp_path / "s3")).sources[2].path == "s3://bucket/texts/more/c.parquet"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("s3://bucket/none", "^input s3://bucket/none does not exist$"),
+        ("s3://bucket/a.csv", "^input file s3://bucket/a.csv ends in none of .txt, .*; name its ending in --suffixes"),
+        ("s3://bucket", "^input s3://bucket holds no file that ends in .txt"),
+        ("s3://other/a.txt", "^cannot read s3://other/a.txt at http://.*: NoSuchBucket .*; check the name of the buck"),
+        ("ftp://host/a.txt", "^address ftp://host/a.txt must begin with one of s3, "),
+    ],
+)
+def test_remote_input_that_is_not_there(tmp_path, store, tokenizer_folder, monkeypatch, name, message):  # noqa: F811
+    (store.root / "bucket" / "a.csv").write_text("a")
+    store.put_into_environment(monkeypatch)
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path / "out", name, tokenizer_folder)
 
 
 # ------------------------------------------------------------------------------------------------ held out
@@ -237,14 +288,14 @@ def test_wrong_options(tmp_path, tokenizer_folder, options, message):
 
 
 def test_input_without_text(tmp_path, tokenizer_folder):
-    with pytest.raises(UserError, match=r"no text to tokenise in \S+/in.jsonl \(2 empty documents\)"):
+    with pytest.raises(UserError, match=r"no documents to tokenize in \S+/in.jsonl \(2 empty, 0 unreadable\)"):
         prepare(tmp_path / "out", write_jsonl(tmp_path / "in.jsonl", ["", " "]), tokenizer_folder)
 
 
 def test_input_without_a_readable_line_says_why(tmp_path, tokenizer_folder):
     source = tmp_path / "in.jsonl"
     source.write_text("[1]\n[2]\n\n")
-    message = r"^no text to tokenise in \S+ \(0 empty documents, 2 unreadable lines, first: \S+/in.jsonl, line 1: "
+    message = r"^no documents to tokenize in \S+ \(0 empty, 2 unreadable, first: \S+/in.jsonl, line 1: "
     with pytest.raises(UserError, match=message + "begins a JSON array"):
         prepare(tmp_path / "out", source, tokenizer_folder, on_error="skip")
 
@@ -256,9 +307,7 @@ def test_the_summary_says_what_was_skipped_and_passed_over(tmp_path, tokenizer_f
     (folder / "b.csv").touch()
     prepare(tmp_path / "out", folder, tokenizer_folder, on_error="skip")
     printed = capsys.readouterr().out
-    assert (
-        f"left out 0 empty documents, 1 unreadable lines, first: {folder}/a.jsonl, line 2: field 'text' is " in printed
-    )
+    assert f"left out 0 empty, 1 unreadable, first: {folder}/a.jsonl, line 2: field 'text' is " in printed
     assert "not read 1 .csv in the folders\n" in printed
 
 
@@ -271,7 +320,7 @@ def test_bad_lines_stop_or_are_counted(tmp_path, tokenizer_folder, capsys, num_w
         prepare(tmp_path / "out", source, tokenizer_folder, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
     prepare(tmp_path / "out", source, tokenizer_folder, on_error="skip", **options)
-    assert "0 empty documents, 1 unreadable lines" in capsys.readouterr().out
+    assert "0 empty, 1 unreadable" in capsys.readouterr().out
     assert Manifest.load(str(tmp_path / "out")).num_skipped == 1
 
 

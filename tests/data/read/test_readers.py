@@ -10,8 +10,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from meap_lit.data.read.find import find_files, find_input
 from meap_lit.data.read.formats import RECORD_FORMATS
-from meap_lit.data.read.readers import DocumentReader, InputShard, RecordReader, find_files, find_input
+from meap_lit.data.read.readers import DocumentReader, InputPart, RecordReader
 from meap_lit.errors import UserError
 
 SKIP_HINT = "use --on_error skip to leave such lines out"
@@ -232,9 +233,8 @@ def test_utf16_is_named_with_the_fix(tmp_path, encoding, order, name):
         list(reader([file, other]))
     lenient = reader([file, other], on_error="skip")
     assert len(list(lenient)) == 1
-    assert lenient.skipped.startswith(
-        f"{lenient.num_skipped} unreadable lines, first: {file}, line 1: UTF-16 instead of"
-    )
+    assert lenient.num_skipped > 0
+    assert lenient.why_skipped.startswith(f", first: {file}, line 1: UTF-16 instead of")
 
 
 def test_a_nul_byte_is_no_text(tmp_path):
@@ -265,7 +265,7 @@ def test_shards_agree_on_a_line_that_is_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr("meap_lit.data.read.formats.MAX_LINE_BYTES", 1000)
     texts = [str(number) * (400 if number == 3 else 5000 if number == 5 else 1) for number in range(9)]
     file = write(tmp_path / "d.jsonl", jsonl(*texts))
-    readers = [DocumentReader([file], on_error="skip", shard=InputShard(index, 4)) for index in range(4)]
+    readers = [DocumentReader([file], on_error="skip", part=InputPart(index, 4)) for index in range(4)]
     assert [text for reader in readers for text in reader] == texts[:5] + texts[6:]
     assert sum(reader.num_skipped for reader in readers) == 1
 

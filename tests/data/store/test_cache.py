@@ -1,6 +1,7 @@
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import threading
 import time
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import meap_lit.data.store.cache as cache_module
 from meap_lit.data.store.cache import CachedChunks
+from meap_lit.data.store.remote import Storage
 from meap_lit.data.store.writers import ChatWriter, TokenWriter
 from meap_lit.data.stream.chat import ChatSamples
 from meap_lit.data.stream.text import Shard, TokenBlocks, TrainStream
@@ -128,6 +130,14 @@ def test_a_chunk_with_a_fault_is_fetched_again(bucket, tmp_path, fault, num_work
     assert max(bucket.requests.values()) == 3, "no fault occurred"
 
 
+def test_forked_workers_read_by_fsspec_after_their_parent_did(bucket, tmp_path):
+    local = TokenBlocks(str(bucket.root / "bucket" / "train"), SEQ_LEN)
+    remote = TokenBlocks(f"{bucket.endpoint}/files/bucket/train", SEQ_LEN, Storage(str(tmp_path), tries=2, timeout=5.0))
+    assert remote[0].tolist() == local[0].tolist()
+    expected = rows(train_stream(local), num_batches=20)
+    assert rows(train_stream(remote), num_workers=2, num_batches=20) == expected
+
+
 def test_a_chunk_that_stays_wrong_is_named(bucket, tmp_path):
     remote = TokenBlocks(ADDRESS, SEQ_LEN, bucket.storage(tmp_path))
     bucket.fault = lambda key, number: "flip" if key.endswith("-3.bin") else None
@@ -223,6 +233,11 @@ def test_a_cache_that_cannot_be_written(bucket, tmp_path):
 # ---------------------------------------------------------------------------------------------- the bound
 
 
+# a worker that is forked while a watch holds the lock of the cache would inherit it and never give it back
+_watching = threading.Lock()
+os.register_at_fork(before=_watching.acquire, after_in_parent=_watching.release, after_in_child=_watching.release)
+
+
 class Watch:
     """The most bytes that a cache held while something ran."""
 
@@ -234,7 +249,8 @@ class Watch:
 
     def _look(self):
         while not self._stop.is_set():
-            self.most = max(self.most, held_on_disk(self.cache_dir))
+            with _watching:
+                self.most = max(self.most, held_on_disk(self.cache_dir))
             time.sleep(0.001)
 
     def __enter__(self):

@@ -76,7 +76,9 @@ def test_damaged_json_is_read_again(filled, tmp_path):
     filled.fault = lambda key, number: "flip" if number == 0 else None
     assert filled.storage(tmp_path).read("s3://bucket/index.json") == b'{"a": 1}'
     filled.fault = lambda key, number: "flip"
-    with pytest.raises(UserError, match=r"cannot read s3://bucket/index.json \(tries: 3\): it is not JSON: Expecting"):
+    with pytest.raises(
+        UserError, match=r"cannot read s3://bucket/index.json \(tries: 3\): its content: not valid JSON"
+    ):
         filled.storage(tmp_path).read("s3://bucket/index.json")
 
 
@@ -93,8 +95,13 @@ def test_damaged_json_is_read_again(filled, tmp_path):
         (ADDRESS, {"endpoint_url": "127.0.0.1"}, r"Invalid endpoint: 127.0.0.1; check AWS_ENDPOINT_URL"),
         (ADDRESS, {"endpoint": "x"}, r"unexpected keyword argument 'endpoint'; check .* data.storage_options"),
         ("s3://b*d/object", {}, r"Invalid bucket name .b\*d.*; check the address"),
-        ("s3:///object", {}, "address s3:///object must begin with one of s3, .* and ://, then name a bucket"),
-        ("ftp://host/object", {}, "dataset address ftp://host/object must begin with one of s3, gs, r2, azure and ://"),
+        ("s3:///object", {}, "address s3:///object must begin with one of s3, .* and ://, then name a bucket or host"),
+        (
+            "s3://key:secret@bucket/object",
+            {},
+            "^the address of object must not hold credentials; put them into the env",
+        ),
+        ("ftp://host/object", {}, "address ftp://host/object must begin with one of s3, r2, gs, az, .* and ://"),
     ],
 )
 def test_what_does_not_pass_is_tried_once(filled, tmp_path, address, options, message):
@@ -133,3 +140,72 @@ def test_without_credentials(filled, monkeypatch, tmp_path):
     options = {"endpoint_url": filled.endpoint}
     with pytest.raises(UserError, match=r"Unable to locate credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS"):
         filled.storage(tmp_path, options=options).read(ADDRESS)
+
+
+# ---------------------------------------------------------------------------------------------- by fsspec
+
+
+@pytest.fixture
+def web(filled):
+    """The address of the object for anybody, without S3's protocol."""
+    return f"{filled.endpoint}/files/bucket/folder/object"
+
+
+WEB_FAULTS = {
+    "reset": "ServerDisconnectedError|ClientOSError|Server disconnected",
+    "500": "ClientResponseError: 500",
+    "stall": "Timeout",
+    "trickle": r"only \d+ of None bytes came in [12] seconds",
+    "truncate": "ClientPayloadError",
+}
+
+
+@pytest.mark.parametrize(("fault", "message"), WEB_FAULTS.items())
+def test_faults_of_the_web(filled, web, fault, message):
+    storage = Storage(tries=2, timeout=0.5)
+    filled.fault = lambda key, number: fault if number < 1 else None
+    assert storage.read(web) == CONTENT
+    assert filled.requests["bucket/folder/object"] == 2
+    filled.fault = lambda key, number: fault
+    with pytest.raises(UserError, match=rf"^cannot read {web} \(tries: 2\): .*({message})") as error:
+        storage.read(web)
+    assert "\n" not in str(error.value)
+
+
+def test_what_does_not_pass_on_the_web_is_tried_once(filled, web):
+    with pytest.raises(
+        UserError, match=r"^cannot read \S+/none: ClientResponseError: 404, .*; check the address and the cred"
+    ):
+        Storage().read(f"{web}/none")
+    assert filled.requests["bucket/folder/object/none"] == 1
+
+
+def test_a_file_system_that_is_not_installed():
+    with pytest.raises(
+        UserError, match=r"^reading gs://bucket/x needs a package: pip install 'meap-lit\[gs\]' \(.*gcsfs"
+    ):
+        Storage(tries=1).read("gs://bucket/x")
+
+
+# ---------------------------------------------------------------------------------------------- what is there
+
+
+def test_objects_are_found_by_name_folder_and_pattern(store):  # noqa: F811
+    for name in ("a.txt", "b/a.txt", "b/c/d.txt", "bc.txt"):
+        file = store.root / "bucket" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+
+    def find(address):
+        return {file.address.removeprefix("s3://bucket/"): file.size for file in store.storage("").find(address)}
+
+    assert find("s3://bucket/a.txt") == {"a.txt": 5}
+    assert find("s3://bucket/b") == find("s3://bucket/b/") == {"b/a.txt": 7, "b/c/d.txt": 9}
+    assert find("s3://bucket/*.txt") == {"a.txt": 5, "bc.txt": 6}
+    assert find("s3://bucket/b/**/*.txt") == find("s3://bucket/b")
+    assert len(find("s3://bucket")) == len(find("s3://bucket/")) == 4
+    assert find("s3://bucket/none") == {}
+    (found,) = Storage().find(f"{store.endpoint}/files/bucket/b/a.txt")
+    assert (found.size, found.name, found.open().read()) == (7, "a.txt", b"b/a.txt")
+    with pytest.raises(UserError, match=r"NoSuchBucket"):
+        find("s3://other/a")
