@@ -46,14 +46,6 @@ NAMES = {
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
     "torch.ops.aten._scaled_dot_product_efficient_attention",
     "torch.ops.aten._scaled_dot_product_cudnn_attention",
-    # the hooks of LightningCLI
-    "lightning.pytorch.cli.LightningCLI._instantiate_trainer",
-    "lightning.pytorch.cli.LightningCLI._parse_ckpt_path",
-    "lightning.pytorch.cli.LightningCLI._parser",
-    "lightning.pytorch.cli.LightningCLI._prepare_subcommand_parser",
-    "lightning.pytorch.cli.LightningCLI._run_subcommand",
-    "lightning.pytorch.cli.LightningCLI._set_seed",
-    "jsonargparse.ArgumentParser._actions",
 }
 
 
