@@ -3,7 +3,7 @@
 import inspect
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,7 +37,7 @@ from meap_lit.files import write_file
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.modules.cpu_memory import keep_freed_memory
 from meap_lit.parallel.strategies import follow_launcher
-from meap_lit.recipe.explain import Known, check_values, explain, find_user_error, input_errors, raised_by
+from meap_lit.recipe.explain import Known, causes, check_values, explain, find_user_error, input_errors, raised_by
 from meap_lit.recipe.file import current_words
 from meap_lit.recipe.parser import Parser, add_recipe_option
 
@@ -223,7 +223,7 @@ class RecipeCLI:
         try:
             getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **arguments)
         except (OSError, RuntimeError) as error:  # Lightning's teardown may fail after the first error
-            full = next((cause for cause in _causes(error) if isinstance(cause, UserError | OSError)), None)
+            full = next((cause for cause in causes(error) if isinstance(cause, UserError | OSError)), None)
             if not isinstance(full, OSError) or full.errno not in NO_SPACE:
                 raise
             saved = getattr(self.trainer.checkpoint_callback, "last_saved", None) or self.trainer.ckpt_path
@@ -393,14 +393,6 @@ class OpenLoggers(L.Callback):
             trainer.loggers = self._loggers
             trainer.profiler.dirpath = self._profiles  # its first setup had no folder of the run
             trainer.profiler.setup(stage, trainer.local_rank, trainer.log_dir)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, its cause, the cause of that, and so on."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
 
 
 class SaveRecipe(L.Callback):

@@ -60,27 +60,32 @@ def input_errors(known: Known) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or any(raised_by(cause, "meap_lit") for cause in _causes(error)):
+        if isinstance(error, UserError) or any(raised_by(cause, "meap_lit") for cause in _raised_from(error)):
             raise
         raise find_user_error(error) or UserError(_line(error, known)) from error
 
 
 def find_user_error(error: BaseException) -> UserError | None:
     """Return the `UserError` behind an exception of a library, if there is one."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, UserError):
-        found = found.__cause__ or found.__context__
-    return found
+    return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, its cause or the error that it replaced, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _line(error: Exception, known: Known) -> str:
-    if any(isinstance(cause, RecursionError) for cause in _causes(error)):
+    if any(isinstance(cause, RecursionError) for cause in _raised_from(error)):
         return "a value of the recipe is nested too deeply, or refers to itself"
     if hasattr(error, "full_key"):  # an error of OmegaConf
         return _explain_interpolation(error)
     if str(error).startswith("dictionary changed size"):  # jsonargparse (4.53), if a recipe has several unknown keys
         return "the recipe has keys that this command does not know; recipes of `fit` are not those of `evaluate`"
-    first = _causes(error)[-1]
+    first = _raised_from(error)[-1]
     if isinstance(first, ModuleNotFoundError):  # the package of a logger
         return " ".join(str(first).split())
     line = explain(str(error), known)
@@ -88,9 +93,9 @@ def _line(error: Exception, known: Known) -> str:
     return line if is_complaint else f"cannot build what the recipe names ({type(error).__name__}): {line}"
 
 
-def _causes(error: BaseException) -> list[BaseException]:
+def _raised_from(error: BaseException) -> list[BaseException]:
     """Return the exception and those that it was raised from."""
-    return [error, *([] if error.__cause__ is None else _causes(error.__cause__))]
+    return [error, *([] if error.__cause__ is None else _raised_from(error.__cause__))]
 
 
 _COMPLAINTS = ("ArgumentError", "MisconfigurationException")
@@ -164,7 +169,7 @@ def explain(message: str, known: Known) -> str:
         core = f"init_args must be {_IN_WORDS['dict']}, not a {match[1]}"
     elif match := re.match(r"Expected a tuple with (\d+) elements\. Got value: (.*)", core):
         return f"{where} must be a list of {match[1]} values, got {shorten(match[2])}"
-    elif re.match(r"the following arguments are required: model\b", core):
+    elif re.match(r"the following arguments are required: (\w+, )*model\b", core):
         core += "; name a recipe with --config"
     elif match := re.match(r"the following arguments are required: [\w., ]+\w", core):
         core = match[0]  # of a class; the rest says that the value is of no other type either
