@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
+import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, register_unresolvable_import_paths
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -40,6 +41,8 @@ from meap_lit.parallel.strategies import follow_launcher
 from meap_lit.recipe.explain import Known, causes, check_values, explain, find_user_error, input_errors, raised_by
 from meap_lit.recipe.file import current_words
 from meap_lit.recipe.parser import Parser, add_recipe_option
+
+register_unresolvable_import_paths(torch)  # functions that do not know their module: pytorch/pytorch#74483
 
 CALLBACKS: dict[str, type] = {"budget": Budget, "checkpoint": Checkpoint, "probe": RetrievalProbe, "hang": StopOnHang}
 """Callbacks whose options are under a top-level key of the recipe."""
@@ -173,11 +176,11 @@ class RecipeCLI:
             keep_freed_memory()
 
     def make_trainer(self, options: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-        """Return the Trainer.
+        """Build the Trainer.
 
         Args:
-            options: Its arguments, of which `callbacks` come before all others.
-            callbacks: Those of `CALLBACKS`.
+            options: Its arguments. Callbacks among them come before all others.
+            callbacks: The callbacks of `CALLBACKS`.
 
         Raises:
             UserError: If an argument is wrong, or contradicts the budget or the launcher.
