@@ -146,7 +146,7 @@ def read_command(arguments: list[str]) -> Any:
         UserError: If there is no such command, or an option is wrong.
     """
     from meap_lit.recipe.explain import check_options, input_errors
-    from meap_lit.recipe.file import check_words, current_words
+    from meap_lit.recipe.file import check_words, recipe_words
     from meap_lit.recipe.parser import command_parser, reads_recipes
 
     check_words(arguments)
@@ -159,7 +159,7 @@ def read_command(arguments: list[str]) -> Any:
     parser = command_parser(command, prog=f"python -m meap_lit {words}")
     with input_errors(dict.fromkeys(field.name for field in dataclasses.fields(command))):
         options = arguments[len(words.split()) :]
-        namespace = parser.parse_args(current_words(options) if reads_recipes(command) else options)
+        namespace = parser.parse_args(recipe_words(options) if reads_recipes(command) else options)
         namespace.pop("config", None)
         check_options(namespace.as_dict(), command)
         return command(**vars(parser.instantiate_classes(namespace)))

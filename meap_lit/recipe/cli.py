@@ -39,7 +39,7 @@ from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.modules.cpu_memory import keep_freed_memory
 from meap_lit.parallel.strategies import follow_launcher
 from meap_lit.recipe.explain import Known, causes, check_values, explain, find_user_error, input_errors, raised_by
-from meap_lit.recipe.file import current_words
+from meap_lit.recipe.file import recipe_words
 from meap_lit.recipe.parser import Parser, add_recipe_option
 
 register_unresolvable_import_paths(torch)  # functions that do not know their module: pytorch/pytorch#74483
@@ -83,7 +83,7 @@ class RecipeCLI:
     def __init__(self, command: str, words: Sequence[str]) -> None:
         self.command = command
         self.parser = self.make_parser()
-        self.config = self.parse(_nest_nulls(current_words(words)))
+        self.config = self.parse(recipe_words(words))
 
     @classmethod
     def run(cls, arguments: list[str]) -> Self:
@@ -235,26 +235,6 @@ class RecipeCLI:
                 f"cannot write into {where}: {full.strerror}; free some space or name another folder, such as "
                 f"trainer.logger.save_dir; last good checkpoint: {saved or 'none was saved yet'}"
             ) from error
-
-
-def _nest_nulls(words: Sequence[str]) -> list[str]:
-    """Return the words of a command with `--model.decoder.vocab_size null` as `--model.decoder={vocab_size: null}`.
-
-    jsonargparse (4.53) passes a value to a class within a class as text, in which null has become the word None.
-    """
-    nested: list[str] = []
-    for word in words:
-        starts = word.startswith("--")
-        option, _, value = word.partition("=") if starts else (nested[-1] if nested else "", "", word)
-        group, *keys = option.replace(".init_args", "").split(".")
-        if group in ("--model", "--data") and len(keys) > 1 and re.search(r"\bnull\b", value):
-            if not starts:
-                nested.pop()
-            for key in reversed(keys[1:]):
-                value = f"{{{key}: {value}}}"
-            word = f"{group}.{keys[0]}={value}"
-        nested.append(word)
-    return nested
 
 
 def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:

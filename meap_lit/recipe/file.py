@@ -103,16 +103,31 @@ def check_words(words: Sequence[str]) -> None:
                 _check(text, name, is_recipe=False)
 
 
-def current_words(words: Sequence[str]) -> list[str]:
-    """Return the words of a command that reads a recipe, old names in them replaced by current ones."""
-    renamed: list[str] = []
+def recipe_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command that reads recipes, as the parser takes them.
+
+    Old names are replaced by current ones, and `--model.decoder.vocab_size null` by
+    `--model.decoder={vocab_size: null}`: jsonargparse (4.53) passes a value to a class within a class as text, in which
+    null has become the word None.
+    """
+    taken: list[str] = []
+    option = ""
     for word in words:
         starts = word.startswith("--")
-        option, equals, value = word.partition("=") if starts else ("", "", word)
+        option, equals, value = word.partition("=") if starts else (option, "", word)
         option = f"--{current_key(option[2:])}" if starts else option
-        key = (option or (renamed[-1] if renamed else ""))[2:].removesuffix("+")
-        renamed.append(option + equals + _current_text(value, key))
-    return renamed
+        value = _current_text(value, option[2:].removesuffix("+"))
+        group, *keys = option.replace(".init_args", "").split(".")
+        if group in ("--model", "--data") and len(keys) > 1 and re.search(r"\bnull\b", value):
+            if not starts:
+                taken.pop()
+            for key in reversed(keys[1:]):
+                value = f"{{{key}: {value}}}"
+            taken.append(f"{group}.{keys[0]}={value}")
+        else:
+            taken.append(option + equals + value if starts else value)
+        option = option if starts else ""
+    return taken
 
 
 def _current_text(text: str, key: str) -> str:
