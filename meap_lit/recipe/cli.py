@@ -287,12 +287,9 @@ def _runs_of(config: Namespace) -> Path:
     save_dir, name, version = options.get("save_dir"), options.get("name"), options.get("version")
     if not save_dir or not name:
         raise UserError("--ckpt_path last needs a trainer.logger with save_dir and name; name a run's folder instead")
-    return Path(save_dir, name) if version is None else Path(save_dir, name, _version_folder(version))
-
-
-def _version_folder(version: int | str) -> str:
-    """Return the name that Lightning's loggers give to the folder of a run."""
-    return version if isinstance(version, str) else f"version_{version}"
+    if isinstance(version, int):
+        version = f"version_{version}"  # as Lightning's loggers name it
+    return Path(save_dir, name, version or "")
 
 
 def _options_of_loggers(config: Namespace) -> list[Namespace]:
