@@ -13,7 +13,7 @@ from meap_lit.checkpoint.export import Export
 from meap_lit.cli import read_command
 from meap_lit.errors import UserError
 from meap_lit.recipe.cli import RecipeCLI
-from meap_lit.recipe.file import current_words
+from meap_lit.recipe.file import recipe_words
 from meap_lit.renamed import current
 
 CONFIG = Path(__file__).parent / "support" / "config_0.1.yaml"
@@ -96,7 +96,7 @@ def test_keys_and_values_are_renamed_wherever_a_recipe_names_them():
 )
 def test_words_are_renamed(old, new):
     words = [old] if "={" in old else old.split(" ", 1) if "{" in old else old.split()
-    assert " ".join(current_words(words)) == new
+    assert " ".join(recipe_words(words)) == new
 
 
 @pytest.mark.usefixtures("_renamed_keys")
