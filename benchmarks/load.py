@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.step import environment, known_decoder, publish
 from meap_lit.checkpoint.export import Export
+from meap_lit.checkpoint.folder import write
 from meap_lit.checkpoint.source import DTYPES, build_decoder, open_source
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
@@ -86,7 +87,7 @@ def _write_model(folder: Path, config: DecoderConfig, dtype: torch.dtype, max_sh
         for parameter in decoder.parameters():
             parameter.normal_(std=0.02)
     state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
-    torch.save({"state_dict": state, "decoder": {"config": vars(config)}}, checkpoint)
+    write({"state_dict": state, "decoder": {"config": vars(config)}}, checkpoint)
     text.write_text("some text")
     for place in (one, shards, tokenizer):
         place.mkdir()

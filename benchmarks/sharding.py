@@ -74,11 +74,11 @@ class Way:
 WAYS = (
     Way("single", "single", 1),
     Way("DDP", "ddp", 2),
-    Way("FSDP2", "fsdp2", 2),
-    Way("FSDP2", "fsdp2", 4),
+    Way("FSDP2", "fsdp", 2),
+    Way("FSDP2", "fsdp", 4),
     Way("HSDP, 2 copies of 2 shards", "hsdp", 4, ("--trainer.strategy.shard_size", "2")),
-    Way("tensor parallel 2", "fsdp2_tp", 2),
-    Way("tensor parallel 2 x FSDP2 2", "fsdp2_tp", 4),
+    Way("tensor parallel 2", "fsdp_tp", 2),
+    Way("tensor parallel 2 x FSDP2 2", "fsdp_tp", 4),
 )
 
 

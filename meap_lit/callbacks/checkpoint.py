@@ -13,13 +13,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from meap_lit.callbacks.budget import Budget
-from meap_lit.checkpoint.checksums import check, checksums, read_file, seal, write_file
-from meap_lit.checkpoint.shards import read_trainer_state, refuse_code
+from meap_lit.checkpoint.checksums import check, checksums, seal, to_disk
+from meap_lit.checkpoint.folder import StoredCheckpoint, read_trainer_state, write
 from meap_lit.errors import UserError
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
@@ -103,8 +103,7 @@ class Checkpoint(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         _refuse_remote(self.dirpath)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = DirectCheckpointIO()
+        _use_folders(trainer.strategy)
         self._jobs = _Jobs(in_thread=self.asynchronous)
         self._ranks = Ranks(trainer, beside_training=self.asynchronous)
         if stage == "fit":
@@ -265,11 +264,7 @@ def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
     os.replace(link, path.with_name(LAST))
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    to_disk(path.parent)
 
 
 def _take_away(path: Path) -> None:
@@ -339,33 +334,32 @@ def on_host(state: Any) -> Any:
     return copy(state)
 
 
-class DirectCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint of one file to the folder where it will stay, and renames it when it is whole.
-
-    Lightning's own holds a copy of the file in memory, writes it to the system's temporary folder and moves it.
-    """
+class FolderIO(CheckpointIO):
+    """Writes and reads checkpoints as folders, for the strategies of Lightning whose first rank writes the whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        aside = Path(_aside(Path(path)))
-        try:
-            write_file(checkpoint, aside)
-        except BaseException:
-            _remove(aside)
-            raise
-        os.replace(aside, path)
+        write(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        return StoredCheckpoint(Path(path)).read_all()
+
+    def remove_checkpoint(self, path: Any) -> None:
+        _remove(Path(path))
+
+
+def _use_folders(strategy: Strategy) -> None:
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = FolderIO()
 
 
 class VerifyCheckpoint(L.Callback):
     """Compares a checkpoint with its checksums before anything is loaded from it; each file is hashed by one rank.
 
-    A checkpoint that was written without checksums passes with a note, unless it has code in it. Then `Budget` is asked
+    A checkpoint that was written without checksums passes with a note, unless it has code in it. Then `Budget` checks
     whether the run can go on from it, before the model is built.
 
     Args:
-        path: A .ckpt file or a folder of shards.
+        path: The checkpoint.
         hashes: Compare hashes; if not, sizes only.
     """
 
@@ -378,19 +372,15 @@ class VerifyCheckpoint(L.Callback):
         paths = {str(path) for path in ranks.do(lambda: self.path)}
         if len(paths) > 1:
             raise UserError(f"--ckpt_path is {' on one rank and '.join(sorted(paths))} on another; name the checkpoint")
-        if self.path.is_dir() and type(trainer.strategy).load_checkpoint is Strategy.load_checkpoint:
-            raise UserError(
-                f"checkpoint {self.path} (--ckpt_path) is a folder of shards, and trainer.strategy reads one file; "
-                f"make one of it: python -m meap_lit checkpoint consolidate --checkpoint {self.path} --output FILE.ckpt"
-            )
+        _use_folders(trainer.strategy)
         ranks.do(lambda: self._check(ranks))
         if stage == "fit":
             ranks.do(partial(self._check_resume, trainer))
 
     def _check(self, ranks: Ranks) -> None:
         check(self.path, self.hashes, ranks.rank, ranks.number)
-        if ranks.rank == 0:  # Lightning's own strategies would unpickle shards, and end in a traceback elsewhere
-            refuse_code(self.path) if self.path.is_dir() else read_file(self.path)
+        if ranks.rank == 0:
+            StoredCheckpoint(self.path).refuse_code()
 
     def _check_resume(self, trainer: L.Trainer) -> None:
         state = read_trainer_state(self.path)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meap_lit.checkpoint.source import DTYPES, Checkpoint, open_source, vocab_size_for
+from meap_lit.checkpoint.source import DTYPES, CheckpointSource, open_source, vocab_size_for
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
@@ -59,7 +59,7 @@ class Export(Preparation):
             return self._make_adapter(folder, source, DTYPES[self.dtype or "float32"])
         dtype = DTYPES[self.dtype] if self.dtype else source.dtype
         tokenizer = self._load_tokenizer(source)
-        rows = source.rows_without_mask if isinstance(source, Checkpoint) else None
+        rows = source.rows_without_mask if isinstance(source, CheckpointSource) else None
         is_unused = rows is not None and tokenizer.mask_token_id == tokenizer.vocab_size - 1
         if rows is not None and is_unused:
             source = _FewerRows.of(source, rows)
@@ -106,7 +106,7 @@ class Export(Preparation):
         return tokenizer
 
     def _make_adapter(self, folder: Path, source: WeightSource, dtype: torch.dtype) -> str:
-        if not isinstance(source, Checkpoint) or source.lora is None:
+        if not isinstance(source, CheckpointSource) or source.lora is None:
             raise UserError(f"{source.path} holds no adapters; leave out --adapter_only")
         if source.base is None:
             raise UserError(f"{source.path} adapts a model that is nowhere else; leave out --adapter_only")
@@ -131,7 +131,7 @@ class Export(Preparation):
         num_parameters = sum(tensor.numel() for tensor in adapters.values())
         what = f"{num_parameters:,} parameters in adapters"
         summary = self._summary(folder, source, ["adapter_model.safetensors"], what, dtype)
-        if isinstance(source.base, Checkpoint):
+        if isinstance(source.base, CheckpointSource):
             summary += f"\n  export {source.init_from} too: PEFT puts them on a Hugging Face folder"
         return summary
 
@@ -249,7 +249,7 @@ def _pre_tokenizer(tokenizer: Tokenizer) -> str:
     return " ".join(patterns)
 
 
-def _refuse_other_training(source: Checkpoint) -> None:
+def _refuse_other_training(source: CheckpointSource) -> None:
     """Make sure that nothing but the adapters was trained, since they are all that is written."""
     for name, stored in source.whole_weights():
         if not torch.equal(stored, source.read_base(name).to(stored.dtype)):

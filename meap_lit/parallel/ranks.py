@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from meap_lit.errors import UserError
 
@@ -40,12 +39,8 @@ class Ranks:
         problem: Exception | None = None
         try:
             result = action()
-        except UserError as error:
+        except (OSError, UserError) as error:
             problem = error
-        except (OSError, RuntimeError, CheckpointException) as error:
-            problem = _file_error(error)
-            if problem is None:
-                raise
         outcomes: list[Any] = [(result, problem)] * self.number
         if self.number > 1:
             dist.all_gather_object(outcomes, (result, problem), group=self.group)
@@ -55,18 +50,3 @@ class Ranks:
             if found is not None:  # rank 0 says it for all, and Lightning kills it when a process it started fails
                 raise SystemExit(2 if self.is_first_of_node else 0)
         return [value for value, _ in outcomes]
-
-
-def _file_error(error: BaseException) -> OSError | None:
-    """What the operating system said of a file, which torch wraps in errors of its own or drops."""
-    if isinstance(error, CheckpointException):
-        causes = (_file_error(failure) for failure, _ in error.failures.values())
-        return next((cause for cause in causes if cause is not None), None)
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return OSError(cause.errno, cause.strerror or str(cause), cause.filename)
-        cause = cause.__cause__ or cause.__context__
-    if "inline_container" in str(error):  # torch's ZIP writer
-        return OSError(None, "the disk is full, or cannot be written to")
-    return None

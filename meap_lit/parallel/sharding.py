@@ -8,25 +8,20 @@ is handed block by block to the older FSDP1 where that is asked for.
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FullyShardedDataParallel,
-    MixedPrecision,
-    MixedPrecisionPolicy,
-    ShardingStrategy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from meap_lit.errors import UserError
+from meap_lit.model.config import DecoderConfig
 from meap_lit.model.decoder import Decoder
 from meap_lit.model.lora import LoRALinear
 from meap_lit.model.norm import RMSNorm, rms_norm
@@ -81,15 +76,7 @@ def _split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
     """Query, key, value, gate and up by their outputs, o and down by their inputs: one sum of activations for each half
     of a block (Megatron-LM, arXiv 1909.08053). Embedding, head and norms are whole on every device.
     """
-    size = mesh.size()
-    for name in ("num_heads", "num_kv_heads", "intermediate_size"):
-        if getattr(decoder.config, name) % size:
-            raise UserError(
-                f"decoder.{name} {getattr(decoder.config, name)} cannot be divided among tensor_parallel_size {size} "
-                f"devices; lower trainer.strategy.tensor_parallel_size"
-            )
-    if any(isinstance(module, LoRALinear) for module in decoder.modules()):
-        raise UserError("adapters cannot be split: use trainer.strategy.tensor_parallel_size 1 with model.lora")
+    part_of(decoder.config, mesh.size(), adapted=any(isinstance(module, LoRALinear) for module in decoder.modules()))
     by_output, by_input = ColwiseParallel, RowwiseParallel
     for block in _blocks(decoder):
         plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": by_output() for name in "qkv"}
@@ -99,6 +86,31 @@ def _split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
         for norm in (block.self_attn.q_norm, block.self_attn.k_norm):
             if isinstance(norm, RMSNorm):
                 norm.forward = partial(_norm_of_some_heads, norm, mesh)  # type: ignore[method-assign]
+
+
+def part_of(config: DecoderConfig, size: int, *, adapted: bool) -> DecoderConfig:
+    """Return the decoder that one of `size` tensor-parallel devices computes: its heads and its part of the SwiGLU.
+
+    Args:
+        config: The whole decoder.
+        size: Devices that share each matrix product.
+        adapted: The decoder has adapters.
+
+    Raises:
+        UserError: If heads or SwiGLU cannot be divided, or adapters would have to be.
+    """
+    parts = {}
+    for name in ("num_heads", "num_kv_heads", "intermediate_size"):
+        whole = getattr(config, name)
+        if whole % size:
+            raise UserError(
+                f"decoder.{name} {whole} cannot be divided among tensor_parallel_size {size} devices; lower "
+                f"trainer.strategy.tensor_parallel_size"
+            )
+        parts[name] = whole // size
+    if adapted and size > 1:
+        raise UserError("adapters cannot be split: use trainer.strategy.tensor_parallel_size 1 with model.lora")
+    return replace(config, **parts, head_dim=config.head_width)
 
 
 def _norm_of_some_heads(norm: RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:
@@ -118,94 +130,6 @@ class _SumGradient(torch.autograd.Function):
         total = grad.clone()
         torch.distributed.all_reduce(total, group=ctx.group)
         return total, None
-
-
-# ---------------------------------------------------------------------------------------------------- FSDP1
-
-
-def split(decoder: Decoder, mesh: DeviceMesh) -> None:
-    """Give each device its part of every parameter, in place, until `flatten`; so it can be filled part by part.
-
-    Args:
-        decoder: On the meta device.
-        mesh: As for `flatten`.
-
-    Raises:
-        UserError: If there are adapters: a flat parameter is of one dtype, and trained or frozen as a whole.
-    """
-    if any(isinstance(module, LoRALinear) for module in decoder.modules()):
-        raise UserError("adapters cannot be flattened with the weights they adapt: use fsdp2.yaml with model.lora")
-    placements: list[Placement] = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
-    for module in decoder.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(distribute_tensor(parameter.data, mesh, placements)))
-
-
-def flatten(
-    module: nn.Module,
-    decoder: Decoder,
-    mesh: DeviceMesh,
-    device: torch.device,
-    *,
-    reshard_after_forward: bool = True,
-    param_dtype: torch.dtype | None = None,
-    reduce_dtype: torch.dtype | None = None,
-) -> tuple[FullyShardedDataParallel, dict[Tensor, nn.Parameter]]:
-    """Hand a `split` decoder to PyTorch's FSDP1, which cuts the weights of a block as one long vector.
-
-    A block at a time is whole on a device. Parameters are vectors from then on, of which a device may hold nothing.
-
-    Args:
-        module: Holds `decoder`; its forward takes the loss too, as the head is gathered no longer than that.
-        decoder: As `split` left it, and filled; its blocks are wrapped in place.
-        mesh: Of one dimension, which shards the weights, or of two, of which the first replicates (HSDP); no part of
-            a larger mesh, where FSDP1 would look for tensor parallelism.
-        device: This process's.
-        reshard_after_forward: Give a block's gathered weights back between forward and backward.
-        param_dtype: Dtype in which weights are gathered and used; their own if not given.
-        reduce_dtype: Dtype in which gradients are reduced; `param_dtype` if not given.
-
-    Returns:
-        The wrapped module, and for every parameter that `decoder` had the one that it has now.
-    """
-    strategies = {
-        (1, True): ShardingStrategy.FULL_SHARD,
-        (1, False): ShardingStrategy.SHARD_GRAD_OP,
-        (2, True): ShardingStrategy.HYBRID_SHARD,
-        (2, False): ShardingStrategy._HYBRID_SHARD_ZERO2,
-    }
-    wrap = partial(
-        FullyShardedDataParallel,
-        device_mesh=mesh,
-        device_id=device,
-        sharding_strategy=strategies[mesh.ndim, reshard_after_forward],
-        mixed_precision=MixedPrecision(param_dtype, reduce_dtype, cast_forward_inputs=True),
-        use_orig_params=True,
-    )
-    replaced: dict[Tensor, nn.Parameter] = {}
-    for number, block in enumerate(_blocks(decoder)):
-        _gather(block, replaced)
-        decoder.layers[number] = wrap(block)
-    _gather(decoder, replaced)
-    root = wrap(module)
-    for parameter in replaced.values():
-        setattr(parameter, _SHARED_BY, mesh)
-    return root, replaced
-
-
-_SHARED_BY = "_shared_by"
-"""Attribute of a flattened parameter: the mesh, which FSDP1 does not write on it."""
-
-
-def _gather(module: nn.Module, replaced: dict[Tensor, nn.Parameter]) -> None:
-    """Make the split parameters of `module` whole, in place; ties stay ties."""
-    for child in module.modules():
-        for name, parameter in child.named_parameters(recurse=False):
-            part = parameter.data
-            if isinstance(part, DTensor):
-                if parameter not in replaced:
-                    replaced[parameter] = nn.Parameter(part.full_tensor())
-                setattr(child, name, replaced[parameter])
 
 
 # ------------------------------------------------------------------------------------------ parts of parameters
@@ -233,7 +157,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     Returns:
         The norm before, scalar, the same on every device.
     """
-    groups = by_mesh(p for p in parameters if p.grad is not None or hasattr(p, _SHARED_BY))
+    groups = by_mesh(parameter for parameter in parameters if parameter.grad is not None)
     norms = [_norm_of(group) for group in groups]
     total = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     if not math.isinf(max_norm):
@@ -243,15 +167,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def _norm_of(group: list[Tensor]) -> Tensor:
-    norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-    if isinstance(norm, DTensor):
-        return norm.full_tensor()
-    mesh = getattr(group[0], _SHARED_BY, None)
-    if mesh is None:
-        return norm
-    squared = norm.to(group[0].device).square()  # of nothing, on a device that holds no part of these: 0
-    torch.distributed.all_reduce(squared, group=mesh.get_group("shard"))
-    return squared.sqrt()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def is_finite(parameters: Iterable[Tensor]) -> Tensor:
@@ -264,9 +181,8 @@ def is_finite(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters grouped by the devices that share them: one operation takes tensors of a single group."""
+    """Return parameters grouped by the devices that share them: one operation takes tensors of a single group."""
     groups: dict[Any, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else getattr(parameter, _SHARED_BY, None)
-        groups[mesh].append(parameter)
+        groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
     return list(groups.values())
