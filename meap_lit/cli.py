@@ -146,7 +146,8 @@ def read_command(arguments: list[str]) -> Any:
         UserError: If there is no such command, or an option is wrong.
     """
     from meap_lit.recipe.explain import check_options, input_errors
-    from meap_lit.recipe.file import check_words
+    from meap_lit.recipe.file import check_words, current_words
+    from meap_lit.recipe.parser import command_parser, reads_recipes
 
     check_words(arguments)
     words = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
@@ -155,9 +156,10 @@ def read_command(arguments: list[str]) -> Any:
         raise UserError(f"no command '{' '.join(arguments[:2])}'; there are {known}")
     module, name = COMMANDS[words].rsplit(".", 1)
     command = getattr(importlib.import_module(module), name)
-    parser = _command_parser(command, prog=f"python -m meap_lit {words}")
-    with input_errors([option for action in parser._actions for option in action.option_strings]):
-        namespace = parser.parse_args(arguments[len(words.split()) :])
+    parser = command_parser(command, prog=f"python -m meap_lit {words}")
+    with input_errors(dict.fromkeys(field.name for field in dataclasses.fields(command))):
+        options = arguments[len(words.split()) :]
+        namespace = parser.parse_args(current_words(options) if reads_recipes(command) else options)
         namespace.pop("config", None)
         check_options(namespace.as_dict(), command)
         return command(**vars(parser.instantiate_classes(namespace)))
@@ -170,36 +172,6 @@ def _run_command(command: Any) -> None:
         if error.errno in NO_SPACE and error.filename is None:  # a write does not say where
             error.filename = getattr(command, "output", None)
         raise
-
-
-def _command_parser(command: type, prog: str) -> Any:
-    """A parser of the fields of a command: a list takes several words (`--input A B`), a switch none (`--chat`)."""
-    import docstring_parser
-    import jsonargparse
-
-    from meap_lit.recipe.file import KeepsSecrets, RecipeFile
-
-    class Parser(KeepsSecrets, jsonargparse.ArgumentParser):  # type: ignore[misc]
-        pass
-
-    doc = docstring_parser.parse(command.__doc__ or "")
-    help_of = {parameter.arg_name: parameter.description for parameter in doc.params}
-    parser = Parser(prog=prog, description=doc.short_description, exit_on_error=False, allow_abbrev=False)
-    if any(f.name == "base" for f in dataclasses.fields(command)):  # it reads recipes
-        parser.parser_mode = "omegaconf+"
-        parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe; a later one overrides an earlier one.")
-    lists = [f for f in dataclasses.fields(command) if "list" in str(f.type)]
-    for f in lists:
-        required = f.default is dataclasses.MISSING
-        parser.add_argument(
-            f"--{f.name}", type=str, nargs="+", required=required, default=None, help=help_of.get(f.name)
-        )
-    switches = [f for f in dataclasses.fields(command) if f.type is bool and f.default is False]
-    for f in switches:
-        parser.add_argument(f"--{f.name}", action="store_true", help=help_of.get(f.name))
-    # a group of its own would repeat the description
-    parser.add_class_arguments(command, as_group=False, skip={f.name for f in (*lists, *switches)})
-    return parser
 
 
 # ---------------------------------------------------------------------------------------------- training

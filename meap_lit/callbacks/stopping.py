@@ -12,6 +12,7 @@ import torch
 
 from meap_lit.callbacks.checkpoint import Checkpoint
 from meap_lit.data.datamodule import STOP_SIGNALS
+from meap_lit.private import skip_sigterm_broadcast
 
 VALIDATION_BATCHES = 10
 """Several ranks ask each other after so many batches of a validation."""
@@ -41,8 +42,7 @@ class StopOnSignal(L.Callback):
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)  # Lightning's teardown puts the earlier handlers back
-            # and at every micro-batch of several ranks Lightning would ask them all, waiting for their devices
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+            skip_sigterm_broadcast(trainer)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:

@@ -22,6 +22,7 @@ from meap_lit.errors import UserError
 from meap_lit.evaluation.task import GenerationTask, Item, Record, Task
 from meap_lit.inference.generation import common_beginning
 from meap_lit.inference.language_model import LanguageModel
+from meap_lit.renamed import current
 
 RECORDS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -128,7 +129,7 @@ class Records:
         if not file.is_file():
             return
         try:
-            then = _flat(json.loads(file.read_text(encoding="utf-8")))
+            then = _flat(current(json.loads(file.read_text(encoding="utf-8"))))
         except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{file} is damaged ({error}); remove the folder {self.folder} to ask anew") from error
         now = _flat(json.loads(json.dumps(settings, default=str)))

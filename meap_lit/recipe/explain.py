@@ -20,10 +20,11 @@ from typing import Any, Union, get_args, get_origin
 
 from meap_lit.errors import UserError, shorten
 
-TOP_LEVEL_KEYS = (
-    *("model", "data", "trainer", "budget", "checkpoint", "probe", "hang"),
-    *("seed_everything", "base", "ckpt_path"),
-)
+Known = Mapping[str, type | None]
+"""The top-level keys of a recipe, or the options of a command, and the class that takes the values below each.
+
+None for a single value, and for a class that the recipe itself names.
+"""
 
 _KEY = re.compile(r'Parser key "([^"]+)": ')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)': ")
@@ -46,12 +47,11 @@ _IN_WORDS = {
 
 
 @contextmanager
-def input_errors(options: Iterable[str] = (), groups: Mapping[str, type] | None = None) -> Iterator[None]:
+def input_errors(known: Known) -> Iterator[None]:
     """Turn what libraries raise while a recipe is read or its objects are built into a `UserError`.
 
     Args:
-        options: As for `explain`.
-        groups: As for `explain`.
+        known: As for `explain`.
 
     Raises:
         UserError: Says what is wrong with the recipe.
@@ -62,7 +62,7 @@ def input_errors(options: Iterable[str] = (), groups: Mapping[str, type] | None 
     except Exception as error:
         if isinstance(error, UserError) or any(raised_by(cause, "meap_lit") for cause in _causes(error)):
             raise
-        raise find_user_error(error) or UserError(_line(error, options, groups)) from error
+        raise find_user_error(error) or UserError(_line(error, known)) from error
 
 
 def find_user_error(error: BaseException) -> UserError | None:
@@ -73,7 +73,7 @@ def find_user_error(error: BaseException) -> UserError | None:
     return found
 
 
-def _line(error: Exception, options: Iterable[str], groups: Mapping[str, type] | None) -> str:
+def _line(error: Exception, known: Known) -> str:
     if any(isinstance(cause, RecursionError) for cause in _causes(error)):
         return "a value of the recipe is nested too deeply, or refers to itself"
     if hasattr(error, "full_key"):  # of OmegaConf
@@ -83,7 +83,7 @@ def _line(error: Exception, options: Iterable[str], groups: Mapping[str, type] |
     first = _causes(error)[-1]
     if isinstance(first, ModuleNotFoundError):  # a logger's package
         return " ".join(str(first).split())
-    line = explain(str(error), options, groups)
+    line = explain(str(error), known)
     is_complaint = type(error).__name__ in _COMPLAINTS or str(error).startswith(("Parser key", "Does not validate"))
     return line if is_complaint else f"cannot build what the recipe names ({type(error).__name__}): {line}"
 
@@ -106,23 +106,22 @@ def raised_by(error: BaseException, package: str) -> bool:
 
 
 def _explain_interpolation(error: Exception) -> str:
-    """Say which `${...}` leads nowhere; OmegaConf names keys below the command and the classes' `init_args`."""
-    key = re.sub(r"^(fit|validate|test|predict)\.|\.init_args", "", getattr(error, "full_key", None) or "")
+    """Say which `${...}` leads nowhere."""
+    key = (getattr(error, "full_key", None) or "").replace(".init_args", "")
     message = str(error).splitlines()[0]
-    if match := re.search(r"Interpolation key '[^']*' not found \(resolved to '\w+\.(.*)'\)", message):
+    if match := re.search(r"Interpolation key '([^']*)' not found", message):
         message = f"the recipe has no key {shorten(match[1])} for ${{...}} to refer to"
     elif type(error).__name__ == "GrammarParseError":
         message = "a reference (${...}) that cannot be read; write it as ${data.init_args.seed}"
     return f"{shorten(key) or 'a value'}: {message}"
 
 
-def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type] | None = None) -> str:
+def explain(message: str, known: Known) -> str:
     """Condense a complaint of jsonargparse, which nests one sentence a level, and add what may have been meant.
 
     Args:
         message: The complaint.
-        options: The options that there are, such as `--seed`, if they are few.
-        groups: The classes that take the values of a recipe's keys without a class_path, such as `trainer`.
+        known: The keys or options that there are.
 
     Example: `Parser key "data": Does not validate against ... Problem with given class_path 'm.Data': Option
     'global_batch' is not accepted - Expected ...` becomes `data: m.Data has no option 'global_batch'; did you mean
@@ -135,23 +134,25 @@ def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type
 
     if match := re.match(r"Option '([^']+)' is not accepted", core):
         kind = _class(classes[-1]) if classes else None
-        known = [option.removeprefix("--") for option in options] if kind is None else _parameters(kind)
+        options = known if kind is None else _parameters(kind)
         decided_by = dict(getattr(kind, "decided_by", {}))
         decides = decided_by.pop(match[1], None)
         owner = f"{classes[-1]} has no option" if classes else "there is no key"
         # the config.yaml of an older run names them all, and one line should do
         likewise = ", ".join(f"{name} ({other} decides it)" for name, other in decided_by.items())
-        hint = f"; leave it out: {decides} decides it; likewise {likewise}" if decides else _hint(match[1], known)
+        hint = f"; leave it out: {decides} decides it; likewise {likewise}" if decides else _hint(match[1], options)
         core = f"{owner} '{match[1]}'{hint}"
     elif match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", core):
         group = _parameters(_class(classes[-1])).get(match[1]) if classes else None
-        options = inspect.signature(group.annotation).parameters if group else ()
-        core = f"{match[1]} has no option '{match[2]}'{_hint(match[2], options)}"
+        taken = inspect.signature(group.annotation).parameters if group else ()
+        core = f"{match[1]} has no option '{match[2]}'{_hint(match[2], taken)}"
+        if not classes:
+            core = f"there is no key '{match[1]}.{match[2]}'{_key_hint(f'{match[1]}.{match[2]}', known)}"
     elif match := re.search(r"module '([^']+)' has no attribute '([^']+)'", core):
         names = [name for name, value in vars(importlib.import_module(match[1])).items() if inspect.isclass(value)]
         core = f"class_path {match[1]}.{match[2]} does not exist{_hint(match[2], names)}"
     elif match := re.search(r"does not accept option '([^']+)'", core):
-        core = f"there is no key '{match[1]}'{_key_hint(match[1], groups or {})}"
+        core = f"there is no key '{match[1]}'{_key_hint(match[1], known)}"
     elif match := re.match(r"Exceeds the limit \((\d+) digits\)", core):
         core = f"a number of more than {match[1]} digits"
     elif match := re.match(r"Key must be a string, got: (.*)\.", core):
@@ -162,7 +163,7 @@ def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type
         core = f"init_args must be {_IN_WORDS['dict']}, not a {match[1]}"
     elif match := re.match(r"Expected a tuple with (\d+) elements\. Got value: (.*)", core):
         return f"{where} must be a list of {match[1]} values, got {shorten(match[2])}"
-    elif re.search(r"arguments are required: .*\.model", core):
+    elif re.match(r"the following arguments are required: model\b", core):
         core += "; name a recipe with --config"
     elif match := re.match(r"the following arguments are required: [\w., ]+\w", core):
         core = match[0]  # of a class; what follows says that the value is nothing else that may stand there
@@ -170,30 +171,29 @@ def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type
         where = re.sub(r"\b(\w+)\.\1$", r"\1", where)  # a group is named twice
         return f"{where} must be {_IN_WORDS['dict']}, got {shorten(match[1])}"
     elif match := re.match(r"unrecognized arguments: --([^\s=]+)", core):
-        # of a recipe the parser knows too many options
-        core += _hint(f"--{match[1]}", options) if options else _key_hint(match[1], groups or {}, "--")
+        core += _key_hint(match[1], known, "--")
     elif wanted := _wanted(core):
         given = _GIVEN.search(message)  # the innermost comes first
         return f"{where} must be {wanted}, got {shorten((given and given[1]) or 'nothing')}"
     return f"{where}: {core}" if where else core
 
 
-def check_values(recipe: Mapping[str, Any], groups: Mapping[str, type]) -> None:
+def check_values(recipe: Mapping[str, Any], known: Known) -> None:
     """Refuse values that the parser lets pass though nothing can be done with them.
 
     Args:
         recipe: Values by top-level key, nested.
-        groups: The classes that take the values of keys without a class_path, such as `trainer`.
+        known: The keys that there are.
 
     Raises:
         UserError: If a value is null where none may be, not finite, no mapping where one is wanted, or out of the range
             of one of Lightning's options.
     """
-    for key in groups:
+    for key in (key for key, kind in known.items() if kind is not None):
         if not isinstance(recipe.get(key, {}), Mapping):
             raise UserError(f"{key} must be {_IN_WORDS['dict']}, got {shorten(str(recipe[key]))}")
     for key, value in recipe.items():
-        _check_value(value, groups.get(key, object), key)
+        _check_value(value, known.get(key) or object, key)
     seed = recipe["seed_everything"]
     if not 0 <= seed < 2**32:  # numpy's limits
         raise UserError(f"seed_everything must be in [0, {2**32 - 1}], got {seed}")
@@ -296,18 +296,18 @@ def _parameters(kind: type) -> dict[str, inspect.Parameter]:
     }
 
 
-def _key_hint(key: str, groups: Mapping[str, type], dashes: str = "") -> str:
-    """What may have been meant by a key of a recipe that there is not, such as `trainer.devics`."""
+def _key_hint(key: str, known: Known, dashes: str = "") -> str:
+    """Say what may have been meant by an unknown key of a recipe, such as `trainer.devics`."""
     first, _, rest = key.partition(".")
-    if first not in TOP_LEVEL_KEYS:
-        return _hint(first, TOP_LEVEL_KEYS, dashes)
-    name, known = rest.partition(".")[0], _parameters(groups.get(first, object))
-    return "" if name in known else _hint(name, known, f"{dashes}{first}.")
+    if first not in known:
+        return _hint(first, known, dashes)
+    name, parameters = rest.partition(".")[0], _parameters(known[first] or object)
+    return "" if name in parameters else _hint(name, parameters, f"{dashes}{first}.")
 
 
 def _hint(given: str, known: Iterable[str], before: str = "") -> str:
     """The nearest of what is known, or all of it, each with the text that stands `before` it."""
-    close = difflib.get_close_matches(given, list(known), n=1)
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.55)
     if close:
         return f"; did you mean '{before}{close[0]}'?"
     return f"; there are {', '.join(before + name for name in known)}" if list(known) else ""

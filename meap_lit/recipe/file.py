@@ -1,21 +1,20 @@
 """Recipes as files: each may name another as its `base`."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, Namespace, get_loader
-from omegaconf.errors import InterpolationResolutionError
+from jsonargparse import get_loader
 
 from meap_lit.errors import UserError
 from meap_lit.files import decode
-from meap_lit.secrets import without_secrets
+from meap_lit.renamed import current, current_key
 
 MAX_BYTES = 10_000_000
 MAX_LEVELS = 50
@@ -26,56 +25,6 @@ MAX_DIGITS = 400
 MAX_REFERENCES = 20
 
 _NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxXoO_:.+-]*")
-
-
-class KeepsSecrets:
-    """A parser of recipes that writes and prints none of their secrets; goes before the class of the parser."""
-
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
-        """Parse as the parser does.
-
-        Raises:
-            UserError: If a variable of the environment is missing that a value is read from.
-        """
-        try:
-            return super().parse_args(*args, **kwargs)  # type: ignore[misc]
-        except InterpolationResolutionError as error:
-            variable = re.search(r"Environment variable '(.+?)' not found", str(error))
-            if variable is None:
-                raise
-            key = re.sub(r"^fit\.|\.init_args", "", error.full_key or "a value")
-            raise UserError(
-                f"{key} comes from the environment, where {variable[1]} is not set; set that variable (saved recipes "
-                f"hold no secrets), or change the key"
-            ) from error
-
-    def dump(self, namespace: Namespace, *args: Any, skip_link_targets: bool = True, **kwargs: Any) -> str:
-        # With the targets of links a dump has no reader: jsonargparse and Lightning take the values from it. A parser
-        # of a class within a recipe dumps its part of either.
-        is_for_reader = skip_link_targets and not _is_dumping.get()
-        shown = namespace
-        if is_for_reader:
-            if not kwargs.get("skip_validation"):
-                self.validate(namespace)  # type: ignore[attr-defined]
-            # a reference to the environment would not validate
-            shown, kwargs["skip_validation"] = without_secrets(namespace), True
-        before = _is_dumping.set(True)
-        try:
-            return super().dump(shown, *args, skip_link_targets=skip_link_targets, **kwargs)  # type: ignore[misc]
-        finally:
-            _is_dumping.reset(before)
-
-
-_is_dumping: ContextVar[bool] = ContextVar("is_dumping", default=False)
-
-
-class RecipeFile(ActionConfigFile):
-    """Reads a recipe after the recipes that it names as `base`."""
-
-    @staticmethod
-    def apply_config(parser: Any, cfg: Namespace, dest: str, value: str) -> None:
-        for path in lineage(Path(value)):
-            ActionConfigFile.apply_config(parser, cfg, dest, str(path))
 
 
 def lineage(path: Path) -> list[Path]:
@@ -152,6 +101,26 @@ def check_words(words: Sequence[str]) -> None:
         if "&" in text and "*" in text:
             with suppress(yaml.YAMLError):  # text that is not YAML is taken as it is
                 _check(text, name, is_recipe=False)
+
+
+def current_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command that reads a recipe, old names in them replaced by current ones."""
+    renamed: list[str] = []
+    for word in words:
+        starts = word.startswith("--")
+        option, equals, value = word.partition("=") if starts else ("", "", word)
+        option = f"--{current_key(option[2:])}" if starts else option
+        key = (option or (renamed[-1] if renamed else ""))[2:].removesuffix("+")
+        renamed.append(option + equals + _current_text(value, key))
+    return renamed
+
+
+def _current_text(text: str, key: str) -> str:
+    with suppress(yaml.YAMLError):
+        given = get_loader("yaml")(text) if text.startswith(("{", "[")) else text
+        if (renamed := current(given, key)) != given:
+            return renamed if isinstance(renamed, str) else json.dumps(renamed, ensure_ascii=False)
+    return text
 
 
 def _check(text: str, name: str, is_recipe: bool = True) -> None:

@@ -13,6 +13,7 @@ from meap_lit.errors import UserError
 from meap_lit.evaluation.command import RESULT_FILE
 from meap_lit.evaluation.statistics import Difference, bootstrap_seeds
 from meap_lit.evaluation.task import Record, Task, paired_deltas
+from meap_lit.renamed import current
 from meap_lit.report.arms import Arm
 from meap_lit.report.runs import Run
 
@@ -123,7 +124,8 @@ def _read(file: Path) -> Evaluation | None:
         result = results[0]
         name = file.parent.parent.name
         metrics = list(result["scores"])
-        evaluation = Evaluation(file, name, content["task"], content["unit"], metrics, result["items"], result["about"])
+        about = {**result["about"], "task": current(result["about"]["task"], "task")}
+        evaluation = Evaluation(file, name, content["task"], content["unit"], metrics, result["items"], about)
         evaluation.about["checkpoint"], evaluation.about["items"], evaluation.about["task"]["init_args"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UserError(

@@ -15,6 +15,7 @@ from meap_lit.checkpoint.find import newest_checkpoint
 from meap_lit.checkpoint.folder import read_trainer_state
 from meap_lit.errors import UserError
 from meap_lit.model import DecoderConfig
+from meap_lit.renamed import current
 
 CONFIG_FILE = "config.yaml"
 LOSS = "val/loss"
@@ -151,7 +152,7 @@ def _events(folder: Path) -> list[Path]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = current(yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

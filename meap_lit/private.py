@@ -1,0 +1,58 @@
+"""Private names of Lightning and PyTorch that this package depends on, each with the reason.
+
+Such a name may change in any release, so the versions of these libraries are capped in pyproject.toml.
+`tests/test_private.py` checks that each name exists in the installed version, that each is still used, and that the
+package touches no other.
+"""
+
+from typing import Any
+
+NAMES = {
+    # Lightning calls this in every micro-batch of several ranks; see `skip_sigterm_broadcast`
+    "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor",
+    # Lightning writes what a step logged again where a run stops between two steps; no public call resets it
+    "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._results",
+    # the hooks by which `Checkpoint` writes aside and renames; ModelCheckpoint has no public ones
+    "lightning.pytorch.callbacks.ModelCheckpoint._save_checkpoint",
+    "lightning.pytorch.callbacks.ModelCheckpoint._remove_checkpoint",
+    "lightning.pytorch.callbacks.ModelCheckpoint._should_remove_checkpoint",
+    "lightning.pytorch.callbacks.ModelCheckpoint._should_skip_saving_checkpoint",
+    "lightning.pytorch.callbacks.ModelCheckpoint._save_topk_checkpoint",
+    "lightning.pytorch.callbacks.ModelCheckpoint._monitor_candidates",
+    "lightning.pytorch.callbacks.ModelCheckpoint._last_checkpoint_saved",
+    "lightning.pytorch.callbacks.ModelCheckpoint._last_global_step_saved",
+    # `Trainer.save_checkpoint` also writes the file, which `Checkpoint` does itself
+    "lightning.pytorch.Trainer._checkpoint_connector",
+    # None before a Trainer exists, where the public `trainer` raises
+    "lightning.pytorch.LightningModule._trainer",
+    # the constructor takes a number, but the devices are known only when the environment is set up
+    "lightning.pytorch.strategies.ModelParallelStrategy._data_parallel_size",
+    # has no public reader
+    "lightning.pytorch.strategies.ModelParallelStrategy._save_distributed_checkpoint",
+    # the constructor takes it, but the device is known only when the environment is set up
+    "lightning.pytorch.strategies.ModelParallelStrategy._process_group_backend",
+    # `refresh_rate` is read-only, and `log_every_n_steps` is known only when training starts
+    "lightning.pytorch.callbacks.TQDMProgressBar._refresh_rate",
+    # how the index of a checkpoint in shards says where a tensor is; the index is read without running its code
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    # the rows of a DTensor that a rank holds, where FSDP splits what tensor parallelism has already split
+    "torch.distributed.tensor._utils",
+    # a strategy of FSDP1 without a public name
+    "torch.distributed.fsdp.ShardingStrategy._HYBRID_SHARD_ZERO2",
+    # a rank's own connection to the store of the process group
+    "torch.distributed.distributed_c10d._get_default_store",
+    # operations that selective checkpointing keeps: attention has no public name below `scaled_dot_product_attention`
+    "torch.ops.aten._scaled_dot_product_flash_attention",
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
+    "torch.ops.aten._scaled_dot_product_efficient_attention",
+    "torch.ops.aten._scaled_dot_product_cudnn_attention",
+}
+
+
+def skip_sigterm_broadcast(trainer: Any) -> None:
+    """Keep the ranks of a run from asking each other for a SIGTERM in every micro-batch.
+
+    Each time the host would wait for its device; `StopOnSignal` asks at steps that are logged. Lightning (2.6) has no
+    option for it.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
