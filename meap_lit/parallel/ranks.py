@@ -1,4 +1,4 @@
-"""The ranks of a run, which take an action together: it fails on all if it fails on one."""
+"""Let the ranks of a run take an action together: if it fails on one, it fails on all."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,8 +16,8 @@ class Ranks:
 
     Args:
         trainer: The trainer of this rank, whose strategy has brought up the process group.
-        beside_training: Talk over a gloo group of their own, which a thread may use while the training step uses the
-            devices'. All ranks must ask for it at the same point.
+        beside_training: Use a gloo group of its own, which a thread may use while the training step uses the devices'
+            group. All ranks must create it at the same point.
     """
 
     def __init__(self, trainer: L.Trainer, *, beside_training: bool = False) -> None:
@@ -29,11 +29,11 @@ class Ranks:
             self.group = dist.new_group(backend="gloo")
 
     def do(self, action: Callable[[], T]) -> list[T]:
-        """Do `action` on every rank and wait for all; what each returned, in the order of the ranks.
+        """Do `action` on every rank, wait for all, and return the results in the order of the ranks.
 
         Raises:
-            OSError: If a file could not be written or read on one rank; raised on rank 0, while the others leave.
-            UserError: If wrong input was found on one, likewise.
+            OSError: If a file cannot be written or read on one rank. Rank 0 raises it; the others exit.
+            UserError: If one rank finds wrong input, likewise.
         """
         result: T | None = None
         problem: Exception | None = None
@@ -47,6 +47,6 @@ class Ranks:
         for _, found in outcomes:
             if found is not None and self.rank == 0:
                 raise found
-            if found is not None:  # rank 0 says it for all, and Lightning kills it when a process it started fails
+            if found is not None:  # rank 0 reports it, and Lightning kills rank 0 when a process that it started fails
                 raise SystemExit(2 if self.is_first_of_node else 0)
         return [value for value, _ in outcomes]

@@ -1,8 +1,7 @@
-"""What is put around a finished decoder from outside: recomputation, compilation, sharding. The decoder does not know.
+"""Shard a finished decoder over devices from outside, and work with parameters that a device holds in part.
 
-The only module that imports torch.distributed. Everything works on the meta device, so that a model larger than the
-memory of one device is never held as a whole (PyTorch's FSDP2 and DTensor; pytorch/torchtitan shows their use), and
-is handed block by block to the older FSDP1 where that is asked for.
+The decoder has no code for it. Everything works on the meta device, so that a model larger than the memory of one
+device is never held as a whole (PyTorch's FSDP2 and DTensor; pytorch/torchtitan shows their use).
 """
 
 import math
@@ -27,11 +26,6 @@ from meap_lit.model.lora import LoRALinear
 from meap_lit.model.norm import RMSNorm, rms_norm
 from meap_lit.model.recompute import _blocks
 
-# ---------------------------------------------------------------------------------------- memory and speed
-
-
-# ------------------------------------------------------------------------------------------------- sharding
-
 
 def shard(
     decoder: Decoder,
@@ -43,7 +37,7 @@ def shard(
     reduce_dtype: torch.dtype | None = None,
     cpu_offload: bool = False,
 ) -> None:
-    """Split every block over the devices of the meshes, in place: tensor parallel inside, FSDP2 around it.
+    """Shard every block over the devices of the meshes, in place: tensor parallel inside, FSDP2 around it.
 
     Args:
         decoder: On the meta device or not.
@@ -53,7 +47,7 @@ def shard(
         reshard_after_forward: Give a block's gathered weights back between forward and backward.
         param_dtype: Dtype in which weights are gathered and used; their own if not given.
         reduce_dtype: Dtype in which gradients are reduced; `param_dtype` if not given.
-        cpu_offload: Parts and their gradients lie in the host's memory; `decoder` must be on the CPU when it trains.
+        cpu_offload: Keep shards and their gradients in the host's memory; `decoder` must be on the CPU when it trains.
 
     Raises:
         UserError: If the heads cannot be divided, or adapters would have to be.
@@ -73,8 +67,10 @@ def shard(
 
 
 def _split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
-    """Query, key, value, gate and up by their outputs, o and down by their inputs: one sum of activations for each half
-    of a block (Megatron-LM, arXiv 1909.08053). Embedding, head and norms are whole on every device.
+    """Shard query, key, value, gate and up by their outputs, o and down by their inputs.
+
+    Each half of a block then needs one sum of activations (Megatron-LM, arXiv 1909.08053). Embedding, head and norms
+    are whole on every device.
     """
     part_of(decoder.config, mesh.size(), adapted=any(isinstance(module, LoRALinear) for module in decoder.modules()))
     by_output, by_input = ColwiseParallel, RowwiseParallel
@@ -114,7 +110,7 @@ def part_of(config: DecoderConfig, size: int, *, adapted: bool) -> DecoderConfig
 
 
 def _norm_of_some_heads(norm: RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:
-    """The norm of a device's own heads; its weight is one for all heads, so its gradient is summed over the devices."""
+    """Normalize a device's own heads. All heads share one weight, so its gradient is summed over the devices."""
     assert norm.eps is not None
     return rms_norm(x, _SumGradient.apply(norm.weight, mesh), norm.eps)
 
@@ -132,23 +128,16 @@ class _SumGradient(torch.autograd.Function):
         return total, None
 
 
-# ------------------------------------------------------------------------------------------ parts of parameters
-
-
 def write_shard(parameter: Tensor, value: Tensor) -> None:
-    """Write a whole value into a parameter of which this device may hold a part."""
+    """Write a whole value into a parameter, of which this device may hold one shard."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(value)
         return
     local = parameter.to_local()
     whole = value.to(local.device, local.dtype)
-    local.copy_(_part_of(whole, parameter))
-
-
-def _part_of(whole: Tensor, parameter: DTensor) -> Tensor:
-    # no public function says which part it is where FSDP2 splits what tensor parallelism has split already
+    # no public function returns the place of a shard where FSDP2 shards what tensor parallelism has sharded already
     shape, offset = compute_local_shape_and_global_offset(whole.shape, parameter.device_mesh, parameter.placements)
-    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+    local.copy_(whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))])
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
@@ -157,32 +146,23 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     Returns:
         The norm before, scalar, the same on every device.
     """
-    groups = by_mesh(parameter for parameter in parameters if parameter.grad is not None)
-    norms = [_norm_of(group) for group in groups]
+    groups: dict[Any, list[Tensor]] = defaultdict(list)  # by mesh: one operation takes tensors of one mesh
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     if not math.isinf(max_norm):
-        for group in groups:
+        for group in groups.values():
             torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
     return total
 
 
-def _norm_of(group: list[Tensor]) -> Tensor:
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
 def is_finite(parameters: Iterable[Tensor]) -> Tensor:
-    """Return whether this device's parts of the parameters hold neither an infinity nor a NaN, scalar, bool.
+    """Return whether this device's shards of the parameters hold neither an infinity nor a NaN, scalar, bool.
 
-    Nothing as large as a parameter is allocated: the largest absolute value tells.
+    The largest absolute value tells, so nothing as large as a parameter is allocated.
     """
-    parts = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
-    return torch.nn.utils.get_total_norm([part.detach() for part in parts if part.numel()], math.inf).isfinite()
-
-
-def by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Return parameters grouped by the devices that share them: one operation takes tensors of a single group."""
-    groups: dict[Any, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
-    return list(groups.values())
+    shards = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    return torch.nn.utils.get_total_norm([shard.detach() for shard in shards if shard.numel()], math.inf).isfinite()

@@ -1,4 +1,4 @@
-"""Strategies for the Trainer that split one model over devices; the number of those, where a launcher knows it."""
+"""The Trainer's strategy that shards one model over devices, and the number of devices that a launcher started."""
 
 import os
 from datetime import timedelta
@@ -30,21 +30,21 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2: weights, gradients and optimizer states split over devices; with tensor parallelism inside, if asked.
+    """Shard weights, gradients and optimizer states over devices by FSDP2, with tensor parallelism inside on request.
 
     The devices of a run are divided into groups of `tensor_parallel_size`, which read the same data and share each
-    matrix product; `shard_size` such groups hold one copy of the weights between them, and there are as many
-    copies as it takes (HSDP: shard within a node, replicate across nodes).
+    matrix product. `shard_size` groups hold one copy of the weights between them; the other groups hold further copies
+    (HSDP: shard within a node, replicate across nodes).
 
     Args:
         shard_size: Data-parallel devices that share one copy of the weights; all of them if not given.
         tensor_parallel_size: Devices that share a matrix product; a divisor of the devices of a node.
-        reshard_after_forward: Give gathered weights back between forward and backward: less memory, more traffic.
+        reshard_after_forward: Free gathered weights between forward and backward: less memory, more traffic.
         param_dtype: Dtype in which weights are gathered and used; if not given, bfloat16 with trainer.precision
             bf16-mixed (autocast would keep a copy of its own of every block), else their own.
         reduce_dtype: Dtype in which gradients are reduced; float32 if not given.
-        cpu_offload: Parameters, gradients and optimizer states lie in the host's memory, where the optimizer steps too;
-            blocks come to the device when they are gathered. Slow: for models that fit in no other way.
+        cpu_offload: Keep parameters, gradients and optimizer states in the host's memory, where the optimizer steps
+            too; blocks come to the device when they are gathered. Slow: for models that fit in no other way.
         timeout_minutes: How long a device waits for the others before it gives up.
     """
 
@@ -58,10 +58,7 @@ class Sharded(ModelParallelStrategy):
         cpu_offload: bool = False,
         timeout_minutes: float = 30.0,
     ) -> None:
-        super().__init__(
-            tensor_parallel_size=tensor_parallel_size,
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+        super().__init__(tensor_parallel_size=tensor_parallel_size, timeout=timedelta(minutes=timeout_minutes))
         self.shard_size = shard_size
         self.tensor_parallel_size = tensor_parallel_size
         self.reshard_after_forward = reshard_after_forward
@@ -70,16 +67,16 @@ class Sharded(ModelParallelStrategy):
         self.cpu_offload = cpu_offload
         self.timeout_minutes = timeout_minutes
         self.saving_group: ProcessGroup | None = None
-        """The ranks as they talk during a save; as in training if None, and then not beside it."""
+        """Group for the ranks' messages during a save, beside training; that of training, between steps, if None."""
 
     def setup_environment(self) -> None:
-        # not checked on construction, where the parser would take an error for a wrong type
+        # the parser would take an error of the constructor for a wrong type
         self._shard_size = shard_size_of(self.num_processes, self.num_nodes, self.shard_size, self.tensor_parallel_size)
         if self.timeout_minutes <= 0:
             raise UserError(f"trainer.strategy.timeout_minutes must be above 0, got {self.timeout_minutes:g}")
         self._data_parallel_size = self.num_nodes * self.num_processes // self.tensor_parallel_size
         if self.cpu_offload and self.root_device.type == "cuda":
-            self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms of gradients are summed where these lie
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms of gradients are summed on their device
         super().setup_environment()
         # Lightning's mesh has two dimensions; sharding within copies needs a third, in the same order of ranks
         self._mesh = init_device_mesh(
@@ -89,21 +86,21 @@ class Sharded(ModelParallelStrategy):
         )
 
     def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
-        """State by parameters' names; Lightning would number them in another order than the optimizer's groups have."""
+        """Return the state by parameters' names; Lightning numbers them in another order than the groups have."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         assert self.model is not None
         return get_optimizer_state_dict(self.model, optimizer, options=StateDictOptions(cpu_offload=True))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write this rank's part of a checkpoint; Lightning itself always talks over the group that trains."""
+        """Write this rank's part of a checkpoint; Lightning's own method always uses the group that trains."""
         write(checkpoint, Path(filepath), rank=self.global_rank, group=self.saving_group)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fill the module and the optimizers, each rank its part, by our reader: torch's own runs pickled code.
+        """Fill the module and the optimizers, each rank its shards, by our reader: torch's own runs pickled code.
 
-        The module looks at the checkpoint first; Lightning calls the hook after the weights are loaded. Of a checkpoint
-        that holds more than the module, such as more layers, torch would read a part without a word.
+        The module sees the trainer's state first, while Lightning calls the hook after the weights are loaded: from a
+        checkpoint that holds more than the module, such as more layers, torch reads a part without an error.
         """
         assert self.model is not None
         assert self.lightning_module is not None
@@ -121,11 +118,11 @@ class Sharded(ModelParallelStrategy):
 
     @property
     def parameter_device(self) -> torch.device:
-        """Where each part of the weights lies between the steps."""
+        """Device of the shards between the steps."""
         return torch.device("cpu") if self.cpu_offload else self.root_device
 
     def shard(self, decoder: Decoder) -> None:
-        """Split `decoder` over the devices, in place."""
+        """Shard `decoder` over the devices, in place."""
         replicated = self._mesh.size(0) > 1
         shard(
             decoder,
@@ -139,7 +136,7 @@ class Sharded(ModelParallelStrategy):
 
 
 def gathered_dtype(param_dtype: Dtype | None, precision: str) -> torch.dtype | None:
-    """Dtype in which `Sharded` gathers weights for a `trainer.precision`; None for their own."""
+    """Return the dtype in which `Sharded` gathers weights for a `trainer.precision`; None for their own."""
     if param_dtype is None:
         return torch.bfloat16 if precision == "bf16-mixed" else None
     return getattr(torch, param_dtype)
@@ -177,10 +174,10 @@ def shard_size_of(devices: int, nodes: int, shard_size: int | None, tensor_paral
 
 
 def follow_launcher(options: dict[str, Any]) -> None:
-    """Set what a Trainer is told of devices and nodes to what torchrun or SLURM started, if one of them did.
+    """Set the devices and nodes of a Trainer to those that torchrun or SLURM started, if one of them did.
 
-    On SLURM, Lightning's requeueing is turned off: it saves checkpoints into the current folder, from which any later
-    run there would start.
+    On SLURM this turns Lightning's requeueing off, which saves checkpoints into the current folder. Any later run there
+    would start from them.
 
     Args:
         options: Arguments of the Trainer, changed in place.
@@ -219,7 +216,7 @@ def follow_launcher(options: dict[str, Any]) -> None:
 
 
 def _of_torchrun() -> tuple[int, int]:
-    """Processes of each node, and nodes."""
+    """Return the processes of each node, and the nodes."""
     total, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if total % local:
         raise UserError(f"torchrun started {local} of {total} processes on this node; give all nodes as many")
@@ -227,10 +224,10 @@ def _of_torchrun() -> tuple[int, int]:
 
 
 def _of_slurm() -> tuple[int, int]:
-    """Tasks of each node, and nodes."""
+    """Return the tasks of each node, and the nodes."""
     total, nodes = (int(os.environ.get(f"SLURM_{name}", "1")) for name in ("NTASKS", "NNODES"))
     local = os.environ.get("SLURM_NTASKS_PER_NODE")
-    if total > 1 and "SLURM_STEP_NUM_TASKS" not in os.environ:  # it would wait for the others for good
+    if total > 1 and "SLURM_STEP_NUM_TASKS" not in os.environ:  # it would wait for the others forever
         raise UserError(
             f"this job has {total} tasks, and SLURM started this process alone; start all of them with srun: "
             f"srun python -m meap_lit fit ..."
@@ -248,7 +245,7 @@ def _of_slurm() -> tuple[int, int]:
 
 
 def _number_of_devices(devices: list[int] | str | int) -> int | None:
-    """How many `trainer.devices` asks for; None if it leaves that open."""
+    """Return the number of devices in `trainer.devices`; None if it leaves that open."""
     if isinstance(devices, list):
         return len(devices)
     if isinstance(devices, str) and "," in devices:
