@@ -1,4 +1,4 @@
-"""When checkpoints are written and how: aside, whole, and renamed; and that a damaged one is not resumed from."""
+"""Save checkpoints aside, whole, and rename them; refuse to resume from a damaged one."""
 
 import os
 import re
@@ -21,6 +21,7 @@ from meap_lit.callbacks.budget import Budget
 from meap_lit.checkpoint.checksums import check, checksums, seal, to_disk
 from meap_lit.checkpoint.folder import StoredCheckpoint, read_trainer_state, write
 from meap_lit.errors import UserError
+from meap_lit.files import has_ended
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
 
@@ -32,22 +33,21 @@ _SECONDS_PER_DAY = 86_400
 
 
 class Checkpoint(ModelCheckpoint):
-    """Keeps the last checkpoints of a run, the final step always among them, and a link `last.ckpt` to the newest.
+    """Keep the last checkpoints of a run, always including the final step, and a link `last.ckpt` to the newest.
 
-    A checkpoint, file or folder, is written under another name on all ranks, gets its checksums, and takes its own name
-    when it is whole. Then `last.ckpt` is put on it, in one step, and only then is an old one removed. A kill at any
-    moment leaves the previous checkpoint and nothing that could be taken for a new one; what it leaves aside is removed
-    by the next save of a run of the same recipe.
+    All ranks write a checkpoint under another name; it gets its checksums, and takes its own name when it is whole.
+    Then `last.ckpt` moves to it in one step, and only then is an old one removed. A kill at any moment leaves the
+    previous checkpoint and nothing that could be taken for a new one. The next save of a run of the same recipe removes
+    what it leaves aside.
 
-    With `asynchronous` a save copies the state to the host's memory, and a thread does all the rest while the training
-    goes on. What holds of a checkpoint does not change; a save that fails ends the run a little later, and a new one
-    waits for the last.
+    With `asynchronous` a save copies the state to the host's memory, and a thread does the rest while training
+    continues. A save that fails ends the run a little later, and a new save waits for the last.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
         keep: Number of checkpoints to keep; -1 keeps all.
-        milestone_every_n_steps: Checkpoints at multiples of so many steps are never removed.
-        asynchronous: Write while the training goes on; needs memory on the host for one copy of what a rank writes.
+        milestone_every_n_steps: Never remove checkpoints at multiples of this many steps.
+        asynchronous: Write while training continues; needs memory on the host for one copy of what a rank writes.
         dirpath: Folder; `checkpoints` inside the logger's folder if not given.
         verify: Hash the checkpoint that a run resumes from, or starts from (`model.init_from`), before it is read;
             false compares sizes only.
@@ -93,12 +93,12 @@ class Checkpoint(ModelCheckpoint):
 
     @property
     def last_saved(self) -> str | None:
-        """The newest checkpoint that this run wrote, whole."""
+        """The newest whole checkpoint that this run wrote."""
         return self._last_saved
 
     @property
     def state_key(self) -> str:
-        return type(self).__name__  # Lightning's names the options, and a resume with others would be warned of
+        return type(self).__name__  # Lightning's own names the options, and warns on a resume with others
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -117,7 +117,7 @@ class Checkpoint(ModelCheckpoint):
             )
 
     def _make_folder(self) -> None:
-        """Before the training, not at the first save."""
+        """Make the folder before training, not at the first save."""
         assert self.dirpath is not None
         try:
             os.makedirs(self.dirpath, exist_ok=True)
@@ -128,7 +128,7 @@ class Checkpoint(ModelCheckpoint):
             ) from error
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["dirpath"] == self.dirpath:  # a resume in a new folder keeps no account of the old one
+        if state_dict["dirpath"] == self.dirpath:  # a resume in a new folder does not manage the old one
             super().load_state_dict(state_dict)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -142,7 +142,7 @@ class Checkpoint(ModelCheckpoint):
         self._keep_last_logs(trainer)
 
     def _keep_last_logs(self, trainer: L.Trainer) -> None:
-        """Write what the step of the last checkpoint logged, which Lightning does after the hooks of that step."""
+        """Write what the step of the last checkpoint logged, which Lightning logs after the hooks of that step."""
         if self._logs_later:
             self._logs_later = False
             _keep_logs(trainer)
@@ -151,7 +151,7 @@ class Checkpoint(ModelCheckpoint):
         self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._jobs.close()  # a checkpoint that is being written is finished
+        self._jobs.close()  # finish a checkpoint that is being written
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._jobs.close()
@@ -209,20 +209,18 @@ class Checkpoint(ModelCheckpoint):
             self._jobs.add(partial(_take_away, Path(filepath)))  # once the newer one is whole
 
     def _remove_leftovers(self, trainer: L.Trainer) -> None:
-        """Remove what killed runs left here.
+        """Remove what killed runs left here, where this run was resumed from, and in all versions of both.
 
-        Likewise where this run was resumed from, and in all versions of both, unless a run still writes there: a run
-        that was killed before its first checkpoint is not the one that the next is resumed from.
+        What a living run still writes in another folder stays. All versions are searched because a run that was killed
+        before its first checkpoint is not the one that the next run resumes from.
         """
         assert self.dirpath is not None
         here = Path(self.dirpath)
         resumed_from = Path(trainer.ckpt_path).absolute().parent if trainer.ckpt_path else here
-        for old in here.glob(f"*{_ASIDE}*"):
-            _remove(old)
         for folder in (here, resumed_from):
             versions = folder.parent.parent.glob(f"version_*/{folder.name}/*{_ASIDE}*")
-            for old in (*folder.glob(f"*{_ASIDE}*"), *versions):
-                if _is_abandoned(old):
+            for old in {*folder.glob(f"*{_ASIDE}*"), *versions}:
+                if old.parent == here or _is_abandoned(old):
                     _remove(old)
 
 
@@ -242,22 +240,16 @@ def _refuse_remote(dirpath: Any) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether the process that wrote it is gone; one of another host is taken for gone after a day of silence."""
+    """Return whether the process that wrote it has ended; on another host, after a day of silence."""
     pid, _, host = path.name.rpartition(_ASIDE)[2].partition("@")
-    if host != socket.gethostname() or not pid.isdigit():
-        files = [path, *path.iterdir()] if path.is_dir() else [path]
-        return time.time() - max(file.lstat().st_mtime for file in files) > _SECONDS_PER_DAY
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+    if host == socket.gethostname() and pid.isdigit():
+        return has_ended(int(pid))
+    files = [path, *path.iterdir()] if path.is_dir() else [path]
+    return time.time() - max(file.lstat().st_mtime for file in files) > _SECONDS_PER_DAY
 
 
 def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
-    """Give a written checkpoint its checksums, its name, and the link that says it is the newest."""
+    """Give a written checkpoint its checksums and its name, and move the link `last.ckpt` to it."""
     seal(aside, found)
     os.rename(aside, path)
     link = Path(_aside(path.with_name(LAST)))
@@ -270,7 +262,7 @@ def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
 def _take_away(path: Path) -> None:
     if path.exists():
         aside = Path(_aside(path))
-        os.rename(path, aside)  # half a folder must not look like a checkpoint
+        os.rename(path, aside)  # part of a folder must not look like a checkpoint
         _remove(aside)
 
 
@@ -282,7 +274,7 @@ def _remove(path: Path) -> None:
 
 
 class _Jobs:
-    """Jobs done one after the other, here or in a thread; after one that failed none is begun."""
+    """Do jobs one after the other, here or in a thread; after one that failed, start none."""
 
     def __init__(self, in_thread: bool) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_thread else None
@@ -295,17 +287,17 @@ class _Jobs:
             self._last = self._thread.submit(_do_after, self._last, job)
 
     def check(self) -> None:
-        """Raise what a job raised, if one did by now."""
+        """Raise what a job has raised by now."""
         if self._last is not None and self._last.done():
             self._last.result()
 
     def wait(self) -> None:
-        """Wait for all jobs; raises what one raised."""
+        """Wait for all jobs, and raise what one raised."""
         if self._last is not None:
             self._last.result()
 
     def close(self) -> None:
-        """Wait for all jobs, whatever becomes of them, and end the thread."""
+        """Wait for all jobs, even if one fails, and end the thread."""
         if self._thread is not None:
             self._thread.shutdown()
 
@@ -317,7 +309,7 @@ def _do_after(earlier: Future[None] | None, job: Callable[[], None]) -> None:
 
 
 def on_host(state: Any) -> Any:
-    """A copy of a checkpoint's content in the host's memory, which training does not change; ties stay ties."""
+    """Return a copy of a checkpoint's content in the host's memory; tensors that were one stay one."""
     copies: dict[Any, torch.Tensor] = {}
 
     def copy(value: Any) -> Any:
@@ -335,7 +327,7 @@ def on_host(state: Any) -> Any:
 
 
 class FolderIO(CheckpointIO):
-    """Writes and reads checkpoints as folders, for the strategies of Lightning whose first rank writes the whole."""
+    """Write and read checkpoints as folders, for Lightning's strategies, whose first rank writes the whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         write(checkpoint, Path(path))
@@ -353,10 +345,10 @@ def _use_folders(strategy: Strategy) -> None:
 
 
 class VerifyCheckpoint(L.Callback):
-    """Compares a checkpoint with its checksums before anything is loaded from it; each file is hashed by one rank.
+    """Compare a checkpoint with its checksums before anything is loaded from it; one rank hashes each file.
 
     A checkpoint that was written without checksums passes with a note, unless it has code in it. Then `Budget` checks
-    whether the run can go on from it, before the model is built.
+    that the run can continue from it, before the model is built.
 
     Args:
         path: The checkpoint.

@@ -185,6 +185,7 @@ def _compare_sizes(folder: Path, expected: Mapping[str, Checksum | None]) -> Non
 
 
 _FIX = "name an earlier checkpoint"
+_UNREADABLE = "its checksums cannot be read"
 
 
 def _damaged(file: Path, why: str) -> UserError:
@@ -192,7 +193,7 @@ def _damaged(file: Path, why: str) -> UserError:
 
 
 def _recorded_inside(file: Path) -> dict[str, Checksum] | None:
-    """The checksum that version 0.1 put at the end of a checkpoint in one file, of all that comes before it."""
+    """Return the checksum that version 0.1 put at the end of a checkpoint in one file, of all that comes before it."""
     content = comment(file)
     if not content:
         return None
@@ -206,7 +207,7 @@ def _parse(content: bytes, file: Path) -> dict[str, Any]:
     try:
         parsed = parse_json(content, str(file))
     except UserError as error:
-        raise _damaged(file, "its checksums cannot be read") from error
+        raise _damaged(file, _UNREADABLE) from error
     kind = parsed.get("algorithm") if isinstance(parsed, dict) else parsed
     if kind != _HASH:
         raise UserError(f"checkpoint file {file} is damaged, or has checksums of an unknown kind: {kind!s:.80}")
@@ -214,10 +215,7 @@ def _parse(content: bytes, file: Path) -> dict[str, Any]:
 
 
 def _checksum_of(content: Any, file: Path) -> Checksum:
-    try:
-        checksum = Checksum(content["bytes"], content["hash"])
-    except (KeyError, TypeError) as error:
-        raise _damaged(file, "its checksums cannot be read") from error
-    if not isinstance(checksum.bytes, int) or not isinstance(checksum.hash, str):
-        raise _damaged(file, "its checksums cannot be read")
-    return checksum
+    match content:
+        case {"bytes": int(size), "hash": str(found)}:
+            return Checksum(size, found)
+    raise _damaged(file, _UNREADABLE)

@@ -48,7 +48,10 @@ _INDEX_CLASSES = {
     "collections": ("OrderedDict",),
 }
 
-# torch says so whenever a single process reads or writes, which is meant
+_WEIGHTS = "state_dict."
+"""How the names of weights begin in the index."""
+
+# torch warns whenever a single process reads or writes, as most commands do
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
@@ -134,16 +137,10 @@ class StoredCheckpoint:
     def weights(self) -> dict[str, TensorStorageMetadata]:
         """Shape and dtype of each weight, by its name in the module."""
         return {
-            str(path[1]): about
-            for about, path in self._places()
-            if path[0] == "state_dict" and isinstance(about, TensorStorageMetadata)
+            key.removeprefix(_WEIGHTS): about
+            for key, about in self.index.state_dict_metadata.items()
+            if key.startswith(_WEIGHTS) and isinstance(about, TensorStorageMetadata)
         }
-
-    def _places(self) -> list[tuple[Any, tuple[Any, ...]]]:
-        """What is known of each value, and the keys that lead to it in the state dicts."""
-        paths = self.index.planner_data
-        assert paths is not None
-        return [(about, tuple(paths[name])) for name, about in self.index.state_dict_metadata.items()]
 
     def read_all(self) -> dict[str, Any]:
         """Return the checkpoint as Lightning's Trainer takes it: `state_dict`, `optimizer_states` and the rest.
@@ -155,20 +152,22 @@ class StoredCheckpoint:
         Raises:
             UserError: If it is damaged, has code in it, or was not written by Lightning.
         """
-        flat = {name: _room(about) for name, about in self.index.state_dict_metadata.items()}
+        flat = {key: _room(about) for key, about in self.index.state_dict_metadata.items()}
         self._load(flat, flatten=False)
+        assert self.index.planner_data is not None
         nested: dict[Any, Any] = {}
-        for (_, path), value in zip(self._places(), flat.values(), strict=True):
-            _put(nested, path, value)
+        for key, value in flat.items():
+            *parents, last = self.index.planner_data[key]
+            place = nested
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = value
         if "state_dict" not in nested:
             raise UserError(f"checkpoint {self.path} has no state_dict; only what Lightning's Trainer wrote is read")
         weights = nested.pop("state_dict")
         optimizers = [nested[key] for key in sorted(nested, key=lambda key: int(key.removeprefix("optimizer_")))]
-        return {
-            **self.trainer_state,
-            "state_dict": weights,
-            "optimizer_states": [_optimizer_state(state) for state in optimizers],
-        }
+        states = [_optimizer_state(state) for state in optimizers]
+        return {**self.trainer_state, "state_dict": weights, "optimizer_states": states}
 
     def read_weight(self, name: str) -> Tensor:
         """Return one weight, by its name in the module.
@@ -176,12 +175,9 @@ class StoredCheckpoint:
         Raises:
             UserError: If it is damaged.
         """
-        about = self.weights[name]
-        assert self.index.planner_data is not None
-        (key,) = (key for key, path in self.index.planner_data.items() if tuple(path) == ("state_dict", name))
-        flat = {key: torch.empty(about.size, dtype=about.properties.dtype)}
+        flat = {_WEIGHTS + name: _room(self.weights[name])}
         self._load(flat, flatten=False)
-        return flat[key]
+        return flat[_WEIGHTS + name]
 
     def load_into(self, states: dict[str, Any]) -> None:
         """Fill `states` in place, each rank its own part; all ranks of a run call this together.
@@ -227,22 +223,13 @@ def read_trainer_state(path: Path) -> dict[str, Any]:
     return StoredCheckpoint(path).trainer_state
 
 
-def _room(about: Any) -> Tensor | None:
-    """An empty tensor to read into; what is not a tensor takes no room beforehand."""
-    if not isinstance(about, TensorStorageMetadata):
-        return None
-    return torch.empty(about.size, dtype=about.properties.dtype)
-
-
-def _put(nested: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
-    *parents, last = path
-    for key in parents:
-        nested = nested.setdefault(key, {})
-    nested[last] = value
+def _room(about: Any) -> Any:
+    """Return an empty tensor to read into; None for what is not a tensor."""
+    return torch.empty(about.size, dtype=about.properties.dtype) if isinstance(about, TensorStorageMetadata) else None
 
 
 def _optimizer_state(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict of an optimizer, whose groups were a list and whose keys need not have been text."""
+    """Return the state dict of an optimizer, whose groups were a list and whose keys need not have been text."""
     groups = [group for _, group in sorted(nested["param_groups"].items())]
     keys = {str(key): key for group in groups for key in group["params"]}
     return {"state": {keys[key]: state for key, state in nested.get("state", {}).items()}, "param_groups": groups}
@@ -290,7 +277,7 @@ _FILE_NAME = re.compile(r"__\d+_\d+\.distcp")
 
 
 def _is_consistent(index: Metadata) -> bool:
-    """Whether the parts of an index have the types that torch gives them; a damaged pickle may hold anything."""
+    """Return whether an index has the types that torch gives it; a damaged pickle may hold anything."""
     return (
         isinstance(index.planner_data, dict)
         and isinstance(index.state_dict_metadata, dict)
