@@ -1,6 +1,6 @@
-"""Whatever holds weights, opened as one thing: a folder of Hugging Face, a checkpoint of ours, a run.
+"""Open a source of weights: a Hugging Face folder, a checkpoint of ours, or a run.
 
-Only safetensors and checkpoints without code are read, and on opening no more than their headers.
+Only safetensors and checkpoints without code are read, and opening reads no more than their headers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,14 +42,13 @@ def open_source(path: str | Path, verify: bool = True) -> WeightSource:
     """Open the weights under `path`.
 
     Args:
-        path: A folder of Hugging Face (config.json and safetensors), a checkpoint file (.ckpt), the folder of a run
-            (`runs/NAME/version_0`), or the folder above (`runs/NAME`), which stands for its newest run with a
-            checkpoint.
-        verify: Compare a checkpoint of a run with the hashes that it carries; if not, with their sizes only. Hugging
-            Face's folders carry none.
+        path: A Hugging Face folder (config.json and safetensors), a checkpoint (.ckpt), the folder of a run
+            (`runs/NAME/version_0`), or the folder above (`runs/NAME`) for its newest run with a checkpoint.
+        verify: Compare a checkpoint of a run with the hashes that it carries; if false, with the sizes only. Hugging
+            Face folders carry no hashes.
 
     Raises:
-        UserError: If there is nothing of the kind, it is damaged, or it is of a model that the decoder is not.
+        UserError: If `path` holds no weights, is damaged, or holds a model that the decoder does not support.
     """
     path = Path(path).expanduser()
     if path.is_file() or (path / INDEX).is_file():
@@ -65,9 +64,9 @@ def open_source(path: str | Path, verify: bool = True) -> WeightSource:
 
 
 def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
-    """Vocabulary rows of a decoder that starts from `source` and reads what `tokenizer` writes.
+    """Return the vocabulary rows of a decoder that starts from `source` and reads what `tokenizer` writes.
 
-    The source's own; where the mask token is new and finds no room, the next multiple of 64.
+    These are the source's own rows. If the mask token is new and has no room among them, it is the next multiple of 64.
 
     Raises:
         UserError: If the tokenizer has more ids, a new mask token aside, than the source has rows.
@@ -85,9 +84,9 @@ def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
 def new_mask_token(source: WeightSource, tokenizer: Tokenizer) -> int | None:
     """Return the id of the mask token if `source` has not been trained with it, so that its row starts anew.
 
-    A tokenizer without a mask token gets one in memory. A run of ours that masked inputs knows its mask token all the
-    same, and its export has it in its own tokenizer: their row is kept. That of a plain run was never read, and the
-    export of one is without it.
+    A tokenizer without a mask token gets one in memory. A run of ours that masked inputs has trained its row all the
+    same, and its export has the token in its tokenizer: these rows are kept. A plain run never read the row, and its
+    export does not have it.
 
     Args:
         source: Where a training starts from.
@@ -103,13 +102,13 @@ def new_mask_token(source: WeightSource, tokenizer: Tokenizer) -> int | None:
     return None if folder is not None and id_of_token(folder, MASK_TOKEN) == mask else mask
 
 
-def _behind_link(file: Path) -> Path:
-    """The checkpoint that `last.ckpt` stands for now: a run that goes on will turn the link to another one."""
-    return file.parent / file.readlink() if file.is_symlink() else file
+def _behind_link(path: Path) -> Path:
+    """Return the checkpoint that `last.ckpt` names now: a run that continues will move the link to another one."""
+    return path.parent / path.readlink() if path.is_symlink() else path
 
 
 def _what_it_is(path: Path) -> str:
-    """Why a folder cannot be opened."""
+    """Say why a folder cannot be opened."""
     if foreign := foreign_format(path):
         return foreign
     if any(path.glob("*.safetensors")):
@@ -154,7 +153,7 @@ class CheckpointSource(WeightSource):
         """Read all but the weights, which are only compared with their checksums.
 
         Raises:
-            UserError: If it is damaged, not ours, or needs a model that is not there.
+            UserError: If it is damaged, not ours, or needs a model that does not exist.
         """
         _refuse_format(path)
         check(path, hashes=verify)
@@ -236,7 +235,7 @@ class CheckpointSource(WeightSource):
 
 
 def _weights(stored: StoredCheckpoint) -> dict[str, TensorStorageMetadata]:
-    """Shape and dtype of each weight of the decoder, by its name there."""
+    """Return shape and dtype of each weight of the decoder, by its name there."""
     return {name.removeprefix(_PREFIX): about for name, about in stored.weights.items() if name.startswith(_PREFIX)}
 
 
@@ -255,8 +254,8 @@ def _open_base(file: Path, init_from: str, verify: bool) -> WeightSource:
 
 
 def _refuse_format(file: Path) -> None:
-    """Refuse a file of weights that is not a checkpoint of a run."""
+    """Refuse a weight file that is not a checkpoint of a run."""
     if file.suffix in PICKLED:
         raise UserError(pickle_refusal(file))
     if file.suffix == ".safetensors":
-        raise UserError(f"{file} is a file of weights; name the folder that also holds its {CONFIG_FILE}")
+        raise UserError(f"{file} is a weight file; name the folder that also holds its {CONFIG_FILE}")

@@ -263,7 +263,7 @@ def _cut(path: Path) -> None:
         ),
         ("a.pt", _saved({}), "{} is a pickle, which can run code and is not read"),
         ("a.pth", _saved({}), "{} is a pickle, which can run code and is not read"),
-        ("a.safetensors", _saved({}), "{} is a file of weights; name the folder that also holds its config.json"),
+        ("a.safetensors", _saved({}), "{} is a weight file; name the folder that also holds its config.json"),
         ("a.ckpt", _cut, "checkpoint file {} is cut short, or no checkpoint at all"),
         ("a.ckpt", lambda path: path.touch(), "checkpoint file {} is cut short, or no checkpoint at all"),
         (
