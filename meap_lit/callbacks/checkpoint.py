@@ -88,13 +88,9 @@ class Checkpoint(ModelCheckpoint):
         self.asynchronous = asynchronous
         self.verify = verify
         self._jobs = _Jobs(in_thread=False)
-        self._last_saved: str | None = None
-        self._logs_later = False
-
-    @property
-    def last_saved(self) -> str | None:
+        self.last_saved: str | None = None
         """The newest whole checkpoint that this run wrote."""
-        return self._last_saved
+        self._logs_later = False
 
     @property
     def state_key(self) -> str:
@@ -192,17 +188,14 @@ class Checkpoint(ModelCheckpoint):
                 f"cannot save checkpoint {path}: {error.strerror}; last good checkpoint: "
                 f"{self.last_saved or trainer.ckpt_path or 'none was saved yet'}"
             ) from error
-        self._last_saved = self._last_checkpoint_saved = str(path)
+        self.last_saved = self._last_checkpoint_saved = str(path)
         for logger in trainer.loggers if is_first else ():
             logger.after_save_checkpoint(self)
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
-        return not self._is_milestone(previous) and super()._should_remove_checkpoint(trainer, previous, current)
-
-    def _is_milestone(self, path: str) -> bool:
-        step = re.match(r"step=(\d+)", Path(path).name)
-        every = self.milestone_every_n_steps
-        return every is not None and step is not None and int(step[1]) % every == 0
+        every, step = self.milestone_every_n_steps, re.match(r"step=(\d+)", Path(previous).name)
+        is_milestone = every is not None and step is not None and int(step[1]) % every == 0
+        return not is_milestone and super()._should_remove_checkpoint(trainer, previous, current)
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         if trainer.is_global_zero:
