@@ -23,9 +23,10 @@ from torch import Tensor
 from benchmarks.step import environment, known_decoder, publish
 from meap_lit.checkpoint.export import Export
 from meap_lit.checkpoint.folder import write
-from meap_lit.checkpoint.source import DTYPES, build_decoder, open_source
+from meap_lit.checkpoint.source import DTYPES, open_source
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
+from meap_lit.hf.weights import build_decoder
 from meap_lit.model import Decoder, DecoderConfig
 
 STATUS = Path("/proc/self/status")

@@ -19,20 +19,10 @@ from meap_lit.checkpoint.folder import StoredCheckpoint
 from meap_lit.errors import UserError
 from meap_lit.hf.config import family
 from meap_lit.hf.folder import CONFIG_FILE, PICKLED, WEIGHTS_FILE, HFFolder, foreign_format, pickle_refusal
-from meap_lit.hf.weights import EMBEDDING, HEAD, WeightSource, build_decoder, copy_rows, load_weights
+from meap_lit.hf.weights import EMBEDDING, HEAD, WeightSource, copy_rows
 from meap_lit.model.config import DecoderConfig, RopeScaling, pad_vocab_size
 from meap_lit.model.lora import LoRA, is_adapter
 from meap_lit.tokenizer.tokenizer import MASK_TOKEN, Tokenizer, id_of_token
-
-__all__ = [
-    "CheckpointSource",
-    "WeightSource",
-    "build_decoder",
-    "load_weights",
-    "new_mask_token",
-    "open_source",
-    "vocab_size_for",
-]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PREFIX = "decoder."

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from meap_lit.checkpoint.export import Export
-from meap_lit.checkpoint.source import build_decoder, open_source
+from meap_lit.checkpoint.source import open_source
 from meap_lit.cli import main
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.errors import UserError
+from meap_lit.hf.weights import build_decoder
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.support.checkpoints import read, save

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from meap_lit.checkpoint.source import CheckpointSource, build_decoder, open_source, vocab_size_for
+from meap_lit.checkpoint.source import CheckpointSource, open_source, vocab_size_for
 from meap_lit.errors import UserError
 from meap_lit.hf.folder import HFFolder
+from meap_lit.hf.weights import build_decoder
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling
 from meap_lit.model.lora import LoRA, add_lora
 from meap_lit.tokenizer.tokenizer import Tokenizer
