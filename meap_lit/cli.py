@@ -47,7 +47,7 @@ models:
 checkpoints of runs:
   checkpoint inspect      say what one holds
   checkpoint verify       compare its files with the checksums written with them
-  checkpoint consolidate  make one file of shards, to resume from with any strategy
+  checkpoint consolidate  write a checkpoint anew as one part, with checksums
 
 COMMAND --help lists its options. The first thing to try:
   python -m meap_lit fit --config recipes/quickstart.yaml

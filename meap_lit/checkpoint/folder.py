@@ -65,13 +65,13 @@ def write(
 
     Args:
         checkpoint: As Lightning's Trainer gives it.
-        folder: Made if it does not exist.
-        rank: This rank, where all ranks of a run call this together and each writes its own part; None where one
-            process writes the whole.
-        group: The ranks that write together, as they talk to each other; those that train together if None.
+        folder: Created if it does not exist.
+        rank: This rank, if all ranks of a run call this together and each writes its own part; None if one process
+            writes the whole.
+        group: Process group of the ranks that write; the default group if None.
 
     Raises:
-        OSError: If a file cannot be written, by whichever rank.
+        OSError: If one of the ranks cannot write a file.
     """
     states, rest = split(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def _file_error(error: BaseException) -> OSError | None:
 
 
 class StoredCheckpoint:
-    """What a checkpoint on disk holds; tensors are read when they are asked for.
+    """A checkpoint on disk. Opening it reads nothing; tensors are read whole, one by one, or into a rank's shards.
 
     Args:
         path: Its folder, or a file that an earlier version wrote.
@@ -180,7 +180,7 @@ class StoredCheckpoint:
         return flat[_WEIGHTS + name]
 
     def load_into(self, states: dict[str, Any]) -> None:
-        """Fill `states` in place, each rank its own part; all ranks of a run call this together.
+        """Fill `states` in place, each rank its own shards; all ranks of a run call this together.
 
         Args:
             states: Nested state dicts of tensors and plain values, such as
@@ -229,7 +229,7 @@ def _room(about: Any) -> Any:
 
 
 def _optimizer_state(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state dict of an optimizer, whose groups were a list and whose keys need not have been text."""
+    """Return the state dict of an optimizer, with its groups as a list and its keys as the groups name them."""
     groups = [group for _, group in sorted(nested["param_groups"].items())]
     keys = {str(key): key for group in groups for key in group["params"]}
     return {"state": {keys[key]: state for key, state in nested.get("state", {}).items()}, "param_groups": groups}

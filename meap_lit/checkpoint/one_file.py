@@ -1,7 +1,7 @@
-"""Read a checkpoint in one file, which versions before 0.2 and Lightning's own Trainer write.
+"""Read a checkpoint in one file, as version 0.1 and Lightning's own Trainer write it.
 
-Such a file is what `torch.save` makes of the whole checkpoint. Here it looks to torch.distributed.checkpoint like a
-folder, so that one path reads both. Version 0.1 kept the checksum of a file in the comment of its ZIP archive.
+Such a file is the whole checkpoint by `torch.save`. `OneFile` presents it to torch.distributed.checkpoint as a folder,
+so that one path reads both forms. Version 0.1 kept the checksum of a file in the comment of its ZIP archive.
 """
 
 import io
