@@ -224,8 +224,10 @@ def read_trainer_state(path: Path) -> dict[str, Any]:
 
 
 def _room(about: Any) -> Any:
-    """Return an empty tensor to read into; None for what is not a tensor."""
-    return torch.empty(about.size, dtype=about.properties.dtype) if isinstance(about, TensorStorageMetadata) else None
+    """Return an empty tensor on the CPU to read into; None for what is not a tensor."""
+    if not isinstance(about, TensorStorageMetadata):
+        return None
+    return torch.empty(about.size, dtype=about.properties.dtype, device="cpu")  # a caller may build on the meta device
 
 
 def _optimizer_state(nested: Mapping[str, Any]) -> dict[str, Any]:
