@@ -33,8 +33,6 @@ NAMES = {
     "lightning.pytorch.callbacks.TQDMProgressBar._refresh_rate",
     # the rows of a DTensor that a rank holds, where FSDP splits what tensor parallelism has already split
     "torch.distributed.tensor._utils",
-    # a rank's own connection to the store of the process group
-    "torch.distributed.distributed_c10d._get_default_store",
     # operations that selective checkpointing keeps: attention has no public name below `scaled_dot_product_attention`
     "torch.ops.aten._scaled_dot_product_flash_attention",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",

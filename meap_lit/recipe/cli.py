@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that composes model, data, mask schedule and trainer into a run."""
+"""Commands on a recipe, which composes model, data, mask schedule and trainer into a run."""
 
 import inspect
 import os
@@ -42,7 +42,7 @@ from meap_lit.recipe.file import current_words
 from meap_lit.recipe.parser import Parser, add_recipe_option
 
 CALLBACKS: dict[str, type] = {"budget": Budget, "checkpoint": Checkpoint, "probe": RetrievalProbe, "hang": StopOnHang}
-"""Those that a recipe gives options to, under a top-level key of its own."""
+"""Callbacks whose options are under a top-level key of the recipe."""
 
 KEYS: Known = {
     **{"model": None, "data": None, "trainer": L.Trainer, **CALLBACKS},
@@ -51,7 +51,7 @@ KEYS: Known = {
 """The top-level keys of a recipe."""
 
 MODULES = {"text": MEAPPretraining, "chat": MEAPFineTuning}
-"""What trains on datasets of each kind."""
+"""The module that trains on datasets of each kind."""
 
 DESCRIPTIONS = {
     "fit": "Train the model of a recipe.",
@@ -206,10 +206,10 @@ class RecipeCLI:
             trainer = L.Trainer(**options)
         except UserError:
             raise
-        except (TypeError, ValueError) as error:  # what Lightning says of its own arguments
+        except (TypeError, ValueError) as error:  # from Lightning, about its own arguments
             raise UserError(f"trainer: {error}") from error
         opening.hold_back(trainer)
-        # those that find that there is nothing to train come before those that need a logger
+        # callbacks that may find nothing to train come before those that need a logger
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, (Budget, VerifyCheckpoint, OpenLoggers)))
         return trainer
 
@@ -222,7 +222,7 @@ class RecipeCLI:
         arguments = {name: self.config[name] for name in self._arguments}
         try:
             getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **arguments)
-        except (OSError, RuntimeError) as error:  # Lightning's teardown may fail over the first
+        except (OSError, RuntimeError) as error:  # Lightning's teardown may fail after the first error
             full = next((cause for cause in _causes(error) if isinstance(cause, UserError | OSError)), None)
             if not isinstance(full, OSError) or full.errno not in NO_SPACE:
                 raise
@@ -235,9 +235,9 @@ class RecipeCLI:
 
 
 def _nest_nulls(words: Sequence[str]) -> list[str]:
-    """The words of a command, with `--model.decoder.vocab_size null` written as `--model.decoder={vocab_size: null}`.
+    """Return the words of a command with `--model.decoder.vocab_size null` as `--model.decoder={vocab_size: null}`.
 
-    jsonargparse (4.53) hands a value on to a class within a class as text, in which null has become the word None.
+    jsonargparse (4.53) passes a value to a class within a class as text, in which null has become the word None.
     """
     nested: list[str] = []
     for word in words:
@@ -255,12 +255,13 @@ def _nest_nulls(words: Sequence[str]) -> list[str]:
 
 
 def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
-    """The checkpoint that `--ckpt_path` stands for: `last` and the folder of a run for the newest whole one in it.
+    """Return the checkpoint that `--ckpt_path` names.
 
-    With `starts_anew`, `last` is none before the first checkpoint, so that one command starts a run and resumes it.
+    `last` and the folder of a run name the newest whole checkpoint in it. With `starts_anew`, `last` is None before the
+    first checkpoint, so that one command starts a run and resumes it.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is no such checkpoint.
     """
     path = config.ckpt_path
     if path in (None, "best"):
@@ -281,8 +282,8 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
 def _refuse_requeued(folder: Path) -> None:
     """Raise `UserError` if a run without a checkpoint would start from one that Lightning saved in `folder`.
 
-    On SLURM Lightning looks for what its requeueing saved, whichever run that was, in `trainer.default_root_dir`. That
-    is the current folder, unless a recipe says otherwise; here it is `runs`, into which nothing was ever saved so.
+    On SLURM Lightning looks for a checkpoint of its requeueing, of any run, in `trainer.default_root_dir`. Its default
+    is the current folder; here it is `runs`, where Lightning saves no such checkpoint.
     """
     found = next(iter(sorted(folder.glob("*hpc_ckpt_*"))), None)
     if found is not None and SLURMEnvironment.detect():
@@ -293,9 +294,9 @@ def _refuse_requeued(folder: Path) -> None:
 
 
 def _runs_of(config: Namespace) -> Path:
-    """The folder that holds what earlier runs of a recipe saved: `checkpoint.dirpath`, or the logger's name.
+    """Return the folder of earlier runs of a recipe: `checkpoint.dirpath`, or the logger's folder.
 
-    A logger with a `version` of the recipe's own, such as the seed, has that one run.
+    A logger whose `version` is set in the recipe has only that run.
     """
     if config.checkpoint.dirpath is not None:
         return Path(config.checkpoint.dirpath)
@@ -307,21 +308,21 @@ def _runs_of(config: Namespace) -> Path:
 
 
 def _version_folder(version: int | str) -> str:
-    """The folder of a run as Lightning's loggers name it."""
+    """Return the name that Lightning's loggers give to the folder of a run."""
     return version if isinstance(version, str) else f"version_{version}"
 
 
 def _options_of_loggers(config: Namespace) -> list[Namespace]:
-    """What a recipe gives to each of its loggers."""
+    """Return the options of each logger of a recipe."""
     loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
     return [getattr(logger, "init_args", None) or Namespace() for logger in loggers]
 
 
 def _make_log_folder(options: Namespace) -> None:
-    """Make the folder that a logger writes into, before any data is prepared.
+    """Make the folder of a logger, before any data is prepared.
 
     Raises:
-        UserError: If it is an address, or nothing can be written there.
+        UserError: If it is an address, or not writable.
     """
     if not options.get("save_dir"):
         return
@@ -341,7 +342,7 @@ def _make_log_folder(options: Namespace) -> None:
 
 
 def _check_pair(model: L.LightningModule, data: L.LightningDataModule | None) -> None:
-    """Raise `UserError` if the model or the data is none of ours, or they do not fit, before any data is prepared."""
+    """Raise `UserError` if model or data is not of this package, or they do not fit, before any data is prepared."""
     for key, value, fits, example in (
         ("model", model, type(model) is not L.LightningModule, "meap_lit.modules.MEAPPretraining"),
         ("data", data, isinstance(data, StreamingData), "meap_lit.data.pretraining.PretrainingData"),
@@ -358,7 +359,7 @@ def _check_pair(model: L.LightningModule, data: L.LightningDataModule | None) ->
 
 
 def _as_user_error(error: Exception) -> Exception:
-    """Return what the user should read of an error that Lightning wrapped; a bug of ours stays as it is."""
+    """Return the `UserError` for an error that comes from Lightning; a bug of this package stays as it is."""
     if (wrong := find_user_error(error)) is not None:
         return wrong
     if isinstance(error, MisconfigurationException):
@@ -369,33 +370,33 @@ def _as_user_error(error: Exception) -> Exception:
             f"lower data.num_workers (0 reads within the training), then resume with --ckpt_path last"
         )
     if lost := re.search(r"Connection \w+ by peer( \[.*?\])?|remote process exit\w*", str(error)):
-        return UserError(f"another process of this run is gone ({lost[0]}); what ended it is said there")
-    if isinstance(error, ValueError) and raised_by(error, "lightning"):  # it checks some of its arguments only now
+        return UserError(f"another process of this run is gone ({lost[0]}); its own output says what ended it")
+    if isinstance(error, ValueError) and raised_by(error, "lightning"):  # it checks some arguments only now
         return UserError(f"trainer: {error}")
     return error
 
 
 class OpenLoggers(L.Callback):
-    """Opens the Trainer's loggers, which make the folder of a run, once it is known that there is something to train.
+    """Open the Trainer's loggers, which make the folder of a run, once the run is known to train something.
 
-    Lightning would open them before the data is looked at. Other commands than `fit` print what they find and log
-    nothing, so that no folder looks like a run.
+    Lightning would open them before the data is read. Commands other than `fit` print their results and log nothing,
+    so that no folder looks like a run.
     """
 
     def hold_back(self, trainer: L.Trainer) -> None:
-        """Take the loggers from a Trainer that was just made."""
+        """Take the loggers from a new Trainer."""
         self._loggers, trainer.loggers = trainer.loggers, []
         self._profiles = trainer.profiler.dirpath
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             trainer.loggers = self._loggers
-            trainer.profiler.dirpath = self._profiles  # it was set up without the folder of the run
+            trainer.profiler.dirpath = self._profiles  # its first setup had no folder of the run
             trainer.profiler.setup(stage, trainer.local_rank, trainer.log_dir)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what it was raised for, and so on."""
+    """Yield an error, its cause, the cause of that, and so on."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -403,16 +404,16 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 class SaveRecipe(L.Callback):
-    """Keeps the resolved recipe and the tokenizer beside the checkpoints, and shows the recipe in TensorBoard."""
+    """Write the resolved recipe and the tokenizer beside the checkpoints, and show the recipe in TensorBoard."""
 
     def __init__(self, parser: Parser, config: Namespace) -> None:
         self.parser = parser
         self.config = config
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.loggers:  # without one, the log folder is the current one
+        if stage != "fit" or not trainer.loggers:  # without a logger, the log folder is the current one
             return
-        log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
+        log_dir = trainer.log_dir  # called on every rank, since Lightning broadcasts it
         if not trainer.is_global_zero or log_dir is None:
             return
         recipe = self.parser.dump(self.config, skip_none=False)
