@@ -14,16 +14,15 @@ from typing import Any
 HIDDEN = "***"
 """Replaces a secret in a message or a command."""
 
-_ANYWHERE = set(
-    ["secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd", "apikey", "bearer", "credential", "credentials", "accesskey", "accesstoken", "accountkey", "authtoken", "secretkey"]
-)
-_LAST = set(["auth", "authorization", "cookie", "sas", "sig", "signature"])
-_KEYS = set(["access", "account", "api", "auth", "client", "customer", "encryption", "private", "shared", "signing", "ssh", "storage"])
-_TOKENS_OF_TEXT = set(
-    ["added", "begin", "bos", "cls", "end", "eos", "every", "first", "image", "last", "mask", "new", "next", "pad", "sep", "special", "start", "stop", "text", "unk"]
-)
+_ANYWHERE = {"secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd", "apikey", "bearer"}
+_ANYWHERE |= {"credential", "credentials", "accesskey", "accesstoken", "accountkey", "authtoken", "secretkey"}
+_LAST = {"auth", "authorization", "cookie", "sas", "sig", "signature"}
+_KEYS = {"access", "account", "api", "auth", "client", "customer", "encryption", "private", "shared", "signing", "ssh"}
+_KEYS |= {"storage"}
+_TOKENS_OF_TEXT = {"added", "begin", "bos", "cls", "end", "eos", "every", "first", "image", "last", "mask", "new"}
+_TOKENS_OF_TEXT |= {"next", "pad", "sep", "special", "start", "stop", "text", "unk"}
 _BEFORE_TOKEN = tuple(f"{word} " for word in _TOKENS_OF_TEXT)
-_PLACES = set(["dir", "env", "file", "folder", "name", "path", "url", "var", "variable"])
+_PLACES = {"dir", "env", "file", "folder", "name", "path", "url", "var", "variable"}
 """The last word of a name that says where a secret is kept."""
 
 _LOGIN = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]+(?=@)")
