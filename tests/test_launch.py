@@ -124,7 +124,7 @@ def test_no_run_starts_from_what_lightning_saved_to_requeue_another(slurm_job, t
     ntp = ["fit", "--config", str(toy_recipe), "--model.mask.ratio", "0", "--budget.max_steps", "3"]
     alone = RecipeCLI.run(ntp).model.decoder.state_dict()
     meap = RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "2"]).trainer
-    shutil.copy(meap.checkpoint_callback.best_model_path, tmp_path / folder / "hpc_ckpt_1.ckpt")
+    shutil.copytree(meap.checkpoint_callback.best_model_path, tmp_path / folder / "hpc_ckpt_1.ckpt")
     if folder == "runs":  # Lightning would look here
         assert main(ntp) == 2
         assert "error: Lightning would start this run from runs/hpc_ckpt_1.ckpt" in capsys.readouterr().err
