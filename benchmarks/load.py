@@ -22,9 +22,11 @@ from torch import Tensor
 
 from benchmarks.step import environment, known_decoder, publish
 from meap_lit.checkpoint.export import Export
-from meap_lit.checkpoint.source import DTYPES, build_decoder, open_source
+from meap_lit.checkpoint.folder import write
+from meap_lit.checkpoint.source import DTYPES, open_source
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
+from meap_lit.hf.weights import build_decoder
 from meap_lit.model import Decoder, DecoderConfig
 
 STATUS = Path("/proc/self/status")
@@ -86,7 +88,7 @@ def _write_model(folder: Path, config: DecoderConfig, dtype: torch.dtype, max_sh
         for parameter in decoder.parameters():
             parameter.normal_(std=0.02)
     state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
-    torch.save({"state_dict": state, "decoder": {"config": vars(config)}}, checkpoint)
+    write({"state_dict": state, "decoder": {"config": vars(config)}}, checkpoint)
     text.write_text("some text")
     for place in (one, shards, tokenizer):
         place.mkdir()

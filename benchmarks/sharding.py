@@ -1,9 +1,9 @@
-"""What sharding saves: the memory of each process of a real run, by how the model lies over the processes.
+"""Measure what sharding saves: the memory of each process of a real run, for each layout of the model.
 
 Every layout is a run of `python -m meap_lit fit` with an overlay of recipes/strategy, in processes of this machine that
 talk over gloo. After the last optimizer step each process adds up the parts that it holds of parameters, gradients and
-optimizer states, and reads how far its memory has grown since before the model was built. Beside that stands what
-`python -m meap_lit plan` says of the same words.
+optimizer states, and reads how far its memory has grown since before the model was built. The table compares that with
+`python -m meap_lit plan` for the same words.
 
     python -m benchmarks.sharding                                                    # Linux, two minutes
 """
@@ -66,7 +66,7 @@ class Way:
 
     @property
     def words(self) -> list[str]:
-        """What follows a recipe on the command line, for `fit` and for `plan`."""
+        """Words after a recipe on the command line, for `fit` and for `plan`."""
         overlay = ROOT / "recipes" / "strategy" / f"{self.overlay}.yaml"
         return ["--config", str(overlay), "--trainer.devices", str(self.num_processes), *self.options]
 
@@ -74,11 +74,11 @@ class Way:
 WAYS = (
     Way("single", "single", 1),
     Way("DDP", "ddp", 2),
-    Way("FSDP2", "fsdp2", 2),
-    Way("FSDP2", "fsdp2", 4),
+    Way("FSDP", "fsdp", 2),
+    Way("FSDP", "fsdp", 4),
     Way("HSDP, 2 copies of 2 shards", "hsdp", 4, ("--trainer.strategy.shard_size", "2")),
-    Way("tensor parallel 2", "fsdp2_tp", 2),
-    Way("tensor parallel 2 x FSDP2 2", "fsdp2_tp", 4),
+    Way("tensor parallel 2", "fsdp_tp", 2),
+    Way("tensor parallel 2 x FSDP 2", "fsdp_tp", 4),
 )
 
 
@@ -89,7 +89,7 @@ def benchmark(
     steps: int = 3,
     output: Path | None = None,
 ) -> None:
-    """Print what each process holds, for every layout.
+    """Print the memory of each process, for every layout.
 
     Args:
         decoder: The model; rows are as long as its max_seq_len.
@@ -148,7 +148,7 @@ class Held:
 
 
 class CountMemory(L.Callback):
-    """Writes what its process holds after the last optimizer step, as `Held`, to `folder`/RANK.json.
+    """Write what its process holds after the last optimizer step, as `Held`, to `folder`/RANK.json.
 
     Args:
         folder: It exists.
@@ -227,11 +227,11 @@ def write_recipe(folder: Path, decoder: DecoderConfig, micro_batch_size: int, pr
 
 
 def run(way: Way, recipe: Path, folder: Path) -> list[Held]:
-    """Train with one layout; what each process held."""
+    """Train with one layout, and return what each process held."""
     folder.mkdir()
     command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(recipe), *way.words]
     command += ["--trainer.callbacks", "benchmarks.sharding.CountMemory", "--trainer.callbacks.folder", str(folder)]
-    # by default glibc keeps freed tensors of up to 32 MiB in its heap, which is no need of the step
+    # by default glibc keeps freed tensors of up to 32 MiB in its heap, which the step does not need
     settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     # a process that waits for one that died would go on for half an hour
     result = subprocess.run(
@@ -251,7 +251,7 @@ def plan(way: Way, recipe: Path) -> Memory:
 
 
 def table(held: dict[Way, list[Held]], planned: dict[Way, Memory]) -> list[str]:
-    """Of each layout the fullest process, and beside it the plan, in MB; the first layout is what shares are of."""
+    """Return a row for each layout: its fullest process and the plan, in MB, and shares of the first layout."""
     whole = max(one.states for one in next(iter(held.values())))
     lines = [
         "| layout | processes | parameters, MB | gradients, MB | optimizer states, MB | all three, MB | of the first "

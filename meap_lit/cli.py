@@ -47,7 +47,7 @@ models:
 checkpoints of runs:
   checkpoint inspect      print the content of a checkpoint
   checkpoint verify       compare its files with their checksums
-  checkpoint consolidate  make one file of shards, to resume from with any strategy
+  checkpoint consolidate  write a checkpoint anew as one part, with checksums
 
 COMMAND --help lists the options of a command. To begin:
   python -m meap_lit fit --config recipes/quickstart.yaml

@@ -158,8 +158,11 @@ def _is_abandoned(folder: Path) -> bool:
         host, pid = owner["host"], int(owner["pid"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    if host != socket.gethostname() or pid <= 0:
-        return False
+    return host == socket.gethostname() and pid > 0 and has_ended(pid)
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether no process of this machine has an id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

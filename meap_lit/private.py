@@ -27,18 +27,12 @@ NAMES = {
     "lightning.pytorch.LightningModule._trainer",
     # the constructor takes a number, but the devices are known only when the environment is set up
     "lightning.pytorch.strategies.ModelParallelStrategy._data_parallel_size",
-    # has no public reader
-    "lightning.pytorch.strategies.ModelParallelStrategy._save_distributed_checkpoint",
     # the constructor takes it, but the device is known only when the environment is set up
     "lightning.pytorch.strategies.ModelParallelStrategy._process_group_backend",
     # `refresh_rate` is read-only, and `log_every_n_steps` is known only when training starts
     "lightning.pytorch.callbacks.TQDMProgressBar._refresh_rate",
-    # how the index of a checkpoint in shards says where a tensor is; the index is read without running its code
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
     # the rows of a DTensor that a rank holds, where FSDP splits what tensor parallelism has already split
     "torch.distributed.tensor._utils",
-    # a strategy of FSDP1 without a public name
-    "torch.distributed.fsdp.ShardingStrategy._HYBRID_SHARD_ZERO2",
     # operations that selective checkpointing keeps: attention has no public name below `scaled_dot_product_attention`
     "torch.ops.aten._scaled_dot_product_flash_attention",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",

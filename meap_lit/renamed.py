@@ -38,7 +38,8 @@ CLASSES = {
     "meap_lit.evaluation.needle.Needle": "meap_lit.evaluation.tasks.needle.Needle",
     "meap_lit.evaluation.perplexity.Perplexity": "meap_lit.evaluation.tasks.perplexity.Perplexity",
     "meap_lit.evaluation.reasoning.Reasoning": "meap_lit.evaluation.tasks.reasoning.Reasoning",
-    "meap_lit.strategies.FlatSharded": "meap_lit.parallel.strategies.FlatSharded",
+    "meap_lit.parallel.strategies.FlatSharded": "meap_lit.parallel.strategies.Sharded",
+    "meap_lit.strategies.FlatSharded": "meap_lit.parallel.strategies.Sharded",
     "meap_lit.strategies.Sharded": "meap_lit.parallel.strategies.Sharded",
 }
 """Import paths that a recipe may name: old to new."""
@@ -49,6 +50,9 @@ KEYS = {
     "model.mask_ratio.ratios": "mask_ratios",
 }
 """Keys of a recipe, without `init_args`, and the new last part of each: {"model.mask": "mask_ratio"}."""
+
+GONE = {"trainer.strategy.save_distributed_checkpoint"}
+"""Keys of a recipe, without `init_args`, that have no effect any more and are left out."""
 
 VALUES: dict[tuple[str, str], str] = {}
 """Texts that are the value of a key, and the new text: {("data.duplication.layout", "joined"): "concat"}."""
@@ -69,6 +73,8 @@ def current(value: Any, key: str = "") -> Any:
     if isinstance(value, Mapping):
         found: dict[Any, Any] = {}
         for name, entry in value.items():
+            if _plain(f"{key}.{name}") in GONE:
+                continue
             new = KEYS.get(_plain(f"{key}.{name}"), name)
             if new != name and new in value:
                 raise UserError(f"{_plain(f'{key}.{name}')} is now called {new}, and both are given; leave out {name}")

@@ -16,6 +16,7 @@ from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.parallel.strategies import follow_launcher
 from meap_lit.recipe.cli import RecipeCLI
+from tests.support.checkpoints import read
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -29,7 +30,7 @@ def assert_like_one_process(recipe, run, micro_batch_size=2):
     """The run's last checkpoint has the weights of a run of a single process."""
     words = [*arguments(recipe)[:-1], str(micro_batch_size)]
     alone = RecipeCLI.run(words).model.decoder.state_dict()
-    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    state = read(run / "checkpoints" / "last.ckpt")["state_dict"]
     for name, value in alone.items():
         torch.testing.assert_close(state[f"decoder.{name}"], value, atol=5e-6, rtol=1e-4)
 
@@ -123,7 +124,7 @@ def test_no_run_starts_from_what_lightning_saved_to_requeue_another(slurm_job, t
     ntp = ["fit", "--config", str(toy_recipe), "--model.mask_ratio", "0", "--budget.max_steps", "3"]
     alone = RecipeCLI.run(ntp).model.decoder.state_dict()
     meap = RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "2"]).trainer
-    shutil.copy(meap.checkpoint_callback.best_model_path, tmp_path / folder / "hpc_ckpt_1.ckpt")
+    shutil.copytree(meap.checkpoint_callback.best_model_path, tmp_path / folder / "hpc_ckpt_1.ckpt")
     if folder == "runs":  # Lightning would look here
         assert main(ntp) == 2
         assert "error: Lightning would start this run from runs/hpc_ckpt_1.ckpt" in capsys.readouterr().err
@@ -216,8 +217,7 @@ def test_two_hosts(two_hosts, toy_recipe, tmp_path):
         port = free.getsockname()[1]
     processes = []
     for rank, (host, interface, _) in enumerate(two_hosts):
-        overlay = ["--config", "recipes/strategy/fsdp2.yaml"]
-        overlay += ["--trainer.strategy.save_distributed_checkpoint", "false"]
+        overlay = ["--config", "recipes/strategy/fsdp.yaml"]
         rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{two_hosts[0][2]}:{port}", "--rdzv_id", host[:-2]]
         # each host says whether it keeps the store: both namespaces have the same host name
         rendezvous += ["--local_addr", two_hosts[rank][2], "--rdzv_conf", f"is_host={int(rank == 0)},read_timeout=60"]

@@ -58,6 +58,13 @@ def test_a_command_that_reads_recipes_knows_old_names(tmp_path):
     assert prompt == [f"{OLD_MODULE}.Needle"]
 
 
+def test_a_run_with_a_strategy_that_is_gone_goes_on_with_the_one_that_took_its_place():
+    options = {"shard_size": 2, "save_distributed_checkpoint": True}
+    strategy = {"class_path": "meap_lit.strategies.FlatSharded", "init_args": options}
+    expected = {"class_path": "meap_lit.parallel.strategies.Sharded", "init_args": {"shard_size": 2}}
+    assert current({"trainer": {"strategy": strategy}}) == {"trainer": {"strategy": expected}}
+
+
 @pytest.fixture
 def _renamed_keys(monkeypatch):
     monkeypatch.setattr(renamed, "KEYS", {"model.share": "mask_ratio", "model.mask_ratio.of": "ratio"})

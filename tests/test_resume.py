@@ -37,8 +37,8 @@ def legs(global_batch_size):
     return [
         Leg(2, 3, "ddp", micro_batch_size=half // 2, accumulation=2),
         Leg(1, 6, "single", micro_batch_size=half, accumulation=2),
-        Leg(2, 9, "fsdp2", micro_batch_size=half, accumulation=1, num_workers=2),
-        Leg(4, NUM_STEPS, "fsdp2_tp", micro_batch_size=1, accumulation=half),  # two and two read the same rows
+        Leg(2, 9, "fsdp", micro_batch_size=half, accumulation=1, num_workers=2),
+        Leg(4, NUM_STEPS, "fsdp_tp", micro_batch_size=1, accumulation=half),  # two and two read the same rows
     ]
 
 

@@ -2,7 +2,7 @@
 
 | file                                        | read by                                       | attacks                |
 |---------------------------------------------|-----------------------------------------------|------------------------|
-| checkpoint in one file                      | every command of `COMMANDS`                   | code, flip             |
+| checkpoint in one file (version 0.1)        | every command of `COMMANDS`                   | code, flip             |
 | .metadata, .distcp, meta.pt, checksums.json | the same; a resume with any strategy          | code, flip, path, bomb |
 | index.json, local and remote                | fit, validate, evaluate, prepare merge        | code, flip, path       |
 | manifest.json, samples.npz                  | the same                                      | code, flip, path, bomb |
@@ -30,7 +30,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from meap_lit.checkpoint.checksums import CHECKSUMS_FILE, check, checksums, seal
-from meap_lit.checkpoint.shards import read_index
+from meap_lit.checkpoint.folder import read_index
 from meap_lit.cli import main
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.store.manifest import Manifest, load_samples
@@ -43,6 +43,7 @@ from meap_lit.hf.folder import HFFolder
 from meap_lit.tokenizer.chat_template import ChatTemplate
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TOY_RECIPE
+from tests.support.checkpoints import read, save_as_0_1, seal_as_0_1
 from tests.support.object_store import one_store, store  # noqa: F401  fixtures
 from tests.support.older_dataset import make_older
 
@@ -76,12 +77,12 @@ def refuse(capsys, *words):
 
 # ---------------------------------------------------------------------------------------------- checkpoints
 
-SHARDED = ["--config", "recipes/strategy/fsdp2.yaml", "--trainer.devices", "1"]
+SHARDED = ["--config", "recipes/strategy/fsdp.yaml", "--trainer.devices", "1"]
 
 
 @pytest.fixture(scope="module")
 def runs(prepared, tmp_path_factory):
-    """A recipe, and two runs of it after two steps: in one file and in shards."""
+    """A recipe, and two runs of it after two steps: on one device, and with FSDP."""
     folder = tmp_path_factory.mktemp("security")
     recipe = folder / "toy.yaml"
     recipe.write_text(TOY_RECIPE.format(dataset=prepared.dataset, tokenizer=prepared.tokenizer, runs=folder / "runs"))
@@ -92,13 +93,14 @@ def runs(prepared, tmp_path_factory):
 
 @pytest.fixture
 def file(runs, tmp_path):
-    """A checkpoint in one file that a test may spoil."""
-    return Path(shutil.copy(runs / "runs/toy/version_0/checkpoints/step=2.ckpt", tmp_path / "one.ckpt"))
+    """A checkpoint in one file, as version 0.1 wrote it, that a test may spoil."""
+    save_as_0_1(read(runs / "runs/toy/version_0/checkpoints/step=2.ckpt"), tmp_path / "one.ckpt")
+    return tmp_path / "one.ckpt"
 
 
 @pytest.fixture
-def shards(runs, tmp_path):
-    """A checkpoint in shards that a test may spoil."""
+def folder(runs, tmp_path):
+    """A checkpoint that a test may spoil."""
     return Path(shutil.copytree(runs / "runs/toy/version_1/checkpoints/step=2.ckpt", tmp_path / "step=2.ckpt"))
 
 
@@ -126,62 +128,62 @@ def command(name, checkpoint, runs, prepared):
 
 
 COMMANDS = ("fit", "validate", "init_from", "export", "generate", "evaluate", "inspect", "consolidate")
-ON_A_FILE = [name for name in COMMANDS if name != "consolidate"]
 
 
 @pytest.mark.parametrize("is_sealed", [False, True])
-@pytest.mark.parametrize("name", ON_A_FILE)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_code_in_a_file_is_not_run(runs, prepared, file, capsys, name, is_sealed):
     content = torch.load(file, weights_only=True)
     torch.save(content | {"decoder": Harm(file.parent / "trace")}, file)
     if is_sealed:  # who writes code into a checkpoint writes its checksums too
-        seal(file, checksums(file))
+        seal_as_0_1(file)
     line = refuse(capsys, *command(name, file, runs, prepared))
-    assert line == f"error: checkpoint {file} is damaged, or has code in it and so is not read"
+    assert line == f"error: checkpoint file {file} is damaged, or has code in it and so is not read"
     assert not (file.parent / "trace").exists()
 
 
-def put_into_index(shards, harm):
-    (shards / ".metadata").write_bytes(pickle.dumps(harm))
+def put_into_index(folder, harm):
+    (folder / ".metadata").write_bytes(pickle.dumps(harm))
 
 
-def put_into_trainer_state(shards, harm):
-    torch.save({"decoder": harm}, shards / "meta.pt")
+def put_into_trainer_state(folder, harm):
+    torch.save({"decoder": harm}, folder / "meta.pt")
 
 
-def put_into_value(shards, harm):
+def put_into_value(folder, harm):
     """In the place of a plain value of the optimizer, which torch reads with `weights_only=False`."""
-    index = pickle.loads((shards / ".metadata").read_bytes())
+    index = pickle.loads((folder / ".metadata").read_bytes())
     plain = {name for name, about in index.state_dict_metadata.items() if isinstance(about, BytesStorageMetadata)}
     (place, *_) = (place for key, place in index.storage_data.items() if key.fqn in plain)
     payload = io.BytesIO()
     torch.save(harm, payload)
-    with open(shards / place.relative_path, "ab") as opened:
+    with open(folder / place.relative_path, "ab") as opened:
         place.offset, place.length = opened.tell(), payload.tell()
         opened.write(payload.getvalue())
-    (shards / ".metadata").write_bytes(pickle.dumps(index))
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
 
 
 @pytest.mark.parametrize("put", [put_into_index, put_into_trainer_state, put_into_value])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_code_in_shards_is_not_run(runs, prepared, shards, capsys, name, put):
-    (shards / CHECKSUMS_FILE).unlink()
-    put(shards, Harm(shards.parent / "trace"))
-    words = command(name, shards, runs, prepared)
+def test_code_in_a_folder_is_not_run(runs, prepared, folder, capsys, name, put):
+    (folder / CHECKSUMS_FILE).unlink()
+    put(folder, Harm(folder.parent / "trace"))
+    words = command(name, folder, runs, prepared)
     if put is put_into_value and name not in ("fit", "validate", "consolidate"):
         main([str(word) for word in words])  # reads weights only
     else:
         assert "has code in it" in refuse(capsys, *words)
-    assert not (shards.parent / "trace").exists()
+    assert not (folder.parent / "trace").exists()
 
 
-@pytest.mark.parametrize("put", [put_into_index, put_into_value])
-def test_the_strategy_itself_runs_no_code(runs, prepared, shards, capsys, put):
-    put(shards, Harm(shards.parent / "trace"))
-    seal(shards, checksums(shards))
+@pytest.mark.parametrize("overlay", [["--trainer.strategy", "auto"], []])
+@pytest.mark.parametrize("put", [put_into_index, put_into_trainer_state, put_into_value])
+def test_the_strategy_itself_runs_no_code(runs, prepared, folder, capsys, put, overlay):
+    put(folder, Harm(folder.parent / "trace"))
+    seal(folder, checksums(folder))
     with mock.patch("meap_lit.callbacks.checkpoint.VerifyCheckpoint.setup"):
-        assert "has code in it" in refuse(capsys, *command("fit", shards, runs, prepared))
-    assert not (shards.parent / "trace").exists()
+        assert "has code in it" in refuse(capsys, *command("fit", folder, runs, prepared), *overlay)
+    assert not (folder.parent / "trace").exists()
 
 
 def test_code_is_not_run_even_if_a_recipe_asks_for_it(runs, prepared, file, capsys):
@@ -194,13 +196,11 @@ def test_a_checkpoint_at_an_address_is_refused(runs, capsys):
     assert "is an address, which cannot be verified; copy the checkpoint here first" in refuse(capsys, *words)
 
 
-@pytest.mark.parametrize("form", ["file", "shards"])
+@pytest.mark.parametrize("form", ["file", "folder"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_names_a_flipped_byte(runs, prepared, file, shards, capsys, name, form):
-    if form == "file" and name == "consolidate":
-        name = "verify"
-    checkpoint = file if form == "file" else shards
-    spoilt = next(checkpoint.glob("*.distcp")) if form == "shards" else checkpoint
+def test_every_command_names_a_flipped_byte(runs, prepared, file, folder, capsys, name, form):
+    checkpoint = file if form == "file" else folder
+    spoilt = next(checkpoint.glob("*.distcp")) if form == "folder" else checkpoint
     content = bytearray(spoilt.read_bytes())
     content[len(content) // 2] ^= 1
     spoilt.write_bytes(content)
@@ -216,61 +216,61 @@ def test_a_flip_anywhere_in_a_file_is_named(file):
             check(file)
 
 
-def test_a_flip_anywhere_in_shards_is_named(shards):
-    for file in sorted(shards.iterdir()):
+def test_a_flip_anywhere_in_a_folder_is_named(folder):
+    for file in sorted(folder.iterdir()):
         content = file.read_bytes()
         for damaged in flips(content, 40):
             file.write_bytes(damaged)
-            with pytest.raises(UserError, match=rf"^checkpoint file {shards}/.*") as error:
-                check(shards)
+            with pytest.raises(UserError, match=rf"^checkpoint file {folder}/.*") as error:
+                check(folder)
             assert "\n" not in str(error.value)
         file.write_bytes(content)
-    check(shards)
+    check(folder)
 
 
-def test_what_carries_no_checksums_is_said_to_be_unverified(runs, prepared, shards, capsys):
-    (shards / CHECKSUMS_FILE).unlink()
-    assert main([str(word) for word in command("inspect", shards, runs, prepared)]) == 0
-    note = f"note: checkpoint {shards} carries no checksums, so its content is not verified\n"
+def test_what_carries_no_checksums_is_said_to_be_unverified(runs, prepared, folder, capsys):
+    (folder / CHECKSUMS_FILE).unlink()
+    assert main([str(word) for word in command("inspect", folder, runs, prepared)]) == 0
+    note = f"note: checkpoint {folder} carries no checksums, so its content is not verified\n"
     assert capsys.readouterr().err == note
 
 
-def test_hashes_are_left_out_when_told_so(runs, prepared, shards, capsys):
-    (spoilt,) = shards.glob("*.distcp")
+def test_hashes_are_left_out_when_told_so(runs, prepared, folder, capsys):
+    (spoilt,) = folder.glob("*.distcp")
     content = bytearray(spoilt.read_bytes())
     content[len(content) // 2] ^= 1
     spoilt.write_bytes(content)
-    words = [str(word) for word in command("inspect", shards, runs, prepared)]
+    words = [str(word) for word in command("inspect", folder, runs, prepared)]
     assert main([*words, "--verify", "false"]) == 0
     spoilt.write_bytes(content[:-1])  # sizes are always compared
     assert "bytes where" in refuse(capsys, *words, "--verify", "false")
 
 
-def test_an_index_of_shards_stays_in_its_folder_and_within_what_there_is(shards):
-    file = shards / ".metadata"
+def test_an_index_stays_in_its_folder_and_within_what_there_is(folder):
+    file = folder / ".metadata"
     good = file.read_bytes()
     index = pickle.loads(good)
     for place in index.storage_data.values():
         place.relative_path = "../../secret"
     file.write_bytes(pickle.dumps(index))
-    with pytest.raises(UserError, match=r"names a file that is not one of its shards: '../../secret'$"):
-        read_index(shards)
+    with pytest.raises(UserError, match=r"names a file that is not one of its parts: '../../secret'$"):
+        read_index(folder)
     index = pickle.loads(good)
     (weight, *_) = (about for about in index.state_dict_metadata.values() if isinstance(about, TensorStorageMetadata))
     weight.size = torch.Size([1 << 40])
     file.write_bytes(pickle.dumps(index))
-    with pytest.raises(UserError, match=r"announces \d+ bytes of tensors, its shards hold \d+"):
-        read_index(shards)
+    with pytest.raises(UserError, match=r"announces \d+ bytes of tensors, its parts hold \d+"):
+        read_index(folder)
 
 
 @pytest.mark.parametrize("part", ["size", "properties", "chunks"])
-def test_an_index_of_shards_without_a_part_is_named(shards, part):
-    index = pickle.loads((shards / ".metadata").read_bytes())
+def test_an_index_without_a_part_is_named(folder, part):
+    index = pickle.loads((folder / ".metadata").read_bytes())
     (weight, *_) = (about for about in index.state_dict_metadata.values() if isinstance(about, TensorStorageMetadata))
     delattr(weight, part)
-    (shards / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(UserError, match=r"\.metadata is not an index of shards, or is damaged$"):
-        read_index(shards)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match=r"\.metadata is not the index of a checkpoint, or is damaged$"):
+        read_index(folder)
 
 
 # ------------------------------------------------------------------------------------------------- datasets

@@ -1,4 +1,4 @@
-"""When checkpoints are written and how: aside, whole, and renamed; and that a damaged one is not resumed from."""
+"""Save checkpoints aside, whole, and rename them; refuse to resume from a damaged one."""
 
 import os
 import re
@@ -13,14 +13,15 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from meap_lit.callbacks.budget import Budget
-from meap_lit.checkpoint.checksums import check, checksums, read_file, seal, write_file
-from meap_lit.checkpoint.shards import read_trainer_state, refuse_code
+from meap_lit.checkpoint.checksums import check, checksums, seal, to_disk
+from meap_lit.checkpoint.folder import StoredCheckpoint, read_trainer_state, write
 from meap_lit.errors import UserError
+from meap_lit.files import has_ended
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
 
@@ -32,22 +33,21 @@ _SECONDS_PER_DAY = 86_400
 
 
 class Checkpoint(ModelCheckpoint):
-    """Keeps the last checkpoints of a run, the final step always among them, and a link `last.ckpt` to the newest.
+    """Keep the last checkpoints of a run, always including the final step, and a link `last.ckpt` to the newest.
 
-    A checkpoint, file or folder, is written under another name on all ranks, gets its checksums, and takes its own name
-    when it is whole. Then `last.ckpt` is put on it, in one step, and only then is an old one removed. A kill at any
-    moment leaves the previous checkpoint and nothing that could be taken for a new one; what it leaves aside is removed
-    by the next save of a run of the same recipe.
+    All ranks write a checkpoint under another name; it gets its checksums, and takes its own name when it is whole.
+    Then `last.ckpt` moves to it in one step, and only then is an old one removed. A kill at any moment leaves the
+    previous checkpoint and nothing that could be taken for a new one. The next save of a run of the same recipe removes
+    what it leaves aside.
 
-    With `asynchronous` a save copies the state to the host's memory, and a thread does all the rest while the training
-    goes on. What holds of a checkpoint does not change; a save that fails ends the run a little later, and a new one
-    waits for the last.
+    With `asynchronous` a save copies the state to the host's memory, and a thread does the rest while training
+    continues. A save that fails ends the run a little later, and a new save waits for the last.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
         keep: Number of checkpoints to keep; -1 keeps all.
-        milestone_every_n_steps: Checkpoints at multiples of so many steps are never removed.
-        asynchronous: Write while the training goes on; needs memory on the host for one copy of what a rank writes.
+        milestone_every_n_steps: Never remove checkpoints at multiples of this many steps.
+        asynchronous: Write while training continues; needs memory on the host for one copy of what a rank writes.
         dirpath: Folder; `checkpoints` inside the logger's folder if not given.
         verify: Hash the checkpoint that a run resumes from, or starts from (`model.init_from`), before it is read;
             false compares sizes only.
@@ -88,23 +88,18 @@ class Checkpoint(ModelCheckpoint):
         self.asynchronous = asynchronous
         self.verify = verify
         self._jobs = _Jobs(in_thread=False)
-        self._last_saved: str | None = None
+        self.last_saved: str | None = None
+        """The newest whole checkpoint that this run wrote."""
         self._logs_later = False
 
     @property
-    def last_saved(self) -> str | None:
-        """The newest checkpoint that this run wrote, whole."""
-        return self._last_saved
-
-    @property
     def state_key(self) -> str:
-        return type(self).__name__  # Lightning's names the options, and a resume with others would be warned of
+        return type(self).__name__  # Lightning's own names the options, and warns on a resume with others
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         _refuse_remote(self.dirpath)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = DirectCheckpointIO()
+        _use_folders(trainer.strategy)
         self._jobs = _Jobs(in_thread=self.asynchronous)
         self._ranks = Ranks(trainer, beside_training=self.asynchronous)
         if stage == "fit":
@@ -118,7 +113,7 @@ class Checkpoint(ModelCheckpoint):
             )
 
     def _make_folder(self) -> None:
-        """Before the training, not at the first save."""
+        """Make the folder before training, not at the first save."""
         assert self.dirpath is not None
         try:
             os.makedirs(self.dirpath, exist_ok=True)
@@ -129,7 +124,7 @@ class Checkpoint(ModelCheckpoint):
             ) from error
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["dirpath"] == self.dirpath:  # a resume in a new folder keeps no account of the old one
+        if state_dict["dirpath"] == self.dirpath:  # a resume in a new folder does not manage the old one
             super().load_state_dict(state_dict)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -143,7 +138,7 @@ class Checkpoint(ModelCheckpoint):
         self._keep_last_logs(trainer)
 
     def _keep_last_logs(self, trainer: L.Trainer) -> None:
-        """Write what the step of the last checkpoint logged, which Lightning does after the hooks of that step."""
+        """Write what the step of the last checkpoint logged, which Lightning logs after the hooks of that step."""
         if self._logs_later:
             self._logs_later = False
             _keep_logs(trainer)
@@ -152,7 +147,7 @@ class Checkpoint(ModelCheckpoint):
         self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._jobs.close()  # a checkpoint that is being written is finished
+        self._jobs.close()  # finish a checkpoint that is being written
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._jobs.close()
@@ -193,37 +188,32 @@ class Checkpoint(ModelCheckpoint):
                 f"cannot save checkpoint {path}: {error.strerror}; last good checkpoint: "
                 f"{self.last_saved or trainer.ckpt_path or 'none was saved yet'}"
             ) from error
-        self._last_saved = self._last_checkpoint_saved = str(path)
+        self.last_saved = self._last_checkpoint_saved = str(path)
         for logger in trainer.loggers if is_first else ():
             logger.after_save_checkpoint(self)
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
-        return not self._is_milestone(previous) and super()._should_remove_checkpoint(trainer, previous, current)
-
-    def _is_milestone(self, path: str) -> bool:
-        step = re.match(r"step=(\d+)", Path(path).name)
-        every = self.milestone_every_n_steps
-        return every is not None and step is not None and int(step[1]) % every == 0
+        every, step = self.milestone_every_n_steps, re.match(r"step=(\d+)", Path(previous).name)
+        is_milestone = every is not None and step is not None and int(step[1]) % every == 0
+        return not is_milestone and super()._should_remove_checkpoint(trainer, previous, current)
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         if trainer.is_global_zero:
             self._jobs.add(partial(_take_away, Path(filepath)))  # once the newer one is whole
 
     def _remove_leftovers(self, trainer: L.Trainer) -> None:
-        """Remove what killed runs left here.
+        """Remove what killed runs left here, where this run was resumed from, and in all versions of both.
 
-        Likewise where this run was resumed from, and in all versions of both, unless a run still writes there: a run
-        that was killed before its first checkpoint is not the one that the next is resumed from.
+        What a living run still writes in another folder stays. All versions are searched because a run that was killed
+        before its first checkpoint is not the one that the next run resumes from.
         """
         assert self.dirpath is not None
         here = Path(self.dirpath)
         resumed_from = Path(trainer.ckpt_path).absolute().parent if trainer.ckpt_path else here
-        for old in here.glob(f"*{_ASIDE}*"):
-            _remove(old)
         for folder in (here, resumed_from):
             versions = folder.parent.parent.glob(f"version_*/{folder.name}/*{_ASIDE}*")
-            for old in (*folder.glob(f"*{_ASIDE}*"), *versions):
-                if _is_abandoned(old):
+            for old in {*folder.glob(f"*{_ASIDE}*"), *versions}:
+                if old.parent == here or _is_abandoned(old):
                     _remove(old)
 
 
@@ -243,39 +233,29 @@ def _refuse_remote(dirpath: Any) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether the process that wrote it is gone; one of another host is taken for gone after a day of silence."""
+    """Return whether the process that wrote it has ended; on another host, after a day of silence."""
     pid, _, host = path.name.rpartition(_ASIDE)[2].partition("@")
-    if host != socket.gethostname() or not pid.isdigit():
-        files = [path, *path.iterdir()] if path.is_dir() else [path]
-        return time.time() - max(file.lstat().st_mtime for file in files) > _SECONDS_PER_DAY
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+    if host == socket.gethostname() and pid.isdigit():
+        return has_ended(int(pid))
+    files = [path, *path.iterdir()] if path.is_dir() else [path]
+    return time.time() - max(file.lstat().st_mtime for file in files) > _SECONDS_PER_DAY
 
 
 def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
-    """Give a written checkpoint its checksums, its name, and the link that says it is the newest."""
+    """Give a written checkpoint its checksums and its name, and move the link `last.ckpt` to it."""
     seal(aside, found)
     os.rename(aside, path)
     link = Path(_aside(path.with_name(LAST)))
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
     os.replace(link, path.with_name(LAST))
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    to_disk(path.parent)
 
 
 def _take_away(path: Path) -> None:
     if path.exists():
         aside = Path(_aside(path))
-        os.rename(path, aside)  # half a folder must not look like a checkpoint
+        os.rename(path, aside)  # part of a folder must not look like a checkpoint
         _remove(aside)
 
 
@@ -287,7 +267,7 @@ def _remove(path: Path) -> None:
 
 
 class _Jobs:
-    """Jobs done one after the other, here or in a thread; after one that failed none is begun."""
+    """Do jobs one after the other, here or in a thread; after one that failed, start none."""
 
     def __init__(self, in_thread: bool) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_thread else None
@@ -300,17 +280,17 @@ class _Jobs:
             self._last = self._thread.submit(_do_after, self._last, job)
 
     def check(self) -> None:
-        """Raise what a job raised, if one did by now."""
+        """Raise what a job has raised by now."""
         if self._last is not None and self._last.done():
             self._last.result()
 
     def wait(self) -> None:
-        """Wait for all jobs; raises what one raised."""
+        """Wait for all jobs, and raise what one raised."""
         if self._last is not None:
             self._last.result()
 
     def close(self) -> None:
-        """Wait for all jobs, whatever becomes of them, and end the thread."""
+        """Wait for all jobs, even if one fails, and end the thread."""
         if self._thread is not None:
             self._thread.shutdown()
 
@@ -322,7 +302,7 @@ def _do_after(earlier: Future[None] | None, job: Callable[[], None]) -> None:
 
 
 def on_host(state: Any) -> Any:
-    """A copy of a checkpoint's content in the host's memory, which training does not change; ties stay ties."""
+    """Return a copy of a checkpoint's content in the host's memory; tensors that were one stay one."""
     copies: dict[Any, torch.Tensor] = {}
 
     def copy(value: Any) -> Any:
@@ -339,33 +319,32 @@ def on_host(state: Any) -> Any:
     return copy(state)
 
 
-class DirectCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint of one file to the folder where it will stay, and renames it when it is whole.
-
-    Lightning's own holds a copy of the file in memory, writes it to the system's temporary folder and moves it.
-    """
+class FolderIO(CheckpointIO):
+    """Write and read checkpoints as folders, for Lightning's strategies, whose first rank writes the whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        aside = Path(_aside(Path(path)))
-        try:
-            write_file(checkpoint, aside)
-        except BaseException:
-            _remove(aside)
-            raise
-        os.replace(aside, path)
+        write(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        return StoredCheckpoint(Path(path)).read_all()
+
+    def remove_checkpoint(self, path: Any) -> None:
+        _remove(Path(path))
+
+
+def _use_folders(strategy: Strategy) -> None:
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = FolderIO()
 
 
 class VerifyCheckpoint(L.Callback):
-    """Compares a checkpoint with its checksums before anything is loaded from it; each file is hashed by one rank.
+    """Compare a checkpoint with its checksums before anything is loaded from it; one rank hashes each file.
 
-    A checkpoint that was written without checksums passes with a note, unless it has code in it. Then `Budget` is asked
-    whether the run can go on from it, before the model is built.
+    A checkpoint that was written without checksums passes with a note, unless it has code in it. Then `Budget` checks
+    that the run can continue from it, before the model is built.
 
     Args:
-        path: A .ckpt file or a folder of shards.
+        path: The checkpoint.
         hashes: Compare hashes; if not, sizes only.
     """
 
@@ -378,19 +357,15 @@ class VerifyCheckpoint(L.Callback):
         paths = {str(path) for path in ranks.do(lambda: self.path)}
         if len(paths) > 1:
             raise UserError(f"--ckpt_path is {' on one rank and '.join(sorted(paths))} on another; name the checkpoint")
-        if self.path.is_dir() and type(trainer.strategy).load_checkpoint is Strategy.load_checkpoint:
-            raise UserError(
-                f"checkpoint {self.path} (--ckpt_path) is a folder of shards, and trainer.strategy reads one file; "
-                f"make one of it: python -m meap_lit checkpoint consolidate --checkpoint {self.path} --output FILE.ckpt"
-            )
+        _use_folders(trainer.strategy)
         ranks.do(lambda: self._check(ranks))
         if stage == "fit":
             ranks.do(partial(self._check_resume, trainer))
 
     def _check(self, ranks: Ranks) -> None:
         check(self.path, self.hashes, ranks.rank, ranks.number)
-        if ranks.rank == 0:  # Lightning's own strategies would unpickle shards, and end in a traceback elsewhere
-            refuse_code(self.path) if self.path.is_dir() else read_file(self.path)
+        if ranks.rank == 0:
+            StoredCheckpoint(self.path).refuse_code()
 
     def _check_resume(self, trainer: L.Trainer) -> None:
         state = read_trainer_state(self.path)

@@ -1,18 +1,15 @@
-"""`python -m meap_lit checkpoint ...`: look at the checkpoints of runs, check them, and make one file of shards."""
+"""`python -m meap_lit checkpoint ...`: inspect the checkpoints of runs, verify them, and write them anew."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from meap_lit.checkpoint.checksums import check, checksums, read_file, recorded, seal, verify, write_file
+from meap_lit.checkpoint.checksums import check, checksums, recorded, seal, verify
 from meap_lit.checkpoint.find import find_checkpoint
-from meap_lit.checkpoint.shards import read_index, read_shards, read_trainer_state, weights_in
+from meap_lit.checkpoint.folder import StoredCheckpoint, write
 from meap_lit.errors import UserError
+from meap_lit.files import new_folder
 
 
 @dataclass(kw_only=True)
@@ -20,13 +17,13 @@ class Verify:
     """Compare the files of a checkpoint with the checksums that were written with it.
 
     Args:
-        checkpoint: A .ckpt file or folder, or the folder of a run, which stands for its newest checkpoint.
+        checkpoint: A checkpoint (.ckpt), or the folder of a run for its newest checkpoint.
     """
 
     checkpoint: str
 
     def run(self) -> None:
-        """Print that all is well.
+        """Print that the checkpoint is as it was written.
 
         Raises:
             UserError: If a file is damaged or missing (the first is named), or there are no checksums.
@@ -34,16 +31,16 @@ class Verify:
         path = find_checkpoint(self.checkpoint)
         num_files = verify(path)
         if num_files is None:
-            raise UserError(f"checkpoint {path} was written without checksums; nothing can be said of its content")
+            raise UserError(f"checkpoint {path} was written without checksums, so its content cannot be verified")
         print(f"{path}: as it was written ({num_files} file{'s' if num_files > 1 else ''}, {_gb(_size(path))})")
 
 
 @dataclass(kw_only=True)
 class Inspect:
-    """Say what a checkpoint holds.
+    """Print what a checkpoint holds.
 
     Args:
-        checkpoint: A .ckpt file or folder, or the folder of a run, which stands for its newest checkpoint.
+        checkpoint: A checkpoint (.ckpt), or the folder of a run for its newest checkpoint.
         verify: Hash the checkpoint and compare it with its checksums; false compares sizes only.
     """
 
@@ -65,11 +62,11 @@ class Inspect:
 
 @dataclass(kw_only=True)
 class Consolidate:
-    """Make one file of a checkpoint in shards, weights and optimizer's state, that every strategy resumes from.
+    """Write a checkpoint anew as one part, whichever devices or version wrote it, with checksums.
 
     Args:
-        checkpoint: A folder of shards, or the folder of a run, which stands for its newest checkpoint.
-        output: The file to write, ending in .ckpt. All of the checkpoint passes through memory.
+        checkpoint: A checkpoint (.ckpt), or the folder of a run for its newest checkpoint.
+        output: The checkpoint to write, ending in .ckpt. All of the checkpoint passes through memory.
         verify: Hash the checkpoint and compare it with its checksums; false compares sizes only.
     """
 
@@ -78,43 +75,37 @@ class Consolidate:
     verify: bool = True
 
     def run(self) -> None:
-        """Write the file.
+        """Write the checkpoint.
 
         Raises:
-            UserError: If the checkpoint is damaged or in one file already, or the file cannot be written.
+            UserError: If the checkpoint is damaged, or the output cannot be written.
         """
         path, output = find_checkpoint(self.checkpoint), Path(self.output)
-        if path.is_file():
-            raise UserError(f"checkpoint {path} is one file already")
         if output.suffix != ".ckpt":
-            raise UserError(f"--output {output} must end in .ckpt; Lightning takes no other file for a checkpoint")
+            raise UserError(f"--output {output} must end in .ckpt; no other folder is taken for a checkpoint")
         if output.exists():
             raise UserError(f"--output {output} exists already; remove it or name another")
         check(path, hashes=self.verify)
-        checkpoint = read_shards(path)
-        aside = output.with_name(f"{output.name}.partial-{os.getpid()}")
-        try:
-            write_file(checkpoint, aside)
-            seal(aside, checksums(aside))
-            os.rename(aside, output)
-        except OSError as error:
-            if aside.exists():
-                aside.unlink()
-            raise UserError(f"cannot write --output {output}: {error.strerror}; nothing was kept") from error
+        checkpoint = StoredCheckpoint(path).read_all()
+        with new_folder(output) as folder:
+            write(checkpoint, folder)
+            seal(folder, checksums(folder))
         print(f"{output}: optimizer step {checkpoint['global_step']}, {_gb(_size(output))}")
 
 
 def describe(path: Path) -> dict[str, str]:
-    """What the checkpoint `path` holds, as rows of a table.
+    """Return what a checkpoint holds, as rows of a table.
 
     Raises:
         UserError: If it cannot be read.
     """
-    carries = recorded(path)
-    state, weights, form = _read_file(path) if path.is_file() else _read_folder(path)
+    carries, stored = recorded(path), StoredCheckpoint(path)
+    state = stored.trainer_state
+    if "global_step" not in state:
+        raise UserError(f"{path} is not a checkpoint of a run: it has no global_step in it")
     rows = {
         "checkpoint": str(path),
-        "format": form,
+        "format": _parts(path),
         "size": _gb(_size(path)),
         "optimizer step": str(state["global_step"]),
     }
@@ -122,8 +113,8 @@ def describe(path: Path) -> dict[str, str]:
     if samples:
         rows["samples seen"] = f"{samples[0]:,}"
     dtypes: Counter[str] = Counter()
-    for size, dtype in weights.values():
-        dtypes[str(dtype).removeprefix("torch.")] += size
+    for weight in stored.weights.values():
+        dtypes[str(weight.properties.dtype).removeprefix("torch.")] += weight.size.numel()
     rows["weights"] = ", ".join(f"{count:,} {name}" for name, count in dtypes.items())
     about = state.get("decoder")
     if about:
@@ -136,25 +127,15 @@ def describe(path: Path) -> dict[str, str]:
     return rows
 
 
-_Weights = dict[str, tuple[int, torch.dtype]]
-"""Number of elements and dtype of each weight."""
-
-
-def _read_file(path: Path) -> tuple[dict[str, Any], _Weights, str]:
-    content = read_file(path)
-    if "global_step" not in content:
-        raise UserError(f"{path} is not a checkpoint of a run: it has no global_step in it")
-    return content, {name: (tensor.numel(), tensor.dtype) for name, tensor in content["state_dict"].items()}, "one file"
-
-
-def _read_folder(path: Path) -> tuple[dict[str, Any], _Weights, str]:
-    index = weights_in(read_index(path))
-    weights = {name: (about.size.numel(), about.properties.dtype) for name, about in index.items()}
-    return read_trainer_state(path), weights, f"folder of {len(list(path.glob('*.distcp')))} shards"
+def _parts(path: Path) -> str:
+    if path.is_file():
+        return "one file, of an earlier version"
+    num_parts = len(list(path.glob("*.distcp")))
+    return f"folder of {num_parts} part{'s' if num_parts > 1 else ''}"
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
 
 
 def _gb(size: int) -> str:

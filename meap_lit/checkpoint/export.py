@@ -1,4 +1,4 @@
-"""A checkpoint as a folder of Hugging Face, which transformers loads without code of ours."""
+"""Write a checkpoint as a Hugging Face folder, which transformers loads without code of ours."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meap_lit.checkpoint.source import DTYPES, Checkpoint, open_source, vocab_size_for
+from meap_lit.checkpoint.source import DTYPES, CheckpointSource, open_source, vocab_size_for
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
@@ -40,7 +40,7 @@ class Export(Preparation):
         tokenizer: Folder with the tokenizer.json of training, where the checkpoint's run keeps none.
         dtype: Dtype of the weights; if not given, that of the model it was fine-tuned from, and float32 after
             pretraining and for adapters alone.
-        max_shard_size: Size of a weights file, such as 5GB; a shard is in memory while it is written.
+        max_shard_size: Size of a weight file, such as 5GB; a whole file is in memory while it is written.
         adapter_only: Write only the LoRA adapters, in the format of PEFT.
         verify: Hash the checkpoint of a run and compare it with its checksums; false compares sizes only.
     """
@@ -53,13 +53,13 @@ class Export(Preparation):
     verify: bool = field(default=True, compare=False)
 
     def make(self, folder: Path) -> str:
-        shard_bytes = parse_bytes(self.max_shard_size, "max_shard_size")
+        max_bytes = parse_bytes(self.max_shard_size, "max_shard_size")
         source = open_source(self.checkpoint, self.verify)
         if self.adapter_only:
             return self._make_adapter(folder, source, DTYPES[self.dtype or "float32"])
         dtype = DTYPES[self.dtype] if self.dtype else source.dtype
         tokenizer = self._load_tokenizer(source)
-        rows = source.rows_without_mask if isinstance(source, Checkpoint) else None
+        rows = source.rows_without_mask if isinstance(source, CheckpointSource) else None
         is_unused = rows is not None and tokenizer.mask_token_id == tokenizer.vocab_size - 1
         if rows is not None and is_unused:
             source = _FewerRows.of(source, rows)
@@ -69,7 +69,7 @@ class Export(Preparation):
                 f"{source.path} has decoder.qkv_bias and decoder.qk_norm, which no family of Hugging Face has together "
                 f"(Qwen2 has the one, Qwen3 the other), so it cannot be exported"
             )
-        files = _write_weights(folder, source, dtype, shard_bytes)
+        files = _write_weights(folder, source, dtype, max_bytes)
         generation = _generation(source, tokenizer)
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": generation["eos_token_id"]}
         content = write_config(source.config, model_type, dtype, source.positions)
@@ -78,7 +78,7 @@ class Export(Preparation):
         is_known = tokenizer.mask_token_id < (source.config.vocab_size or 0)
         if is_unused or is_known:
             tokenizer.save(folder, with_mask=not is_unused)
-        else:  # a model that never met the mask token has no row for it: its tokenizer goes out as it came
+        else:  # the model has no row for the mask token: copy the tokenizer as it is
             Tokenizer.copy_files(Path(tokenizer.path), folder)
         what = f"{source.config.num_parameters():,} parameters, {model_type}"
         summary = self._summary(folder, source, files, what, dtype)
@@ -106,7 +106,7 @@ class Export(Preparation):
         return tokenizer
 
     def _make_adapter(self, folder: Path, source: WeightSource, dtype: torch.dtype) -> str:
-        if not isinstance(source, Checkpoint) or source.lora is None:
+        if not isinstance(source, CheckpointSource) or source.lora is None:
             raise UserError(f"{source.path} holds no adapters; leave out --adapter_only")
         if source.base is None:
             raise UserError(f"{source.path} adapts a model that is nowhere else; leave out --adapter_only")
@@ -131,7 +131,7 @@ class Export(Preparation):
         num_parameters = sum(tensor.numel() for tensor in adapters.values())
         what = f"{num_parameters:,} parameters in adapters"
         summary = self._summary(folder, source, ["adapter_model.safetensors"], what, dtype)
-        if isinstance(source.base, Checkpoint):
+        if isinstance(source.base, CheckpointSource):
             summary += f"\n  export {source.init_from} too: PEFT puts them on a Hugging Face folder"
         return summary
 
@@ -171,38 +171,38 @@ class _FewerRows(WeightSource):
         return tensor[: self.config.vocab_size] if name in (EMBEDDING, HEAD) else tensor
 
 
-def _write_weights(folder: Path, source: WeightSource, dtype: torch.dtype, shard_bytes: int) -> list[str]:
-    """Write all parameters, one shard at a time, and return the names of the files."""
+def _write_weights(folder: Path, source: WeightSource, dtype: torch.dtype, max_bytes: int) -> list[str]:
+    """Write all parameters, one file at a time, and return the names of the files."""
     with torch.device("meta"):
         names = list(check_weights(Decoder(source.config), source))
-    shards = list(_shards(source, names, shard_bytes // dtype.itemsize))
-    files = [_shard_file(number, len(shards)) for number in range(len(shards))]
-    for file, shard in zip(files, shards, strict=True):
-        _save({hf_name(name): _cast(source.read(name), dtype, name) for name in shard}, folder / file)
+    groups = list(_groups(source, names, max_bytes // dtype.itemsize))
+    files = [_file_name(number, len(groups)) for number in range(len(groups))]
+    for file, group in zip(files, groups, strict=True):
+        _save({hf_name(name): _cast(source.read(name), dtype, name) for name in group}, folder / file)
     if len(files) > 1:
         total = sum(_numel(source, name) for name in names) * dtype.itemsize
-        weight_map = {hf_name(name): file for file, shard in zip(files, shards, strict=True) for name in shard}
+        weight_map = {hf_name(name): file for file, group in zip(files, groups, strict=True) for name in group}
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return files
 
 
-def _shards(source: WeightSource, names: list[str], max_numel: int) -> Iterator[list[str]]:
-    """Names in order, cut where a shard would grow beyond `max_numel`; a larger tensor has one of its own."""
-    shard: list[str] = []
+def _groups(source: WeightSource, names: list[str], max_numel: int) -> Iterator[list[str]]:
+    """Yield the names of each file in order, of at most `max_numel` elements; a larger tensor has its own file."""
+    group: list[str] = []
     size = 0
     for name in names:
         numel = _numel(source, name)
-        if shard and size + numel > max_numel:
-            yield shard
-            shard, size = [], 0
-        shard.append(name)
+        if group and size + numel > max_numel:
+            yield group
+            group, size = [], 0
+        group.append(name)
         size += numel
-    yield shard
+    yield group
 
 
-def _shard_file(number: int, num_shards: int) -> str:
+def _file_name(number: int, num_files: int) -> str:
     stem = WEIGHTS_FILE.removesuffix(".safetensors")
-    return WEIGHTS_FILE if num_shards == 1 else f"{stem}-{number + 1:05}-of-{num_shards:05}.safetensors"
+    return WEIGHTS_FILE if num_files == 1 else f"{stem}-{number + 1:05}-of-{num_files:05}.safetensors"
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -230,7 +230,7 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def _generation(source: WeightSource, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The source's generation settings, and that ids without meaning are never generated."""
+    """Return the source's generation settings, with ids that have no token suppressed."""
     rows = source.config.vocab_size
     assert rows is not None
     known = {name: value for name, value in source.generation.items() if value is not None}
@@ -243,14 +243,14 @@ def _generation(source: WeightSource, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _pre_tokenizer(tokenizer: Tokenizer) -> str:
-    """The pattern by which a tokenizer splits text, or what else it splits by."""
+    """Return the patterns by which a tokenizer splits text into words."""
     content = json.loads(tokenizer.copy_backend().to_str())["pre_tokenizer"] or {}
     patterns = [step.get("pattern", {}).get("Regex", "") for step in content.get("pretokenizers", [content])]
     return " ".join(patterns)
 
 
-def _refuse_other_training(source: Checkpoint) -> None:
-    """Make sure that nothing but the adapters was trained, since they are all that is written."""
+def _refuse_other_training(source: CheckpointSource) -> None:
+    """Raise `UserError` if anything but the adapters was trained, since only they are written."""
     for name, stored in source.whole_weights():
         if not torch.equal(stored, source.read_base(name).to(stored.dtype)):
             raise UserError(

@@ -1,19 +1,19 @@
-"""Find a checkpoint by the name of a file, of a run, or of a folder of runs."""
+"""Find a checkpoint by its own name, by that of a run, or by that of a folder of runs."""
 
 import re
 from pathlib import Path
 
-from meap_lit.checkpoint.checksums import SHARDS_INDEX, is_whole
+from meap_lit.checkpoint.checksums import INDEX, is_whole
 from meap_lit.errors import UserError
 from meap_lit.files import run_versions
 
 
 def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
-    """The checkpoint that `path` stands for: itself, or the newest whole one of a run's folder.
+    """Return the checkpoint that `path` names: itself, or the newest whole one of a run's folder.
 
     Args:
-        path: A .ckpt file or folder, or what `newest_checkpoint` takes.
-        option: What the user gave the path as, for messages.
+        path: A checkpoint (.ckpt), or what `newest_checkpoint` takes.
+        option: The option that gave the path, for messages.
 
     Raises:
         UserError: If there is none.
@@ -21,10 +21,10 @@ def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"checkpoint {path} ({option}) does not exist")
-    if path.is_file() or path.suffix == ".ckpt" or (path / SHARDS_INDEX).is_file():
-        if path.suffix != ".ckpt":
-            raise UserError(f"checkpoint {path} ({option}) does not end in .ckpt, as those of a run do")
+    if path.suffix == ".ckpt":
         return path
+    if path.is_file() or (path / INDEX).is_file():
+        raise UserError(f"checkpoint {path} ({option}) does not end in .ckpt, as those of a run do")
     newest = newest_checkpoint(path)
     if newest is None:
         raise UserError(f"{path} ({option}) holds no whole checkpoint (step=N.ckpt); name another run or a .ckpt")
@@ -32,7 +32,7 @@ def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run; None if there is none.
+    """Return the newest whole checkpoint of a run; None if there is none.
 
     Args:
         folder: Folder of one run (`runs/NAME/version_0`) or of its checkpoints, or the one above (`runs/NAME`), whose

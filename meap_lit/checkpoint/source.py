@@ -1,59 +1,48 @@
-"""Whatever holds weights, opened as one thing: a folder of Hugging Face, a checkpoint of ours, a run.
+"""Open a source of weights: a Hugging Face folder, a checkpoint of ours, or a run.
 
-Only safetensors and checkpoints without code are read, and on opening no more than their headers.
+Only safetensors and checkpoints without code are read, and opening reads no more than their headers.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from meap_lit.checkpoint.checksums import SHARDS_INDEX, check, read_file
+from meap_lit.checkpoint.checksums import INDEX, check
 from meap_lit.checkpoint.find import newest_checkpoint
-from meap_lit.checkpoint.shards import read_index, read_trainer_state, read_weight, weights_in
+from meap_lit.checkpoint.folder import StoredCheckpoint
 from meap_lit.errors import UserError
 from meap_lit.hf.config import family
 from meap_lit.hf.folder import CONFIG_FILE, PICKLED, WEIGHTS_FILE, HFFolder, foreign_format, pickle_refusal
-from meap_lit.hf.weights import EMBEDDING, HEAD, WeightSource, build_decoder, copy_rows, load_weights
+from meap_lit.hf.weights import EMBEDDING, HEAD, WeightSource, copy_rows
 from meap_lit.model.config import DecoderConfig, RopeScaling, pad_vocab_size
 from meap_lit.model.lora import LoRA, is_adapter
 from meap_lit.tokenizer.tokenizer import MASK_TOKEN, Tokenizer, id_of_token
 
-__all__ = [
-    "Checkpoint",
-    "WeightSource",
-    "build_decoder",
-    "load_weights",
-    "new_mask_token",
-    "open_source",
-    "vocab_size_for",
-]
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PREFIX = "decoder."
-_MAX_MAPPED = 128 << 20
-"""Bytes read from a mapped checkpoint before it is mapped anew, which gives their memory back."""
 
 
 def open_source(path: str | Path, verify: bool = True) -> WeightSource:
     """Open the weights under `path`.
 
     Args:
-        path: A folder of Hugging Face (config.json and safetensors), a checkpoint file (.ckpt), the folder of a run
-            (`runs/NAME/version_0`), or the folder above (`runs/NAME`), which stands for its newest run with a
-            checkpoint.
-        verify: Compare a checkpoint of a run with the hashes that it carries; if not, with their sizes only. Hugging
-            Face's folders carry none.
+        path: A Hugging Face folder (config.json and safetensors), a checkpoint (.ckpt), the folder of a run
+            (`runs/NAME/version_0`), or the folder above (`runs/NAME`) for its newest run with a checkpoint.
+        verify: Compare a checkpoint of a run with the hashes that it carries; if false, with the sizes only. Hugging
+            Face folders carry no hashes.
 
     Raises:
-        UserError: If there is nothing of the kind, it is damaged, or it is of a model that the decoder is not.
+        UserError: If `path` holds no weights, is damaged, or holds a model that the decoder does not support.
     """
     path = Path(path).expanduser()
-    if path.is_file() or (path / SHARDS_INDEX).is_file():
-        return Checkpoint.open(_behind_link(path), verify)
+    if path.is_file() or (path / INDEX).is_file():
+        return CheckpointSource.open(_behind_link(path), verify)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
     if (path / CONFIG_FILE).is_file():
@@ -61,13 +50,13 @@ def open_source(path: str | Path, verify: bool = True) -> WeightSource:
     newest = newest_checkpoint(path)
     if newest is None:
         raise UserError(_what_it_is(path))
-    return Checkpoint.open(newest, verify)
+    return CheckpointSource.open(newest, verify)
 
 
 def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
-    """Vocabulary rows of a decoder that starts from `source` and reads what `tokenizer` writes.
+    """Return the vocabulary rows of a decoder that starts from `source` and reads what `tokenizer` writes.
 
-    The source's own; where the mask token is new and finds no room, the next multiple of 64.
+    These are the source's own rows. If the mask token is new and has no room among them, it is the next multiple of 64.
 
     Raises:
         UserError: If the tokenizer has more ids, a new mask token aside, than the source has rows.
@@ -85,9 +74,9 @@ def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
 def new_mask_token(source: WeightSource, tokenizer: Tokenizer) -> int | None:
     """Return the id of the mask token if `source` has not been trained with it, so that its row starts anew.
 
-    A tokenizer without a mask token gets one in memory. A run of ours that masked inputs knows its mask token all the
-    same, and its export has it in its own tokenizer: their row is kept. That of a plain run was never read, and the
-    export of one is without it.
+    A tokenizer without a mask token gets one in memory. A run of ours that masked inputs has trained its row all the
+    same, and its export has the token in its tokenizer: these rows are kept. A plain run never read the row, and its
+    export does not have it.
 
     Args:
         source: Where a training starts from.
@@ -96,20 +85,20 @@ def new_mask_token(source: WeightSource, tokenizer: Tokenizer) -> int | None:
     mask = tokenizer.mask_token_id
     if not tokenizer.mask_is_new:
         return None
-    if isinstance(source, Checkpoint):
+    if isinstance(source, CheckpointSource):
         was_masked = source.rows_without_mask is None
         return None if was_masked and source.mask_token_id == mask else mask
     folder = source.tokenizer_folder
     return None if folder is not None and id_of_token(folder, MASK_TOKEN) == mask else mask
 
 
-def _behind_link(file: Path) -> Path:
-    """The checkpoint that `last.ckpt` stands for now: a run that goes on will turn the link to another one."""
-    return file.parent / file.readlink() if file.is_symlink() else file
+def _behind_link(path: Path) -> Path:
+    """Return the checkpoint that `last.ckpt` names now: a run that continues will move the link to another one."""
+    return path.parent / path.readlink() if path.is_symlink() else path
 
 
 def _what_it_is(path: Path) -> str:
-    """Why a folder cannot be opened."""
+    """Say why a folder cannot be opened."""
     if foreign := foreign_format(path):
         return foreign
     if any(path.glob("*.safetensors")):
@@ -124,11 +113,11 @@ def _what_it_is(path: Path) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint(WeightSource):
+class CheckpointSource(WeightSource):
     """A checkpoint that one of our modules wrote: `decoder.*` in the state, the configuration under "decoder".
 
-    With adapters, `read` gives the merged weight. Whole weights that are not in the file come from the model that
-    training started from, its vocabulary grown again as it was then.
+    With adapters, `read` returns the merged weight. Whole weights that the checkpoint does not hold come from the model
+    that training started from, its vocabulary grown again as it was then.
 
     Args:
         mask_token_id: Id of the mask token in training.
@@ -136,8 +125,9 @@ class Checkpoint(WeightSource):
             tokenizer and no input was masked; None otherwise.
         init_from: Path of the model that training started from.
         base: That model, if its weights are needed.
-        lora: What the adapters are like.
+        lora: The adapters' rank, scale and targets.
         first_new_token: As `load_weights` got it when training started.
+        stored: The checkpoint on disk.
     """
 
     mask_token_id: int | None
@@ -146,31 +136,33 @@ class Checkpoint(WeightSource):
     base: WeightSource | None
     lora: LoRA | None
     first_new_token: int | None
-    state: "_MappedState | _ShardedState" = field(repr=False)
+    stored: StoredCheckpoint = field(repr=False)
 
     @classmethod
-    def open(cls, file: Path, verify: bool = True) -> "Checkpoint":
+    def open(cls, path: Path, verify: bool = True) -> "CheckpointSource":
         """Read all but the weights, which are only compared with their checksums.
 
         Raises:
-            UserError: If it is damaged, not ours, or needs a model that is not there.
+            UserError: If it is damaged, not ours, or needs a model that does not exist.
         """
-        _refuse_format(file)
-        check(file, hashes=verify)
-        state = _ShardedState(file) if file.is_dir() else _MappedState(file)
+        _refuse_format(path)
+        check(path, hashes=verify)
+        stored = StoredCheckpoint(path)
+        about = stored.trainer_state.get("decoder")
+        if about is None:
+            raise UserError(f"checkpoint {path} is not one of meap_lit: it has no decoder in it")
+        weights = _weights(stored)
         try:
-            about = state.about
             config = _decoder_config(about["config"])
-            lora = LoRA(**about["lora"]) if about.get("lora") or any(map(is_adapter, state.tensors)) else None
-            stored = about.get("dtype")
-            dtype = DTYPES[stored] if stored else next(iter(state.tensors.values())).dtype
+            lora = LoRA(**about["lora"]) if about.get("lora") or any(map(is_adapter, weights)) else None
+            dtype = DTYPES[about["dtype"]] if about.get("dtype") else next(iter(weights.values())).properties.dtype
         except (AttributeError, KeyError, StopIteration, TypeError) as error:
-            raise UserError(f"checkpoint {file} does not describe its decoder as meap_lit does ({error!r})") from error
+            raise UserError(f"checkpoint {path} does not describe its decoder as meap_lit does ({error!r})") from error
         # a model that was adapted from random weights has all of them in its own checkpoint
         init_from = about.get("init_from")
-        tokenizer = file.absolute().parent.parent / "tokenizer"
+        tokenizer = path.absolute().parent.parent / "tokenizer"
         return cls(
-            path=file,
+            path=path,
             config=config,
             model_type=family(config, about.get("model_type")),
             dtype=dtype,
@@ -181,33 +173,40 @@ class Checkpoint(WeightSource):
             mask_token_id=about.get("mask_token_id"),
             rows_without_mask=about.get("rows_without_mask"),
             init_from=init_from,
-            base=_open_base(file, init_from, verify) if lora and init_from else None,
+            base=_open_base(path, init_from, verify) if lora and init_from else None,
             lora=lora,
             first_new_token=about.get("first_new_token"),
-            state=state,
+            stored=stored,
         )
 
+    @cached_property
+    def _weights(self) -> dict[str, TensorStorageMetadata]:
+        return _weights(self.stored)
+
     def names(self) -> list[str]:
-        whole = [name for name in self.state.tensors if not is_adapter(name)]
+        whole = [name for name in self._weights if not is_adapter(name)]
         return list(dict.fromkeys([*(self.base.names() if self.base else []), *whole]))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name in self.state.tensors or self.base is None:
-            return tuple(self.state.tensors[name].shape)
+        if name in self._weights or self.base is None:
+            return tuple(self._weights[name].size)
         shape = self.base.shape(name)
         return (self.config.vocab_size or 0, *shape[1:]) if name in (EMBEDDING, HEAD) else shape
 
     def read(self, name: str) -> Tensor:
-        """One parameter; a merged one is float32, so that the caller's cast is the only rounding."""
-        weight = self.state.read(name) if name in self.state.tensors else self.read_base(name)
+        """Return one parameter; a merged one is float32, so that the caller's cast is the only rounding."""
+        weight = self._read_own(name) if name in self._weights else self.read_base(name)
         layer = name.removesuffix(".weight")
-        if self.lora is None or f"{layer}.lora_a" not in self.state.tensors:
+        if self.lora is None or f"{layer}.lora_a" not in self._weights:
             return weight
-        lora_a, lora_b = (self.state.read(f"{layer}.{part}").float() for part in ("lora_a", "lora_b"))
+        lora_a, lora_b = (self._read_own(f"{layer}.{part}").float() for part in ("lora_a", "lora_b"))
         return weight.float() + self.lora.scale * (lora_b @ lora_a)
 
+    def _read_own(self, name: str) -> Tensor:
+        return self.stored.read_weight(_PREFIX + name)
+
     def read_base(self, name: str) -> Tensor:
-        """One parameter as it was when training started, vocabulary rows in float32 as training has them."""
+        """Return one parameter as it was when training started, vocabulary rows in float32 as training has them."""
         assert self.base is not None
         weight = self.base.read(name)
         if name not in (EMBEDDING, HEAD):
@@ -217,12 +216,17 @@ class Checkpoint(WeightSource):
         return rows
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of each parameter that the checkpoint itself holds, adapters aside."""
-        return ((name, self.state.read(name)) for name in list(self.state.tensors) if not is_adapter(name))
+        """Return name and value of each parameter that the checkpoint itself holds, adapters aside."""
+        return ((name, self._read_own(name)) for name in self._weights if not is_adapter(name))
 
     def adapters(self) -> dict[str, Tensor]:
-        """The adapters, `lora_a` [rank, in] and `lora_b` [out, rank] of each target, by name."""
-        return {name: self.state.read(name) for name in self.state.tensors if is_adapter(name)}
+        """Return the adapters, `lora_a` [rank, in] and `lora_b` [out, rank] of each target, by name."""
+        return {name: self._read_own(name) for name in self._weights if is_adapter(name)}
+
+
+def _weights(stored: StoredCheckpoint) -> dict[str, TensorStorageMetadata]:
+    """Return shape and dtype of each weight of the decoder, by its name there."""
+    return {name.removeprefix(_PREFIX): about for name, about in stored.weights.items() if name.startswith(_PREFIX)}
 
 
 def _decoder_config(content: Mapping[str, Any]) -> DecoderConfig:
@@ -239,62 +243,9 @@ def _open_base(file: Path, init_from: str, verify: bool) -> WeightSource:
         ) from error
 
 
-class _MappedState:
-    """Content of a checkpoint file, mapped into memory instead of read.
-
-    Pages stay resident once they were read. The file is therefore mapped anew now and then, and a tensor that was
-    handed out keeps its old mapping for as long as it lives.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.about: dict[str, Any] = {}
-        self.tensors: dict[str, Tensor] = {}
-        self._num_read = 0
-        self._map()
-
-    def read(self, name: str) -> Tensor:
-        if self._num_read > _MAX_MAPPED:
-            self._map()
-        tensor = self.tensors[name]
-        self._num_read += tensor.nbytes
-        return tensor
-
-    def _map(self) -> None:
-        content = read_file(self.file)
-        if "decoder" not in content:
-            raise UserError(f"checkpoint {self.file} is not one of meap_lit: it has no decoder in it")
-        self.about = content["decoder"]
-        self.tensors = {
-            key.removeprefix(_PREFIX): tensor
-            for key, tensor in content["state_dict"].items()
-            if key.startswith(_PREFIX)
-        }
-        self._num_read = 0
-
-
-class _ShardedState:
-    """A checkpoint in shards; `tensors` have no memory, one is read at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        state = read_trainer_state(folder)
-        if "decoder" not in state:
-            raise UserError(f"checkpoint {folder} is not one of meap_lit: it has no decoder in it")
-        self.about: dict[str, Any] = state["decoder"]
-        self.tensors = {
-            name.removeprefix(_PREFIX): torch.empty(weight.size, dtype=weight.properties.dtype, device="meta")
-            for name, weight in weights_in(read_index(folder)).items()
-            if name.startswith(_PREFIX)
-        }
-
-    def read(self, name: str) -> Tensor:
-        return read_weight(self.folder, _PREFIX + name)
-
-
 def _refuse_format(file: Path) -> None:
-    """Refuse a file of weights that is not a checkpoint of a run."""
+    """Refuse a weight file that is not a checkpoint of a run."""
     if file.suffix in PICKLED:
         raise UserError(pickle_refusal(file))
     if file.suffix == ".safetensors":
-        raise UserError(f"{file} is a file of weights; name the folder that also holds its {CONFIG_FILE}")
+        raise UserError(f"{file} is a weight file; name the folder that also holds its {CONFIG_FILE}")

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from meap_lit.checkpoint.source import Checkpoint, new_mask_token, open_source, vocab_size_for
+from meap_lit.checkpoint.source import CheckpointSource, new_mask_token, open_source, vocab_size_for
 from meap_lit.errors import UserError
 from meap_lit.hf.weights import WeightSource, allocate, copy_whole, init_weights, load_weights, meta_decoder
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig
@@ -175,13 +175,13 @@ class DecoderModule(L.LightningModule, ABC):
         if source is None:
             assert self.initial_config is not None
             return _with_vocabulary(self.initial_config, tokenizer)
-        self.masks_drawn = isinstance(source, Checkpoint) and source.rows_without_mask is None
+        self.masks_drawn = isinstance(source, CheckpointSource) and source.rows_without_mask is None
         new_mask = None if tokenizer is None else new_mask_token(source, tokenizer)
         rows_before = None if new_mask is None else source.config.vocab_size
         self.origin = {
             "init_from": str(source.path),
             "first_new_token": new_mask,
-            "rows": source.rows_without_mask if isinstance(source, Checkpoint) else rows_before,
+            "rows": source.rows_without_mask if isinstance(source, CheckpointSource) else rows_before,
             "model_type": source.model_type,
             "dtype": str(source.dtype).removeprefix("torch."),
             "generation": source.generation,

@@ -1,11 +1,10 @@
-"""The ranks of a run, which take an action together: it fails on all if it fails on one."""
+"""Let the ranks of a run take an action together: if it fails on one, it fails on all."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import lightning as L
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from meap_lit.errors import UserError
 
@@ -17,8 +16,8 @@ class Ranks:
 
     Args:
         trainer: The trainer of this rank, whose strategy has brought up the process group.
-        beside_training: Talk over a gloo group of their own, which a thread may use while the training step uses the
-            devices'. All ranks must ask for it at the same point.
+        beside_training: Use a gloo group of its own, which a thread may use while the training step uses the devices'
+            group. All ranks must create it at the same point.
     """
 
     def __init__(self, trainer: L.Trainer, *, beside_training: bool = False) -> None:
@@ -30,43 +29,24 @@ class Ranks:
             self.group = dist.new_group(backend="gloo")
 
     def do(self, action: Callable[[], T]) -> list[T]:
-        """Do `action` on every rank and wait for all; what each returned, in the order of the ranks.
+        """Do `action` on every rank, wait for all, and return the results in the order of the ranks.
 
         Raises:
-            OSError: If a file could not be written or read on one rank; raised on rank 0, while the others leave.
-            UserError: If wrong input was found on one, likewise.
+            OSError: If a file cannot be written or read on one rank. Rank 0 raises it; the others exit.
+            UserError: If one rank finds wrong input, likewise.
         """
         result: T | None = None
         problem: Exception | None = None
         try:
             result = action()
-        except UserError as error:
+        except (OSError, UserError) as error:
             problem = error
-        except (OSError, RuntimeError, CheckpointException) as error:
-            problem = _file_error(error)
-            if problem is None:
-                raise
         outcomes: list[Any] = [(result, problem)] * self.number
         if self.number > 1:
             dist.all_gather_object(outcomes, (result, problem), group=self.group)
         for _, found in outcomes:
             if found is not None and self.rank == 0:
                 raise found
-            if found is not None:  # rank 0 says it for all, and Lightning kills it when a process it started fails
+            if found is not None:  # rank 0 reports it, and Lightning kills rank 0 when a process that it started fails
                 raise SystemExit(2 if self.is_first_of_node else 0)
         return [value for value, _ in outcomes]
-
-
-def _file_error(error: BaseException) -> OSError | None:
-    """What the operating system said of a file, which torch wraps in errors of its own or drops."""
-    if isinstance(error, CheckpointException):
-        causes = (_file_error(failure) for failure, _ in error.failures.values())
-        return next((cause for cause in causes if cause is not None), None)
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return OSError(cause.errno, cause.strerror or str(cause), cause.filename)
-        cause = cause.__cause__ or cause.__context__
-    if "inline_container" in str(error):  # torch's ZIP writer
-        return OSError(None, "the disk is full, or cannot be written to")
-    return None

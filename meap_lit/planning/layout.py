@@ -19,7 +19,7 @@ class Layout:
         num_devices: All devices of the run.
         shard_size: Data-parallel devices that share one copy of the weights; 1 if each has its own.
         tensor_parallel_size: Devices that share a matrix product.
-        fsdp: Weights are gathered block by block (FSDP2; FSDP1 is counted like it).
+        fsdp: Weights are gathered block by block (FSDP2).
         reshard_after_forward: Gathered blocks are given back between forward and backward.
         param_dtype: Dtype of gathered weights; their own if not given.
         reduce_dtype: Dtype in which gradients are reduced; that of the gathered weights if not given.
@@ -104,10 +104,10 @@ def layout_of(trainer: Namespace, devices: int | None = None, nodes: int | None 
         if num_devices > 1:
             raise UserError(f"trainer.strategy SingleDeviceStrategy is for one device, not for {num_devices}")
         return Layout()
-    if name not in ("Sharded", "FlatSharded"):
+    if name != "Sharded":
         raise UserError(
-            f"trainer.strategy {name} is not known to plan; it knows auto, ddp, SingleDeviceStrategy, and of "
-            f"meap_lit.parallel.strategies Sharded and FlatSharded"
+            f"trainer.strategy {name} is not known to plan; it knows auto, ddp, SingleDeviceStrategy and "
+            f"meap_lit.parallel.strategies.Sharded"
         )
     return _sharded(num_devices, int(devices), options, precision(trainer.precision))
 

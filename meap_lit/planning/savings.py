@@ -81,7 +81,7 @@ def _changes(step: Step) -> Iterator[list[Change]]:
             "reduce_dtype": torch.float32,
             "buckets": None,
         }
-        yield [("--config recipes/strategy/fsdp2.yaml", {"layout": sharded})]
+        yield [("--config recipes/strategy/fsdp.yaml", {"layout": sharded})]
     elif layout.fsdp and layout.shard_size < layout.num_replicas:
         yield [("--trainer.strategy.shard_size null", {"layout": {"shard_size": layout.num_replicas}})]
     if layout.fsdp and layout.param_dtype is None and step.precision == "bf16-mixed":

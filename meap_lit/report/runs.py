@@ -12,7 +12,7 @@ import yaml
 from meap_lit.callbacks.metrics import METRICS_FILE, Point, read_metrics
 from meap_lit.callbacks.summary import SUMMARY_FILE
 from meap_lit.checkpoint.find import newest_checkpoint
-from meap_lit.checkpoint.shards import read_trainer_state
+from meap_lit.checkpoint.folder import read_trainer_state
 from meap_lit.errors import UserError
 from meap_lit.files import read_json
 from meap_lit.model import DecoderConfig

@@ -16,7 +16,7 @@ TOY = replace(SMALL, num_layers=2, num_heads=4, num_kv_heads=2, hidden_size=64, 
 
 def test_two_processes_hold_what_is_planned_and_half_of_what_one_holds(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, replace(TOY, max_seq_len=32), micro_batch_size=1, precision="32-true", steps=2)
-    sharded = next(way for way in WAYS if way.overlay == "fsdp2" and way.num_processes == 2)
+    sharded = next(way for way in WAYS if way.overlay == "fsdp" and way.num_processes == 2)
     memory, held = plan(sharded, recipe), run(sharded, recipe, tmp_path / "held")
     assert len(held) == 2
     for one in held:
@@ -34,7 +34,7 @@ def test_a_run_that_fails_is_named_with_what_it_said(tmp_path: Path, monkeypatch
 
 
 def test_the_table_has_the_fullest_process_and_the_plan() -> None:
-    one, two = Way("whole", "single", 1), Way("halves", "fsdp2", 2)
+    one, two = Way("whole", "single", 1), Way("halves", "fsdp", 2)
     fields = dict.fromkeys(("buckets", "gathered", "activations", "copies", "loss"), 0)
     planned = {
         way: Memory(parameters=size, gradients=size, optimizer=2 * size, backward=10**6, **fields)

@@ -15,10 +15,12 @@ import torch
 
 from meap_lit.callbacks import Checkpoint
 from meap_lit.callbacks.checkpoint import VerifyCheckpoint, on_host
-from meap_lit.checkpoint.checksums import verify, write_file
+from meap_lit.checkpoint.checksums import verify
 from meap_lit.checkpoint.find import newest_checkpoint
+from meap_lit.checkpoint.folder import write
 from meap_lit.checkpoint.source import open_source
 from meap_lit.errors import UserError
+from tests.support.checkpoints import read
 from tests.support.toy_module import fork, kill_at, train
 
 
@@ -32,14 +34,15 @@ def leftovers(folder):
 
 # what is called during the second save, of step 4, and for the how manieth time
 KILLS = [
-    ("torch.save", 2, ["last.ckpt", "step=2.ckpt"]),
+    ("torch.distributed.checkpoint.FileSystemWriter.write_data", 2, ["last.ckpt", "step=2.ckpt"]),
+    ("torch.distributed.checkpoint.FileSystemWriter.finish", 2, ["last.ckpt", "step=2.ckpt"]),
+    ("os.rename", 3, ["last.ckpt", "step=2.ckpt"]),  # of the index, by torch
     ("meap_lit.callbacks.checkpoint.checksums", 2, ["last.ckpt", "step=2.ckpt"]),
     ("meap_lit.callbacks.checkpoint.seal", 2, ["last.ckpt", "step=2.ckpt"]),
-    ("os.rename", 2, ["last.ckpt", "step=2.ckpt"]),
+    ("os.rename", 4, ["last.ckpt", "step=2.ckpt"]),
     ("pathlib.Path.symlink_to", 2, ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]),
-    ("os.replace", 3, ["last.ckpt", "step=2.ckpt"]),
-    ("os.replace", 4, ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]),
-    ("os.rename", 3, ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]),  # of the old one, to remove it
+    ("os.replace", 2, ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]),
+    ("os.rename", 5, ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]),  # of the old one, to remove it
     ("meap_lit.callbacks.checkpoint._remove", 1, ["last.ckpt", "step=4.ckpt"]),
 ]
 
@@ -54,16 +57,16 @@ def test_a_kill_at_any_point_of_a_save_leaves_whole_checkpoints(tmp_path, target
     assert fork(killed) == [-signal.SIGKILL]
     assert visible(tmp_path) == left
     for name in left:
-        assert verify(tmp_path / name) == 1
-        assert torch.load(tmp_path / name, weights_only=True)["global_step"] in (2, 4)
+        assert verify(tmp_path / name) == 3
+        assert read(tmp_path / name)["global_step"] in (2, 4)
     assert newest_checkpoint(tmp_path).name == max(left)
 
     assert fork(partial(train, tmp_path, max_steps=8, ckpt_path=tmp_path / "last.ckpt")) == [0]
     assert not leftovers(tmp_path)
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 8
+    assert read(tmp_path / "last.ckpt")["global_step"] == 8
 
 
-def test_a_kill_while_shards_are_saved_leaves_the_checkpoint_before(tmp_path):
+def test_a_kill_while_ranks_save_their_parts_leaves_the_checkpoint_before(tmp_path):
     def killed():
         kill_at("meap_lit.callbacks.checkpoint.checksums", 2)
         train(tmp_path, num_shards=2)
@@ -81,7 +84,7 @@ def test_a_kill_while_shards_are_saved_leaves_the_checkpoint_before(tmp_path):
 
 def test_what_a_killed_run_left_elsewhere_is_removed_by_the_run_that_resumes_it(tmp_path):
     def killed():
-        kill_at("os.rename", 2)
+        kill_at("os.rename", 4)
         train(tmp_path / "old")
 
     fork(killed)
@@ -94,7 +97,7 @@ def test_what_a_killed_run_left_elsewhere_is_removed_by_the_run_that_resumes_it(
 
 def test_what_runs_left_that_were_killed_before_their_first_checkpoint_is_removed_by_the_next(tmp_path):
     def killed():
-        kill_at("os.rename", 1)
+        kill_at("os.rename", 2)
         train(tmp_path / "version_0" / "checkpoints")
 
     fork(killed)
@@ -116,7 +119,7 @@ def test_a_rank_that_writes_nothing_copies_nothing_to_the_host(tmp_path):
         raise SystemExit(copy.call_count)
 
     assert fork(counted, num_ranks=2) == [2, 0]
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert read(tmp_path / "last.ckpt")["global_step"] == 4
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -165,15 +168,13 @@ def test_training_goes_on_while_an_asynchronous_save_is_written(tmp_path):
 
     def slow(checkpoint, path):
         assert may_write.wait(timeout=60), "the training waits for the save"
-        write_file(checkpoint, path)
+        write(checkpoint, path)
 
-    with mock.patch("meap_lit.callbacks.checkpoint.write_file", slow):
+    with mock.patch("meap_lit.callbacks.checkpoint.write", slow):
         going_on = AfterStep(3, may_write.set)  # the save of step 2 is under way
         train(tmp_path / "beside", max_steps=6, keep=-1, asynchronous=True, callbacks=[going_on])
     for step in (2, 4, 6):
-        plain, beside = (
-            torch.load(tmp_path / run / f"step={step}.ckpt", weights_only=True) for run in ("plain", "beside")
-        )
+        plain, beside = (read(tmp_path / run / f"step={step}.ckpt") for run in ("plain", "beside"))
         torch.testing.assert_close(beside["state_dict"], plain["state_dict"], atol=0, rtol=0)
         torch.testing.assert_close(beside["optimizer_states"], plain["optimizer_states"], atol=0, rtol=0)
 
@@ -187,10 +188,10 @@ def test_a_copy_on_the_host_is_a_copy_and_keeps_ties():
     assert copy["b"][1] == (3, "x")
 
 
-def test_shards_are_saved_beside_training(toy_recipe, tmp_path):
+def test_ranks_save_their_parts_beside_training(toy_recipe, tmp_path):
     """The same files, byte for byte in every weight, as a save that training waits for."""
     command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(toy_recipe), "--budget.max_steps", "4"]
-    command += ["--config", "recipes/strategy/fsdp2.yaml", "--trainer.devices", "2", "--checkpoint.every_n_steps", "2"]
+    command += ["--config", "recipes/strategy/fsdp.yaml", "--trainer.devices", "2", "--checkpoint.every_n_steps", "2"]
     for asynchronous in ("false", "true"):
         options = [*command, "--checkpoint.asynchronous", asynchronous, "--data.micro_batch_size", "2"]
         result = subprocess.run(options, capture_output=True, text=True, timeout=300, check=False)
@@ -257,22 +258,17 @@ def test_a_folder_that_cannot_be_is_named_before_the_training(tmp_path, folder, 
     assert str(error.value).startswith(message.format(file=file))
 
 
-def test_a_damaged_shard_is_named_before_anything_is_loaded(tmp_path):
+def test_a_damaged_part_is_named_before_anything_is_loaded(tmp_path):
     assert fork(partial(train, tmp_path, max_steps=2, num_shards=2), num_ranks=2) == [0, 0]
-    shard = tmp_path / "step=2.ckpt" / "__1_0.distcp"
-    content = bytearray(shard.read_bytes())
+    part = tmp_path / "step=2.ckpt" / "__1_0.distcp"
+    content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    part.write_bytes(content)
 
     def resume():
         callbacks = [VerifyCheckpoint(str(tmp_path / "step=2.ckpt"))]
-        with pytest.raises(UserError, match=f"^checkpoint file {shard} is damaged: its content is not"):
+        with pytest.raises(UserError, match=f"^checkpoint file {part} is damaged: its content is not"):
             train(tmp_path, num_shards=2, ckpt_path=tmp_path / "step=2.ckpt", callbacks=callbacks)
         raise SystemExit(2)
 
     assert fork(resume, num_ranks=2) == [2, 0]
-    message = (
-        r"step=2.ckpt \(--ckpt_path\) is a folder of shards, and trainer.strategy reads one file; make one of it: "
-    )
-    with pytest.raises(UserError, match=message):
-        train(tmp_path, callbacks=[VerifyCheckpoint(str(tmp_path / "step=2.ckpt"))])

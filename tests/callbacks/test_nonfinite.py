@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 import sys
 
 import lightning as L
@@ -14,6 +15,7 @@ from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.modules import AdamW
 from meap_lit.recipe.cli import RecipeCLI
+from tests.support.checkpoints import read, save
 from tests.support.toy_module import fork
 
 OVERFLOW = "--trainer.callbacks+=tests.support.breakdown.OverflowAtStep"
@@ -104,9 +106,9 @@ def test_a_gradient_that_is_not_finite_in_the_last_step_fails_the_run(toy_recipe
     ("overlay", "num_ranks", "options"),
     [
         ("ddp", 2, []),
-        ("fsdp2", 2, []),
-        ("fsdp2", 2, ["--trainer.strategy.cpu_offload", "true"]),
-        ("fsdp2_tp", 4, ["--model.decoder.num_heads", "4", "--model.decoder.num_kv_heads", "2"]),
+        ("fsdp", 2, []),
+        ("fsdp", 2, ["--trainer.strategy.cpu_offload", "true"]),
+        ("fsdp_tp", 4, ["--model.decoder.num_heads", "4", "--model.decoder.num_kv_heads", "2"]),
     ],
 )
 def test_all_ranks_stop_where_one_has_such_a_gradient(toy_recipe, tmp_path, overlay, num_ranks, options):
@@ -149,9 +151,10 @@ def test_a_loss_too_large_for_a_perplexity_is_written_down(toy_recipe, capsys, m
 
 def spoil(checkpoint, row):
     """Put a NaN into a row of the embedding of a checkpoint, which has no checksums then."""
-    content = torch.load(checkpoint, weights_only=True)
+    content = read(checkpoint)
     content["state_dict"]["decoder.embed_tokens.weight"][row] = torch.nan
-    torch.save(content, checkpoint)
+    shutil.rmtree(checkpoint)
+    save(content, checkpoint, sealed=False)
 
 
 def test_weights_that_are_not_finite_are_named_before_the_first_step(

@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meap_lit.cli import main
+from tests.support.checkpoints import read
 from tests.support.toy_module import fork
 
 
@@ -36,7 +37,7 @@ def signal_at(batch, number):
 
 
 def weights(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return read(folder / "checkpoints" / "last.ckpt")["state_dict"]
 
 
 @pytest.mark.parametrize(

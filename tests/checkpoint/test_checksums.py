@@ -9,14 +9,14 @@ import zipfile
 import pytest
 import torch
 
-from meap_lit.checkpoint.checksums import checksums, is_whole, recorded, seal, verify, write_file
+from meap_lit.checkpoint.checksums import checksums, is_whole, recorded, seal, verify
 from meap_lit.checkpoint.find import find_checkpoint, newest_checkpoint
 from meap_lit.errors import UserError
+from tests.support.checkpoints import save_as_0_1
 
 
 def make_file(path, size=1000):
-    write_file({"global_step": 3, "state_dict": {"a": torch.arange(size)}}, path)
-    seal(path, checksums(path))
+    save_as_0_1({"global_step": 3, "state_dict": {"a": torch.arange(size)}}, path)
     return path
 
 
@@ -35,7 +35,7 @@ def pieces_hash(content):
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def test_a_file_carries_its_checksum_and_loads_as_before(tmp_path):
+def test_a_file_of_version_0_1_carries_its_checksum(tmp_path):
     path = make_file(tmp_path / "a.ckpt", size=5_000_000)  # three pieces
     for mmap in (True, False):
         loaded = torch.load(path, weights_only=True, mmap=mmap)
@@ -90,7 +90,7 @@ def cut(file):
 
 FILE_DAMAGE = [
     (flip, "is damaged: its content is not what was written", True),
-    (cut, "is cut short, or no checkpoint at all", False),
+    (cut, "is damaged: its checksums cannot be read", False),
     (lambda file: os.truncate(file, 100), "is cut short, or no checkpoint at all", False),
     (lambda file: os.truncate(file, 0), "is cut short, or no checkpoint at all", False),
     (lambda file: flip(file, file.stat().st_size - 1), "is damaged: its checksums cannot be read", False),
@@ -116,7 +116,7 @@ def test_a_damaged_file_is_named(tmp_path, damage, message, looks_whole):
         ("checksums.json", cut, "is damaged: its checksums cannot be read", False),
     ],
 )
-def test_a_damaged_shard_is_named(tmp_path, name, damage, message, looks_whole):
+def test_a_damaged_part_is_named(tmp_path, name, damage, message, looks_whole):
     path = make_folder(tmp_path / "a.ckpt")
     damage(path / name)
     with pytest.raises(UserError, match=rf"^checkpoint file {path}/{name} {message}; name an earlier checkpoint$"):
@@ -124,7 +124,7 @@ def test_a_damaged_shard_is_named(tmp_path, name, damage, message, looks_whole):
     assert is_whole(path) == looks_whole
 
 
-def test_a_shard_is_hashed_by_its_own_rank_only(tmp_path):
+def test_a_part_is_hashed_by_its_own_rank_only(tmp_path):
     path = make_folder(tmp_path / "a.ckpt")
     flip(path / "__1_0.distcp")
     assert verify(path, rank=0, num_ranks=2) == 4
@@ -144,16 +144,16 @@ def test_the_newest_whole_checkpoint_is_of_the_highest_version_that_has_one(tmp_
     for version, steps in ((2, (5, 10)), (10, (5, 100, 20)), (11, ())):
         (run / f"version_{version}" / "checkpoints").mkdir(parents=True)
         for step in steps:
-            make_file(run / f"version_{version}" / "checkpoints" / f"step={step}.ckpt")
+            make_folder(run / f"version_{version}" / "checkpoints" / f"step={step}.ckpt")
     newest = run / "version_10" / "checkpoints"
     (newest / "last.ckpt").symlink_to("step=5.ckpt")
     (newest / "step=200.ckpt.partial-1@here").write_bytes(b"half")
     assert newest_checkpoint(run) == newest / "step=100.ckpt"
-    make_file(newest / "step=100-v1.ckpt")  # a run that was resumed in its own folder
+    make_folder(newest / "step=100-v1.ckpt")  # a run that was resumed in its own folder
     for folder in (run, run / "version_10", newest):
         assert newest_checkpoint(folder) == newest / "step=100-v1.ckpt"
-    cut(newest / "step=100-v1.ckpt")
-    cut(newest / "step=100.ckpt")
+    cut(newest / "step=100-v1.ckpt" / "__1_0.distcp")
+    cut(newest / "step=100.ckpt" / "meta.pt")
     assert newest_checkpoint(run) == newest / "step=20.ckpt"
     shutil.rmtree(run / "version_10")
     assert newest_checkpoint(run) == run / "version_2" / "checkpoints" / "step=10.ckpt"

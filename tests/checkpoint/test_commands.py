@@ -1,4 +1,4 @@
-"""`checkpoint consolidate | inspect | verify`, on shards that two processes wrote and on a file."""
+"""`checkpoint consolidate | inspect | verify`, on what two processes wrote, one process, and version 0.1."""
 
 import pickle
 import shutil
@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from meap_lit.cli import main
+from tests.support.checkpoints import read, save_as_0_1
 from tests.support.toy_module import Toy, fork, train
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """Checkpoints in shards of steps 2 and 4 of a run, and a checkpoint in one file of its step 4."""
-    folder = tmp_path_factory.mktemp("shards")
+def parts(tmp_path_factory):
+    """Checkpoints of steps 2 and 4 of a run of two processes."""
+    folder = tmp_path_factory.mktemp("parts")
     assert fork(partial(train, folder / "checkpoints", num_shards=2, keep=-1), num_ranks=2) == [0, 0]
     return folder
 
@@ -31,29 +32,26 @@ def unverified(path):
     return f"note: checkpoint {path} carries no checksums, so its content is not verified"
 
 
-def test_shards_of_two_ranks_become_one_file_that_goes_on_as_they_would(shards, tmp_path, capsys):
+def test_the_parts_of_two_ranks_become_one_that_goes_on_as_they_would(parts, tmp_path, capsys):
     output = tmp_path / "one.ckpt"
-    step2 = shards / "checkpoints" / "step=2.ckpt"
+    step2 = parts / "checkpoints" / "step=2.ckpt"
     assert main(["checkpoint", "consolidate", "--checkpoint", str(step2), "--output", str(output)]) == 0
     assert "one.ckpt: optimizer step 2" in capsys.readouterr().out
     assert main(["checkpoint", "verify", "--checkpoint", str(output)]) == 0
 
     # the step that a resume takes depends on the moments of every parameter and on the decay of its group
     assert fork(partial(train, tmp_path / "auto", ckpt_path=output)) == [0]
-    assert fork(partial(train, tmp_path / "shards", num_shards=2, ckpt_path=output), num_ranks=2) == [0, 0]
-    one = torch.load(tmp_path / "auto" / "last.ckpt", weights_only=True)["state_dict"]
-    for name, folder in (("never stopped", shards / "checkpoints"), ("resumed in shards", tmp_path / "shards")):
-        many = tmp_path / f"{name}.ckpt"
-        command = ["checkpoint", "consolidate", "--checkpoint", str(folder / "last.ckpt"), "--output", str(many)]
-        assert main(command) == 0
-        for key, value in torch.load(many, weights_only=True)["state_dict"].items():
+    assert fork(partial(train, tmp_path / "two", num_shards=2, ckpt_path=output), num_ranks=2) == [0, 0]
+    one = read(tmp_path / "auto" / "last.ckpt")["state_dict"]
+    for name, folder in (("never stopped", parts / "checkpoints"), ("resumed by two", tmp_path / "two")):
+        for key, value in read(folder / "last.ckpt")["state_dict"].items():
             torch.testing.assert_close(value, one[key], atol=1e-6, rtol=1e-5, msg=f"{name}: {key}")
 
 
-def test_a_consolidated_optimizer_is_the_one_of_plain_training(shards, tmp_path):
+def test_a_consolidated_optimizer_is_the_one_of_plain_training(parts, tmp_path):
     output = tmp_path / "one.ckpt"
-    main(["checkpoint", "consolidate", "--checkpoint", str(shards), "--output", str(output)])
-    content = torch.load(output, weights_only=True)
+    main(["checkpoint", "consolidate", "--checkpoint", str(parts), "--output", str(output)])
+    content = read(output)
     assert content["global_step"] == 4
     [state] = content["optimizer_states"]
     assert [len(group["params"]) for group in state["param_groups"]] == [4, 2]
@@ -63,35 +61,35 @@ def test_a_consolidated_optimizer_is_the_one_of_plain_training(shards, tmp_path)
     assert all(moments["step"] == 4 for moments in state["state"].values())
 
 
-def test_inspect_says_what_shards_hold(shards, capsys):
-    assert main(["checkpoint", "inspect", "--checkpoint", str(shards)]) == 0
+def test_inspect_says_what_parts_hold(parts, capsys):
+    assert main(["checkpoint", "inspect", "--checkpoint", str(parts)]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert rows["checkpoint"] == str(shards / "checkpoints" / "step=4.ckpt")
-    assert rows["format"] == "folder of 2 shards"
+    assert rows["checkpoint"] == str(parts / "checkpoints" / "step=4.ckpt")
+    assert rows["format"] == "folder of 2 parts"
     assert rows["optimizer"] == "step  4"
     assert rows["weights"] == "97 float32"  # 8 x 8 + 8, 8 + 8, 8 + 1
     assert rows["checksums"] == "of 4 files"
 
 
-def test_inspect_says_what_a_file_of_ours_holds(toy_recipe, tmp_path, capsys):
+def test_inspect_says_what_a_run_of_ours_holds(toy_recipe, tmp_path, capsys):
     assert main(["fit", "--config", str(toy_recipe), "--budget.max_steps", "3"]) == 0
     capsys.readouterr()
     assert main(["checkpoint", "inspect", "--checkpoint", str(tmp_path / "runs" / "toy")]) == 0
     out = capsys.readouterr().out
     for expected in (
         r"version_0/checkpoints/step=3.ckpt",
-        r"one file",
+        r"folder of 1 part",
         r"samples seen               24",
         r"decoder.hidden_size        32",
         r" float32",
-        r"checksums                  of 1 file",
+        r"checksums                  of 3 files",
     ):
         assert expected in out
 
 
-def test_verify_names_the_first_damaged_file(shards, tmp_path, capsys):
+def test_verify_names_the_first_damaged_file(parts, tmp_path, capsys):
     path = tmp_path / "step=4.ckpt"
-    shutil.copytree(shards / "checkpoints" / "step=4.ckpt", path)
+    shutil.copytree(parts / "checkpoints" / "step=4.ckpt", path)
     assert main(["checkpoint", "verify", "--checkpoint", str(path)]) == 0
     assert "step=4.ckpt: as it was written (4 files, " in capsys.readouterr().out
     content = bytearray((path / "__1_0.distcp").read_bytes())
@@ -110,9 +108,9 @@ class Harm:
 
 @pytest.mark.parametrize("name", [".metadata", "meta.pt"])
 @pytest.mark.parametrize("command", ["inspect", "consolidate"])
-def test_no_code_is_run_from_shards(shards, tmp_path, capsys, name, command):
+def test_no_code_is_run_from_parts(parts, tmp_path, capsys, name, command):
     path = tmp_path / "harm.ckpt"
-    shutil.copytree(shards / "checkpoints" / "step=4.ckpt", path)
+    shutil.copytree(parts / "checkpoints" / "step=4.ckpt", path)
     (path / "checksums.json").unlink()
     (path / name).write_bytes(pickle.dumps(Harm(), protocol=2))
     output = ["--output", tmp_path / "one.ckpt"] if command == "consolidate" else []
@@ -124,25 +122,44 @@ def test_no_code_is_run_from_shards(shards, tmp_path, capsys, name, command):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("one.pt", "--output {folder}/one.pt must end in .ckpt; Lightning takes no other file for a checkpoint"),
+        ("one.pt", "--output {folder}/one.pt must end in .ckpt; no other folder is taken for a checkpoint"),
         ("there.ckpt", "--output {folder}/there.ckpt exists already; remove it or name another"),
-        ("file/one.ckpt", "cannot write --output {folder}/file/one.ckpt: File exists; nothing was kept"),
+        ("file/one.ckpt", "cannot make folder {folder}/file/one.ckpt: Not a directory"),
     ],
 )
-def test_an_output_that_cannot_be_is_named(shards, tmp_path, capsys, output, message):
+def test_an_output_that_cannot_be_is_named(parts, tmp_path, capsys, output, message):
     for name in ("there.ckpt", "file"):
         (tmp_path / name).touch()
-    line = complain(capsys, "consolidate", "--checkpoint", shards, "--output", tmp_path / output)
+    line = complain(capsys, "consolidate", "--checkpoint", parts, "--output", tmp_path / output)
     assert line == "error: " + message.format(folder=tmp_path)
 
 
-def test_what_is_one_file_or_has_no_checksums_is_named(tmp_path, capsys):
+def test_a_checkpoint_of_version_0_1_is_inspected_verified_and_written_anew(parts, tmp_path, capsys):
+    old, output = tmp_path / "old.ckpt", tmp_path / "new.ckpt"
+    content = read(parts / "checkpoints" / "last.ckpt")
+    save_as_0_1(content, old)
+    assert main(["checkpoint", "verify", "--checkpoint", str(old)]) == 0
+    assert "old.ckpt: as it was written (1 file, " in capsys.readouterr().out
+    assert main(["checkpoint", "inspect", "--checkpoint", str(old)]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["format"] == "one file, of an earlier version"
+    assert (rows["weights"], rows["checksums"]) == ("97 float32", "of 1 file")
+    assert main(["checkpoint", "consolidate", "--checkpoint", str(old), "--output", str(output)]) == 0
+    assert main(["checkpoint", "verify", "--checkpoint", str(output)]) == 0
+    again = read(output)
+    assert again.keys() == content.keys()
+    assert again["loops"] == content["loops"]
+    [optimizer], [expected] = again["optimizer_states"], content["optimizer_states"]
+    assert optimizer["param_groups"] == expected["param_groups"]
+    torch.testing.assert_close(again["state_dict"], content["state_dict"], atol=0, rtol=0)
+    torch.testing.assert_close(optimizer["state"], expected["state"], atol=0, rtol=0)
+
+
+def test_what_is_no_checkpoint_or_has_no_checksums_is_named(tmp_path, capsys):
     path = tmp_path / "old.ckpt"
     torch.save({"global_step": 1, "state_dict": {}}, path)
-    line = complain(capsys, "consolidate", "--checkpoint", path, "--output", tmp_path / "one.ckpt")
-    assert line == f"error: checkpoint {path} is one file already"
     line = complain(capsys, "verify", "--checkpoint", path)
-    assert line == f"error: checkpoint {path} was written without checksums; nothing can be said of its content"
+    assert line == f"error: checkpoint {path} was written without checksums, so its content cannot be verified"
     torch.save({"weights": 1}, path)
     line = complain(capsys, "inspect", "--checkpoint", path, notes=[unverified(path)])
     assert line == f"error: {path} is not a checkpoint: it has no state_dict in it"

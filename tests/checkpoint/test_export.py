@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from meap_lit.checkpoint.export import Export
-from meap_lit.checkpoint.source import build_decoder, open_source
+from meap_lit.checkpoint.source import open_source
 from meap_lit.cli import main
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.errors import UserError
+from meap_lit.hf.weights import build_decoder
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling
 from meap_lit.tokenizer.tokenizer import Tokenizer
+from tests.support.checkpoints import read, save
 from tests.support.hf_models import VARIANTS, random_ids, save_variant
 from tests.support.word_tokenizer import save_word_level
 
@@ -50,8 +52,7 @@ def save_run(folder: Path, config: DecoderConfig, **about: Any) -> Decoder:
         for parameter in decoder.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.dim() == 1))
     state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
-    (folder / "checkpoints").mkdir(parents=True)
-    torch.save(
+    save(
         {"state_dict": state, "decoder": {"config": dataclasses.asdict(config), "mask_token_id": MASK, **about}},
         folder / "checkpoints" / "step=1.ckpt",
     )
@@ -342,7 +343,8 @@ def save_adapters(folder: Path, dtype: torch.dtype, **whole: Tensor) -> dict[str
                 f"layers.{number}.{layer}.{part}": torch.randn(shape, generator=generator)
                 for part, shape in shapes.items()
             }
-    torch.save(
+    shutil.rmtree(folder / "lora.ckpt", ignore_errors=True)
+    save(
         {
             "state_dict": {f"decoder.{name}": tensor for name, tensor in {**adapters, **whole}.items()},
             "decoder": {
@@ -444,9 +446,10 @@ def test_wrong_input(config: DecoderConfig, options: dict, message: str, tokeniz
 def test_float16_that_overflows(tokenizer: str, tmp_path: Path) -> None:
     save_run(tmp_path / "run", CONFIG)
     file = tmp_path / "run" / "checkpoints" / "step=1.ckpt"
-    content = torch.load(file)
+    content = read(file)
     content["state_dict"]["decoder.norm.weight"][3] = 70_000
-    torch.save(content, file)
+    shutil.rmtree(file)
+    save(content, file)
     options = {"checkpoint": str(file), "tokenizer": tokenizer, "output": str(tmp_path / "out"), "dtype": "float16"}
     with pytest.raises(UserError, match=r"^norm.weight has values outside the range of float16; write --dtype"):
         Export(**options).run()

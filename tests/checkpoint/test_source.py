@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import meap_lit.checkpoint.source
-from meap_lit.checkpoint.source import Checkpoint, build_decoder, open_source, vocab_size_for
+from meap_lit.checkpoint.source import CheckpointSource, open_source, vocab_size_for
 from meap_lit.errors import UserError
 from meap_lit.hf.folder import HFFolder
+from meap_lit.hf.weights import build_decoder
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling
 from meap_lit.model.lora import LoRA, add_lora
 from meap_lit.tokenizer.tokenizer import Tokenizer
+from tests.support.checkpoints import save, save_as_0_1
 from tests.support.hf_models import SIZES, random_ids, save_variant
 from tests.support.word_tokenizer import save_word_level
 
@@ -24,16 +25,20 @@ CONFIG = DecoderConfig(
 
 
 def save_checkpoint(
-    file: Path, config: DecoderConfig = CONFIG, state: dict[str, Tensor] | None = None, **about: Any
+    file: Path,
+    config: DecoderConfig = CONFIG,
+    state: dict[str, Tensor] | None = None,
+    as_0_1: bool = False,
+    **about: Any,
 ) -> dict[str, Tensor]:
     """A checkpoint as Lightning and our modules write it, and its weights."""
     torch.manual_seed(0)
     state = Decoder(config).state_dict() if state is None else state
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(
+    write = save_as_0_1 if as_0_1 else save
+    write(
         {
             "state_dict": {"decoder." + name: tensor for name, tensor in state.items()} | {"other": torch.ones(1)},
-            "optimizer_states": [{"state": {0: torch.ones(3)}}],
+            "optimizer_states": [{"state": {"decoder.norm.weight": torch.ones(3)}, "param_groups": [{"params": []}]}],
             "decoder": {"config": dataclasses.asdict(config), "mask_token_id": 63, **about},
         },
         file,
@@ -56,7 +61,7 @@ def test_a_run_its_file_and_the_folder_above_are_one(tmp_path: Path) -> None:
     newest = tmp_path / "version_10"
     for path in (tmp_path, newest, newest / "checkpoints" / "last.ckpt", newest / "checkpoints" / "step=5.ckpt"):
         source = open_source(path)
-        assert isinstance(source, Checkpoint)
+        assert isinstance(source, CheckpointSource)
         assert source.config.max_seq_len == 110
         assert source.path == newest / "checkpoints" / "step=5.ckpt", "the link may turn to another while we read"
         assert source.tokenizer_folder is None
@@ -71,12 +76,10 @@ def _hf(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("max_mapped", [0, 1 << 27])
-def test_weights_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_mapped: int) -> None:
-    """Mapped once, or anew before every tensor."""
-    monkeypatch.setattr(meap_lit.checkpoint.source, "_MAX_MAPPED", max_mapped)
+@pytest.mark.parametrize("as_0_1", [False, True])
+def test_weights_of_a_checkpoint(tmp_path: Path, as_0_1: bool) -> None:
     config = dataclasses.replace(CONFIG, rope_scaling=RopeScaling("yarn", 2.0), qk_norm=True, tie_embeddings=True)
-    state = save_checkpoint(tmp_path / "a.ckpt", config)
+    state = save_checkpoint(tmp_path / "a.ckpt", config, as_0_1=as_0_1)
     source = open_source(tmp_path / "a.ckpt")
     assert (source.config, source.model_type, source.dtype, source.generation) == (config, "qwen3", torch.float32, {})
     tensors = {name: source.read(name) for name in source.names()}
@@ -155,7 +158,7 @@ def test_merged_model_computes_what_the_adapted_one_did(tmp_path: Path, dtype: t
 def test_merge_by_hand(tmp_path: Path) -> None:
     _, file = _adapted(tmp_path, torch.bfloat16)
     source, base = open_source(file), open_source(tmp_path / "base")
-    assert isinstance(source, Checkpoint)
+    assert isinstance(source, CheckpointSource)
     name, adapters = "layers.1.mlp.down_proj", source.adapters()
     lora_a, lora_b = adapters[f"{name}.lora_a"], adapters[f"{name}.lora_b"]
     assert (tuple(lora_a.shape), tuple(lora_b.shape)) == ((2, 48), (32, 2))
@@ -227,7 +230,7 @@ def _saved(content: Any) -> Any:
 
 
 def _cut(path: Path) -> None:
-    save_checkpoint(path)
+    save_checkpoint(path, as_0_1=True)
     path.write_bytes(path.read_bytes()[:3_000])
 
 
@@ -261,7 +264,7 @@ def _cut(path: Path) -> None:
         ),
         ("a.pt", _saved({}), "{} is a pickle, which can run code and is not read"),
         ("a.pth", _saved({}), "{} is a pickle, which can run code and is not read"),
-        ("a.safetensors", _saved({}), "{} is a file of weights; name the folder that also holds its config.json"),
+        ("a.safetensors", _saved({}), "{} is a weight file; name the folder that also holds its config.json"),
         ("a.ckpt", _cut, "checkpoint file {} is cut short, or no checkpoint at all"),
         ("a.ckpt", lambda path: path.touch(), "checkpoint file {} is cut short, or no checkpoint at all"),
         (
@@ -269,13 +272,14 @@ def _cut(path: Path) -> None:
             lambda path: path.write_text("some text"),
             "checkpoint file {} is cut short, or no checkpoint at all",
         ),
-        ("a.ckpt", _saved({"x": Path()}), "checkpoint {} is damaged, or has code in it and so is not read"),
+        ("a.ckpt", _saved({"x": Path()}), "checkpoint file {} is damaged, or has code in it and so is not read"),
         (
             "a.ckpt",
             lambda path: save_checkpoint(path, state={"layers.0.self_attn.q_proj.lora_a": torch.ones(1)}),
             "checkpoint {} does not describe its decoder as meap_lit does (KeyError('lora'))",
         ),
-        ("a.ckpt", _saved([1]), "{} is not a checkpoint: it has no state_dict in it"),
+        ("a.ckpt", _saved([1]), "checkpoint file {} is damaged: it holds a list"),
+        ("a.ckpt", _saved({"x": 1}), "{} is not a checkpoint: it has no state_dict in it"),
         ("a.ckpt", _saved({"state_dict": {}}), "checkpoint {} is not one of meap_lit: it has no decoder in it"),
         (
             "a.ckpt",

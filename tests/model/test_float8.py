@@ -24,6 +24,7 @@ from meap_lit.modules import AdamW, MEAPPretraining, base
 from meap_lit.parallel.strategies import Sharded
 from meap_lit.planning.command import PlanCLI
 from meap_lit.recipe.cli import RecipeCLI
+from tests.support.checkpoints import read
 from tests.support.toy_module import fork
 
 CPU = torch.device("cpu")
@@ -205,16 +206,15 @@ def test_a_resume_may_turn_it_on_or_off(toy_recipe, tmp_path, emulated):
         resumed = run(toy_recipe, *words, "--ckpt_path", str(path))
         assert resumed.trainer.global_step == 12
         assert type(resumed.model.decoder.layers[0].mlp.up_proj) is (Float8Linear if words else nn.Linear)
-    saved = [torch.load(checkpoint(version, 12), weights_only=True)["state_dict"] for version in (0, 1)]
+    saved = [read(checkpoint(version, 12))["state_dict"] for version in (0, 1)]
     assert saved[0].keys() == saved[1].keys() == without.model.state_dict().keys()
     assert {value.dtype for value in saved[1].values()} == {torch.float32}
 
 
-def test_fsdp2_is_the_same_as_one_process(toy_recipe, tmp_path, emulated):
+def test_fsdp_is_the_same_as_one_process(toy_recipe, tmp_path, emulated):
     words = [*FLOAT8, "--data.micro_batch_size", "1", "--budget.max_steps", "1"]  # later steps magnify the last bits
     alone = run(toy_recipe, *words).model.decoder.state_dict()
-    words += ["--config", "recipes/strategy/fsdp2.yaml", "--trainer.devices", "2"]
-    words += ["--trainer.strategy.save_distributed_checkpoint", "false"]
+    words += ["--config", "recipes/strategy/fsdp.yaml", "--trainer.devices", "2"]
     assert fork(lambda: sys.exit(main(["fit", "--config", str(toy_recipe), *words])), 2, timeout=60) == [0, 0]
     source = open_source(tmp_path / "runs" / "toy" / "version_1")
     assert set(source.names()) == set(alone)

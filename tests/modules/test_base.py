@@ -20,6 +20,7 @@ from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.modules import AdamW
 from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.tokenizer.tokenizer import Tokenizer
+from tests.support.checkpoints import read
 from tests.support.word_tokenizer import save_word_level
 
 
@@ -147,7 +148,7 @@ def test_the_saved_recipe_runs_again(any_recipe, tmp_path):
 def test_a_checkpoint_says_which_model_it_holds(any_recipe, tmp_path):
     run(any_recipe)
     path = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "last.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = read(path)
     decoder = Decoder(DecoderConfig(**checkpoint["decoder"]["config"]))
     prefix = "decoder."
     decoder.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if prefix in k})
@@ -177,7 +178,7 @@ def test_two_processes_train_as_one(any_recipe, tmp_path):
     assert "clean validation loss" in result.stdout
     assert "sync_dist" not in result.stderr
     path = tmp_path / "runs" / "toy" / "version_1" / "checkpoints" / "last.ckpt"
-    state = torch.load(path, weights_only=True)["state_dict"]
+    state = read(path)["state_dict"]
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(state[f"decoder.{name}"], tensor, atol=1e-5, rtol=1e-4)
 
@@ -232,7 +233,7 @@ def test_a_resume_with_another_model_is_refused(toy_recipe, change, message):
 def test_shards_of_another_model_are_refused(toy_recipe):
     """Of shards that hold more layers torch would read a part without a word."""
     command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(toy_recipe), "--budget.max_steps", "2"]
-    command += ["--config", "recipes/strategy/fsdp2.yaml", "--trainer.devices", "1", "--ckpt_path", "last"]
+    command += ["--config", "recipes/strategy/fsdp.yaml", "--trainer.devices", "1", "--ckpt_path", "last"]
     first, again = (
         subprocess.run([*command, *change], capture_output=True, text=True, timeout=200, check=False)
         for change in ([], ["--budget.max_steps", "3", "--model.decoder.num_layers", "1"])

@@ -90,7 +90,7 @@ def test_a_config_file_stands_in_for_a_model_that_is_not_there(capsys, source_fo
 
 @pytest.mark.parametrize("recipe", ["released_code", "lora_llama3_8b"])
 def test_a_recipe_of_the_same_shape_stands_in_for_a_model_that_is_not_there(capsys, recipe):
-    words = ("--config", f"recipes/sft/{recipe}.yaml", "--config", "recipes/strategy/fsdp2.yaml", "--devices", 8)
+    words = ("--config", f"recipes/sft/{recipe}.yaml", "--config", "recipes/strategy/fsdp.yaml", "--devices", 8)
     out = plan(capsys, *words, "--decoder", "recipes/pretrain/meap_8b.yaml")
     # Meta-Llama-3-8B's published 8,030,261,248, and 64 more rows of embedding and head, 4,096 wide, for the mask token
     num_parameters = 8_030_261_248 + 2 * 64 * 4096
@@ -133,7 +133,7 @@ def test_what_the_table_says_fits(capsys, row):
 
 
 def test_70b_takes_32_devices():
-    words = ["--config", "recipes/pretrain/meap_70b.yaml", "--config", "recipes/strategy/fsdp2.yaml", "--devices", "8"]
+    words = ["--config", "recipes/pretrain/meap_70b.yaml", "--config", "recipes/strategy/fsdp.yaml", "--devices", "8"]
     on_8, on_16 = (PlanCLI.read([*words, "--nodes", str(nodes)]).plan for nodes in (1, 2))
     whole = 8 * (on_8.memory.parameters + on_8.memory.gradients + on_8.memory.optimizer)
     [remedy] = on_8.report().split("fits with\n")[1].splitlines()

@@ -16,8 +16,6 @@ from meap_lit.planning.layout import Layout, layout_of, precision
 from meap_lit.planning.memory import Step, parameter_bytes, weights_of
 
 SHARDED = "meap_lit.parallel.strategies.Sharded"
-FLAT_SHARDED = "meap_lit.parallel.strategies.FlatSharded"
-FLAT_SHARDED_OPTIONS = {"shard_size": 8, "reshard_after_forward": True, "param_dtype": None, "reduce_dtype": None}
 SHARDED_DEFAULTS = {
     "shard_size": None,
     "tensor_parallel_size": 1,
@@ -43,7 +41,6 @@ def trainer(strategy="auto", given="32-true", **options) -> Namespace:
         ("lightning.pytorch.strategies.DDPStrategy", {"gradient_as_bucket_view": True}, Layout(16, buckets="view")),
         (SHARDED, {}, Layout(16, shard_size=16, fsdp=True, reduce_dtype=torch.float32)),
         (SHARDED, {"shard_size": 8}, Layout(16, shard_size=8, fsdp=True, reduce_dtype=torch.float32)),
-        (FLAT_SHARDED, FLAT_SHARDED_OPTIONS, Layout(16, shard_size=8, fsdp=True, reduce_dtype=torch.float32)),
         (
             SHARDED,
             {"given": "bf16-mixed"},

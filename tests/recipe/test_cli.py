@@ -352,14 +352,15 @@ def test_a_run_is_resumed_from_its_newest_whole_checkpoint_which_is_named(runs, 
 
 def test_a_checkpoint_cut_short_is_passed_over_and_a_changed_one_refused(runs, toy_recipe):
     newest = runs / "version_1" / "checkpoints" / "step=6.ckpt"
-    content = newest.read_bytes()
-    newest.write_bytes(content[:-100])
+    part = newest / "__0_0.distcp"
+    content = part.read_bytes()
+    part.write_bytes(content[:-100])
     resume = ["fit", "--config", str(toy_recipe), "--ckpt_path"]
     assert RecipeCLI.run([*resume, "last"]).trainer.ckpt_path == str(newest.with_name("step=5.ckpt"))
-    with pytest.raises(UserError, match=r"^checkpoint file .*step=6.ckpt is cut short"):
+    with pytest.raises(UserError, match=r"^checkpoint file .*step=6.ckpt/__0_0.distcp is damaged: it has"):
         RecipeCLI.run([*resume, str(newest)])
-    newest.write_bytes(content[:5000] + bytes(10) + content[5010:])
-    with pytest.raises(UserError, match=r"^checkpoint file .*step=6.ckpt is damaged: its content is not what was wri"):
+    part.write_bytes(content[:5000] + bytes(10) + content[5010:])
+    with pytest.raises(UserError, match=r"^checkpoint file .*__0_0.distcp is damaged: its content is not what was wri"):
         RecipeCLI.run([*resume, str(newest)])
 
 

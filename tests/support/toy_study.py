@@ -8,7 +8,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from meap_lit.callbacks.metrics import MetricsTable
-from meap_lit.checkpoint.checksums import checksums, seal, write_file
+from tests.support.checkpoints import save_as_0_1
 
 TOKENS_PER_STEP = 4 * 8
 DECODER = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "hidden_size": 2, "intermediate_size": 2}
@@ -61,9 +61,7 @@ def write_run(
         "decoder": {"config": {**DECODER, "vocab_size": 8}},
         "PretrainingData": {"datasets": {"data/text": "f" * 64}},
     }
-    path = folder / "checkpoints" / "step=30.ckpt"
-    write_file(content, path)
-    seal(path, checksums(path))
+    save_as_0_1(content, folder / "checkpoints" / "step=30.ckpt")
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
