@@ -8,6 +8,7 @@ is handed block by block to the older FSDP1 where that is asked for.
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from meap_lit.errors import UserError
+from meap_lit.model.config import DecoderConfig
 from meap_lit.model.decoder import Decoder
 from meap_lit.model.lora import LoRALinear
 from meap_lit.model.norm import RMSNorm, rms_norm
@@ -81,15 +83,7 @@ def _split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
     """Query, key, value, gate and up by their outputs, o and down by their inputs: one sum of activations for each half
     of a block (Megatron-LM, arXiv 1909.08053). Embedding, head and norms are whole on every device.
     """
-    size = mesh.size()
-    for name in ("num_heads", "num_kv_heads", "intermediate_size"):
-        if getattr(decoder.config, name) % size:
-            raise UserError(
-                f"decoder.{name} {getattr(decoder.config, name)} cannot be divided among tensor_parallel_size {size} "
-                f"devices; lower trainer.strategy.tensor_parallel_size"
-            )
-    if any(isinstance(module, LoRALinear) for module in decoder.modules()):
-        raise UserError("adapters cannot be split: use trainer.strategy.tensor_parallel_size 1 with model.lora")
+    part_of(decoder.config, mesh.size(), adapted=any(isinstance(module, LoRALinear) for module in decoder.modules()))
     by_output, by_input = ColwiseParallel, RowwiseParallel
     for block in _blocks(decoder):
         plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": by_output() for name in "qkv"}
@@ -99,6 +93,31 @@ def _split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
         for norm in (block.self_attn.q_norm, block.self_attn.k_norm):
             if isinstance(norm, RMSNorm):
                 norm.forward = partial(_norm_of_some_heads, norm, mesh)  # type: ignore[method-assign]
+
+
+def part_of(config: DecoderConfig, size: int, *, adapted: bool) -> DecoderConfig:
+    """Return the decoder that one of `size` tensor-parallel devices computes: its heads and its part of the SwiGLU.
+
+    Args:
+        config: The whole decoder.
+        size: Devices that share each matrix product.
+        adapted: The decoder has adapters.
+
+    Raises:
+        UserError: If heads or SwiGLU cannot be divided, or adapters would have to be.
+    """
+    parts = {}
+    for name in ("num_heads", "num_kv_heads", "intermediate_size"):
+        whole = getattr(config, name)
+        if whole % size:
+            raise UserError(
+                f"decoder.{name} {whole} cannot be divided among tensor_parallel_size {size} devices; lower "
+                f"trainer.strategy.tensor_parallel_size"
+            )
+        parts[name] = whole // size
+    if adapted and size > 1:
+        raise UserError("adapters cannot be split: use trainer.strategy.tensor_parallel_size 1 with model.lora")
+    return replace(config, **parts, head_dim=config.head_width)
 
 
 def _norm_of_some_heads(norm: RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:

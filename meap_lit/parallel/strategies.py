@@ -80,30 +80,16 @@ class Sharded(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         # not checked on construction, where the parser would take an error for a wrong type
-        for name in ("shard_size", "tensor_parallel_size"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise UserError(f"trainer.strategy.{name} must be at least 1, got {size}")
+        self._shard_size = shard_size_of(
+            self.num_processes, self.num_nodes, self.shard_size, self.tensor_parallel_size
+        )
         if self.timeout_minutes <= 0:
             raise UserError(f"trainer.strategy.timeout_minutes must be above 0, got {self.timeout_minutes:g}")
-        if self.num_processes % self.tensor_parallel_size:
-            raise UserError(
-                f"{self.num_processes} devices of a node cannot be divided by trainer.strategy.tensor_parallel_size "
-                f"{self.tensor_parallel_size}; change one of the two"
-            )
-        num_devices = self.num_nodes * self.num_processes
-        copy = (self.shard_size or 1) * self.tensor_parallel_size
-        if num_devices % copy:
-            raise UserError(
-                f"{num_devices} devices cannot be divided into groups of trainer.strategy.shard_size "
-                f"{self.shard_size or 1} x tensor_parallel_size {self.tensor_parallel_size}; change one of the three"
-            )
-        self._data_parallel_size = num_devices // self.tensor_parallel_size
+        self._data_parallel_size = self.num_nodes * self.num_processes // self.tensor_parallel_size
         if self.cpu_offload and self.root_device.type == "cuda":
             self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms of gradients are summed where these lie
         super().setup_environment()
         # Lightning's mesh has two dimensions; sharding within copies needs a third, in the same order of ranks
-        self._shard_size = self.shard_size or self._data_parallel_size
         self._mesh = init_device_mesh(
             self.root_device.type,
             (self._data_parallel_size // self._shard_size, self._shard_size, self.tensor_parallel_size),
@@ -330,6 +316,34 @@ def gathered_dtype(param_dtype: Dtype | None, precision: str) -> torch.dtype | N
     if param_dtype is None:
         return torch.bfloat16 if precision == "bf16-mixed" else None
     return getattr(torch, param_dtype)
+
+
+def shard_size_of(devices: int, nodes: int, shard_size: int | None, tensor_parallel_size: int) -> int:
+    """Return how many data-parallel devices share one copy of the weights.
+
+    Args:
+        devices: Devices of a node.
+        nodes: Nodes.
+        shard_size: As for `Sharded`.
+        tensor_parallel_size: As for `Sharded`.
+
+    Raises:
+        UserError: If a size is below 1, or the devices cannot be divided into groups of these sizes.
+    """
+    for name, size in (("shard_size", shard_size), ("tensor_parallel_size", tensor_parallel_size)):
+        if size is not None and size < 1:
+            raise UserError(f"trainer.strategy.{name} must be at least 1, got {size}")
+    if devices % tensor_parallel_size:
+        raise UserError(
+            f"{devices} devices of a node cannot be divided by trainer.strategy.tensor_parallel_size "
+            f"{tensor_parallel_size}; change one of the two"
+        )
+    if devices * nodes % ((shard_size or 1) * tensor_parallel_size):
+        raise UserError(
+            f"{devices * nodes} devices cannot be divided into groups of trainer.strategy.shard_size "
+            f"{shard_size or 1} x tensor_parallel_size {tensor_parallel_size}; change one of the three"
+        )
+    return shard_size or devices * nodes // tensor_parallel_size
 
 
 # ------------------------------------------------------------------------------------------------ launchers

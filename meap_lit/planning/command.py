@@ -23,9 +23,9 @@ from meap_lit.hf.config import read_config
 from meap_lit.hf.folder import CONFIG_FILE
 from meap_lit.model.config import DecoderConfig, pad_vocab_size
 from meap_lit.modules.base import DecoderModule
-from meap_lit.planning.layout import Layout, layout_of, precision
+from meap_lit.planning.devices import Devices, devices_of, precision
 from meap_lit.planning.memory import Memory, Step, memory_of, weights_of
-from meap_lit.planning.savings import smallest_changes
+from meap_lit.planning.remedies import smallest_changes
 from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -156,19 +156,18 @@ class Plan:
             UserError: If the devices do not divide as the strategy or the batch asks, something is not known to the
                 plan, or the model's configuration is not at hand.
         """
-        layout = layout_of(trainer, hardware.devices, hardware.nodes)
+        devices = devices_of(trainer, hardware.devices, hardware.nodes)
         decoder, notes = decoder_config(module, data, hardware.decoder)
         step = Step(
             decoder=decoder,
             num_tokens=data.micro_batch_size * data.seq_len,
             seq_len=data.seq_len,
-            accumulation=data.accumulation(layout.num_replicas),
+            accumulation=data.accumulation(devices.num_replicas),
             precision=precision(trainer.precision),
             activation_checkpointing=module.activation_checkpointing,
             lora=module.lora,
             packed=isinstance(data, FineTuningData),
-            layout=layout,
-            on_cpu=trainer.accelerator == "cpu",
+            devices=devices,
         )
         prepared = all(Path(path, MANIFEST_FILE).is_file() for path in data.datasets)
         needs_data = budget.max_epochs is not None or step.packed
@@ -199,7 +198,7 @@ class Plan:
         """Days of training at the stated utilisation: FLOPs / (devices x peak x utilisation)."""
         if self.num_flops is None:
             return None
-        rate = self.step.layout.num_devices * self.hardware.peak_teraflops * 1e12 * self.hardware.utilisation
+        rate = self.step.devices.number * self.hardware.peak_teraflops * 1e12 * self.hardware.utilisation
         return self.num_flops / rate / SECONDS_PER_DAY
 
     def report(self) -> str:
@@ -210,16 +209,16 @@ class Plan:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def _run_lines(self) -> Iterator[str]:
-        step, layout = self.step, self.step.layout
-        weights = weights_of(dataclasses.replace(step, layout=Layout()))
+        step, devices = self.step, self.step.devices
+        weights = weights_of(dataclasses.replace(step, devices=Devices()))
         trained = sum(w.size for w in weights if w.trained)
         frozen = sum(w.size for w in weights) - trained
         yield f"model         {trained:,} parameters trained" + (f", {frozen:,} frozen" if frozen else "")
-        yield f"devices       {layout.num_devices}, {layout}"
+        yield f"devices       {devices.number}, {devices}"
         tokens_per_step = self.rows_per_step * step.seq_len
         yield (
             f"step          {self.rows_per_step} rows x {step.seq_len:,} = {tokens_per_step:,} tokens: "
-            f"{step.accumulation} x {step.num_tokens // step.seq_len} rows on each of {layout.num_replicas} "
+            f"{step.accumulation} x {step.num_tokens // step.seq_len} rows on each of {devices.num_replicas} "
             f"data-parallel devices"
         )
         if self.num_steps is None:
@@ -231,7 +230,7 @@ class Plan:
         )
         assert self.days is not None
         yield (
-            f"time          {_duration(self.days)} at {self.hardware.utilisation:.0%} of {layout.num_devices} x "
+            f"time          {_duration(self.days)} at {self.hardware.utilisation:.0%} of {devices.number} x "
             f"{self.hardware.peak_teraflops:g} TFLOP/s"
         )
 
