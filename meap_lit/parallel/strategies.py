@@ -80,9 +80,7 @@ class Sharded(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         # not checked on construction, where the parser would take an error for a wrong type
-        self._shard_size = shard_size_of(
-            self.num_processes, self.num_nodes, self.shard_size, self.tensor_parallel_size
-        )
+        self._shard_size = shard_size_of(self.num_processes, self.num_nodes, self.shard_size, self.tensor_parallel_size)
         if self.timeout_minutes <= 0:
             raise UserError(f"trainer.strategy.timeout_minutes must be above 0, got {self.timeout_minutes:g}")
         self._data_parallel_size = self.num_nodes * self.num_processes // self.tensor_parallel_size

@@ -4,7 +4,6 @@ The recipe is read as `fit` reads it, but nothing is trained, downloaded or writ
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,13 @@ from meap_lit.data.datamodule import StreamingData
 from meap_lit.data.finetuning import FineTuningData
 from meap_lit.data.store.manifest import MANIFEST_FILE
 from meap_lit.errors import UserError
+from meap_lit.files import read_json
 from meap_lit.hf.config import read_config
 from meap_lit.hf.folder import CONFIG_FILE
-from meap_lit.model.config import DecoderConfig, pad_vocab_size
-from meap_lit.modules.base import DecoderModule
+from meap_lit.model.config import DecoderConfig, vocab_rows
+from meap_lit.modules.base import DecoderModule, with_vocabulary
 from meap_lit.planning.devices import Devices, devices_of, precision
-from meap_lit.planning.memory import Memory, Step, memory_of, weights_of
+from meap_lit.planning.memory import Memory, Step, memory_of, parameters_of
 from meap_lit.planning.remedies import smallest_changes
 from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -210,9 +210,10 @@ class Plan:
 
     def _run_lines(self) -> Iterator[str]:
         step, devices = self.step, self.step.devices
-        weights = weights_of(dataclasses.replace(step, devices=Devices()))
-        trained = sum(w.size for w in weights if w.trained)
-        frozen = sum(w.size for w in weights) - trained
+        whole = parameters_of(dataclasses.replace(step, devices=Devices())).values()
+        trained, frozen = (
+            sum(p.numel() for p in whole if p.requires_grad == is_trained) for is_trained in (True, False)
+        )
         yield f"model         {trained:,} parameters trained" + (f", {frozen:,} frozen" if frozen else "")
         yield f"devices       {devices.number}, {devices}"
         tokens_per_step = self.rows_per_step * step.seq_len
@@ -294,22 +295,22 @@ def decoder_config(module: DecoderModule, data: StreamingData, stand_in: str | N
     Raises:
         UserError: If a file is missing or wrong, or the tokenizer does not fit the model.
     """
-    has_tokenizer = Path(data.tokenizer_folder).expanduser().is_dir()  # else preparation makes it
-    num_tokens = Tokenizer.load(data.tokenizer_folder).vocab_size if has_tokenizer else None
     config = _stated_config(module, stand_in)
     if module.context is not None:
         config = module.context.of(config)
-    rows, fresh = config.vocab_size, module.init_from is None and stand_in is None
-    if num_tokens is not None:
-        if rows is None or (num_tokens > rows and not fresh):
-            rows = pad_vocab_size(num_tokens)  # a checkpoint's vocabulary grows
-        elif num_tokens > rows:
-            raise UserError(f"decoder.vocab_size {rows} is smaller than the tokenizer's {num_tokens} tokens")
+    is_new = module.init_from is None and stand_in is None
+    if Path(data.tokenizer_folder).expanduser().is_dir():  # else preparation makes it
+        tokenizer = Tokenizer.load(data.tokenizer_folder)
+        if is_new:
+            return with_vocabulary(config, tokenizer), []
+        rows = vocab_rows(tokenizer.vocab_size, config.vocab_size, new_tokens=tokenizer.vocab_size)
         return dataclasses.replace(config, vocab_size=rows), []
-    missing = f"tokenizer {data.tokenizer_folder} is not there: a vocabulary of"
-    if rows is None:
-        return dataclasses.replace(config, vocab_size=USUAL_VOCAB_SIZE), [f"{missing} {USUAL_VOCAB_SIZE:,} is assumed"]
-    return config, [] if fresh else [f"{missing} {rows:,} is taken from the model, which may grow by a mask token"]
+    missing = f"tokenizer {data.tokenizer_folder} does not exist: a vocabulary of"
+    if config.vocab_size is None:
+        config = dataclasses.replace(config, vocab_size=USUAL_VOCAB_SIZE)
+        return config, [f"{missing} {USUAL_VOCAB_SIZE:,} is assumed"]
+    taken = f"{missing} {config.vocab_size:,} is taken from the model, which may grow by a mask token"
+    return config, [] if is_new else [taken]
 
 
 def _stated_config(module: DecoderModule, stand_in: str | None) -> DecoderConfig:
@@ -318,25 +319,15 @@ def _stated_config(module: DecoderModule, stand_in: str | None) -> DecoderConfig
             raise UserError(f"{stand_in} (--decoder) does not exist")
         if Path(stand_in).suffix in (".yaml", ".yml"):
             return PlanCLI.read(["--config", stand_in, "--devices", "1"]).plan.step.decoder
-        return _read_config_file(Path(stand_in))
+        return read_config(read_json(Path(stand_in)), stand_in)[0]
     if module.initial_config is not None:
         return module.initial_config
     folder = Path(module.init_from or "").expanduser()
     if (folder / CONFIG_FILE).is_file():
-        return _read_config_file(folder / CONFIG_FILE)
+        return read_config(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))[0]
     if not folder.exists():
         raise UserError(
             f"model.init_from {folder} does not exist; name its {CONFIG_FILE}, or a recipe of its shape, with "
             f"--decoder FILE"
         )
     return open_source(folder, verify=False).config
-
-
-def _read_config_file(file: Path) -> DecoderConfig:
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object, not a {type(content).__name__}")
-    return read_config(content, str(file))[0]

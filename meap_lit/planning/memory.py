@@ -4,21 +4,19 @@ Parameters, gradients and optimizer states are exact. Activations, the loss and 
 tensors (`fake_step.py`). What a strategy adds is a formula here.
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
+from torch import Tensor, nn
 
-from meap_lit.hf.weights import meta_decoder
 from meap_lit.model import DecoderConfig
+from meap_lit.model.build import meta_decoder
 from meap_lit.model.lora import LoRA, add_lora
 from meap_lit.parallel.sharding import part_of
 from meap_lit.planning.devices import PRECISIONS, Devices
 from meap_lit.planning.fake_step import Checkpointing, step_bytes
-
-FLOAT32 = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
@@ -52,86 +50,40 @@ class Step:
             object.__setattr__(self, "lora", replace(self.lora, targets=tuple(self.lora.targets)))  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------------------------------------ parameters
+# ---------------------------------------------------------------------------------- parameters and what follows
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A parameter as one device holds it.
-
-    Args:
-        name: The decoder's own name.
-        shape: After tensor parallelism, before sharding.
-        dtype: Stored dtype.
-        trained: It has a gradient.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    trained: bool
-
-    @property
-    def in_block(self) -> bool:
-        """It belongs to a block, not to embedding, head or final norm."""
-        return self.name.startswith("layers.")
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    def shard_size(self, num_shards: int) -> int:
-        """Elements on the fullest of `num_shards` devices: FSDP2 cuts the first dimension and rounds up."""
-        return -(-self.shape[0] // num_shards) * math.prod(self.shape[1:])
-
-
-def weights_of(step: Step) -> list[Weight]:
-    """Return all parameters of one tensor-parallel device; a tied head does not count again.
+def parameters_of(step: Step) -> dict[str, nn.Parameter]:
+    """Return the parameters of one tensor-parallel device by name, on the meta device; a tied head does not count again.
 
     Raises:
         UserError: If the decoder cannot be divided among the tensor-parallel devices.
     """
-    config = part_of(step.decoder, step.devices.tensor_parallel_size, adapted=step.lora is not None)
-    return _weights(config, PRECISIONS[step.precision], step.lora)
+    return _parameters(_local_decoder(step), PRECISIONS[step.precision], step.lora)
 
 
 @cache
-def _weights(config: DecoderConfig, dtype: torch.dtype, lora: LoRA | None) -> list[Weight]:
+def _parameters(config: DecoderConfig, dtype: torch.dtype, lora: LoRA | None) -> dict[str, nn.Parameter]:
     decoder = meta_decoder(config, dtype)
     if lora is not None:
         add_lora(decoder, lora)
         if dtype != torch.float32:
             decoder.to(dtype)  # as Lightning does
-    return [Weight(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in decoder.named_parameters()]
+    return dict(decoder.named_parameters())
 
 
-def parameter_bytes(weights: Iterable[Weight], devices: Devices, *, trained_only: bool = False) -> int:
-    """Return the exact bytes of the parameters on the fullest device; with `trained_only` also of the gradients."""
-    return sum(w.shard_size(devices.shard_size) * w.dtype.itemsize for w in weights if w.trained or not trained_only)
+def _local_decoder(step: Step) -> DecoderConfig:
+    return part_of(step.decoder, step.devices.tensor_parallel_size, adapted=step.lora is not None)
 
 
-def optimizer_bytes(weights: Iterable[Weight], devices: Devices) -> int:
+def sharded_bytes(parameters: Iterable[Tensor], num_shards: int) -> int:
+    """Return the exact bytes on the fullest of `num_shards` devices: FSDP2 cuts the first dimension and rounds up."""
+    return sum(-(-len(p) // num_shards) * p[0].numel() * p.itemsize for p in parameters)
+
+
+def optimizer_bytes(trained: Sequence[Tensor], num_shards: int) -> int:
     """Return the exact bytes of AdamW: two moments in the parameter's dtype and a float32 step for each parameter."""
-    trained = [w for w in weights if w.trained]
-    return 2 * parameter_bytes(trained, devices) + FLOAT32 * len(trained)
-
-
-# ---------------------------------------------------------------------------------------- what strategies add
-
-
-def gathered_bytes(weights: Iterable[Weight], devices: Devices, num_layers: int) -> int:
-    """Return the bytes of the weights that FSDP2 holds gathered (`parallel.sharding.shard`).
-
-    Embedding, head and final norm stay gathered. So do all blocks without `reshard_after_forward`; with it, the block
-    at work and the next one.
-    """
-    if not devices.fsdp:
-        return 0
-    sizes = [(w.in_block, w.size * (devices.param_dtype or w.dtype).itemsize) for w in weights]
-    blocks = sum(size for in_block, size in sizes if in_block)
-    num_gathered = min(2, num_layers) if devices.reshard_after_forward else num_layers
-    return sum(size for in_block, size in sizes if not in_block) + blocks * num_gathered // num_layers
+    return 2 * sharded_bytes(trained, num_shards) + torch.float32.itemsize * len(trained)
 
 
 def bucket_bytes(step: Step, gradients: int) -> int:
@@ -144,19 +96,38 @@ def bucket_bytes(step: Step, gradients: int) -> int:
     return gradients if apart else 0
 
 
-def reduced_gradient_bytes(weights: Iterable[Weight], devices: Devices, *, computed: bool = True) -> int:
+def gathered_bytes(parameters: Mapping[str, Tensor], devices: Devices, num_layers: int) -> int:
+    """Return the bytes of the weights that FSDP2 holds gathered (`parallel.sharding.shard`).
+
+    Embedding, head and final norm stay gathered. So do all blocks without `reshard_after_forward`; with it, the block
+    at work and the next one.
+    """
+    if not devices.fsdp:
+        return 0
+    sizes = {name: p.numel() * (devices.param_dtype or p.dtype).itemsize for name, p in parameters.items()}
+    blocks = sum(size for name, size in sizes.items() if in_block(name))
+    num_gathered = min(2, num_layers) if devices.reshard_after_forward else num_layers
+    return sum(sizes.values()) - blocks + blocks * num_gathered // num_layers
+
+
+def reduced_gradient_bytes(parameters: Iterable[Tensor], devices: Devices, *, computed: bool = True) -> int:
     """Return the bytes of whole gradients while FSDP2 reduces them.
 
     Args:
-        weights: Those of a block, or those outside of the blocks.
+        parameters: Those of a block, or those outside of the blocks.
         devices: The devices.
         computed: Count the gradients as they were computed too, not only as they are reduced.
     """
     total = 0
-    for w in weights:
-        dtype = devices.param_dtype or w.dtype
-        total += w.size * (dtype.itemsize * computed + (devices.reduce_dtype or dtype).itemsize) * w.trained
+    for p in parameters:
+        dtype = devices.param_dtype or p.dtype
+        total += p.numel() * (dtype.itemsize * computed + (devices.reduce_dtype or dtype).itemsize) * p.requires_grad
     return total
+
+
+def in_block(name: str) -> bool:
+    """Return whether a parameter belongs to a block, not to embedding, head or final norm."""
+    return name.startswith("layers.")
 
 
 # ------------------------------------------------------------------------------------------------- the whole
@@ -193,20 +164,21 @@ def memory_of(step: Step) -> Memory:
     """Return the memory of a training step after the first.
 
     Raises:
-        UserError: As `weights_of` does.
+        UserError: As `parameters_of` does.
     """
-    devices, weights = step.devices, weights_of(step)
-    parameters = parameter_bytes(weights, devices)
-    gradients = parameter_bytes(weights, devices, trained_only=True)
-    optimizer = optimizer_bytes(weights, devices)
+    devices, parameters = step.devices, parameters_of(step)
+    trained = [p for p in parameters.values() if p.requires_grad]
+    num_shards, num_layers = devices.shard_size, step.decoder.num_layers
+    stored, gradients = (sharded_bytes(tensors, num_shards) for tensors in (parameters.values(), trained))
+    optimizer = optimizer_bytes(trained, num_shards)
     buckets = bucket_bytes(step, gradients)
     host = 0
     if devices.cpu_offload:
-        host = parameters + gradients + optimizer
-        parameters = gradients = optimizer = 0
+        host = stored + gradients + optimizer
+        stored = gradients = optimizer = 0
     own_dtype = PRECISIONS[step.precision]
     allocated = step_bytes(
-        part_of(step.decoder, devices.tensor_parallel_size, adapted=step.lora is not None),
+        _local_decoder(step),
         num_rows=step.num_tokens // step.seq_len,
         seq_len=step.seq_len,
         packed=step.packed,
@@ -218,15 +190,17 @@ def memory_of(step: Step) -> Memory:
     )
     blocks, embedding = allocated.blocks, allocated.embedding
     if devices.fsdp:
-        blocks += reduced_gradient_bytes((w for w in weights if w.name.startswith("layers.0.")), devices)
-        embedding += reduced_gradient_bytes((w for w in weights if not w.in_block), devices, computed=False)
+        one_block = [p for name, p in parameters.items() if name.startswith("layers.0.")]
+        root = [p for name, p in parameters.items() if not in_block(name)]
+        blocks += reduced_gradient_bytes(one_block, devices)
+        embedding += reduced_gradient_bytes(root, devices, computed=False)
     kept = allocated.forward + allocated.copies
     return Memory(
-        parameters=parameters,
+        parameters=stored,
         gradients=gradients,
         optimizer=optimizer,
         buckets=buckets,
-        gathered=gathered_bytes(weights, devices, step.decoder.num_layers),
+        gathered=gathered_bytes(parameters, devices, num_layers),
         activations=allocated.forward,
         copies=allocated.copies,
         loss=allocated.loss - kept,

@@ -37,7 +37,7 @@ def test_a_recipe_of_the_paper_on_eight_devices(capsys):
     assert f"{flops:.3g} FLOPs" in out
     assert f"{flops / (8 * 989e12 * 0.4) / 86_400:.3g} days at 40% of 8 x 989 TFLOP/s" in out
     assert "of 80: fits" in out
-    assert "tokenizer data/tokenizer is not there: a vocabulary of 32,064 is assumed" in out
+    assert "tokenizer data/tokenizer does not exist: a vocabulary of 32,064 is assumed" in out
 
 
 def test_overlays_and_overrides_are_followed(capsys):
@@ -173,8 +173,8 @@ def test_wrong_options_are_named(capsys, arguments, message):
     ("content", "message"),
     [
         (None, "(--decoder) does not exist"),
-        ("{", "is not valid JSON"),
-        ("[]", "must hold a JSON object, not a list"),
+        ("{", "not valid JSON"),
+        ("[]", "not a JSON object but list"),
         (json.dumps({"model_type": "gpt2"}), "gpt2"),
     ],
 )

@@ -8,13 +8,13 @@ from jsonargparse import Namespace
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meap_lit.errors import UserError
-from meap_lit.hf.weights import meta_decoder
 from meap_lit.masking.schedules import Constant
 from meap_lit.model import DecoderConfig
+from meap_lit.model.build import meta_decoder
 from meap_lit.modules import AdamW, MEAPPretraining
 from meap_lit.parallel.strategies import Sharded
 from meap_lit.planning.devices import Devices, devices_of, precision
-from meap_lit.planning.memory import Step, parameter_bytes, weights_of
+from meap_lit.planning.memory import Step, parameters_of, sharded_bytes
 
 SHARDED = "meap_lit.parallel.strategies.Sharded"
 SHARDED_DEFAULTS = {
@@ -112,8 +112,10 @@ def test_a_large_model_is_split_as_planned(first_rank_of, decoder, nodes, option
     strategy.shard(model)
     devices = devices_of(sharded(**options), 8, nodes)
     assert strategy.distributed_sampler_kwargs == {"num_replicas": devices.num_replicas, "rank": 0}
-    weights = weights_of(Step(decoder, num_tokens=1, seq_len=1, precision="32-true", devices=devices))
-    assert sum(p.to_local().nbytes for p in model.parameters()) == parameter_bytes(weights, devices)
+    parameters = parameters_of(Step(decoder, num_tokens=1, seq_len=1, precision="32-true", devices=devices))
+    assert sum(p.to_local().nbytes for p in model.parameters()) == sharded_bytes(
+        parameters.values(), devices.shard_size
+    )
 
 
 def sharded(**options) -> Namespace:

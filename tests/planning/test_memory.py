@@ -19,13 +19,12 @@ from meap_lit.modules import AdamW
 from meap_lit.planning.devices import Devices
 from meap_lit.planning.memory import (
     Step,
-    Weight,
     gathered_bytes,
     memory_of,
     optimizer_bytes,
-    parameter_bytes,
+    parameters_of,
     reduced_gradient_bytes,
-    weights_of,
+    sharded_bytes,
 )
 
 TOY = DecoderConfig(
@@ -111,12 +110,14 @@ def test_selective_checkpointing_keeps_the_results_of_products_and_attention():
     # the logsumexp of 4 heads at 4 B
     step = replace(TOY_STEP, activation_checkpointing="selective")
     one_more = replace(step, decoder=replace(TOY, num_layers=TOY.num_layers + 1))
-    assert memory_of(one_more).activations - memory_of(step).activations == 256 * (64 * 4 + (64 + 32 + 32 + 64 + 160 + 160 + 64 + 64) * 2 + 4 * 4)
+    one_layer = memory_of(one_more).activations - memory_of(step).activations
+    assert one_layer == 256 * (64 * 4 + (64 + 32 + 32 + 64 + 160 + 160 + 64 + 64) * 2 + 4 * 4)
 
 
 def test_tensor_parallelism_divides_what_the_heads_and_the_mlp_keep():
     whole, halved = (
-        memory_of(replace(TOY_STEP, devices=Devices(number=2, tensor_parallel_size=size))).activations for size in (1, 2)
+        memory_of(replace(TOY_STEP, devices=Devices(number=2, tensor_parallel_size=size))).activations
+        for size in (1, 2)
     )
     per_token = (2 * 64 + 2 * 32) * 2 + 4 * 4 + 3 * 160 * 2  # attention, logsumexp, SwiGLU
     assert whole - halved == TOY.num_layers * ROWS * SEQ_LEN * per_token / 2
@@ -135,18 +136,16 @@ def test_parameters_gradients_and_optimizer_states_are_exact(options, precision)
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values()]
-    weights = weights_of(step)
-    assert parameter_bytes(weights, Devices()) == sum(p.nbytes for p in decoder.parameters())
-    assert parameter_bytes(weights, Devices(), trained_only=True) == sum(
-        p.grad.nbytes for p in decoder.parameters() if p.grad is not None
-    )
-    assert optimizer_bytes(weights, Devices()) == sum(state.nbytes for state in states)
+    memory = memory_of(step)
+    assert memory.parameters == sum(p.nbytes for p in decoder.parameters())
+    assert memory.gradients == sum(p.grad.nbytes for p in decoder.parameters() if p.grad is not None)
+    assert memory.optimizer == sum(state.nbytes for state in states)
 
 
 def test_shards_are_cut_along_the_first_dimension_and_rounded_up():
-    weights = [Weight("layers.0.mlp.up_proj.weight", (10, 3), torch.float32, trained=True)]
-    assert parameter_bytes(weights, Devices(number=4, shard_size=4)) == 3 * 3 * 4
-    assert optimizer_bytes(weights, Devices(number=4, shard_size=4)) == 2 * 3 * 3 * 4 + 4
+    parameters = [torch.empty(10, 3)]
+    assert sharded_bytes(parameters, 4) == 3 * 3 * 4
+    assert optimizer_bytes(parameters, 4) == 2 * 3 * 3 * 4 + 4
 
 
 def test_gathered_are_the_root_two_blocks_and_in_the_backward_the_gradient_of_one():
@@ -154,11 +153,11 @@ def test_gathered_are_the_root_two_blocks_and_in_the_backward_the_gradient_of_on
     root = 2 * 128 * 64 + 64
     devices = Devices(number=4, shard_size=4, fsdp=True)
     step = replace(TOY_STEP, devices=devices)
-    assert gathered_bytes(weights_of(step), devices, 4) == 4 * (root + 2 * block)
-    one = [weight for weight in weights_of(step) if weight.name.startswith("layers.3.")]
+    assert gathered_bytes(parameters_of(step), devices, 4) == 4 * (root + 2 * block)
+    one = [p for name, p in parameters_of(step).items() if name.startswith("layers.3.")]
     assert reduced_gradient_bytes(one, devices) == (4 + 4) * block
     kept = replace(step, devices=replace(devices, reshard_after_forward=False, param_dtype=torch.bfloat16))
-    assert gathered_bytes(weights_of(kept), kept.devices, 4) == 2 * (root + 4 * block)
+    assert gathered_bytes(parameters_of(kept), kept.devices, 4) == 2 * (root + 4 * block)
     reduced_wide = replace(step, devices=replace(devices, param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     assert reduced_gradient_bytes(one, reduced_wide.devices) == (2 + 4) * block
     assert memory_of(kept).copies == 0, "weights are gathered in the dtype of the products"
