@@ -1,4 +1,4 @@
-"""`python -m meap_lit plan`: what a recipe needs of memory and time on given devices, before any is asked for.
+"""`python -m meap_lit plan`: print the memory and time that a recipe needs on given devices.
 
 The recipe is read as `fit` reads it, but nothing is trained, downloaded or written.
 """
@@ -38,15 +38,15 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True)
 class Hardware:
-    """What is planned for.
+    """The devices to plan for.
 
     Args:
         devices: Devices of a node; trainer.devices if not given.
         nodes: Nodes; trainer.num_nodes if not given.
         device_memory: Memory of a device in GB (10^9 bytes).
-        utilisation: Share of the peak that the model's own FLOPs reach (MFU); recomputation does not count into it.
+        utilisation: Share of the peak that the model's own FLOPs reach (MFU); recomputation does not count.
         peak_teraflops: Dense peak of a device at the precision of its products; 989 is an H100's in bfloat16.
-        decoder: What to plan with where model.init_from is not at hand: a config.json of Hugging Face, or a recipe
+        decoder: The model to plan for if model.init_from does not exist yet: a Hugging Face config.json, or a recipe
             (.yaml) of the same shape.
     """
 
@@ -70,13 +70,13 @@ class Hardware:
 
 
 class PlanCLI(RecipeCLI):
-    """Reads a recipe as `fit` does, with the options of `Hardware` beside it, and prints the plan."""
+    """Read a recipe as `fit` does, with the options of `Hardware`, and print its plan."""
 
     plan: "Plan"
 
     @classmethod
     def run(cls, arguments: list[str]) -> "PlanCLI":
-        """Print the plan for the words after `plan`.
+        """Print the plan for the words after `plan` on the command line.
 
         Raises:
             UserError: As `read` does.
@@ -87,7 +87,7 @@ class PlanCLI(RecipeCLI):
 
     @classmethod
     def read(cls, arguments: list[str]) -> "PlanCLI":
-        """Parse the words after `plan`; hyphens serve in the options of `Hardware` too, as in `--device-memory`.
+        """Parse the words after `plan`. The options of `Hardware` may be spelled with hyphens (`--device-memory`).
 
         Raises:
             UserError: If the recipe, an override or an option is wrong, or the devices cannot be divided as it asks.
@@ -109,10 +109,10 @@ class PlanCLI(RecipeCLI):
         parser.add_class_arguments(Hardware)
 
     def _set_seed(self) -> None:
-        """Nothing is drawn."""
+        """Set no seed: nothing is drawn."""
 
     def instantiate_classes(self) -> None:
-        """The recipe's model, data and budget, none of which reads anything yet; no Trainer."""
+        """Build the recipe's model, data and budget, none of which reads anything yet, and no Trainer."""
         recipe = self.config[self.subcommand]
         parts = self._parser(self.subcommand).instantiate(
             Namespace(model=recipe.model, data=recipe.data, budget=recipe.budget)
@@ -121,21 +121,21 @@ class PlanCLI(RecipeCLI):
         self.plan = Plan.of(parts.model, parts.data, parts.budget, recipe.trainer, hardware)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+        """Run nothing."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on given devices.
+    """Memory and time of a run on given devices.
 
     Args:
         step: What the memory depends on.
-        memory: That of one device.
+        memory: Memory of one device.
         rows_per_step: data.global_batch_size.
-        num_steps: Optimizer steps; None if they depend on data that is not there.
-        num_flops: FLOPs of the whole run; None likewise.
-        hardware: What is planned for.
-        notes: What had to be assumed.
+        num_steps: Optimizer steps; None if they depend on data that is not prepared yet.
+        num_flops: FLOPs of the whole run; None if the steps are unknown.
+        hardware: The devices.
+        notes: Assumptions of the plan.
     """
 
     step: Step
@@ -153,8 +153,8 @@ class Plan:
         """Plan for a recipe's parts.
 
         Raises:
-            UserError: If the devices do not divide as the strategy or the batch asks, something is not known to the
-                plan, or the model's configuration is not at hand.
+            UserError: If the devices do not divide as strategy and batch require, `plan` does not know the strategy or
+                the precision, or the model's configuration does not exist.
         """
         devices = devices_of(trainer, hardware.devices, hardware.nodes)
         decoder, notes = decoder_config(module, data, hardware.decoder)
@@ -190,19 +190,19 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the device's memory."""
+        """Return whether the peak is within the device's memory."""
         return self.memory.total <= self.hardware.device_memory * GB
 
     @property
     def days(self) -> float | None:
-        """Days of training at the stated utilisation: FLOPs / (devices x peak x utilisation)."""
+        """Return the days of training at the stated utilization: FLOPs / (devices x peak x utilisation)."""
         if self.num_flops is None:
             return None
         rate = self.step.devices.number * self.hardware.peak_teraflops * 1e12 * self.hardware.utilisation
         return self.num_flops / rate / SECONDS_PER_DAY
 
     def report(self) -> str:
-        """The plan as text for a terminal."""
+        """Return the plan as text for a terminal."""
         lines = [*self._run_lines(), "", *self._memory_lines()]
         if not self.fits:
             lines += ["", *self._remedy_lines()]
@@ -281,16 +281,16 @@ def _duration(days: float) -> str:
     return f"{days * length:.3g} {name}"
 
 
-# ------------------------------------------------------------------------------------------------ what a recipe says
+# ------------------------------------------------------------------------------------------------- the model
 
 
 def decoder_config(module: DecoderModule, data: StreamingData, stand_in: str | None) -> tuple[DecoderConfig, list[str]]:
-    """The model to plan for, its vocabulary known, and what had to be assumed.
+    """Return the model to plan for, with its vocabulary, and the assumptions made.
 
     Args:
-        module: Its `initial_config`, or the configuration under its `init_from`.
-        data: Its tokenizer decides the vocabulary, if it is there.
-        stand_in: A config.json or a recipe that is read instead.
+        module: States the model, in `initial_config` or under `init_from`.
+        data: Names the tokenizer, which decides the vocabulary if it exists.
+        stand_in: A config.json or a recipe to read instead.
 
     Raises:
         UserError: If a file is missing or wrong, or the tokenizer does not fit the model.

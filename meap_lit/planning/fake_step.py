@@ -6,7 +6,7 @@ no GPU.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -127,7 +127,7 @@ class _CountBytes(TorchDispatchMode):
         parameters: Not counted, nor are their gradients.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self._parameters = {id(p.untyped_storage()): p.untyped_storage() for p in parameters}
         gradients = [p.grad.untyped_storage() for p in parameters if p.grad is not None]

@@ -54,7 +54,7 @@ class Step:
 
 
 def parameters_of(step: Step) -> dict[str, nn.Parameter]:
-    """Return the parameters of one tensor-parallel device by name, on the meta device; a tied head does not count again.
+    """Return the parameters of one tensor-parallel device by name, on the meta device, without a tied head.
 
     Raises:
         UserError: If the decoder cannot be divided among the tensor-parallel devices.
@@ -111,17 +111,18 @@ def gathered_bytes(parameters: Mapping[str, Tensor], devices: Devices, num_layer
 
 
 def reduced_gradient_bytes(parameters: Iterable[Tensor], devices: Devices, *, computed: bool = True) -> int:
-    """Return the bytes of whole gradients while FSDP2 reduces them.
+    """Return the bytes that FSDP2 takes to reduce gradients: whole ones in `reduce_dtype`, and the shards that result.
 
     Args:
         parameters: Those of a block, or those outside of the blocks.
         devices: The devices.
-        computed: Count the gradients as they were computed too, not only as they are reduced.
+        computed: Count the gradients as they were computed, too.
     """
     total = 0
     for p in parameters:
         dtype = devices.param_dtype or p.dtype
-        total += p.numel() * (dtype.itemsize * computed + (devices.reduce_dtype or dtype).itemsize) * p.requires_grad
+        reduced = p.numel() * (devices.reduce_dtype or dtype).itemsize
+        total += (p.numel() * dtype.itemsize * computed + reduced + reduced // devices.shard_size) * p.requires_grad
     return total
 
 

@@ -155,11 +155,11 @@ def test_gathered_are_the_root_two_blocks_and_in_the_backward_the_gradient_of_on
     step = replace(TOY_STEP, devices=devices)
     assert gathered_bytes(parameters_of(step), devices, 4) == 4 * (root + 2 * block)
     one = [p for name, p in parameters_of(step).items() if name.startswith("layers.3.")]
-    assert reduced_gradient_bytes(one, devices) == (4 + 4) * block
+    assert reduced_gradient_bytes(one, devices) == (4 + 4 + 4 / 4) * block
     kept = replace(step, devices=replace(devices, reshard_after_forward=False, param_dtype=torch.bfloat16))
     assert gathered_bytes(parameters_of(kept), kept.devices, 4) == 2 * (root + 4 * block)
     reduced_wide = replace(step, devices=replace(devices, param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
-    assert reduced_gradient_bytes(one, reduced_wide.devices) == (2 + 4) * block
+    assert reduced_gradient_bytes(one, reduced_wide.devices) == (2 + 4 + 4 / 4) * block
     assert memory_of(kept).copies == 0, "weights are gathered in the dtype of the products"
 
 
