@@ -31,7 +31,7 @@ from meap_lit.callbacks.throughput import peak_flops
 from meap_lit.errors import UserError
 from meap_lit.masking import mask_inputs
 from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
-from meap_lit.model.config import pad_vocab_size
+from meap_lit.model.config import vocab_rows
 from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.modules import AdamW
 from meap_lit.provenance import processor
@@ -135,12 +135,12 @@ def known_decoder(model: str) -> DecoderConfig:
         data = quickstart["data"]["init_args"]
         tokenizer = next(step["init_args"] for step in data["preparation"] if "vocab_size" in step["init_args"])
         sizes = quickstart["model"]["init_args"]["decoder"] | {"max_seq_len": data["seq_len"]}
-        return DecoderConfig(**{**sizes, "vocab_size": pad_vocab_size(tokenizer["vocab_size"])})
+        return DecoderConfig(**{**sizes, "vocab_size": vocab_rows(tokenizer["vocab_size"])})
     names = ("pretrain/base.yaml", f"pretrain/meap_{model}.yaml")
     base, recipe = (yaml.safe_load((RECIPES / name).read_text()) for name in names)
     sizes = base["model"]["init_args"]["decoder"] | recipe["model"]["init_args"]["decoder"]
     sizes["max_seq_len"] = base["data"]["init_args"]["seq_len"]  # the recipe refers to it
-    return DecoderConfig(**{"vocab_size": pad_vocab_size(32_001), **sizes})
+    return DecoderConfig(**{"vocab_size": vocab_rows(32_001), **sizes})
 
 
 class TrainingStep:

@@ -20,7 +20,7 @@ from meap_lit.errors import UserError
 from meap_lit.hf.config import family
 from meap_lit.hf.folder import CONFIG_FILE, PICKLED, WEIGHTS_FILE, HFFolder, foreign_format, pickle_refusal
 from meap_lit.hf.weights import EMBEDDING, HEAD, WeightSource, copy_rows
-from meap_lit.model.config import DecoderConfig, RopeScaling, pad_vocab_size
+from meap_lit.model.config import DecoderConfig, RopeScaling, vocab_rows
 from meap_lit.model.lora import LoRA, is_adapter
 from meap_lit.tokenizer.tokenizer import MASK_TOKEN, Tokenizer, id_of_token
 
@@ -61,14 +61,16 @@ def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
     Raises:
         UserError: If the tokenizer has more ids, a new mask token aside, than the source has rows.
     """
-    rows, ids = source.config.vocab_size, tokenizer.vocab_size - tokenizer.mask_is_new
-    assert rows is not None
-    if rows < ids:
+    stated = source.config.vocab_size
+    assert stated is not None
+    rows = vocab_rows(tokenizer.vocab_size, stated, new_tokens=tokenizer.mask_is_new)
+    if rows is None:
         raise UserError(
-            f"checkpoint {source.path} has {rows} vocabulary rows, too few for the {ids} ids of tokenizer "
-            f"{tokenizer.path}; name the tokenizer that belongs to the checkpoint"
+            f"checkpoint {source.path} has {stated} vocabulary rows, too few for the "
+            f"{tokenizer.vocab_size - tokenizer.mask_is_new} ids of tokenizer {tokenizer.path}; name the tokenizer "
+            f"that belongs to the checkpoint"
         )
-    return rows if tokenizer.vocab_size <= rows else pad_vocab_size(tokenizer.vocab_size)
+    return rows
 
 
 def new_mask_token(source: WeightSource, tokenizer: Tokenizer) -> int | None:

@@ -1,4 +1,4 @@
-"""Weights in a folder of Hugging Face: config.json beside one safetensors file, or shards with an index."""
+"""Read a Hugging Face folder: config.json beside one weight file (safetensors), or several with an index."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from meap_lit.errors import UserError
+from meap_lit.files import read_json
 from meap_lit.hf.config import POSITION_KEYS, hf_name, our_name, read_config
 from meap_lit.hf.weights import EMBEDDING, WeightSource
 
@@ -24,7 +25,7 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor as the header of its file announces it."""
+    """A tensor, as the header of its file describes it."""
 
     file: Path
     hf_name: str
@@ -40,12 +41,12 @@ class HFFolder(WeightSource):
 
     @classmethod
     def open(cls, folder: Path) -> "HFFolder":
-        """Read config.json and the headers of all files, no weights.
+        """Read config.json and the headers of all weight files, but no weights.
 
         Raises:
-            UserError: If something is missing or damaged, or the model is none that the decoder can be.
+            UserError: If something is missing or damaged, or the decoder cannot be this model.
         """
-        content = _read_json(folder / CONFIG_FILE)
+        content = read_json(folder / CONFIG_FILE)
         config, model_type = read_config(content, str(folder / CONFIG_FILE))
         entries = _entries(folder)
         if EMBEDDING not in entries:
@@ -54,7 +55,7 @@ class HFFolder(WeightSource):
             if entry.dtype not in _DTYPES:
                 raise UserError(
                     f"{entry.file}: tensor {entry.hf_name} is stored as {entry.dtype}, only {', '.join(_DTYPES)} are "
-                    f"read; take the model as it was before quantisation"
+                    f"read; use the model as it was before quantization"
                 )
         return cls(
             path=folder,
@@ -75,7 +76,7 @@ class HFFolder(WeightSource):
 
     def read(self, name: str) -> Tensor:
         entry = self.entries[name]
-        # opened for this tensor alone: what was read of a file counts as resident as long as it is mapped
+        # the file is opened for this tensor alone: pages that were read stay resident while it is mapped
         with _open_safetensors(entry.file) as file:
             return file.get_tensor(entry.hf_name)
 
@@ -84,13 +85,13 @@ class HFFolder(WeightSource):
 
 
 def _entries(folder: Path) -> dict[str, _Entry]:
-    """All tensors of the folder, by our name."""
-    if (folder / WEIGHTS_FILE).is_file():  # goes first with transformers too
+    """Return all tensors of the folder, by our name."""
+    if (folder / WEIGHTS_FILE).is_file():  # transformers prefers it too
         found = _file_entries(folder / WEIGHTS_FILE)
     elif (folder / INDEX_FILE).is_file():
-        found = _shard_entries(folder)
+        found = _indexed_entries(folder)
     else:
-        missing = f"{folder} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there"
+        missing = f"{folder} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE} exists"
         raise UserError(foreign_format(folder) or missing)
     named = ((our_name(entry.hf_name), entry) for entry in found)
     return {name: entry for name, entry in named if name is not None}
@@ -98,15 +99,15 @@ def _entries(folder: Path) -> dict[str, _Entry]:
 
 def _file_entries(file: Path) -> list[_Entry]:
     with _open_safetensors(file) as content:
-        slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118, it is no dict
+        slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118, not a dict
         return [_Entry(file, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
 
 
-def _shard_entries(folder: Path) -> list[_Entry]:
+def _indexed_entries(folder: Path) -> list[_Entry]:
     index = folder / INDEX_FILE
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map, which says what tensor is in which file")
+        raise UserError(f"{index} has no weight_map, which names the file of each tensor")
     found: dict[str, _Entry] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         if not name.endswith(".safetensors") or Path(name).name != name:
@@ -123,7 +124,7 @@ def _shard_entries(folder: Path) -> list[_Entry]:
 @contextmanager
 def _open_safetensors(file: Path) -> Iterator[Any]:
     try:
-        file.open("rb").close()  # the library calls every file absent that it cannot open
+        file.open("rb").close()  # the library reports any file that it cannot open as missing
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     try:
@@ -135,9 +136,9 @@ def _open_safetensors(file: Path) -> Iterator[Any]:
 
 
 def foreign_format(folder: Path) -> str | None:
-    """The refusal of a folder whose weights are in a format that is not read; None if it is none of these."""
+    """Return why a folder is refused whose weights are in a known format that is not read, else None."""
     if (folder / "lit_model.pth").is_file() or (folder / "model_config.yaml").is_file():
-        return f"{folder} is a LitGPT checkpoint, which is not read; bring it into Hugging Face's format first"
+        return f"{folder} is a LitGPT checkpoint, which is not read; convert it to Hugging Face's format first"
     if (folder / "adapter_config.json").is_file():
         return f"{folder} is a PEFT adapter, which is not read; merge it into its model first (merge_and_unload)"
     pickled = sorted(file for file in folder.iterdir() if file.suffix in PICKLED)
@@ -145,7 +146,7 @@ def foreign_format(folder: Path) -> str | None:
 
 
 def pickle_refusal(file: Path) -> str:
-    """Why a file of pickled weights is not read, and what to do."""
+    """Return why a file of pickled weights is not read, and what to do."""
     return (
         f"{file} is a pickle, which can run code and is not read; convert the model with transformers: "
         f"save_pretrained(folder, safe_serialization=True)"
@@ -153,12 +154,12 @@ def pickle_refusal(file: Path) -> str:
 
 
 def _read_generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return generation_config.json, with the ids that only config.json names.
+    """Return the content of generation_config.json, and the ids that only config.json names.
 
-    Transformers takes them from there if it finds no generation_config.json; one that leaves them out says no more.
+    Transformers takes these ids from config.json if generation_config.json does not exist.
     """
     file = folder / GENERATION_FILE
-    content = _read_json(file) if file.is_file() else {}
+    content = read_json(file) if file.is_file() else {}
     for key in ("eos_token_id", "suppress_tokens"):
         where = file
         if content.get(key) is None and config.get(key) is not None:
@@ -167,16 +168,4 @@ def _read_generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         is_single = key == "eos_token_id" and isinstance(ids, int)
         if not is_single and not (isinstance(ids, list) and all(isinstance(token_id, int) for token_id in ids)):
             raise UserError(f"{where}: {key} must hold token ids, got {json.dumps(ids)}")
-    return content
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object, not a {type(content).__name__}")
     return content

@@ -1,11 +1,11 @@
-"""Weights from a file into a decoder, one tensor at a time.
+"""Load weights from files into a decoder, one tensor at a time.
 
-A decoder is built without memory for its weights, allocated once in its final dtype and filled in place, so loading
-needs the model and one tensor beside it.
+A decoder is allocated once, in its final dtype, and filled in place. So loading needs the memory of the model and one
+tensor.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,31 +15,29 @@ from torch import Tensor, nn
 
 from meap_lit.errors import UserError
 from meap_lit.hf.config import sliding_window
+from meap_lit.model.build import Write, allocate, copy_whole, meta_decoder
 from meap_lit.model.config import DecoderConfig
 from meap_lit.model.decoder import Decoder
-from meap_lit.model.init import init_parameter_
 from meap_lit.model.lora import is_adapter
-
-Write = Callable[[Tensor, Tensor], None]
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 _ROWS = 1 << 12
-"""Vocabulary rows that are averaged at once, so that their float32 copy stays small."""
+"""Vocabulary rows that are averaged at once, which keeps their float32 copy small."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSource(ABC):
-    """Where the weights of a decoder lie; parameters go by the decoder's own names.
+    """Stored weights of a decoder. Parameters have the decoder's own names.
 
     Args:
         path: File or folder.
-        config: The decoder; `vocab_size` is the number of rows that are really there.
-        model_type: Family in Hugging Face's words: llama, mistral, qwen2 or qwen3; None if it has none for it.
-        dtype: What the model is kept in. Tensors may be wider: a checkpoint of training holds float32.
-        tokenizer_folder: Folder with the tokenizer.json that belongs to it, if there is one.
-        generation: Content of generation_config.json, and of config.json the ids that only it names.
-        positions: What config.json says of positions and sliding windows (`hf.POSITION_KEYS`).
-        tokens_seen: Tokens that it was trained on here, where that is known.
+        config: The decoder; `vocab_size` is the number of rows that are stored.
+        model_type: Hugging Face's family: llama, mistral, qwen2 or qwen3; None if no family fits.
+        dtype: Dtype of the model. Tensors may be wider: a checkpoint of training holds float32.
+        tokenizer_folder: Folder with the tokenizer.json of the model, if there is one.
+        generation: Content of generation_config.json, and the ids that only config.json names.
+        positions: The `POSITION_KEYS` of config.json.
+        tokens_seen: Tokens that the model was trained on in our runs, if known.
     """
 
     path: Path
@@ -53,7 +51,7 @@ class WeightSource(ABC):
 
     @property
     def context(self) -> str:
-        """The longest input in words, and what limits it, for messages."""
+        """Describe the longest input and what limits it, for messages."""
         tokens = f"{self.config.max_seq_len} tokens"
         stated = self.positions.get("max_position_embeddings")
         window = sliding_window(self.positions, self.model_type or "llama", self.config.num_layers, str(self.path))
@@ -63,27 +61,27 @@ class WeightSource(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Names of all parameters; with tied embeddings the head may be among them or not."""
+        """Return the names of all parameters; a tied head may be among them or not."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a parameter, without reading it."""
+        """Return the shape of a parameter without reading it."""
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """One parameter, on the CPU. Nothing else is kept in memory; do not write into it.
+        """Return one parameter, on the CPU. Nothing else stays in memory. Do not write into it.
 
         Raises:
             UserError: If its file is damaged.
         """
 
     def where(self, name: str) -> Path:
-        """File that holds, or ought to hold, a parameter; for messages."""
+        """Return the file that holds, or should hold, a parameter, for messages."""
         return self.path
 
 
 def token_ids(generation: Mapping[str, Any], name: str) -> list[int]:
-    """Return the ids under `name` in a generation_config.json, which may hold one, a list or null."""
+    """Return the ids under `name` of a generation_config.json, which may hold one id, a list or null."""
     ids: Any = generation.get(name)
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
@@ -96,14 +94,14 @@ def build_decoder(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Decoder:
-    """A decoder with the weights of `source`; no time goes into random weights and no memory into a second copy.
+    """Return a decoder with the weights of `source`.
 
     Args:
-        config: The decoder: that of the source, or one with more vocabulary rows or another context.
+        config: The source's, or one with more vocabulary rows or another context.
         source: The weights.
         first_new_token: As for `load_weights`.
         dtype: Dtype of the parameters; the source's own if not given.
-        device: Where the parameters are to lie; the CPU if not given.
+        device: Device of the parameters; the CPU if not given.
 
     Raises:
         UserError: As `load_weights` does.
@@ -114,58 +112,24 @@ def build_decoder(
     return decoder
 
 
-def meta_decoder(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
-    """A decoder without memory for its weights."""
-    with torch.device("meta"):
-        return Decoder(config).to(dtype)
-
-
-def allocate(decoder: Decoder, device: torch.device | str) -> None:
-    """Give a decoder, or each device's part of it, memory on `device`; what stands in it is left open."""
-    decoder.to_empty(device=device)
-    decoder.tie_weights()
-
-
-def copy_whole(parameter: Tensor, value: Tensor) -> None:
-    """Write a value into a parameter that is held as a whole."""
-    parameter.copy_(value)
-
-
-def init_weights(decoder: Decoder, names: Iterable[str], write: Write = copy_whole) -> None:
-    """Fill parameters with random values, one at a time; they follow from torch's seed and their names.
-
-    Args:
-        decoder: Allocated.
-        names: Which.
-        write: Puts a whole value into a parameter; for parameters of which each device holds a part.
-    """
-    parameters = dict(decoder.named_parameters())
-    with torch.no_grad():
-        for name in names:
-            parameter = parameters[name]
-            value = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-            init_parameter_(value, name, decoder.config)
-            write(parameter, value)
-
-
 def load_weights(
     decoder: Decoder, source: WeightSource, *, first_new_token: int | None = None, write: Write = copy_whole
 ) -> None:
-    """Fill the allocated parameters of `decoder` in place, tensor by tensor, cast to their dtype.
+    """Fill the parameters of `decoder` in place, tensor by tensor, cast to their dtype.
 
-    Where the decoder's vocabulary has more rows than the source's, embedding and head grow: new rows are the mean of
-    the old ones. The exponential being convex, a new token is then never likelier than the old ones on average.
-    Adapters are left as they are.
+    If the decoder's vocabulary has more rows than the source's, embedding and head grow: new rows are the mean of the
+    old ones. Since the exponential is convex, a new token is then never more likely than an old one is on average.
+    Adapters are not changed.
 
     Args:
-        decoder: Anything may stand in its parameters, but they must not be on the meta device.
+        decoder: An allocated decoder.
         source: The weights.
-        first_new_token: Id of the mask token, where the model has not seen one before. Its row becomes the mean of
-            the rows below even where the source has it in reserve (Qwen: 151,936 rows for 151,665 tokens).
-        write: Puts a whole value into a parameter; for parameters of which each device holds a part.
+        first_new_token: Id of the mask token, if the model has not seen one before. Its row becomes the mean of the
+            rows below, even if the source has a spare row for it (Qwen: 151,936 rows for 151,665 tokens).
+        write: Writes a whole value into a parameter of which this device may hold a part.
 
     Raises:
-        UserError: If a tensor is missing, left over, of another shape or unreadable.
+        UserError: If a tensor is missing, unknown, of another shape or unreadable.
     """
     parameters = check_weights(decoder, source)
     with torch.no_grad():
@@ -179,17 +143,17 @@ def load_weights(
 
 
 def check_weights(decoder: Decoder, source: WeightSource) -> dict[str, nn.Parameter]:
-    """Make sure that `source` has what `decoder` needs, nothing else, and in the right shapes.
+    """Check that `source` has the tensors of `decoder`, in their shapes, and no others.
 
     Args:
         decoder: It may be on the meta device.
         source: The weights; only a tied head is read.
 
     Returns:
-        The parameters by name, a tied head not apart, adapters left out.
+        The parameters by name, without a tied head and without adapters.
 
     Raises:
-        UserError: If a tensor is missing, left over or of another shape.
+        UserError: If a tensor is missing, unknown or of another shape.
     """
     parameters = {name: value for name, value in decoder.named_parameters() if not is_adapter(name)}
     available = set(source.names())
@@ -205,8 +169,8 @@ def check_weights(decoder: Decoder, source: WeightSource) -> dict[str, nn.Parame
 def copy_rows(target: Tensor, rows: Tensor, first_new_token: int | None = None) -> None:
     """Copy vocabulary rows, [V, D], into a `target` [V', D] with V' of at least V, in place.
 
-    Rows from V on are the mean of all V, and row `first_new_token`, if it is below V, that of the rows before it;
-    means are taken in float32.
+    Rows from V on become the mean of all V rows. Row `first_new_token`, if it is below V, becomes the mean of the rows
+    before it. Means are taken in float32.
     """
     target[: len(rows)].copy_(rows)
     if len(target) > len(rows):

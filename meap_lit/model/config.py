@@ -9,9 +9,23 @@ VOCAB_MULTIPLE = 64
 """Embedding and head are padded to a multiple of this, which matrix units like (32,001 becomes 32,064)."""
 
 
-def pad_vocab_size(num_tokens: int) -> int:
-    """Smallest multiple of `VOCAB_MULTIPLE` that holds `num_tokens` ids."""
-    return -(-num_tokens // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+def vocab_rows(num_tokens: int, rows: int | None = None, *, new_tokens: int = 0) -> int | None:
+    """Return how many rows embedding and head have for a tokenizer.
+
+    Args:
+        num_tokens: Ids of the tokenizer, the mask token among them.
+        rows: Rows that the recipe states, or that the weights have; if not given, the smallest multiple of
+            `VOCAB_MULTIPLE` with room for all ids.
+        new_tokens: How many of the ids may be new to the weights, which then grow to such a multiple.
+
+    Returns:
+        The rows; None if there are too few.
+    """
+    if rows is not None and num_tokens <= rows:
+        return rows
+    if rows is None or num_tokens - new_tokens <= rows:
+        return -(-num_tokens // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return None
 
 
 @dataclass(frozen=True)

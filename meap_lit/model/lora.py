@@ -101,7 +101,7 @@ def is_adapter(name: str) -> bool:
 def add_lora(decoder: nn.Module, lora: LoRA) -> None:
     """Freeze `decoder` and put an adapter on every projection that `lora` names, in place.
 
-    The adapters' values are left open: `weights.init_weights` fills them.
+    The adapters are not initialized: `build.init_weights` fills them.
     """
     decoder.requires_grad_(False)
     for parent in list(decoder.modules()):

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from meap_lit.checkpoint.source import CheckpointSource, new_mask_token, open_source, vocab_size_for
 from meap_lit.errors import UserError
-from meap_lit.hf.weights import WeightSource, allocate, copy_whole, init_weights, load_weights, meta_decoder
+from meap_lit.hf.weights import WeightSource, load_weights
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig
-from meap_lit.model.config import Context, pad_vocab_size
+from meap_lit.model.build import allocate, copy_whole, init_weights, meta_decoder
+from meap_lit.model.config import Context, vocab_rows
 from meap_lit.model.float8 import MULTIPLE, use_float8
 from meap_lit.model.lora import LoRA, add_lora, draw_dropout_from, is_adapter
 from meap_lit.model.recompute import checkpoint_and_compile
@@ -155,7 +156,7 @@ class DecoderModule(L.LightningModule, ABC):
             return self.origin["rows"]
         if data is None or not data.tokenizer.mask_is_new:
             return None
-        return self.initial_config.vocab_size or pad_vocab_size(data.tokenizer.vocab_size - 1)
+        return vocab_rows(data.tokenizer.vocab_size - 1, self.initial_config.vocab_size)
 
     def _use_float8(self, decoder: Decoder) -> None:
         data, strategy = (getattr(self._trainer, name, None) for name in ("datamodule", "strategy"))
@@ -174,7 +175,7 @@ class DecoderModule(L.LightningModule, ABC):
     def _choose_config(self, source: WeightSource | None, tokenizer: Tokenizer | None) -> DecoderConfig:
         if source is None:
             assert self.initial_config is not None
-            return _with_vocabulary(self.initial_config, tokenizer)
+            return with_vocabulary(self.initial_config, tokenizer)
         self.masks_drawn = isinstance(source, CheckpointSource) and source.rows_without_mask is None
         new_mask = None if tokenizer is None else new_mask_token(source, tokenizer)
         rows_before = None if new_mask is None else source.config.vocab_size
@@ -366,18 +367,20 @@ def _name_parameters(state: dict[str, Any], optimizer: torch.optim.Optimizer, na
         group["params"] = [name(key) for key in group["params"]]
 
 
-def _with_vocabulary(config: DecoderConfig, tokenizer: Tokenizer | None) -> DecoderConfig:
-    """`config` with room for the tokenizer's ids, the mask token among them."""
+def with_vocabulary(config: DecoderConfig, tokenizer: Tokenizer | None) -> DecoderConfig:
+    """Return the configuration of a new model, with room for the tokenizer's ids, the mask token among them.
+
+    Raises:
+        UserError: If the stated vocabulary is too small, or neither it nor a tokenizer is given.
+    """
+    if tokenizer is None and config.vocab_size is None:
+        raise UserError("without a datamodule, decoder.vocab_size and model.mask_token_id must be given")
     if tokenizer is None:
-        if config.vocab_size is None:
-            raise UserError("without a datamodule, decoder.vocab_size and model.mask_token_id must be given")
         return config
-    padded = pad_vocab_size(tokenizer.vocab_size)
-    if config.vocab_size is None:
-        return dataclasses.replace(config, vocab_size=padded)
-    if config.vocab_size < tokenizer.vocab_size:
+    rows = vocab_rows(tokenizer.vocab_size, config.vocab_size)
+    if rows is None:
         raise UserError(
             f"decoder.vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} tokens "
-            f"(mask token included); write {padded} or leave it out"
+            f"(mask token included); write {vocab_rows(tokenizer.vocab_size)} or leave it out"
         )
-    return config
+    return dataclasses.replace(config, vocab_size=rows)

@@ -1,1 +1,1 @@
-"""What a recipe needs, before it runs: memory, time, and what to change if it does not fit."""
+"""Plan a recipe before it runs: memory, time, and the changes that make it fit."""

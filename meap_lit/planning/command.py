@@ -1,10 +1,9 @@
-"""`python -m meap_lit plan`: what a recipe needs of memory and time on given devices, before any is asked for.
+"""`python -m meap_lit plan`: print the memory and time that a recipe needs on given devices.
 
 The recipe is read as `fit` reads it, but nothing is trained, downloaded or written.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,14 @@ from meap_lit.data.datamodule import StreamingData
 from meap_lit.data.finetuning import FineTuningData
 from meap_lit.data.store.manifest import MANIFEST_FILE
 from meap_lit.errors import UserError
+from meap_lit.files import read_json
 from meap_lit.hf.config import read_config
 from meap_lit.hf.folder import CONFIG_FILE
-from meap_lit.model.config import DecoderConfig, pad_vocab_size
-from meap_lit.modules.base import DecoderModule
-from meap_lit.planning.layout import Layout, layout_of, precision
-from meap_lit.planning.memory import Memory, Step, memory_of, weights_of
-from meap_lit.planning.savings import smallest_changes
+from meap_lit.model.config import DecoderConfig, vocab_rows
+from meap_lit.modules.base import DecoderModule, with_vocabulary
+from meap_lit.planning.devices import Devices, devices_of, precision
+from meap_lit.planning.memory import Memory, Step, memory_of, parameters_of
+from meap_lit.planning.remedies import smallest_changes
 from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.recipe.parser import Parser
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -37,15 +37,15 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True)
 class Hardware:
-    """What is planned for.
+    """The devices to plan for.
 
     Args:
         devices: Devices of a node; trainer.devices if not given.
         nodes: Nodes; trainer.num_nodes if not given.
         device_memory: Memory of a device in GB (10^9 bytes).
-        utilisation: Share of the peak that the model's own FLOPs reach (MFU); recomputation does not count into it.
+        utilisation: Share of the peak that the model's own FLOPs reach (MFU); recomputation does not count.
         peak_teraflops: Dense peak of a device at the precision of its products; 989 is an H100's in bfloat16.
-        decoder: What to plan with where model.init_from is not at hand: a config.json of Hugging Face, or a recipe
+        decoder: The model to plan for if model.init_from does not exist yet: a Hugging Face config.json, or a recipe
             (.yaml) of the same shape.
     """
 
@@ -69,13 +69,13 @@ class Hardware:
 
 
 class PlanCLI(RecipeCLI):
-    """Reads a recipe as `fit` does, with the options of `Hardware` beside it, and prints the plan."""
+    """Read a recipe as `fit` does, with the options of `Hardware`, and print its plan."""
 
     plan: "Plan"
 
     @classmethod
     def run(cls, arguments: list[str]) -> "PlanCLI":
-        """Print the plan for the words after `plan`.
+        """Print the plan for the words after `plan` on the command line.
 
         Raises:
             UserError: As `read` does.
@@ -86,7 +86,7 @@ class PlanCLI(RecipeCLI):
 
     @classmethod
     def read(cls, arguments: list[str]) -> "PlanCLI":
-        """Parse the words after `plan`; hyphens serve in the options of `Hardware` too, as in `--device-memory`.
+        """Parse the words after `plan`. The options of `Hardware` may be spelled with hyphens (`--device-memory`).
 
         Raises:
             UserError: If the recipe, an override or an option is wrong, or the devices cannot be divided as it asks.
@@ -118,16 +118,16 @@ class PlanCLI(RecipeCLI):
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on given devices.
+    """Memory and time of a run on given devices.
 
     Args:
         step: What the memory depends on.
-        memory: That of one device.
+        memory: Memory of one device.
         rows_per_step: data.global_batch_size.
-        num_steps: Optimizer steps; None if they depend on data that is not there.
-        num_flops: FLOPs of the whole run; None likewise.
-        hardware: What is planned for.
-        notes: What had to be assumed.
+        num_steps: Optimizer steps; None if they depend on data that is not prepared yet.
+        num_flops: FLOPs of the whole run; None if the steps are unknown.
+        hardware: The devices.
+        notes: Assumptions of the plan.
     """
 
     step: Step
@@ -145,22 +145,21 @@ class Plan:
         """Plan for a recipe's parts.
 
         Raises:
-            UserError: If the devices do not divide as the strategy or the batch asks, something is not known to the
-                plan, or the model's configuration is not at hand.
+            UserError: If the devices do not divide as strategy and batch require, `plan` does not know the strategy or
+                the precision, or the model's configuration does not exist.
         """
-        layout = layout_of(trainer, hardware.devices, hardware.nodes)
+        devices = devices_of(trainer, hardware.devices, hardware.nodes)
         decoder, notes = decoder_config(module, data, hardware.decoder)
         step = Step(
             decoder=decoder,
             num_tokens=data.micro_batch_size * data.seq_len,
             seq_len=data.seq_len,
-            accumulation=data.accumulation(layout.num_replicas),
+            accumulation=data.accumulation(devices.num_replicas),
             precision=precision(trainer.precision),
             activation_checkpointing=module.activation_checkpointing,
             lora=module.lora,
             packed=isinstance(data, FineTuningData),
-            layout=layout,
-            on_cpu=trainer.accelerator == "cpu",
+            devices=devices,
         )
         prepared = all(Path(path, MANIFEST_FILE).is_file() for path in data.datasets)
         needs_data = budget.max_epochs is not None or step.packed
@@ -183,35 +182,36 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the device's memory."""
+        """Return whether the peak is within the device's memory."""
         return self.memory.total <= self.hardware.device_memory * GB
 
     @property
     def days(self) -> float | None:
-        """Days of training at the stated utilisation: FLOPs / (devices x peak x utilisation)."""
+        """Return the days of training at the stated utilization: FLOPs / (devices x peak x utilisation)."""
         if self.num_flops is None:
             return None
-        rate = self.step.layout.num_devices * self.hardware.peak_teraflops * 1e12 * self.hardware.utilisation
+        rate = self.step.devices.number * self.hardware.peak_teraflops * 1e12 * self.hardware.utilisation
         return self.num_flops / rate / SECONDS_PER_DAY
 
     def report(self) -> str:
-        """The plan as text for a terminal."""
+        """Return the plan as text for a terminal."""
         lines = [*self._run_lines(), "", *self._memory_lines()]
         if not self.fits:
             lines += ["", *self._remedy_lines()]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def _run_lines(self) -> Iterator[str]:
-        step, layout = self.step, self.step.layout
-        weights = weights_of(dataclasses.replace(step, layout=Layout()))
-        trained = sum(w.size for w in weights if w.trained)
-        frozen = sum(w.size for w in weights) - trained
+        step, devices = self.step, self.step.devices
+        whole = parameters_of(dataclasses.replace(step, devices=Devices())).values()
+        trained, frozen = (
+            sum(p.numel() for p in whole if p.requires_grad == is_trained) for is_trained in (True, False)
+        )
         yield f"model         {trained:,} parameters trained" + (f", {frozen:,} frozen" if frozen else "")
-        yield f"devices       {layout.num_devices}, {layout}"
+        yield f"devices       {devices.number}, {devices}"
         tokens_per_step = self.rows_per_step * step.seq_len
         yield (
             f"step          {self.rows_per_step} rows x {step.seq_len:,} = {tokens_per_step:,} tokens: "
-            f"{step.accumulation} x {step.num_tokens // step.seq_len} rows on each of {layout.num_replicas} "
+            f"{step.accumulation} x {step.num_tokens // step.seq_len} rows on each of {devices.num_replicas} "
             f"data-parallel devices"
         )
         if self.num_steps is None:
@@ -223,7 +223,7 @@ class Plan:
         )
         assert self.days is not None
         yield (
-            f"time          {_duration(self.days)} at {self.hardware.utilisation:.0%} of {layout.num_devices} x "
+            f"time          {_duration(self.days)} at {self.hardware.utilisation:.0%} of {devices.number} x "
             f"{self.hardware.peak_teraflops:g} TFLOP/s"
         )
 
@@ -273,36 +273,36 @@ def _duration(days: float) -> str:
     return f"{days * length:.3g} {name}"
 
 
-# ------------------------------------------------------------------------------------------------ what a recipe says
+# ------------------------------------------------------------------------------------------------- the model
 
 
 def decoder_config(module: DecoderModule, data: StreamingData, stand_in: str | None) -> tuple[DecoderConfig, list[str]]:
-    """The model to plan for, its vocabulary known, and what had to be assumed.
+    """Return the model to plan for, with its vocabulary, and the assumptions made.
 
     Args:
-        module: Its `initial_config`, or the configuration under its `init_from`.
-        data: Its tokenizer decides the vocabulary, if it is there.
-        stand_in: A config.json or a recipe that is read instead.
+        module: States the model, in `initial_config` or under `init_from`.
+        data: Names the tokenizer, which decides the vocabulary if it exists.
+        stand_in: A config.json or a recipe to read instead.
 
     Raises:
         UserError: If a file is missing or wrong, or the tokenizer does not fit the model.
     """
-    has_tokenizer = Path(data.tokenizer_folder).expanduser().is_dir()  # else preparation makes it
-    num_tokens = Tokenizer.load(data.tokenizer_folder).vocab_size if has_tokenizer else None
     config = _stated_config(module, stand_in)
     if module.context is not None:
         config = module.context.of(config)
-    rows, fresh = config.vocab_size, module.init_from is None and stand_in is None
-    if num_tokens is not None:
-        if rows is None or (num_tokens > rows and not fresh):
-            rows = pad_vocab_size(num_tokens)  # a checkpoint's vocabulary grows
-        elif num_tokens > rows:
-            raise UserError(f"decoder.vocab_size {rows} is smaller than the tokenizer's {num_tokens} tokens")
+    is_new = module.init_from is None and stand_in is None
+    if Path(data.tokenizer_folder).expanduser().is_dir():  # else preparation makes it
+        tokenizer = Tokenizer.load(data.tokenizer_folder)
+        if is_new:
+            return with_vocabulary(config, tokenizer), []
+        rows = vocab_rows(tokenizer.vocab_size, config.vocab_size, new_tokens=tokenizer.vocab_size)
         return dataclasses.replace(config, vocab_size=rows), []
-    missing = f"tokenizer {data.tokenizer_folder} is not there: a vocabulary of"
-    if rows is None:
-        return dataclasses.replace(config, vocab_size=USUAL_VOCAB_SIZE), [f"{missing} {USUAL_VOCAB_SIZE:,} is assumed"]
-    return config, [] if fresh else [f"{missing} {rows:,} is taken from the model, which may grow by a mask token"]
+    missing = f"tokenizer {data.tokenizer_folder} does not exist: a vocabulary of"
+    if config.vocab_size is None:
+        config = dataclasses.replace(config, vocab_size=USUAL_VOCAB_SIZE)
+        return config, [f"{missing} {USUAL_VOCAB_SIZE:,} is assumed"]
+    taken = f"{missing} {config.vocab_size:,} is taken from the model, which may grow by a mask token"
+    return config, [] if is_new else [taken]
 
 
 def _stated_config(module: DecoderModule, stand_in: str | None) -> DecoderConfig:
@@ -311,25 +311,15 @@ def _stated_config(module: DecoderModule, stand_in: str | None) -> DecoderConfig
             raise UserError(f"{stand_in} (--decoder) does not exist")
         if Path(stand_in).suffix in (".yaml", ".yml"):
             return PlanCLI.read(["--config", stand_in, "--devices", "1"]).plan.step.decoder
-        return _read_config_file(Path(stand_in))
+        return read_config(read_json(Path(stand_in)), stand_in)[0]
     if module.initial_config is not None:
         return module.initial_config
     folder = Path(module.init_from or "").expanduser()
     if (folder / CONFIG_FILE).is_file():
-        return _read_config_file(folder / CONFIG_FILE)
+        return read_config(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))[0]
     if not folder.exists():
         raise UserError(
             f"model.init_from {folder} does not exist; name its {CONFIG_FILE}, or a recipe of its shape, with "
             f"--decoder FILE"
         )
     return open_source(folder, verify=False).config
-
-
-def _read_config_file(file: Path) -> DecoderConfig:
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object, not a {type(content).__name__}")
-    return read_config(content, str(file))[0]

@@ -190,8 +190,8 @@ SHARD = "model-00002-of-00005.safetensors"
             write("generation_config.json", '{"suppress_tokens": 2}'),
             "/generation_config.json: suppress_tokens must hold token ids, got 2",
         ),
-        ("one", write("config.json", "{"), "/config.json is not valid JSON: "),
-        ("one", write("config.json", "[]"), "/config.json must hold a JSON object, not a list"),
+        ("one", write("config.json", "{"), "/config.json: not valid JSON ("),
+        ("one", write("config.json", "[]"), "/config.json: not a JSON object but list"),
         ("one", cut("model.safetensors", 60_000), "/model.safetensors is damaged or cut short (incomplete metadata"),
         ("one", cut("model.safetensors", 100), "/model.safetensors is damaged or cut short (invalid header length"),
         ("one", cut("model.safetensors", 0), "/model.safetensors is damaged or cut short (header too small"),
@@ -212,7 +212,7 @@ SHARD = "model-00002-of-00005.safetensors"
             "save_pretrained(folder, safe_serialization=True)",
         ),
         ("one", remove("*.safetensors", "model.pt"), "/model.pt is a pickle, which can run code"),
-        ("one", remove("*.safetensors", "lit_model.pth"), " is a LitGPT checkpoint, which is not read; bring it into"),
+        ("one", remove("*.safetensors", "lit_model.pth"), " is a LitGPT checkpoint, which is not read; convert it to"),
         ("one", remove("*.safetensors", "adapter_config.json"), " is a PEFT adapter, which is not read; merge it"),
         ("one", store(model__embed_tokens__weight=None), " has no tensor model.embed_tokens.weight; it holds no lang"),
         ("one", store(model__norm__weight=None), " has no tensor norm.weight; the model and its file do not fit"),
@@ -225,7 +225,7 @@ SHARD = "model-00002-of-00005.safetensors"
         (
             "one",
             store(model__norm__weight=torch.ones(32, dtype=torch.int8)),
-            "/model.safetensors: tensor model.norm.weight is stored as I8, only F32, BF16, F16 are read; take the",
+            "/model.safetensors: tensor model.norm.weight is stored as I8, only F32, BF16, F16 are read; use the",
         ),
     ],
 )

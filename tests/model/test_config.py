@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meap_lit.errors import UserError
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling
-from meap_lit.model.config import pad_vocab_size
+from meap_lit.model.config import vocab_rows
 
 TOY = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 64}
 
@@ -19,8 +19,8 @@ def toy(**changes: object) -> DecoderConfig:
 
 
 @pytest.mark.parametrize(("num_tokens", "expected"), [(1, 64), (64, 64), (65, 128), (32_000, 32_000), (32_001, 32_064)])
-def test_pad_vocab_size(num_tokens: int, expected: int) -> None:
-    assert pad_vocab_size(num_tokens) == expected
+def test_vocab_rows(num_tokens: int, expected: int) -> None:
+    assert vocab_rows(num_tokens) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_num_parameters_is_that_of_the_module(config: DecoderConfig) -> None:
 def test_ladder_of_the_paper(layers: int, heads: int, width: int, mlp: int, expected: int) -> None:
     """Built without memory for the weights; the counts are those that the names of the sizes round."""
     config = DecoderConfig(
-        num_layers=layers, num_heads=heads, hidden_size=width, intermediate_size=mlp, vocab_size=pad_vocab_size(32_001)
+        num_layers=layers, num_heads=heads, hidden_size=width, intermediate_size=mlp, vocab_size=vocab_rows(32_001)
     )
     with torch.device("meta"):
         model = Decoder(config)

@@ -37,7 +37,7 @@ def test_a_recipe_of_the_paper_on_eight_devices(capsys):
     assert f"{flops:.3g} FLOPs" in out
     assert f"{flops / (8 * 989e12 * 0.4) / 86_400:.3g} days at 40% of 8 x 989 TFLOP/s" in out
     assert "of 80: fits" in out
-    assert "tokenizer data/tokenizer is not there: a vocabulary of 32,064 is assumed" in out
+    assert "tokenizer data/tokenizer does not exist: a vocabulary of 32,064 is assumed" in out
 
 
 def test_overlays_and_overrides_are_followed(capsys):
@@ -137,7 +137,7 @@ def test_70b_takes_32_devices():
     on_8, on_16 = (PlanCLI.read([*words, "--nodes", str(nodes)]).plan for nodes in (1, 2))
     whole = 8 * (on_8.memory.parameters + on_8.memory.gradients + on_8.memory.optimizer)
     [remedy] = on_8.report().split("fits with\n")[1].splitlines()
-    assert remedy.startswith("  --trainer.strategy.cpu_offload true: 29.67 GB, and 141.11 GB of the host's memory for")
+    assert remedy.startswith("  --trainer.strategy.cpu_offload true: 29.23 GB, and 141.11 GB of the host's memory for")
     offloaded = PlanCLI.read([*words, "--trainer.strategy.cpu_offload", "true"]).plan
     assert (offloaded.memory.parameters, offloaded.memory.host) == (0, whole // 8)
     assert "and in the host's memory, for each device" in offloaded.report()
@@ -173,8 +173,8 @@ def test_wrong_options_are_named(capsys, arguments, message):
     ("content", "message"),
     [
         (None, "(--decoder) does not exist"),
-        ("{", "is not valid JSON"),
-        ("[]", "must hold a JSON object, not a list"),
+        ("{", "not valid JSON"),
+        ("[]", "not a JSON object but list"),
         (json.dumps({"model_type": "gpt2"}), "gpt2"),
     ],
 )

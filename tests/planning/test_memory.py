@@ -16,33 +16,31 @@ from meap_lit.model import Decoder, DecoderConfig, Documents, linear_cross_entro
 from meap_lit.model.lora import LoRA, add_lora
 from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.modules import AdamW
-from meap_lit.planning.layout import Layout
+from meap_lit.planning.devices import Devices
 from meap_lit.planning.memory import (
     Step,
-    Weight,
-    checkpointed_activations,
     gathered_bytes,
-    gathered_gradient_bytes,
-    kept_activations,
-    loss_bytes,
     memory_of,
     optimizer_bytes,
-    parameter_bytes,
-    weight_copies,
-    weights_of,
+    parameters_of,
+    reduced_gradient_bytes,
+    sharded_bytes,
 )
 
 TOY = DecoderConfig(
     num_layers=4, num_heads=4, num_kv_heads=2, hidden_size=64, intermediate_size=160, vocab_size=128, max_seq_len=128
 )
 ROWS, SEQ_LEN = 2, 128
-TOY_STEP = Step(TOY, ROWS * SEQ_LEN, SEQ_LEN, on_cpu=True)
+TOY_STEP = Step(TOY, ROWS * SEQ_LEN, SEQ_LEN)
 
 
 def toy_decoder(step: Step) -> Decoder:
-    decoder = Decoder(step.decoder).to(step.numerics.weights)
+    decoder = Decoder(step.decoder)
     if step.lora is not None:
         add_lora(decoder, step.lora)
+    if step.precision == "bf16-true":  # as Lightning does, adapters included
+        decoder.to(torch.bfloat16)
+    if step.lora is not None:
         with torch.no_grad():
             for name, parameter in decoder.named_parameters():
                 if "lora" in name:
@@ -56,26 +54,26 @@ def autocast(precision: str):
 
 
 def saved_bytes(step: Step) -> int:
-    """Bytes of all storages that autograd keeps of a decoder's forward, parameters aside."""
+    """Bytes of the storages that autograd keeps of a decoder's forward, parameters and inputs aside, and its result."""
     decoder = toy_decoder(step)
     checkpoint_and_compile(decoder, step.activation_checkpointing, compile=False)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
+    input_ids = torch.randint(step.decoder.vocab_size, (ROWS, SEQ_LEN))
+    not_counted = {tensor.untyped_storage().data_ptr() for tensor in (*decoder.parameters(), input_ids)}
     storages = {}  # kept alive here, so that no address is used twice
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in not_counted:
             storages[storage.data_ptr()] = storage
         return tensor
 
-    input_ids = torch.randint(step.decoder.vocab_size, (ROWS, SEQ_LEN))
     position_ids, documents = None, None
     if step.packed:
         position_ids = torch.arange(SEQ_LEN).repeat(ROWS, 1)
         documents = Documents.of_rows([[SEQ_LEN // 4, SEQ_LEN // 4]] * ROWS, SEQ_LEN)
     with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(step.precision):
-        decoder(input_ids, position_ids, documents)
-    return sum(storage.nbytes() for storage in storages.values())
+        hidden = decoder(input_ids, position_ids, documents)
+    return sum(storage.nbytes() for storage in storages.values()) + hidden.nbytes
 
 
 # ---------------------------------------------------------------------------------------------- activations
@@ -94,8 +92,8 @@ def saved_bytes(step: Step) -> int:
 )
 def test_activations_are_what_autograd_saves(decoder, options, precision):
     step = replace(TOY_STEP, decoder=replace(TOY, **decoder), precision=precision, **options)
-    copies = 0 if options.get("activation_checkpointing") else weight_copies(step, weights_of(step))
-    assert kept_activations(step) + copies == pytest.approx(saved_bytes(step), rel=0.002)
+    memory = memory_of(step)
+    assert memory.activations + memory.copies == pytest.approx(saved_bytes(step), rel=0.002)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -103,20 +101,23 @@ def test_activations_are_what_autograd_saves(decoder, options, precision):
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj", "gate_proj", "down_proj"]])
 def test_activations_with_adapters_are_what_autograd_saves(targets, dropout, precision):
     step = replace(TOY_STEP, lora=LoRA(rank=8, targets=targets, dropout=dropout), precision=precision)
-    planned = kept_activations(step) + weight_copies(step, weights_of(step))
-    assert planned == pytest.approx(saved_bytes(step), rel=0.1)  # what precedes the first adapter keeps less
+    memory = memory_of(step)
+    assert memory.activations + memory.copies == pytest.approx(saved_bytes(step), rel=0.002)
 
 
 def test_selective_checkpointing_keeps_the_results_of_products_and_attention():
     # 256 tokens: input 64 x 4 B; q 64, k and v 32 each, o 64, gate and up 160 each, down 64, attention 64, at 2 B;
     # the logsumexp of 4 heads at 4 B
     step = replace(TOY_STEP, activation_checkpointing="selective")
-    assert checkpointed_activations(step) == 256 * (64 * 4 + (64 + 32 + 32 + 64 + 160 + 160 + 64 + 64) * 2 + 4 * 4)
+    one_more = replace(step, decoder=replace(TOY, num_layers=TOY.num_layers + 1))
+    one_layer = memory_of(one_more).activations - memory_of(step).activations
+    assert one_layer == 256 * (64 * 4 + (64 + 32 + 32 + 64 + 160 + 160 + 64 + 64) * 2 + 4 * 4)
 
 
 def test_tensor_parallelism_divides_what_the_heads_and_the_mlp_keep():
     whole, halved = (
-        kept_activations(replace(TOY_STEP, layout=Layout(num_devices=2, tensor_parallel_size=size))) for size in (1, 2)
+        memory_of(replace(TOY_STEP, devices=Devices(number=2, tensor_parallel_size=size))).activations
+        for size in (1, 2)
     )
     per_token = (2 * 64 + 2 * 32) * 2 + 4 * 4 + 3 * 160 * 2  # attention, logsumexp, SwiGLU
     assert whole - halved == TOY.num_layers * ROWS * SEQ_LEN * per_token / 2
@@ -135,33 +136,31 @@ def test_parameters_gradients_and_optimizer_states_are_exact(options, precision)
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values()]
-    weights = weights_of(step)
-    assert parameter_bytes(weights, Layout()) == sum(p.nbytes for p in decoder.parameters())
-    assert parameter_bytes(weights, Layout(), trained_only=True) == sum(
-        p.grad.nbytes for p in decoder.parameters() if p.grad is not None
-    )
-    assert optimizer_bytes(weights, Layout()) == sum(state.nbytes for state in states)
+    memory = memory_of(step)
+    assert memory.parameters == sum(p.nbytes for p in decoder.parameters())
+    assert memory.gradients == sum(p.grad.nbytes for p in decoder.parameters() if p.grad is not None)
+    assert memory.optimizer == sum(state.nbytes for state in states)
 
 
 def test_shards_are_cut_along_the_first_dimension_and_rounded_up():
-    weights = [Weight("layers.0.mlp.up_proj.weight", (10, 3), torch.float32, trained=True)]
-    assert parameter_bytes(weights, Layout(num_devices=4, shard_size=4)) == 3 * 3 * 4
-    assert optimizer_bytes(weights, Layout(num_devices=4, shard_size=4)) == 2 * 3 * 3 * 4 + 4
+    parameters = [torch.empty(10, 3)]
+    assert sharded_bytes(parameters, 4) == 3 * 3 * 4
+    assert optimizer_bytes(parameters, 4) == 2 * 3 * 3 * 4 + 4
 
 
 def test_gathered_are_the_root_two_blocks_and_in_the_backward_the_gradient_of_one():
     block = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64 + 2 * 64
     root = 2 * 128 * 64 + 64
-    layout = Layout(num_devices=4, shard_size=4, fsdp=True)
-    step = replace(TOY_STEP, layout=layout)
-    assert gathered_bytes(step, weights_of(step)) == 4 * (root + 2 * block)
-    one = [weight for weight in weights_of(step) if weight.name.startswith("layers.3.")]
-    assert gathered_gradient_bytes(step, one) == (4 + 4) * block
-    kept = replace(step, layout=replace(layout, reshard_after_forward=False, param_dtype=torch.bfloat16))
-    assert gathered_bytes(kept, weights_of(kept)) == 2 * (root + 4 * block)
-    reduced_wide = replace(step, layout=replace(layout, param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
-    assert gathered_gradient_bytes(reduced_wide, one) == (2 + 4) * block
-    assert weight_copies(kept, weights_of(kept)) == 0, "weights are gathered in the dtype of the products"
+    devices = Devices(number=4, shard_size=4, fsdp=True)
+    step = replace(TOY_STEP, devices=devices)
+    assert gathered_bytes(parameters_of(step), devices, 4) == 4 * (root + 2 * block)
+    one = [p for name, p in parameters_of(step).items() if name.startswith("layers.3.")]
+    assert reduced_gradient_bytes(one, devices) == (4 + 4 + 4 / 4) * block
+    kept = replace(step, devices=replace(devices, reshard_after_forward=False, param_dtype=torch.bfloat16))
+    assert gathered_bytes(parameters_of(kept), kept.devices, 4) == 2 * (root + 4 * block)
+    reduced_wide = replace(step, devices=replace(devices, param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    assert reduced_gradient_bytes(one, reduced_wide.devices) == (2 + 4 + 4 / 4) * block
+    assert memory_of(kept).copies == 0, "weights are gathered in the dtype of the products"
 
 
 @pytest.mark.parametrize(
@@ -170,23 +169,23 @@ def test_gathered_are_the_root_two_blocks_and_in_the_backward_the_gradient_of_on
 )
 def test_ddps_buckets_lie_beside_gradients_that_accumulate(buckets, accumulation, apart):
     # measured over two processes: benchmarks/results/2026-11-24-cpu-sharding.md
-    memory = memory_of(replace(TOY_STEP, accumulation=accumulation, layout=Layout(2, buckets=buckets)))
+    memory = memory_of(replace(TOY_STEP, accumulation=accumulation, devices=Devices(2, buckets=buckets)))
     assert memory.buckets == (memory.gradients if apart else 0)
 
 
 def test_heads_that_do_not_divide_are_named():
-    layout = Layout(8, shard_size=1, tensor_parallel_size=8, fsdp=True)
+    devices = Devices(8, shard_size=1, tensor_parallel_size=8, fsdp=True)
     with pytest.raises(UserError, match=r"decoder\.num_heads 4 cannot be divided among tensor_parallel_size 8"):
-        memory_of(replace(TOY_STEP, layout=layout))
+        memory_of(replace(TOY_STEP, devices=devices))
 
 
 # ---------------------------------------------------------------------------------------------- a whole step
 
 
 def test_the_loss_does_not_grow_with_the_tokens_beyond_a_piece():
-    step = replace(TOY_STEP, decoder=replace(TOY, vocab_size=2**20), num_tokens=1000)
-    per_token = TOY.hidden_size * 2  # the gradient of the hidden states, in bfloat16
-    assert loss_bytes(replace(step, num_tokens=2000)) - loss_bytes(step) == 1000 * per_token
+    step = replace(TOY_STEP, decoder=replace(TOY, vocab_size=2**20), num_tokens=1024)
+    per_token = TOY.hidden_size * 2 + 4 + 8  # gradient of the hidden states, in bfloat16; loss, in float32; label
+    assert memory_of(replace(step, num_tokens=2048)).loss - memory_of(step).loss == 1024 * per_token
 
 
 def train(step: Step) -> None:
@@ -209,7 +208,6 @@ PEAK_STEP = Step(
     num_tokens=1024,
     seq_len=512,
     precision="32-true",
-    on_cpu=True,
 )
 
 

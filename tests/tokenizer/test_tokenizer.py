@@ -9,7 +9,7 @@ import transformers
 
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
-from meap_lit.model.config import pad_vocab_size
+from meap_lit.model.config import vocab_rows
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
 SAMPLE = "The quick fox says [MASK] and <|endoftext|>, ünïcode too: 四\n\ttab"
@@ -375,7 +375,7 @@ def test_llama2(shared_data, tmp_path):
     tokenizer = Tokenizer.load(str(shared_data / "tokenizer-llama2"))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id) == (1, 2, 32_000)
     assert tokenizer.vocab_size == 32_001
-    assert pad_vocab_size(tokenizer.vocab_size) == 32_064
+    assert vocab_rows(tokenizer.vocab_size) == 32_064
     assert not {1, 2, 32_000} & set(tokenizer.encode("<s>[MASK]</s>"))
 
     tokenizer.save(tmp_path / "saved")

@@ -8,12 +8,13 @@ from jsonargparse import Namespace
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meap_lit.errors import UserError
-from meap_lit.hf.weights import meta_decoder
+from meap_lit.masking.schedules import Constant
 from meap_lit.model import DecoderConfig
+from meap_lit.model.build import meta_decoder
 from meap_lit.modules import AdamW, MEAPPretraining
 from meap_lit.parallel.strategies import Sharded
-from meap_lit.planning.layout import Layout, layout_of, precision
-from meap_lit.planning.memory import Step, parameter_bytes, weights_of
+from meap_lit.planning.devices import Devices, devices_of, precision
+from meap_lit.planning.memory import Step, parameters_of, sharded_bytes
 
 SHARDED = "meap_lit.parallel.strategies.Sharded"
 SHARDED_DEFAULTS = {
@@ -34,22 +35,22 @@ def trainer(strategy="auto", given="32-true", **options) -> Namespace:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "options", "layout"),
+    ("strategy", "options", "devices"),
     [
-        ("auto", {}, Layout(16, buckets="copy")),
-        ("ddp", {}, Layout(16, buckets="copy")),
-        ("lightning.pytorch.strategies.DDPStrategy", {"gradient_as_bucket_view": True}, Layout(16, buckets="view")),
-        (SHARDED, {}, Layout(16, shard_size=16, fsdp=True, reduce_dtype=torch.float32)),
-        (SHARDED, {"shard_size": 8}, Layout(16, shard_size=8, fsdp=True, reduce_dtype=torch.float32)),
+        ("auto", {}, Devices(16, buckets="copy")),
+        ("ddp", {}, Devices(16, buckets="copy")),
+        ("lightning.pytorch.strategies.DDPStrategy", {"gradient_as_bucket_view": True}, Devices(16, buckets="view")),
+        (SHARDED, {}, Devices(16, shard_size=16, fsdp=True, reduce_dtype=torch.float32)),
+        (SHARDED, {"shard_size": 8}, Devices(16, shard_size=8, fsdp=True, reduce_dtype=torch.float32)),
         (
             SHARDED,
             {"given": "bf16-mixed"},
-            Layout(16, shard_size=16, fsdp=True, param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+            Devices(16, shard_size=16, fsdp=True, param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
         ),
         (
             SHARDED,
             {"tensor_parallel_size": 2, "param_dtype": "bfloat16", "reduce_dtype": "float32"},
-            Layout(
+            Devices(
                 16,
                 shard_size=8,
                 tensor_parallel_size=2,
@@ -60,8 +61,8 @@ def trainer(strategy="auto", given="32-true", **options) -> Namespace:
         ),
     ],
 )
-def test_strategies(strategy, options, layout):
-    assert layout_of(trainer(strategy, **options), 8, 2) == layout
+def test_strategies(strategy, options, devices):
+    assert devices_of(trainer(strategy, **options), 8, 2) == devices
 
 
 # ------------------------------------------------------------------------- against what the strategy really does
@@ -109,10 +110,12 @@ def test_a_large_model_is_split_as_planned(first_rank_of, decoder, nodes, option
     strategy.setup_environment()
     model = meta_decoder(decoder, torch.float32)  # no memory
     strategy.shard(model)
-    layout = layout_of(sharded(**options), 8, nodes)
-    assert strategy.distributed_sampler_kwargs == {"num_replicas": layout.num_replicas, "rank": 0}
-    weights = weights_of(Step(decoder, num_tokens=1, seq_len=1, precision="32-true", layout=layout))
-    assert sum(p.to_local().nbytes for p in model.parameters()) == parameter_bytes(weights, layout)
+    devices = devices_of(sharded(**options), 8, nodes)
+    assert strategy.distributed_sampler_kwargs == {"num_replicas": devices.num_replicas, "rank": 0}
+    parameters = parameters_of(Step(decoder, num_tokens=1, seq_len=1, precision="32-true", devices=devices))
+    assert sum(p.to_local().nbytes for p in model.parameters()) == sharded_bytes(
+        parameters.values(), devices.shard_size
+    )
 
 
 def sharded(**options) -> Namespace:
@@ -123,8 +126,8 @@ def sharded(**options) -> Namespace:
 
 
 def test_one_device_needs_no_strategy_and_two_that_share_products_read_the_same():
-    assert layout_of(trainer(), 1) == Layout()
-    assert layout_of(trainer(SHARDED, tensor_parallel_size=2), 4).num_replicas == 2
+    assert devices_of(trainer(), 1) == Devices()
+    assert devices_of(trainer(SHARDED, tensor_parallel_size=2), 4).num_replicas == 2
 
 
 @pytest.mark.parametrize(
@@ -147,10 +150,10 @@ def test_precisions(given, name):
 )
 def test_devices_that_do_not_divide_are_named(options, message):
     with pytest.raises(UserError) as error:
-        layout_of(trainer(SHARDED, **options), 8)
+        devices_of(trainer(SHARDED, **options), 8)
     assert message in str(error.value)
 
 
 def test_a_strategy_for_one_device_is_refused_on_several():
     with pytest.raises(UserError, match="SingleDeviceStrategy is for one device, not for 8"):
-        layout_of(trainer("lightning.pytorch.strategies.SingleDeviceStrategy", device="cpu"), 8)
+        devices_of(trainer("lightning.pytorch.strategies.SingleDeviceStrategy", device="cpu"), 8)

@@ -1,0 +1,112 @@
+"""The devices of a run, and how a recipe's strategy divides the model among them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jsonargparse import Namespace
+
+from meap_lit.errors import UserError
+from meap_lit.parallel.strategies import Sharded, gathered_dtype, shard_size_of
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of a run and how they share the model.
+
+    Args:
+        number: All devices of the run.
+        shard_size: Data-parallel devices that share one copy of the weights; 1 if each has its own.
+        tensor_parallel_size: Devices that share a matrix product.
+        fsdp: Weights are gathered block by block (FSDP2).
+        reshard_after_forward: Gathered blocks are freed between forward and backward.
+        param_dtype: Dtype of gathered weights; their own if not given.
+        reduce_dtype: Dtype in which gradients are reduced; that of the gathered weights if not given.
+        cpu_offload: Parameters, gradients and optimizer states are in the host's memory.
+        buckets: DDP reduces gradients in buckets that stay allocated: a `copy` of the gradients, or a `view`, in which
+            the gradients are once they are reduced.
+    """
+
+    number: int = 1
+    shard_size: int = 1
+    tensor_parallel_size: int = 1
+    fsdp: bool = False
+    reshard_after_forward: bool = True
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    cpu_offload: bool = False
+    buckets: Literal["copy", "view"] | None = None
+
+    @property
+    def num_replicas(self) -> int:
+        """Devices that read different data."""
+        return self.number // self.tensor_parallel_size
+
+    def __str__(self) -> str:
+        if not self.fsdp:
+            return "a copy of the model on each" if self.number > 1 else "a single one"
+        num_copies = self.num_replicas // self.shard_size
+        copies = "a copy" if num_copies == 1 else f"{num_copies} copies"
+        tensor = f" x {self.tensor_parallel_size} (tensor parallel)" if self.tensor_parallel_size > 1 else ""
+        return f"{copies} of the model over {self.shard_size} (FSDP){tensor} devices"
+
+
+PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
+"""Dtype of parameters, gradients and optimizer states, by `trainer.precision`."""
+
+
+# ------------------------------------------------------------------------------------------------ from a recipe
+
+
+def devices_of(trainer: Namespace, devices: int | None = None, nodes: int | None = None) -> Devices:
+    """Return the devices of a recipe.
+
+    Args:
+        trainer: The recipe's `trainer`.
+        devices: Devices of a node; the recipe's if not given.
+        nodes: Nodes; the recipe's if not given.
+
+    Raises:
+        UserError: If the number of devices is not stated, the strategy is not known here, or they do not fit.
+    """
+    devices = trainer.devices if devices is None else devices
+    nodes = trainer.num_nodes if nodes is None else nodes
+    if not str(devices).isdigit() or int(devices) < 1:
+        raise UserError(f"say how many devices a node has with --devices; trainer.devices is {devices}")
+    number, strategy = int(devices) * nodes, trainer.strategy
+    name, options = (strategy, {}) if isinstance(strategy, str) else (strategy.class_path, strategy.get("init_args"))
+    name, options = name.rsplit(".", 1)[-1], vars(options) if options else {}
+    if name == "SingleDeviceStrategy" and number > 1:
+        raise UserError(f"trainer.strategy SingleDeviceStrategy is for one device, not for {number}")
+    if name == "SingleDeviceStrategy" or (name == "auto" and number == 1):
+        return Devices()
+    if name in ("auto", "ddp", "DDPStrategy"):
+        return Devices(number, buckets="view" if options.get("gradient_as_bucket_view") else "copy")
+    if name != Sharded.__name__:
+        raise UserError(
+            f"trainer.strategy {name} is not known to plan; it knows auto, ddp, SingleDeviceStrategy and "
+            f"meap_lit.parallel.strategies.Sharded"
+        )
+    tensor_parallel_size = options["tensor_parallel_size"]
+    return Devices(
+        number,
+        shard_size=shard_size_of(int(devices), nodes, options["shard_size"], tensor_parallel_size),
+        tensor_parallel_size=tensor_parallel_size,
+        fsdp=True,
+        reshard_after_forward=options["reshard_after_forward"],
+        param_dtype=gathered_dtype(options["param_dtype"], precision(trainer.precision)),
+        reduce_dtype=getattr(torch, options["reduce_dtype"] or "float32"),
+        cpu_offload=options["cpu_offload"],
+    )
+
+
+def precision(given: str | int | None) -> str:
+    """Return a trainer.precision by its name in `PRECISIONS`.
+
+    Raises:
+        UserError: If it is none of these.
+    """
+    name = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}.get(str(given), str(given))
+    if name not in PRECISIONS:
+        raise UserError(f"trainer.precision {given} is not known to plan; it knows {', '.join(PRECISIONS)}")
+    return name

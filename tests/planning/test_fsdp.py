@@ -1,0 +1,57 @@
+"""What the plan adds for FSDP2, against FSDP2 itself on fake tensors, in a process group without other processes."""
+
+import importlib
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
+from meap_lit.model.recompute import checkpoint_and_compile
+from meap_lit.parallel.sharding import shard
+from meap_lit.planning.devices import Devices
+from meap_lit.planning.fake_step import _CountBytes
+from meap_lit.planning.memory import Step, memory_of
+
+CONFIG = DecoderConfig(
+    num_layers=3, num_heads=8, num_kv_heads=4, hidden_size=256, intermediate_size=704, vocab_size=16_000
+)
+ROWS, SEQ_LEN = 2, 256
+
+
+@pytest.fixture
+def mesh(request):
+    importlib.import_module("torch.distributed._tools.fake_collectives")  # collectives of fake tensors
+    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield init_device_mesh("cpu", (request.param,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mesh", [2, 8], indirect=True)
+@pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
+def test_the_peak_is_that_of_fsdp2(mesh, activation_checkpointing):
+    dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        decoder = Decoder(CONFIG)
+        checkpoint_and_compile(decoder, activation_checkpointing, compile=False)
+        shard(decoder, mesh, **dtypes)
+        input_ids = torch.zeros(ROWS, SEQ_LEN, dtype=torch.int64)
+        with _CountBytes([parameter.to_local().detach() for parameter in decoder.parameters()]) as count:
+            for _ in range(2):  # in the second micro-batch gradients accumulate
+                with torch.autocast("cpu", torch.bfloat16):
+                    hidden = decoder(input_ids)
+                    loss = linear_cross_entropy(hidden, decoder.lm_head.weight, input_ids)
+                del hidden
+                forward = count.start_phase()
+                loss.backward()
+                backward = max(count.before_embedding, count.start_phase())
+    devices = Devices(mesh.size(), shard_size=mesh.size(), fsdp=True, **dtypes)
+    memory = memory_of(
+        Step(CONFIG, ROWS * SEQ_LEN, SEQ_LEN, activation_checkpointing=activation_checkpointing, devices=devices)
+    )
+    kept = memory.gradients + memory.gathered + memory.activations + memory.copies
+    assert kept + memory.loss == pytest.approx(forward, rel=0.1)
+    assert kept + memory.backward == pytest.approx(backward, rel=0.1)
