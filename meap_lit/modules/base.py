@@ -207,7 +207,7 @@ class DecoderModule(L.LightningModule, ABC):
         if self.lora is None or self.lora.dropout == 0:
             return nullcontext()
         data = self.trainer.datamodule
-        seed, rank = (0, 0) if data is None else (data.seed, data.shard.rank)
+        seed, rank = (0, 0) if data is None else (data.seed, data.rank_slice.rank)
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         return draw_dropout_from(self.device, seed, self.global_step, micro_batch, rank)
 

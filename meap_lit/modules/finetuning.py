@@ -68,7 +68,7 @@ class MEAPFineTuning(DecoderModule):
     def num_replicas(self) -> int:
         """Devices that share a global batch."""
         data = self.trainer.datamodule
-        return 1 if data is None else data.shard.num_replicas
+        return 1 if data is None else data.rank_slice.num_replicas
 
     def _losses(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Summed loss, scalar, and the loss of every position for the log, [B, T]."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from meap_lit.data.stream.text import Batch
+from meap_lit.data.stream.text import TextBatch
 from meap_lit.errors import UserError
 from meap_lit.masking import check_ratio, mask_inputs, rare_ids
 from meap_lit.masking.schedules import Constant, MaskSchedule
@@ -84,14 +84,14 @@ class MEAPPretraining(DecoderModule):
             protected |= rare_ids(data.token_counts(), self.protect_rare)
         self.protected = protected.to(self.device)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         input_ids, input_mask = self.mask_batch(batch)
         with self.dropout_of(batch_idx):
             loss = self._mean_loss(input_ids, batch["labels"])
         self._log_step(loss, input_mask, batch_idx)
         return loss
 
-    def mask_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def mask_batch(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """Masked input ids and the input mask, each [B, T], of a training batch at the present step."""
         assert self.mask_token_id is not None
         step, sample_ids = self.global_step, batch["sample_ids"]
@@ -109,7 +109,7 @@ class MEAPPretraining(DecoderModule):
             protect_last="last" in self.protect,
         )
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         summed_loss = self._summed_loss(batch["input_ids"], batch["labels"])
         self._validate(summed_loss, batch["labels"], batch.get("source", 0))
 

@@ -151,8 +151,9 @@ def find_studies(runs: Sequence[Run]) -> list[Study]:
     for group in groups.values():
         plain = [arm for arm in group if arm.is_plain]
         if not plain:
+            names = ", ".join(arm.name for arm in group)
             raise UserError(
-                f"no baseline ({group[0].ratio_key} 0) for the {group[0].kind} of {', '.join(arm.name for arm in group)}; "
+                f"no baseline ({group[0].ratio_key} 0) for the {group[0].kind} of {names}; "
                 f"name its runs too, or leave these out of --runs"
             )
         for arm in group:

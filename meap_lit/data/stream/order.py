@@ -123,6 +123,10 @@ class MixedOrder:
             epochs[places] = np.arange(first, first + len(places)) // order.length
         return Visits(sources, samples, epochs)
 
+    def num_rows(self, epochs: int) -> int:
+        """Return the positions that `epochs` epochs fill; an epoch is as many samples as all sources have together."""
+        return epochs * sum(order.length for order in self.sources)
+
     def count_by_source(self, end: int) -> np.ndarray:
         """Samples of each source among the first `end` positions, [S] int64."""
         block, offset = divmod(end, _BLOCK)
