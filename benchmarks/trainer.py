@@ -215,8 +215,8 @@ def fit(recipe: dict[str, Any], folder: Path, callback: L.Callback) -> L.Trainer
     """Run `fit` on a recipe as the command does, with one callback more; what it prints is kept from the reader."""
 
     class CLI(RecipeCLI):
-        def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-            return super()._instantiate_trainer(config, [*callbacks, callback])
+        def make_trainer(self, options: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+            return super().make_trainer(options, [*callbacks, callback])
 
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))

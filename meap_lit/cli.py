@@ -1,6 +1,6 @@
-"""The command line: `fit`, `validate` and their like from recipes, and thin commands beside them.
+"""The command line.
 
-Only the standard library is imported at the top, so that `--help` answers at once.
+Only the standard library is imported at the top, so that `--help` is fast.
 """
 
 import dataclasses
@@ -25,31 +25,31 @@ usage: python -m meap_lit COMMAND [options]
 Train and fine-tune decoder-only language models with Mask-Enhanced Autoregressive Prediction.
 
 from a recipe (--config FILE, may be given several times; any value can follow as --key value):
-  fit               train
-  validate          clean validation loss of a checkpoint (--ckpt_path)
-  test, predict     Lightning's other two, for modules that define them
-  plan              memory and time on given devices, before any is asked for
+  fit               train a model
+  validate          print the clean validation loss of a checkpoint (--ckpt_path)
+  test, predict     Lightning's test and predict loops, for modules that define them
+  plan              memory and time that a recipe needs on given devices
 
 data:
   tokenizer train   train a byte-level BPE tokenizer
   prepare text      tokenize text files into a dataset for streaming
   prepare chat      tokenize conversations into a dataset for fine-tuning
-  prepare merge     put together the shards of a dataset (prepare ... --shard i/n)
-  prepare facts     write the small made-up corpus of the quickstart
+  prepare merge     join the parts of a dataset (prepare ... --shard i/n)
+  prepare facts     write the small synthetic corpus of the quickstart
 
 models:
   export            write a checkpoint as a Hugging Face folder
   generate          continue prompts with a checkpoint
-  evaluate          a task of recipes/eval on a checkpoint, or on two side by side
-  judge             have summaries judged that evaluate wrote
-  report            what finished runs and their evaluations found, as one folder
+  evaluate          run a task of recipes/eval on one checkpoint, or on two side by side
+  judge             judge the summaries that `evaluate` wrote
+  report            write a report of finished runs and their evaluations
 
 checkpoints of runs:
-  checkpoint inspect      say what one holds
-  checkpoint verify       compare its files with the checksums written with them
+  checkpoint inspect      print the content of a checkpoint
+  checkpoint verify       compare its files with their checksums
   checkpoint consolidate  make one file of shards, to resume from with any strategy
 
-COMMAND --help lists its options. The first thing to try:
+COMMAND --help lists the options of a command. To begin:
   python -m meap_lit fit --config recipes/quickstart.yaml
 """
 
@@ -58,7 +58,7 @@ RECIPE_COMMANDS = (*TRAINER_COMMANDS, "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it went well, 2 after wrong input (one line on stderr), 130 after Ctrl-C."""
+    """Run one command and return its exit status: 0, 2 after wrong input (one line on stderr), or 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except PermissionError as error:
-        # asked for here, since a folder that may not be entered shows itself wherever a file in it is looked for
+        # any access to a file in a folder without permission raises this
         print(
             f"error: no permission for {error.filename}: give this user access, or name another path", file=sys.stderr
         )
@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         if not _stdout_is_closed():
             raise
-        return 141  # who read the output, such as head, has enough: what a shell says of SIGPIPE
+        return 141  # the reader of the output, such as `head`, has ended: the status of SIGPIPE in a shell
     except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # no path of ours is so long, or a link to itself
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # only a path of the user is so long, or a link to itself
             print(f"error: {shorten(str(error.filename))}: {error.strerror}; name another path", file=sys.stderr)
             return 2
         if error.errno not in NO_SPACE:
@@ -99,12 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stdout_is_closed() -> bool:
-    """Whether nobody reads what is printed any more. If so, what is left to be written goes nowhere."""
+    """Return whether the reader of stdout is gone. If so, further output is discarded."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
     return True
 
 
@@ -112,8 +112,8 @@ _LONGEST_LINE = 1000
 
 
 def _one_line(error: UserError) -> str:
-    """Return the message as a line that a terminal shows whole, without secrets, whatever values it quotes."""
-    # a worker process of a DataLoader hands on its whole traceback as the message, which ends in the error's own
+    """Return the message as one printable line of bounded length, without secrets."""
+    # the message of a DataLoader's worker process is its traceback, whose last line is the error's own
     text = re.sub(r"(?s)^Caught UserError in .*\n(\w+\.)*UserError: ", "", str(error)).strip()
     text = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in " ".join(text.split()))
     return shorten(hide_in_text(text), _LONGEST_LINE)
@@ -136,17 +136,18 @@ COMMANDS = {
     "prepare merge": "meap_lit.data.prepare.merge.MergeShards",
     "prepare facts": "meap_lit.data.corpora.facts.FactCorpus",
 }
-"""Each is a dataclass of its options with a method `run`; only the one that is asked for is imported."""
+"""Each is a dataclass of options with a method `run`. Only the requested one is imported."""
 
 
 def read_command(arguments: list[str]) -> Any:
-    """Return the command that the words ask for, with its options; its method `run` runs it.
+    """Return the command that the words name, with its options. Its method `run` runs it.
 
     Raises:
         UserError: If there is no such command, or an option is wrong.
     """
     from meap_lit.recipe.explain import check_options, input_errors
     from meap_lit.recipe.file import check_words, current_words
+    from meap_lit.recipe.parser import command_parser, reads_recipes
 
     check_words(arguments)
     words = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
@@ -155,8 +156,8 @@ def read_command(arguments: list[str]) -> Any:
         raise UserError(f"no command '{' '.join(arguments[:2])}'; there are {known}")
     module, name = COMMANDS[words].rsplit(".", 1)
     command = getattr(importlib.import_module(module), name)
-    parser = _command_parser(command, prog=f"python -m meap_lit {words}")
-    with input_errors([option for action in parser._actions for option in action.option_strings]):
+    parser = command_parser(command, prog=f"python -m meap_lit {words}")
+    with input_errors(dict.fromkeys(field.name for field in dataclasses.fields(command))):
         options = arguments[len(words.split()) :]
         namespace = parser.parse_args(current_words(options) if reads_recipes(command) else options)
         namespace.pop("config", None)
@@ -168,44 +169,9 @@ def _run_command(command: Any) -> None:
     try:
         command.run()
     except OSError as error:
-        if error.errno in NO_SPACE and error.filename is None:  # a write does not say where
+        if error.errno in NO_SPACE and error.filename is None:  # an error of a write names no file
             error.filename = getattr(command, "output", None)
         raise
-
-
-def reads_recipes(command: type) -> bool:
-    """Return whether the options of a command may come from a recipe."""
-    return any(f.name == "base" for f in dataclasses.fields(command))
-
-
-def _command_parser(command: type, prog: str) -> Any:
-    """A parser of the fields of a command: a list takes several words (`--input A B`), a switch none (`--chat`)."""
-    import docstring_parser
-    import jsonargparse
-
-    from meap_lit.recipe.file import KeepsSecrets, RecipeFile
-
-    class Parser(KeepsSecrets, jsonargparse.ArgumentParser):  # type: ignore[misc]
-        pass
-
-    doc = docstring_parser.parse(command.__doc__ or "")
-    help_of = {parameter.arg_name: parameter.description for parameter in doc.params}
-    parser = Parser(prog=prog, description=doc.short_description, exit_on_error=False, allow_abbrev=False)
-    if reads_recipes(command):
-        parser.parser_mode = "omegaconf+"
-        parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe; a later one overrides an earlier one.")
-    lists = [f for f in dataclasses.fields(command) if "list" in str(f.type)]
-    for f in lists:
-        required = f.default is dataclasses.MISSING
-        parser.add_argument(
-            f"--{f.name}", type=str, nargs="+", required=required, default=None, help=help_of.get(f.name)
-        )
-    switches = [f for f in dataclasses.fields(command) if f.type is bool and f.default is False]
-    for f in switches:
-        parser.add_argument(f"--{f.name}", action="store_true", help=help_of.get(f.name))
-    # a group of its own would repeat the description
-    parser.add_class_arguments(command, as_group=False, skip={f.name for f in (*lists, *switches)})
-    return parser
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -218,9 +184,9 @@ def _run_trainer(arguments: list[str]) -> None:
     except RuntimeError as error:
         if "torchvision" not in str(error):
             raise
-        # litdata asks for torchvision; its CUDA build does not load beside a CPU-only torch, and torchmetrics tries to
+        # litdata depends on torchvision, which torchmetrics imports and whose CUDA build fails with a CPU-only torch
         raise UserError(
-            "the installed torchvision does not fit torch; nothing here uses it: pip uninstall torchvision"
+            "the installed torchvision does not fit torch, and this package does not use it: pip uninstall torchvision"
         ) from error
     from meap_lit.recipe.file import check_words
 
@@ -234,10 +200,10 @@ def _run_trainer(arguments: list[str]) -> None:
 
 
 def _close_process_group() -> None:
-    """End the threads of gloo and NCCL while the interpreter is whole.
+    """End the threads of gloo and NCCL before the interpreter shuts down.
 
-    One that drops its last tensor while the interpreter is taken down needs a lock that it will not get, and C++ aborts
-    the process (status -6) after all work was done. Lightning does this for NCCL alone.
+    A thread that frees its last tensor during the shutdown needs a lock that it cannot get, and C++ aborts the process
+    (status -6) after all work is done. Lightning does this only for NCCL.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
@@ -245,16 +211,16 @@ def _close_process_group() -> None:
 
 
 def silence_noise() -> None:
-    """Filter, by their text, what libraries say that no user of this package can act on."""
-    # Lightning's own use of a pytree API that torch deprecates
+    """Filter, by their text, warnings of libraries that a user of this package cannot act on."""
+    # Lightning uses a pytree API that torch deprecates
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     # the validation stream's length is exact for any number of workers
     warnings.filterwarnings("ignore", message=r".*`IterableDataset` has `__len__` defined.*")
-    # a dataset without a validation split is no mistake
+    # a dataset may lack a validation split
     warnings.filterwarnings("ignore", message=r".*Total length of `list` across ranks is zero.*")
     # litdata copies the tensor that torch warns about in the very next call
     warnings.filterwarnings("ignore", message=r"The given buffer is not writable")
-    # advertisement for other products
+    # advertisements for other products
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(name in record.getMessage() for name in ("litlogger", "litmodels"))
     )
@@ -264,7 +230,7 @@ def silence_noise() -> None:
 def _report_of_thread(args: threading.ExceptHookArgs) -> None:
     """Print the traceback of an exception that ended a thread.
 
-    TensorBoard raises those of its own again in the main thread; that of a full disk is one line there.
+    TensorBoard raises its exceptions again in the main thread, where a full disk is one line.
     """
     is_told_later = type(args.thread).__module__.startswith("tensorboard.")
     if not (is_told_later and isinstance(args.exc_value, OSError) and args.exc_value.errno in NO_SPACE):

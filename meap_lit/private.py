@@ -39,21 +39,11 @@ NAMES = {
     "torch.distributed.tensor._utils",
     # a strategy of FSDP1 without a public name
     "torch.distributed.fsdp.ShardingStrategy._HYBRID_SHARD_ZERO2",
-    # a rank's own connection to the store of the process group
-    "torch.distributed.distributed_c10d._get_default_store",
     # operations that selective checkpointing keeps: attention has no public name below `scaled_dot_product_attention`
     "torch.ops.aten._scaled_dot_product_flash_attention",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
     "torch.ops.aten._scaled_dot_product_efficient_attention",
     "torch.ops.aten._scaled_dot_product_cudnn_attention",
-    # the hooks of LightningCLI
-    "lightning.pytorch.cli.LightningCLI._instantiate_trainer",
-    "lightning.pytorch.cli.LightningCLI._parse_ckpt_path",
-    "lightning.pytorch.cli.LightningCLI._parser",
-    "lightning.pytorch.cli.LightningCLI._prepare_subcommand_parser",
-    "lightning.pytorch.cli.LightningCLI._run_subcommand",
-    "lightning.pytorch.cli.LightningCLI._set_seed",
-    "jsonargparse.ArgumentParser._actions",
 }
 
 

@@ -1,4 +1,4 @@
-"""The machine that a process runs on: its processor's name, and how it hands out memory."""
+"""The processor and the commit of a run."""
 
 import platform
 import subprocess
@@ -8,7 +8,7 @@ import meap_lit
 
 
 def processor() -> str:
-    """Name of this machine's processor."""
+    """Return the name of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")  # of Linux, where `platform.processor` is empty
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -16,13 +16,13 @@ def processor() -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this package lies in, with `-dirty` if files differ from it; None outside of one."""
+    """Return the commit of the package's checkout, with `-dirty` if files differ from it; None without a checkout."""
     folder = Path(meap_lit.__file__).parent.parent
     if not (folder / ".git").exists():
         return None
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):  # no git here, or a slow disk: nothing that should end a run
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a slow disk: no reason to end a run
         return None
     return found.stdout.strip() or None

@@ -1,7 +1,7 @@
-"""Keys, tokens and passwords: a recipe may hold them, and nothing that this project writes does.
+"""Keys, tokens and passwords: a recipe may hold them, but this package writes none of them.
 
-Where a recipe is written, an interpolation takes the place of the secret, `${oc.env:AWS_SECRET_ACCESS_KEY}`: whoever
-reads the file sees where the secret belongs, and a run that is resumed from it takes the secret from the environment.
+A recipe that is written has a reference in place of a secret, `${oc.env:AWS_SECRET_ACCESS_KEY}`. The reader of the file
+sees where the secret belongs, and a run that is resumed from it reads the secret from the environment.
 """
 
 import argparse
@@ -14,30 +14,18 @@ from typing import Any
 HIDDEN = "***"
 """Replaces a secret in a message or a command."""
 
-_ANYWHERE = {"secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd", "apikey", "bearer"}
-_ANYWHERE |= {"credential", "credentials", "accesskey", "accesstoken", "accountkey", "authtoken", "secretkey"}
-_LAST = {"auth", "authorization", "cookie", "sas", "sig", "signature"}
-_KEYS = {"access", "account", "api", "auth", "client", "customer", "encryption", "private", "shared", "signing", "ssh"}
-_KEYS |= {"storage"}
-_TOKENS_OF_TEXT = {
-    "added",
-    "begin",
-    "bos",
-    "cls",
-    "end",
-    "eos",
-    "every",
-    "first",
-    "image",
-    "last",
-    "mask",
-    "new",
-    "next",
-}
-_TOKENS_OF_TEXT |= {"pad", "sep", "special", "start", "stop", "text", "unk"}
+_ANYWHERE = set(
+    "secret secrets password passwords passwd passphrase pwd apikey bearer credential credentials accesskey accesstoken "
+    "accountkey authtoken secretkey".split()
+)
+_LAST = set("auth authorization cookie sas sig signature".split())
+_KEYS = set("access account api auth client customer encryption private shared signing ssh storage".split())
+_TOKENS_OF_TEXT = set(
+    "added begin bos cls end eos every first image last mask new next pad sep special start stop text unk".split()
+)
 _BEFORE_TOKEN = tuple(f"{word} " for word in _TOKENS_OF_TEXT)
-_PLACES = {"dir", "env", "file", "folder", "name", "path", "url", "var", "variable"}
-"""A name that ends so says where a secret is kept."""
+_PLACES = set("dir env file folder name path url var variable".split())
+"""The last word of a name that says where a secret is kept."""
 
 _LOGIN = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]+(?=@)")
 _VALUE = re.compile(r"""([A-Za-z][\w.-]*)(["']?\s*[:=]\s*["']?)([^\s,;&"'}\]]+)""")
@@ -47,12 +35,12 @@ _BEARER = re.compile(r"(?<=\bBearer )\S+")
 
 
 def is_secret(name: str) -> bool:
-    """Whether an option of this name holds a secret.
+    """Return whether an option of this name holds a secret.
 
     Example: `aws_session_token`, `api_key` and `clientSecret` do; `tokenizer`, `max_tokens`, `eos_token`,
     `mask_token_id` and `key_variable` do not.
     """
-    if not re.fullmatch(r"[A-Za-z_][\w-]*", name):  # a path, as of a dataset
+    if not re.fullmatch(r"[A-Za-z_][\w-]*", name):  # a path, such as that of a dataset
         return False
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").split("_")
     if words[-1] in _PLACES:
@@ -100,26 +88,33 @@ def without_secrets(content: Any, where: tuple[str, ...] = ()) -> Any:
 
 
 def _reference(where: Sequence[str]) -> str:
-    """An interpolation that reads the secret at a key from the environment, by the name that its service knows if
-    the key has it."""
+    """Return a reference that reads the secret at a key from the environment.
+
+    The variable has the name that a service knows, such as AWS_SECRET_ACCESS_KEY, if the key has that name.
+    """
     name = where[-1] if where[-1].startswith("aws_") else "_".join(word for word in where if word != "init_args")
     return f"${{oc.env:{re.sub(r'[^A-Z0-9]', '_', name.upper())}}}"
 
 
 def _in_queries(text: str, replacement: Callable[[str], str]) -> str:
-    """Replace the secrets in the queries of addresses, as in `https://host/x?sig=123`, by what their names give."""
+    """Replace the secrets in the queries of addresses, such as `https://host/x?sig=123`.
+
+    Args:
+        text: Any text.
+        replacement: Called with the name of the parameter.
+    """
     return _QUERY.sub(
         lambda match: f"{match[1]}{match[2]}={replacement(match[2])}" if is_secret(match[2]) else match[0], text
     )
 
 
 def hide_in_text(text: str) -> str:
-    """Return `text` with `***` for what it says of secrets, as in `api_key: 123` or `https://me:password@host`."""
+    """Return `text` with `***` for its secrets, as in `api_key: 123` or `https://me:password@host`."""
 
     def hide(match: re.Match) -> str:
         name, between, _ = match.groups()
         if name == "token" and match.string[: match.start()].endswith(_BEFORE_TOKEN):
-            return match[0]  # prose, as in "has no mask token: ..."
+            return match[0]  # prose, such as "has no mask token: ..."
         return f"{name}{between}{HIDDEN}" if any(map(is_secret, name.split("."))) else match[0]
 
     shown = _in_queries(_BEARER.sub(HIDDEN, _LOGIN.sub(HIDDEN, text)), lambda _: HIDDEN)
@@ -127,7 +122,7 @@ def hide_in_text(text: str) -> str:
 
 
 def hide_in_words(words: Sequence[str]) -> list[str]:
-    """Return the words of a command with `***` for secrets, be they of an option's own or inside its value."""
+    """Return the words of a command with `***` for secrets, whole values or parts of them."""
     shown: list[str] = []
     for word in words:
         before = shown[-1] if shown else ""

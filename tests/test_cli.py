@@ -196,7 +196,7 @@ def test_a_missing_recipe_is_named(capsys):
 def test_a_folder_instead_of_a_recipe_is_named(capsys, tmp_path):
     line = complain(capsys, "fit", "--config", "recipes/strategy")
     assert line.endswith("recipe recipes/strategy is a folder; name a file in it, such as recipes/strategy/ddp.yaml")
-    assert f"recipe {tmp_path} is a folder; no .yaml lies in it" in complain(capsys, "fit", "--config", str(tmp_path))
+    assert f"recipe {tmp_path} is a folder; it has no .yaml file" in complain(capsys, "fit", "--config", str(tmp_path))
 
 
 @pytest.mark.parametrize(("ratio", "hint"), [("15", "write 0.15 for 15%"), ("1.0", "got 1"), ("-1", "got -1")])

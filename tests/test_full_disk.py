@@ -16,7 +16,7 @@ def full(*args, **kwargs):
 @pytest.mark.parametrize(
     "target",
     [
-        "meap_lit.recipe.cli.RecipeParser.save",
+        "meap_lit.recipe.cli.write_file",
         "tensorboard.compat.tensorflow_stub.io.gfile.LocalFileSystem.append",  # in TensorBoard's thread
         "meap_lit.callbacks.summary.measure",
     ],

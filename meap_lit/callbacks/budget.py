@@ -1,4 +1,4 @@
-"""What a run may spend, stated in tokens or optimizer steps and turned into the Trainer's own terms."""
+"""The budget of a run in tokens, steps or epochs, as the Trainer's steps, accumulation and validation interval."""
 
 import inspect
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ DECIDED = {
     **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch"), "budget.val_every_n_steps"),
     "accumulate_grad_batches": "data.global_batch_size and data.micro_batch_size",
 }
-"""Options of the Trainer that follow from a budget, and what to state instead of each."""
+"""Options of the Trainer that follow from the budget, and what to set instead of each."""
 
 _WITHOUT_EFFECT = {
     "max_epochs": (1, -1),
@@ -26,17 +26,17 @@ _WITHOUT_EFFECT = {
     "overfit_batches": (0,),
     "val_check_interval": (1.0,),
 }
-"""Values of some of these, beside the Trainer's defaults, that change nothing."""
+"""Values of some of these, besides the Trainer's defaults, that have no effect."""
 
 
 def check_trainer(options: Mapping[str, Any]) -> None:
-    """Refuse options of the Trainer that would do nothing, or end a run before its budget does.
+    """Refuse options of the Trainer that would have no effect, or end a run before its budget is spent.
 
     Args:
-        options: The Trainer's arguments, by name.
+        options: Arguments of the Trainer, by name.
 
     Raises:
-        UserError: If one of `DECIDED` is stated.
+        UserError: If one of `DECIDED` is set.
     """
     parameters = inspect.signature(L.Trainer).parameters
     for name, instead in DECIDED.items():
@@ -47,9 +47,9 @@ def check_trainer(options: Mapping[str, Any]) -> None:
 
 
 class TimeLimit(Timer):
-    """Ends a process after `trainer.max_time`, a resumed one after as much again.
+    """End a process after `trainer.max_time`; a resumed run has the same time again.
 
-    Lightning's own counts what earlier processes of the run took, so that a run which it ended could not be resumed.
+    Lightning's Timer counts the time of earlier processes too, so a run that it ended could not be resumed.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,18 +57,21 @@ class TimeLimit(Timer):
 
 
 class Budget(L.Callback):
-    """Sets the Trainer's steps, gradient accumulation and validation interval from the data module's batch sizes.
+    """Set the Trainer's steps, gradient accumulation and validation interval from the data module's batch sizes.
 
-    All three follow from the number of devices, so a recipe that states its global batch gives the same run on any
-    number of them. State one of `max_tokens`, `max_steps` and `max_epochs`.
+    Accumulation follows from the number of devices, so that a recipe, which sets its global batch, gives the same run
+    on any number of them. Set one of `max_tokens`, `max_steps` and `max_epochs`.
 
     Args:
-        max_tokens: Tokens to train on; the last step that would exceed them is left out.
+        max_tokens: Tokens to train on; a last step that would exceed them is left out.
         max_steps: Optimizer steps.
-        max_epochs: Times that the datasets are gone through, in whole optimizer steps: rows at the end that do not fill
-            one are left out, and named at the start of the run. With several datasets an epoch is as many samples as
-            they have together.
-        val_every_n_steps: Optimizer steps between validations; the last step is always followed by one.
+        max_epochs: Passes over the datasets, in whole optimizer steps: rows at the end that do not fill one are left
+            out, and named at the start of the run. With several datasets an epoch has as many samples as they have
+            together.
+        val_every_n_steps: Optimizer steps between validations. A validation also follows the last step.
+
+    Raises:
+        UserError: If not exactly one of the three is set, or a number is below 1.
     """
 
     def __init__(
@@ -92,13 +95,13 @@ class Budget(L.Callback):
         self.max_epochs = max_epochs
         self.val_every_n_steps = val_every_n_steps
         self.left_out: str | None = None
-        """What the last epoch has beyond the last whole step, in words; None if nothing."""
+        """The rows of the last epoch beyond the last whole step, in words; None if there are none."""
 
     def steps(self, data: StreamingData) -> int:
-        """Number of optimizer steps that the budget pays for.
+        """Return the number of optimizer steps in the budget.
 
         Raises:
-            UserError: If it does not pay for one.
+            UserError: If it is less than one step.
         """
         if self.max_steps is not None:
             return self.max_steps
@@ -132,11 +135,11 @@ class Budget(L.Callback):
             self.left_out = data.describe_rows(end, rows)
 
     def check_resume(self, trainer: L.Trainer, checkpoint: Mapping[str, Any], path: str | Path | None) -> None:
-        """Refuse a checkpoint that this run cannot go on from; end the process if nothing is left to train.
+        """Refuse a checkpoint that this run cannot resume from; end the process if nothing is left to train.
 
         Raises:
             UserError: If the checkpoint is of another kind of run, or of other data.
-            SystemExit: With status 0, if the budget is spent, so that a restarted job counts as done.
+            SystemExit: With status 0 if the budget is spent, so that a restarted job counts as done.
         """
         kind = type(trainer.datamodule).__qualname__
         if kind not in checkpoint:
@@ -159,20 +162,20 @@ class Budget(L.Callback):
         return next(f"budget.{name} {limit}" for name, limit in limits.items() if limit is not None)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let a run that had spent its budget go on with a larger one."""
+        """Let a run that has spent its budget continue with a larger one."""
         if trainer.state.fn != "fit":
             return
         self.check_resume(trainer, checkpoint, trainer.ckpt_path)
-        # the only epoch that Lightning counts is over once a budget is spent
+        # for Lightning the only epoch has ended when the budget is spent
         for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             counts.update(processed=0, completed=0)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step >= trainer.max_steps:
-            trainer.should_stop = True  # makes Lightning validate once more before it leaves
+            trainer.should_stop = True  # Lightning then validates once more before it ends
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what is left out; after a resume, count finished micro-batches as these devices would have made them."""
+        """Print which rows are left out, and count the micro-batches of a resumed run as with the present devices."""
         if self.left_out is not None and trainer.is_global_zero:
             print(
                 f"budget.max_epochs {self.max_epochs} leaves out {self.left_out} at the end, less than an optimizer "

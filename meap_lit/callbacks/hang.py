@@ -1,4 +1,4 @@
-"""A run of several ranks whose one rank hangs ends, and says which."""
+"""End a run when one of its ranks hangs, and name that rank."""
 
 import json
 import os
@@ -24,33 +24,36 @@ STATUS = 1
 
 @dataclass
 class Whereabouts:
-    """What a rank last said of itself."""
+    """The last report of a rank."""
 
     rank: int
     host: str
     pid: int
     marks: int = 0
-    """Things begun or ended since training started; the rank that the others wait for has the fewest."""
+    """Batches and saves begun or ended since training started. The rank that the others wait for has the fewest."""
     where: str = "at the start"
     idle_s: float = 0.0
     """Time since the last mark."""
     beats: int = 0
-    """How often the rank has written this; the count of a process that is stopped or dead stands still."""
+    """Number of reports. It no longer grows if the process is stopped or dead."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
 
 
 class StopOnHang(L.Callback):
-    """Ends a run of several ranks when one has made no progress for a while, and names the rank that is behind.
+    """End a run of several ranks when one makes no progress for a while, and name the rank that is behind.
 
-    Without it the others wait in a collective operation until the process group's own timeout, 30 minutes by default,
-    and then each names itself. Here every rank counts the batches and saves that it begins and ends, in Python alone;
-    a thread of it tells the count to the store by which the ranks once found each other.
+    PyTorch's own timeout (30 minutes by default) ends a collective operation too, but each waiting rank then names
+    itself. Here every rank counts the batches and saves that it begins and ends, and a thread reports the count to the
+    store of the process group.
 
     Args:
-        timeout_minutes: Time without any progress; longer than a save, a download or a compilation takes. None never
-            ends a run.
+        timeout_minutes: Minutes without progress. It must exceed the time of a save, a download or a compilation. None
+            never ends a run.
+
+    Raises:
+        UserError: If the timeout is not above 0.
     """
 
     def __init__(self, timeout_minutes: float | None = 15.0) -> None:
@@ -98,21 +101,21 @@ class StopOnHang(L.Callback):
 
 
 class _Watch:
-    """The thread of one rank."""
+    """The thread that watches one rank."""
 
     def __init__(self, trainer: L.Trainer, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.interval_s = min(30.0, timeout_s / 10)
         self.launcher = trainer.strategy.launcher
         self.num_ranks = trainer.world_size
-        # rank 0 of a node speaks first: where Lightning started the others, they end with it
+        # rank 0 of a node reports first: the ranks that Lightning started end with it
         self.grace_s = 0.0 if trainer.local_rank == 0 else 4 * self.interval_s
         self.me = Whereabouts(trainer.global_rank, socket.gethostname(), os.getpid())
-        # a connection of its own: a call that waits would keep the training from the store
-        store: Any = dist.distributed_c10d._get_default_store()  # torch's stubs lack `clone`
-        self.store = dist.PrefixStore("hang", store.clone())
         self.patience_s = max(10.0, 2 * self.interval_s)
-        self.store.set_timeout(timedelta(seconds=self.patience_s))
+        # a connection of its own: a call that waits would block the training's
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self.patience_s))
+        self.store = dist.PrefixStore("hang", store)
         self._since = time.monotonic()
         self._stopped = threading.Event()
         self._tell()
@@ -126,7 +129,7 @@ class _Watch:
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join(self.patience_s)  # a call of the store under way while Python ends would abort the process
+        self._thread.join(self.patience_s)  # a call to the store while Python shuts down aborts the process
 
     def _tell(self) -> None:
         self.me.idle_s = time.monotonic() - self._since
@@ -134,7 +137,7 @@ class _Watch:
         self.store.set(str(self.me.rank), json.dumps(asdict(self.me)))
 
     def _run(self) -> None:
-        readings: list[dict[int, Whereabouts]] = []  # since the time was up
+        readings: list[dict[int, Whereabouts]] = []  # since the timeout
         while not self._stopped.wait(self.interval_s):
             try:
                 self._tell()
@@ -143,19 +146,19 @@ class _Watch:
                     continue
                 readings.append(self._read())
             except dist.DistError as error:
-                if not self._is_in_time():  # else the run may go on without its store
+                if not self._is_in_time():  # the training may still go on without the store
                     self._end(f"the store of rank 0 does not answer ({str(error).splitlines()[0]})")
-            if len(readings) > 3:  # beats apart, so that a process that stands still shows
+            if len(readings) > 3:  # several beats apart, so that a stopped process shows
                 self._end(blame(readings[0], readings[-1], self.num_ranks))
 
     def _is_in_time(self) -> bool:
         return self.me.idle_s < self.timeout_s + self.grace_s
 
     def _read(self) -> dict[int, Whereabouts]:
-        """What each rank last said.
+        """Return the last report of each rank.
 
-        A thread of its own asks: where the store's process or node stands still, torch's client waits for ever, as even
-        its time-out asks the store to confirm that nobody waits any more.
+        A separate thread asks. If the process with the store is stopped, torch's client never returns, because even its
+        timeout waits for an answer of the store.
 
         Raises:
             DistError: If the store does not answer.
@@ -192,16 +195,16 @@ class _Watch:
         )
         if hasattr(self.launcher, "kill"):
             self.launcher.kill(signal.SIGKILL)
-        os._exit(STATUS)  # the main thread waits in C++ for ranks that will not come
+        os._exit(STATUS)  # the main thread waits in C++ for the other ranks
 
 
 def blame(before: Mapping[int, Whereabouts], after: Mapping[int, Whereabouts], num_ranks: int) -> str:
-    """Which ranks the others wait for, from what all said at two moments.
+    """Return in words which ranks the others wait for.
 
     Args:
-        before: What each rank said first; a rank that never said anything is left out.
-        after: What it said some beats later.
-        num_ranks: Ranks of the run.
+        before: Report of each rank; a rank that never reported is missing.
+        after: Its report some beats later.
+        num_ranks: Number of ranks.
     """
     unheard = sorted(set(range(num_ranks)) - after.keys())
     if unheard:

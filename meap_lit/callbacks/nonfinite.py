@@ -1,4 +1,4 @@
-"""A run whose numbers are no longer finite stops, and such a model is kept out of every checkpoint."""
+"""Stop a run whose loss, gradients or weights are not finite, and keep such weights out of checkpoints."""
 
 import math
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from meap_lit.parallel.sharding import is_finite
 
 
 class StopOnNonFiniteLoss(L.Callback):
-    """Stops the run when a loss, the gradients or the weights are not finite.
+    """Stop the run when a loss, the gradients or the weights are not finite.
 
-    Losses are looked at on the device: the first bad step is kept there, as `DecoderModule` keeps that of the
-    gradients, and both are read only where the host waits anyway, at steps that are logged, at validation and at
-    saving. The weights are read when a run starts and at every save, so that a checkpoint holds finite weights only.
+    The number of the first bad step stays on the device, as `DecoderModule` keeps that of the gradients. The host reads
+    both where it waits anyway: at steps that are logged, at validation and at saving. The weights are checked when a
+    run starts and at every save, so that a checkpoint holds only finite weights.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -44,7 +44,7 @@ class StopOnNonFiniteLoss(L.Callback):
             self._check_steps(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After the loss was logged, so that it is seen there too."""
+        """Check the validation loss, which is logged by now."""
         loss = trainer.callback_metrics.get("val/loss")
         self._stop_if(trainer, loss is not None and not loss.isfinite(), _bad_validation)
 
@@ -57,26 +57,27 @@ class StopOnNonFiniteLoss(L.Callback):
         self._check_steps(trainer)  # a run may end at a step that is not logged
 
     def _check_steps(self, trainer: L.Trainer) -> None:
-        """Stop if the loss or the gradients of a step so far were not finite."""
+        """Stop if the loss or the gradients of any step so far were not finite."""
         of_gradients = getattr(trainer.lightning_module, "bad_gradient_step", None)
         loss, gradients = int(self._bad_loss_step), -1 if of_gradients is None else int(of_gradients)
         self._stop_if(trainer, max(loss, gradients) >= 0, partial(_bad_step, loss, gradients))
 
     def _stop_if(self, trainer: L.Trainer, is_bad: bool, describe: Callable[[L.Trainer, str | None], str]) -> None:
-        """End the run on all ranks if it is bad on one; a rank may see it steps before the others.
+        """End the run on all ranks if something is wrong on one; a rank may notice it steps before the others.
 
         Args:
-            trainer: The run.
-            is_bad: Whether it is bad on this rank.
-            describe: Returns the message; gets the trainer and the name of a parameter that is not finite, if any is.
+            trainer: The Trainer.
+            is_bad: Whether something is wrong on this rank.
+            describe: Called with the Trainer and the name of a parameter that is not finite, if there is one. Returns
+                the message.
 
         Raises:
-            UserError: If it is bad.
+            UserError: If something is wrong.
         """
         if not trainer.strategy.reduce_boolean_decision(is_bad, all=False):
             return
         ranks = Ranks(trainer)
-        names = ranks.do(partial(_not_finite, trainer))  # of a split parameter one rank may hold the bad part
+        names = ranks.do(partial(_not_finite, trainer))  # one rank may hold the bad part of a sharded parameter
         name = next((name for name in names if name is not None), None)
 
         def complain() -> None:
@@ -87,7 +88,7 @@ class StopOnNonFiniteLoss(L.Callback):
 
 
 def _bad_step(loss: int, gradients: int, trainer: L.Trainer, name: str | None) -> str:
-    # a loss that is not finite has such gradients; the loss is the cause
+    # a loss that is not finite causes such gradients
     found = f"training loss is not finite at optimizer step {loss}"
     if loss < 0 or 0 <= gradients < loss:
         found = f"gradients are not finite at optimizer step {gradients}, though the loss is"
@@ -122,8 +123,8 @@ def _bad_validation(trainer: L.Trainer, name: str | None) -> str:
 
 
 def _advice(trainer: L.Trainer, last_step: float = math.inf) -> str:
-    """Say how to go on from the newest checkpoint, one of `last_step` at most."""
-    steps = getattr(trainer.checkpoint_callback, "best_k_models", {})  # by path; also of one that was to be saved
+    """Return how to resume from the newest checkpoint up to `last_step`."""
+    steps = getattr(trainer.checkpoint_callback, "best_k_models", {})  # by path; may name one that was not saved
     good = [path for path, step in steps.items() if int(step) <= last_step and Path(path).exists()]
     last = max(good, key=lambda path: int(steps[path])) if good else trainer.ckpt_path
     if not last:

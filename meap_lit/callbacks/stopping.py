@@ -1,4 +1,4 @@
-"""A run that is told to stop (SIGTERM, SIGUSR1, Ctrl-C) saves after the step it is in, and says how to go on."""
+"""Stop a run on a signal (SIGTERM, SIGUSR1, Ctrl-C): finish the step, save, and print how to resume."""
 
 import shlex
 import signal
@@ -15,33 +15,32 @@ from meap_lit.data.stream.loader import STOP_SIGNALS
 from meap_lit.private import skip_sigterm_broadcast
 
 VALIDATION_BATCHES = 10
-"""Several ranks ask each other after so many batches of a validation."""
+"""Validation batches between two checks of several ranks."""
 
 
 class StopOnSignal(L.Callback):
-    """On a signal of `STOP_SIGNALS`, finishes the optimizer step, saves, and leaves with status 128 + signal.
+    """On a signal of `STOP_SIGNALS`, finish the optimizer step, save, and exit with status 128 + signal.
 
-    That is 143 for SIGTERM, 130 for SIGINT, and 138 for SIGUSR1, which SLURM sends before a job's time is up if it is
-    asked to.
+    The status is 143 for SIGTERM, 130 for SIGINT, and 138 for SIGUSR1, which SLURM can send before a job's time limit.
 
-    All ranks stop after the same step, whichever of them got the signal: the next one that is logged, since asking each
-    other makes the host wait. A validation is broken off, and not made up for. A second signal ends the process at
-    once, without saving.
+    All ranks stop after the same step, whichever of them got the signal. With several ranks it is the next step that is
+    logged, since a check among ranks makes the host wait. A validation is aborted and not repeated. A second signal
+    ends the process at once, without saving.
     """
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._leaving_for = 0
-        """The signal for which all ranks leave."""
+        """The signal for which all ranks exit."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals, SIGTERM from Lightning, which would end a run between two micro-batches."""
+        """Install the handlers, also for SIGTERM, at which Lightning would end a run between two micro-batches."""
         self._signal, self._leaving_for = None, 0
-        if trainer.received_sigterm:  # while the run was set up: there is nothing to save
+        if trainer.received_sigterm:  # during setup, when there is nothing to save
             raise SystemExit(128 + signal.SIGTERM)
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                signal.signal(number, self._on_signal)  # Lightning's teardown puts the earlier handlers back
+                signal.signal(number, self._on_signal)  # Lightning's teardown restores the earlier handlers
             skip_sigterm_broadcast(trainer)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -65,7 +64,7 @@ class StopOnSignal(L.Callback):
             self._leave(trainer)
 
     def _ask(self, trainer: L.Trainer) -> None:
-        """Ask all ranks whether one was told to stop; if so, save."""
+        """Check whether any rank got a signal; if so, save."""
         self._leaving_for = self._signal or 0
         if trainer.world_size > 1:
             told = torch.tensor(self._leaving_for, device=trainer.strategy.root_device)
@@ -73,7 +72,7 @@ class StopOnSignal(L.Callback):
         if self._leaving_for and isinstance(trainer.checkpoint_callback, Checkpoint):
             trainer.checkpoint_callback.save(trainer)
 
-    # the step is logged after its hooks: leave at the first hook that comes then
+    # Lightning logs a step after its hooks, so the process exits at the next hook
 
     def on_validation_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._leave(trainer)
@@ -87,7 +86,7 @@ class StopOnSignal(L.Callback):
     def _leave(self, trainer: L.Trainer) -> None:
         if not self._leaving_for:
             return
-        log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
+        log_dir = trainer.log_dir  # called on every rank, since Lightning broadcasts it
         number = signal.Signals(self._leaving_for)
         if trainer.is_global_zero:
             print(f"{number.name}: {_how_to_resume(trainer, log_dir)}", file=sys.stderr)

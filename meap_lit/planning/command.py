@@ -8,10 +8,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser
 
 from meap_lit.callbacks import Budget
 from meap_lit.checkpoint.source import open_source
@@ -27,6 +25,7 @@ from meap_lit.planning.layout import Layout, layout_of, precision
 from meap_lit.planning.memory import Memory, Step, memory_of, weights_of
 from meap_lit.planning.savings import smallest_changes
 from meap_lit.recipe.cli import RecipeCLI
+from meap_lit.recipe.parser import Parser
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
 USUAL_VOCAB_SIZE = 32_064
@@ -98,30 +97,23 @@ class PlanCLI(RecipeCLI):
         assert isinstance(cli, PlanCLI)
         return cli
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+    def make_parser(self) -> Parser:
+        parser = super().make_parser()
+        parser.prog = "python -m meap_lit plan"
         parser.description = "Print what a recipe needs of memory and time on given devices; nothing is run."
         parser.usage = "python -m meap_lit plan --config RECIPE [--config OVERLAY ...] --devices N [--KEY VALUE ...]"
+        parser.add_class_arguments(Hardware)
         return parser
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_class_arguments(Hardware)
-
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
-
-    def instantiate_classes(self) -> None:
-        """The recipe's model, data and budget, none of which reads anything yet; no Trainer."""
-        recipe = self.config[self.subcommand]
-        parts = self._parser(self.subcommand).instantiate(
-            Namespace(model=recipe.model, data=recipe.data, budget=recipe.budget)
-        )
+    def build(self) -> None:
+        """Build the recipe's model, data and budget, none of which reads anything yet; no Trainer."""
+        recipe = self.config
+        parts = self.parser.instantiate(Namespace(model=recipe.model, data=recipe.data, budget=recipe.budget))
         hardware = Hardware(**{f.name: recipe[f.name] for f in dataclasses.fields(Hardware)})
         self.plan = Plan.of(parts.model, parts.data, parts.budget, recipe.trainer, hardware)
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+    def start(self) -> None:
+        """Run nothing."""
 
 
 @dataclass(frozen=True)

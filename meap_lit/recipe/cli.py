@@ -1,17 +1,17 @@
-"""A recipe: one YAML file that composes model, data, mask schedule and trainer into a run."""
+"""Commands on a recipe, which composes model, data, mask schedule and trainer into a run."""
 
+import inspect
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -33,152 +33,196 @@ from meap_lit.callbacks.stopping import StopOnSignal
 from meap_lit.checkpoint.find import find_checkpoint
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import NO_SPACE, UserError
+from meap_lit.files import write_file
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.modules.cpu_memory import keep_freed_memory
 from meap_lit.parallel.strategies import follow_launcher
-from meap_lit.recipe.explain import check_values, explain, find_user_error, input_errors, raised_by
-from meap_lit.recipe.file import KeepsSecrets, RecipeFile, current_words
+from meap_lit.recipe.explain import Known, check_values, explain, find_user_error, input_errors, raised_by
+from meap_lit.recipe.file import current_words
+from meap_lit.recipe.parser import Parser, add_recipe_option
 
-# `--budget.max_step` is a mistake, not short for `--budget.max_steps`
-PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
+CALLBACKS: dict[str, type] = {"budget": Budget, "checkpoint": Checkpoint, "probe": RetrievalProbe, "hang": StopOnHang}
+"""Callbacks whose options are under a top-level key of the recipe."""
 
-CALLBACKS = {"budget": Budget, "checkpoint": Checkpoint, "probe": RetrievalProbe, "hang": StopOnHang}
-"""Those that a recipe gives options to, under a top-level key of its own."""
-
-GROUPS = {"trainer": L.Trainer, **CALLBACKS}
-"""The classes that take the values of a top-level key without a class_path."""
+KEYS: Known = {
+    **{"model": None, "data": None, "trainer": L.Trainer, **CALLBACKS},
+    **{"seed_everything": None, "base": None, "ckpt_path": None},
+}
+"""The top-level keys of a recipe."""
 
 MODULES = {"text": MEAPPretraining, "chat": MEAPFineTuning}
-"""What trains on datasets of each kind."""
+"""The module that trains on datasets of each kind."""
+
+DESCRIPTIONS = {
+    "fit": "Train the model of a recipe.",
+    "validate": "Print the clean validation loss of a checkpoint.",
+    "test": "Run the test loop of a module that defines one.",
+    "predict": "Run the predict loop of a module that defines one.",
+}
+"""The methods of the Trainer that are commands."""
 
 
-class RecipeParser(KeepsSecrets, LightningArgumentParser):
-    """A parser of recipes."""
+class RecipeCLI:
+    """One command on a recipe: read it, build its objects, run a method of the Trainer.
 
+    A recipe's top-level keys: `model` and `data`, classes with their `init_args`; `trainer`, the arguments of
+    Lightning's Trainer; those of `CALLBACKS`; `seed_everything`; and `base`, a recipe that this one starts from.
 
-class RecipeCLI(LightningCLI):
-    """LightningCLI with the parts that every run of this project has.
-
-    A recipe's top-level keys: `model`, `data`, `trainer` as Lightning knows them; those of `CALLBACKS`;
-    `seed_everything`; and `base`, a recipe that this one starts from.
+    Args:
+        command: One of `DESCRIPTIONS`.
+        words: What follows it on the command line.
     """
 
+    model: L.LightningModule
+    datamodule: L.LightningDataModule | None
+    trainer: L.Trainer
+
+    def __init__(self, command: str, words: Sequence[str]) -> None:
+        self.command = command
+        self.parser = self.make_parser()
+        self.config = self.parse(_nest_nulls(current_words(words)))
+
     @classmethod
-    def run(cls, arguments: list[str]) -> "RecipeCLI":
-        """Parse and run one command.
+    def run(cls, arguments: list[str]) -> Self:
+        """Run the command that the first of the arguments names.
 
         Raises:
             UserError: If the recipe or an override is wrong, in one line.
         """
-        # `${...}` is resolved after all files and overrides are read, so it follows an override
-        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         try:
-            return cls(
-                args=arguments,
-                save_config_callback=SaveRecipe,
-                trainer_defaults={
-                    "max_epochs": 1,
-                    "num_sanity_val_steps": 0,
-                    "use_distributed_sampler": False,
-                    "log_every_n_steps": 10,
-                    "enable_model_summary": False,
-                },
-                parser_kwargs={**PARSER, **{name: PARSER.copy() for name in cls.subcommands()}},
-                auto_configure_optimizers=False,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                model_class=L.LightningModule,
-                datamodule_class=L.LightningDataModule,
-            )
+            cli = cls(arguments[0], arguments[1:])
+            cli.build()
+            cli.start()
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             if (wrong := _as_user_error(error)) is error:
                 raise  # from what it was raised from
             raise wrong from error
+        return cli
 
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = RecipeParser(dump_header=[], **kwargs)
-        parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe; a later one overrides an earlier one.")
-        return parser
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        usage = f"python -m meap_lit {subcommand} --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...]"
-        epilog = (
-            "Options of a class: --model.help meap_lit.modules.MEAPPretraining, "
-            "--data.help meap_lit.data.pretraining.PretrainingData"
+    def make_parser(self) -> Parser:
+        """Return the parser of the command."""
+        parser = Parser(
+            prog=f"python -m meap_lit {self.command}",
+            usage=f"python -m meap_lit {self.command} --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...]",
+            description=DESCRIPTIONS[self.command],
+            epilog="Options of a class: --model.help meap_lit.modules.MEAPPretraining, "
+            "--data.help meap_lit.data.pretraining.PretrainingData",
         )
-        return super()._prepare_subcommand_parser(klass, subcommand, usage=usage, epilog=epilog, **kwargs)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add_recipe_option(parser)
+        parser.add_argument("--seed_everything", type=bool | int, default=0, help="Seed; true draws one.")
+        parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True)
+        parser.set_defaults(
+            {
+                "trainer.max_epochs": 1,
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.use_distributed_sampler": False,
+                "trainer.log_every_n_steps": 10,
+                "trainer.enable_model_summary": False,
+            }
+        )
+        parser.add_subclass_arguments(L.LightningModule, "model", fail_untyped=False, required=True)
+        parser.add_subclass_arguments(L.LightningDataModule, "data", fail_untyped=False, required=True)
         parser.add_argument(
             "--base", type=str | None, default=None, help="Recipe that this one starts from, relative to its folder."
         )
         for key, callback in CALLBACKS.items():
-            parser.add_lightning_class_args(callback, key)
-        parser.set_defaults({"seed_everything": 0})
+            parser.add_class_arguments(callback, key, fail_untyped=False, sub_configs=True)
+        method = inspect.signature(getattr(L.Trainer, self.command)).parameters
+        given = {name for name in method if name in ("self", "model", "datamodule") or name.endswith("dataloaders")}
+        self._arguments = parser.add_method_arguments(L.Trainer, self.command, skip=given - {"self"})
+        return parser
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        words = _nest_nulls(current_words(args))
+    def parse(self, words: list[str]) -> Namespace:
+        """Return the values that the words give to the keys of a recipe.
+
+        Raises:
+            UserError: If a recipe or an override is wrong.
+        """
         unprinted = [word for word in words if word.partition("=")[0] != "--print_config"]
         if any(word.partition("=")[0] in ("-c", "--config") for word in words) and unprinted != words:
-            self.parse_arguments(parser, unprinted)  # jsonargparse prints before the values could be checked
-        with input_errors(groups=GROUPS):
-            self.config = parser.parse_args(words)
-        check_values(self.config[self.config.subcommand].as_dict(), GROUPS)
+            self.parse(unprinted)  # jsonargparse prints before the values could be checked
+        with input_errors(KEYS):
+            config = self.parser.parse_args(words)
+        check_values(config.as_dict(), KEYS)
+        return config
 
-    def _parse_ckpt_path(self) -> None:
-        """The recipe says what is run; Lightning would let a checkpoint's hyper-parameters override it."""
+    def build(self) -> None:
+        """Build the model, the data and the Trainer.
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-        if self.subcommand == "fit":
-            check_trainer(config)
-        opening = OpenLoggers()
-        callbacks = [*callbacks, Throughput(), Mixture(), StopOnNonFiniteLoss(), RunSummary(), StopOnSignal()]
-        given = self.config[self.subcommand]
-        if given.ckpt_path not in (None, "best"):
-            callbacks.append(VerifyCheckpoint(given.ckpt_path, hashes=given.checkpoint.verify))
-        callbacks.append(opening)
-        if config["enable_progress_bar"] is not False:
-            callbacks.append(StepProgressBar())
-        if config["enable_checkpointing"] is False:  # Lightning refuses the callback then
-            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
-        follow_launcher(config)
-        config["default_root_dir"] = config["default_root_dir"] or "runs"
-        if given.ckpt_path is None:
-            _refuse_requeued(Path(config["default_root_dir"]))
-        try:
-            if config["max_time"] is not None:
-                callbacks.append(TimeLimit(config.pop("max_time")))
-            trainer = super()._instantiate_trainer(config, callbacks)
-        except UserError:
-            raise
-        except (TypeError, ValueError) as error:  # what Lightning says of its own arguments
-            raise UserError(f"trainer: {error}") from error
-        opening.hold_back(trainer)
-        # those that find that there is nothing to train come before those that need a logger
-        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, (Budget, VerifyCheckpoint, OpenLoggers)))
-        return trainer
-
-    def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
+        Raises:
+            UserError: If a value is wrong, or the parts do not fit.
+        """
+        config = self.config
+        if config.seed_everything is not False:
+            config.seed_everything = L.seed_everything(
+                None if config.seed_everything is True else config.seed_everything, workers=True
+            )
         config.base = None  # it is part of the resolved recipe now
         if config.weights_only is False:
             raise UserError("weights_only false would run code from a checkpoint, which is never done; leave it out")
         config.weights_only = True
-        config.ckpt_path = _resolve_checkpoint(config, starts_anew=self.subcommand == "fit")
-
-    def instantiate_classes(self) -> None:
-        for options in _options_of_loggers(self.config[self.subcommand]) if self.subcommand == "fit" else ():
+        config.ckpt_path = _resolve_checkpoint(config, starts_anew=self.command == "fit")
+        for options in _options_of_loggers(config) if self.command == "fit" else ():
             _make_log_folder(options)
-        with input_errors(groups=GROUPS):
-            super().instantiate_classes()
+        with input_errors(KEYS):
+            built = self.parser.instantiate(config)
+            self.model, self.datamodule = built.model, built.data
+            self.trainer = self.make_trainer(dict(vars(built.trainer)), [built[key] for key in CALLBACKS])
         _check_pair(self.model, self.datamodule)
         if isinstance(self.trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def make_trainer(self, options: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        """Return the Trainer.
+
+        Args:
+            options: Its arguments, of which `callbacks` come before all others.
+            callbacks: Those of `CALLBACKS`.
+
+        Raises:
+            UserError: If an argument is wrong, or contradicts the budget or the launcher.
+        """
+        if self.command == "fit":
+            check_trainer(options)
+        opening = OpenLoggers()
+        callbacks = [*callbacks, Throughput(), Mixture(), StopOnNonFiniteLoss(), RunSummary(), StopOnSignal()]
+        if self.config.ckpt_path not in (None, "best"):
+            callbacks.append(VerifyCheckpoint(self.config.ckpt_path, hashes=self.config.checkpoint.verify))
+        callbacks.append(opening)
+        if options["enable_progress_bar"] is not False:
+            callbacks.append(StepProgressBar())
+        if options["enable_checkpointing"] is False:  # Lightning refuses the callback then
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        callbacks.append(SaveRecipe(self.parser, self.config))
+        follow_launcher(options)
+        options["default_root_dir"] = options["default_root_dir"] or "runs"
+        if self.config.ckpt_path is None:
+            _refuse_requeued(Path(options["default_root_dir"]))
+        first = options["callbacks"] or []
         try:
-            super()._run_subcommand(subcommand)
-        except (OSError, RuntimeError) as error:  # Lightning's teardown may fail over the first
+            if options["max_time"] is not None:
+                callbacks.append(TimeLimit(options.pop("max_time")))
+            options["callbacks"] = [*(first if isinstance(first, list) else [first]), *callbacks]
+            trainer = L.Trainer(**options)
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:  # from Lightning, about its own arguments
+            raise UserError(f"trainer: {error}") from error
+        opening.hold_back(trainer)
+        # callbacks that may find nothing to train come before those that need a logger
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, (Budget, VerifyCheckpoint, OpenLoggers)))
+        return trainer
+
+    def start(self) -> None:
+        """Run the command.
+
+        Raises:
+            UserError: If the disk is full.
+        """
+        arguments = {name: self.config[name] for name in self._arguments}
+        try:
+            getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **arguments)
+        except (OSError, RuntimeError) as error:  # Lightning's teardown may fail after the first error
             full = next((cause for cause in _causes(error) if isinstance(cause, UserError | OSError)), None)
             if not isinstance(full, OSError) or full.errno not in NO_SPACE:
                 raise
@@ -191,9 +235,9 @@ class RecipeCLI(LightningCLI):
 
 
 def _nest_nulls(words: Sequence[str]) -> list[str]:
-    """The words of a command, with `--model.decoder.vocab_size null` written as `--model.decoder={vocab_size: null}`.
+    """Return the words of a command with `--model.decoder.vocab_size null` as `--model.decoder={vocab_size: null}`.
 
-    jsonargparse (4.53) hands a value on to a class within a class as text, in which null has become the word None.
+    jsonargparse (4.53) passes a value to a class within a class as text, in which null has become the word None.
     """
     nested: list[str] = []
     for word in words:
@@ -211,12 +255,13 @@ def _nest_nulls(words: Sequence[str]) -> list[str]:
 
 
 def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
-    """The checkpoint that `--ckpt_path` stands for: `last` and the folder of a run for the newest whole one in it.
+    """Return the checkpoint that `--ckpt_path` names.
 
-    With `starts_anew`, `last` is none before the first checkpoint, so that one command starts a run and resumes it.
+    `last` and the folder of a run name the newest whole checkpoint in it. With `starts_anew`, `last` is None before the
+    first checkpoint, so that one command starts a run and resumes it.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is no such checkpoint.
     """
     path = config.ckpt_path
     if path in (None, "best"):
@@ -237,8 +282,8 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
 def _refuse_requeued(folder: Path) -> None:
     """Raise `UserError` if a run without a checkpoint would start from one that Lightning saved in `folder`.
 
-    On SLURM Lightning looks for what its requeueing saved, whichever run that was, in `trainer.default_root_dir`. That
-    is the current folder, unless a recipe says otherwise; here it is `runs`, into which nothing was ever saved so.
+    On SLURM Lightning looks for a checkpoint of its requeueing, of any run, in `trainer.default_root_dir`. Its default
+    is the current folder; here it is `runs`, where Lightning saves no such checkpoint.
     """
     found = next(iter(sorted(folder.glob("*hpc_ckpt_*"))), None)
     if found is not None and SLURMEnvironment.detect():
@@ -249,9 +294,9 @@ def _refuse_requeued(folder: Path) -> None:
 
 
 def _runs_of(config: Namespace) -> Path:
-    """The folder that holds what earlier runs of a recipe saved: `checkpoint.dirpath`, or the logger's name.
+    """Return the folder of earlier runs of a recipe: `checkpoint.dirpath`, or the logger's folder.
 
-    A logger with a `version` of the recipe's own, such as the seed, has that one run.
+    A logger whose `version` is set in the recipe has only that run.
     """
     if config.checkpoint.dirpath is not None:
         return Path(config.checkpoint.dirpath)
@@ -263,21 +308,21 @@ def _runs_of(config: Namespace) -> Path:
 
 
 def _version_folder(version: int | str) -> str:
-    """The folder of a run as Lightning's loggers name it."""
+    """Return the name that Lightning's loggers give to the folder of a run."""
     return version if isinstance(version, str) else f"version_{version}"
 
 
 def _options_of_loggers(config: Namespace) -> list[Namespace]:
-    """What a recipe gives to each of its loggers."""
+    """Return the options of each logger of a recipe."""
     loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
     return [getattr(logger, "init_args", None) or Namespace() for logger in loggers]
 
 
 def _make_log_folder(options: Namespace) -> None:
-    """Make the folder that a logger writes into, before any data is prepared.
+    """Make the folder of a logger, before any data is prepared.
 
     Raises:
-        UserError: If it is an address, or nothing can be written there.
+        UserError: If it is an address, or not writable.
     """
     if not options.get("save_dir"):
         return
@@ -297,7 +342,7 @@ def _make_log_folder(options: Namespace) -> None:
 
 
 def _check_pair(model: L.LightningModule, data: L.LightningDataModule | None) -> None:
-    """Raise `UserError` if the model or the data is none of ours, or they do not fit, before any data is prepared."""
+    """Raise `UserError` if model or data is not of this package, or they do not fit, before any data is prepared."""
     for key, value, fits, example in (
         ("model", model, type(model) is not L.LightningModule, "meap_lit.modules.MEAPPretraining"),
         ("data", data, isinstance(data, StreamingData), "meap_lit.data.pretraining.PretrainingData"),
@@ -314,67 +359,69 @@ def _check_pair(model: L.LightningModule, data: L.LightningDataModule | None) ->
 
 
 def _as_user_error(error: Exception) -> Exception:
-    """Return what the user should read of an error that Lightning wrapped; a bug of ours stays as it is."""
+    """Return the `UserError` for an error that comes from Lightning; a bug of this package stays as it is."""
     if (wrong := find_user_error(error)) is not None:
         return wrong
     if isinstance(error, MisconfigurationException):
-        return UserError(explain(str(error), groups=GROUPS))
+        return UserError(explain(str(error), KEYS))
     if died := re.match(r"DataLoader worker \((pid.*?)\) (.*)", str(error)):
         return UserError(
             f"a worker that reads data ({died[1]}) {died[2].strip(' .')}: most often memory ran out; free some or "
             f"lower data.num_workers (0 reads within the training), then resume with --ckpt_path last"
         )
     if lost := re.search(r"Connection \w+ by peer( \[.*?\])?|remote process exit\w*", str(error)):
-        return UserError(f"another process of this run is gone ({lost[0]}); what ended it is said there")
-    if isinstance(error, ValueError) and raised_by(error, "lightning"):  # it checks some of its arguments only now
+        return UserError(f"another process of this run is gone ({lost[0]}); its own output says what ended it")
+    if isinstance(error, ValueError) and raised_by(error, "lightning"):  # it checks some arguments only now
         return UserError(f"trainer: {error}")
     return error
 
 
 class OpenLoggers(L.Callback):
-    """Opens the Trainer's loggers, which make the folder of a run, once it is known that there is something to train.
+    """Open the Trainer's loggers, which make the folder of a run, once the run is known to train something.
 
-    Lightning would open them before the data is looked at. Other commands than `fit` print what they find and log
-    nothing, so that no folder looks like a run.
+    Lightning would open them before the data is read. Commands other than `fit` print their results and log nothing,
+    so that no folder looks like a run.
     """
 
     def hold_back(self, trainer: L.Trainer) -> None:
-        """Take the loggers from a Trainer that was just made."""
+        """Take the loggers from a new Trainer."""
         self._loggers, trainer.loggers = trainer.loggers, []
         self._profiles = trainer.profiler.dirpath
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             trainer.loggers = self._loggers
-            trainer.profiler.dirpath = self._profiles  # it was set up without the folder of the run
+            trainer.profiler.dirpath = self._profiles  # its first setup had no folder of the run
             trainer.profiler.setup(stage, trainer.local_rank, trainer.log_dir)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what it was raised for, and so on."""
+    """Yield an error, its cause, the cause of that, and so on."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__
 
 
-class SaveRecipe(SaveConfigCallback):
-    """Keeps the resolved recipe and the tokenizer beside the checkpoints, and shows the recipe in TensorBoard."""
+class SaveRecipe(L.Callback):
+    """Write the resolved recipe and the tokenizer beside the checkpoints, and show the recipe in TensorBoard."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "overwrite": True})
+    def __init__(self, parser: Parser, config: Namespace) -> None:
+        self.parser = parser
+        self.config = config
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.loggers:  # without one, the log folder is the current one
-            super().setup(trainer, pl_module, stage)
-            log_dir = trainer.log_dir  # asked of every rank, since Lightning broadcasts it
-            if trainer.is_global_zero and log_dir is not None:
-                trainer.datamodule.tokenizer.save(Path(log_dir, "tokenizer"))
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.loggers:  # without a logger, the log folder is the current one
+            return
+        log_dir = trainer.log_dir  # called on every rank, since Lightning broadcasts it
+        if not trainer.is_global_zero or log_dir is None:
+            return
         recipe = self.parser.dump(self.config, skip_none=False)
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        write_file(Path(log_dir, "config.yaml"), recipe)
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(recipe))
             if isinstance(logger, TensorBoardLogger):
                 text = "\n".join(f"    {line}" for line in recipe.splitlines())  # shown as code
                 logger.experiment.add_text("recipe", text)
+        trainer.datamodule.tokenizer.save(Path(log_dir, "tokenizer"))

@@ -1,10 +1,10 @@
-"""What is wrong with a recipe, as one line that names the key, the value and the likely fix.
+"""Say what is wrong with a recipe, in one line that names the key, the value and the likely fix.
 
-Most of it is what jsonargparse complains of, put into other words; some it lets pass, and a class fails on it later.
+Most lines rewrite an error of jsonargparse. Some values pass jsonargparse and would fail later; they are checked here.
 
-Reading a recipe and building its objects run libraries on values that a user wrote. What a library raises there is
-wrong input, whatever the exception; what this package raises there, unless it is a `UserError`, is a bug and keeps its
-traceback, as does everything that is raised once a run has begun.
+Reading a recipe and building its objects run libraries on values that a user wrote. Whatever a library raises there is
+wrong input. What this package raises there, unless it is a `UserError`, is a bug and keeps its traceback, and so does
+every exception once a run has started.
 """
 
 import dataclasses
@@ -20,14 +20,15 @@ from typing import Any, Union, get_args, get_origin
 
 from meap_lit.errors import UserError, shorten
 
-TOP_LEVEL_KEYS = (
-    *("model", "data", "trainer", "budget", "checkpoint", "probe", "hang"),
-    *("seed_everything", "base", "ckpt_path"),
-)
+Known = Mapping[str, type | None]
+"""The top-level keys of a recipe, or the options of a command, and the class that takes the values below each.
+
+None for a single value, and for a class that the recipe itself names.
+"""
 
 _KEY = re.compile(r'Parser key "([^"]+)": ')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)': ")
-# where a class is optional, jsonargparse tells at length that the value is not null either, and prints all of it
+# for an optional class, jsonargparse adds that the value is not null either, and prints all of it
 _TAIL = re.compile(r"(\s*- Expected a <class 'NoneType'>| Given value type: ).*")
 _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ")
 _EXPECTED = re.compile(r"Expected (?:a )?(?:typing\.Literal\[([^]]*)\]|<class '([^']+)'>)(\. Got value)?")
@@ -47,12 +48,11 @@ _IN_WORDS = {
 
 
 @contextmanager
-def input_errors(options: Iterable[str] = (), groups: Mapping[str, type] | None = None) -> Iterator[None]:
+def input_errors(known: Known) -> Iterator[None]:
     """Turn what libraries raise while a recipe is read or its objects are built into a `UserError`.
 
     Args:
-        options: As for `explain`.
-        groups: As for `explain`.
+        known: As for `explain`.
 
     Raises:
         UserError: Says what is wrong with the recipe.
@@ -63,43 +63,43 @@ def input_errors(options: Iterable[str] = (), groups: Mapping[str, type] | None 
     except Exception as error:
         if isinstance(error, UserError) or any(raised_by(cause, "meap_lit") for cause in _causes(error)):
             raise
-        raise find_user_error(error) or UserError(_line(error, options, groups)) from error
+        raise find_user_error(error) or UserError(_line(error, known)) from error
 
 
 def find_user_error(error: BaseException) -> UserError | None:
-    """Return the `UserError` that a library replaced by an exception of its own, if there is one."""
+    """Return the `UserError` behind an exception of a library, if there is one."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, UserError):
         found = found.__cause__ or found.__context__
     return found
 
 
-def _line(error: Exception, options: Iterable[str], groups: Mapping[str, type] | None) -> str:
+def _line(error: Exception, known: Known) -> str:
     if any(isinstance(cause, RecursionError) for cause in _causes(error)):
         return "a value of the recipe is nested too deeply, or refers to itself"
-    if hasattr(error, "full_key"):  # of OmegaConf
+    if hasattr(error, "full_key"):  # an error of OmegaConf
         return _explain_interpolation(error)
-    if str(error).startswith("dictionary changed size"):  # jsonargparse (4.53), of a recipe with several such keys
+    if str(error).startswith("dictionary changed size"):  # jsonargparse (4.53), if a recipe has several unknown keys
         return "the recipe has keys that this command does not know; recipes of `fit` are not those of `evaluate`"
     first = _causes(error)[-1]
-    if isinstance(first, ModuleNotFoundError):  # a logger's package
+    if isinstance(first, ModuleNotFoundError):  # the package of a logger
         return " ".join(str(first).split())
-    line = explain(str(error), options, groups)
+    line = explain(str(error), known)
     is_complaint = type(error).__name__ in _COMPLAINTS or str(error).startswith(("Parser key", "Does not validate"))
     return line if is_complaint else f"cannot build what the recipe names ({type(error).__name__}): {line}"
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The exception and those that it was raised from."""
+    """Return the exception and those that it was raised from."""
     return [error, *([] if error.__cause__ is None else _causes(error.__cause__))]
 
 
 _COMPLAINTS = ("ArgumentError", "MisconfigurationException")
-"""Exceptions of jsonargparse and Lightning whose messages are sentences for users."""
+"""Exceptions of jsonargparse and Lightning whose messages are written for users."""
 
 
 def raised_by(error: BaseException, package: str) -> bool:
-    """Return whether code of the package raised the exception, not code that it called."""
+    """Return whether code of `package` itself raised the exception, not code that it called."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -107,23 +107,22 @@ def raised_by(error: BaseException, package: str) -> bool:
 
 
 def _explain_interpolation(error: Exception) -> str:
-    """Say which `${...}` leads nowhere; OmegaConf names keys below the command and the classes' `init_args`."""
-    key = re.sub(r"^(fit|validate|test|predict)\.|\.init_args", "", getattr(error, "full_key", None) or "")
+    """Return which `${...}` cannot be resolved."""
+    key = (getattr(error, "full_key", None) or "").replace(".init_args", "")
     message = str(error).splitlines()[0]
-    if match := re.search(r"Interpolation key '[^']*' not found \(resolved to '\w+\.(.*)'\)", message):
+    if match := re.search(r"Interpolation key '([^']*)' not found", message):
         message = f"the recipe has no key {shorten(match[1])} for ${{...}} to refer to"
     elif type(error).__name__ == "GrammarParseError":
         message = "a reference (${...}) that cannot be read; write it as ${data.init_args.seed}"
     return f"{shorten(key) or 'a value'}: {message}"
 
 
-def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type] | None = None) -> str:
-    """Condense a complaint of jsonargparse, which nests one sentence a level, and add what may have been meant.
+def explain(message: str, known: Known) -> str:
+    """Return an error message of jsonargparse, which has a sentence for each level, as one line with a likely fix.
 
     Args:
-        message: The complaint.
-        options: The options that there are, such as `--seed`, if they are few.
-        groups: The classes that take the values of a recipe's keys without a class_path, such as `trainer`.
+        message: The message.
+        known: The keys or options that there are.
 
     Example: `Parser key "data": Does not validate against ... Problem with given class_path 'm.Data': Option
     'global_batch' is not accepted - Expected ...` becomes `data: m.Data has no option 'global_batch'; did you mean
@@ -135,24 +134,27 @@ def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type
     core = text[max((match.end() for kind in (_KEY, _CLASS) for match in kind.finditer(text)), default=0) :]
 
     if match := re.match(r"Option '([^']+)' is not accepted", core):
-        kind = _class(classes[-1]) if classes else None
-        known = [option.removeprefix("--") for option in options] if kind is None else _parameters(kind)
+        if not classes:
+            return f"there is no key '{match[1]}'{_key_hint(match[1], known)}"
+        kind = _class(classes[-1])
         decided_by = dict(getattr(kind, "decided_by", {}))
         decides = decided_by.pop(match[1], None)
-        owner = f"{classes[-1]} has no option" if classes else "there is no key"
-        # the config.yaml of an older run names them all, and one line should do
+        # the config.yaml of an older run has all of them, and one line should name them
         likewise = ", ".join(f"{name} ({other} decides it)" for name, other in decided_by.items())
-        hint = f"; leave it out: {decides} decides it; likewise {likewise}" if decides else _hint(match[1], known)
-        core = f"{owner} '{match[1]}'{hint}"
+        hint = f"; leave it out: {decides} decides it; likewise {likewise}"
+        core = f"{classes[-1]} has no option '{match[1]}'{hint if decides else _hint(match[1], _parameters(kind))}"
     elif match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", core):
         group = _parameters(_class(classes[-1])).get(match[1]) if classes else None
-        options = inspect.signature(group.annotation).parameters if group else ()
-        core = f"{match[1]} has no option '{match[2]}'{_hint(match[2], options)}"
+        taken = inspect.signature(group.annotation).parameters if group else ()
+        key = f"{match[1]}.{match[2]}"
+        core = f"{match[1]} has no option '{match[2]}'{_hint(match[2], taken)}"
+        if not classes:
+            core = f"there is no key '{key}'{_key_hint(key, known)}"
     elif match := re.search(r"module '([^']+)' has no attribute '([^']+)'", core):
         names = [name for name, value in vars(importlib.import_module(match[1])).items() if inspect.isclass(value)]
         core = f"class_path {match[1]}.{match[2]} does not exist{_hint(match[2], names)}"
     elif match := re.search(r"does not accept option '([^']+)'", core):
-        core = f"there is no key '{match[1]}'{_key_hint(match[1], groups or {})}"
+        core = f"there is no key '{match[1]}'{_key_hint(match[1], known)}"
     elif match := re.match(r"Exceeds the limit \((\d+) digits\)", core):
         core = f"a number of more than {match[1]} digits"
     elif match := re.match(r"Key must be a string, got: (.*)\.", core):
@@ -163,40 +165,39 @@ def explain(message: str, options: Iterable[str] = (), groups: Mapping[str, type
         core = f"init_args must be {_IN_WORDS['dict']}, not a {match[1]}"
     elif match := re.match(r"Expected a tuple with (\d+) elements\. Got value: (.*)", core):
         return f"{where} must be a list of {match[1]} values, got {shorten(match[2])}"
-    elif re.search(r"arguments are required: .*\.model", core):
+    elif re.match(r"the following arguments are required: model\b", core):
         core += "; name a recipe with --config"
     elif match := re.match(r"the following arguments are required: [\w., ]+\w", core):
-        core = match[0]  # of a class; what follows says that the value is nothing else that may stand there
+        core = match[0]  # of a class; the rest says that the value is of no other type either
     elif match := re.match(r"Unable to load config \"([^\"]*)\"", core):
-        where = re.sub(r"\b(\w+)\.\1$", r"\1", where)  # a group is named twice
+        where = re.sub(r"\b(\w+)\.\1$", r"\1", where)  # jsonargparse names a group twice
         return f"{where} must be {_IN_WORDS['dict']}, got {shorten(match[1])}"
     elif match := re.match(r"unrecognized arguments: --([^\s=]+)", core):
-        # of a recipe the parser knows too many options
-        core += _hint(f"--{match[1]}", options) if options else _key_hint(match[1], groups or {}, "--")
+        core += _key_hint(match[1], known, "--")
     elif match := _NO_CLASS.search(message):
         return f"{where}.{match[1]} is an option of a class, and {where} names none; name one with --{where} CLASS_PATH"
     elif wanted := _wanted(core):
-        given = _GIVEN.search(message)  # the innermost comes first
+        given = _GIVEN.search(message)  # the innermost value comes first
         return f"{where} must be {wanted}, got {shorten((given and given[1]) or 'nothing')}"
     return f"{where}: {core}" if where else core
 
 
-def check_values(recipe: Mapping[str, Any], groups: Mapping[str, type]) -> None:
-    """Refuse values that the parser lets pass though nothing can be done with them.
+def check_values(recipe: Mapping[str, Any], known: Known) -> None:
+    """Refuse unusable values that pass the parser.
 
     Args:
         recipe: Values by top-level key, nested.
-        groups: The classes that take the values of keys without a class_path, such as `trainer`.
+        known: The keys that there are.
 
     Raises:
-        UserError: If a value is null where none may be, not finite, no mapping where one is wanted, or out of the range
-            of one of Lightning's options.
+        UserError: If a value is null where null is not allowed, not finite, not a mapping where one is needed, or out
+            of the range of an option of Lightning.
     """
-    for key in groups:
+    for key in (key for key, kind in known.items() if kind is not None):
         if not isinstance(recipe.get(key, {}), Mapping):
             raise UserError(f"{key} must be {_IN_WORDS['dict']}, got {shorten(str(recipe[key]))}")
     for key, value in recipe.items():
-        _check_value(value, groups.get(key, object), key)
+        _check_value(value, known.get(key) or object, key)
     seed = recipe["seed_everything"]
     if not 0 <= seed < 2**32:  # numpy's limits
         raise UserError(f"seed_everything must be in [0, {2**32 - 1}], got {seed}")
@@ -209,16 +210,16 @@ def check_values(recipe: Mapping[str, Any], groups: Mapping[str, type]) -> None:
 
 
 def check_options(options: Mapping[str, Any], command: type) -> None:
-    """Refuse values of a command's options, or within them, that the parser lets pass.
+    """Refuse unusable values of a command's options that pass the parser.
 
     Raises:
-        UserError: If a value is null where it may not be, not finite, or no mapping where a dataclass is wanted.
+        UserError: If a value is null where null is not allowed, not finite, or not a mapping where one is needed.
     """
     _check_value(options, command, "")
 
 
 def _check_value(value: Any, kind: Any, where: str) -> None:
-    """Look at what is given to the class `kind`, or the one that the value names, and to those within."""
+    """Check the arguments of the class `kind`, or of the class that the value names, and of those within."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} must be finite, got {value}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -246,7 +247,7 @@ def _check_value(value: Any, kind: Any, where: str) -> None:
 
 
 _UNKNOWN = inspect.Parameter("unknown", inspect.Parameter.KEYWORD_ONLY)
-"""A parameter of which nothing is known; it takes everything."""
+"""A parameter without annotation, which takes everything."""
 
 
 def _takes_null(parameter: inspect.Parameter) -> bool:
@@ -265,9 +266,9 @@ def _takes_only_mappings(annotation: Any) -> bool:
 
 
 def _wanted(core: str) -> str:
-    """What a value of a wrong type should be, in words; empty if the complaint is about something else."""
+    """Return the expected type in words; empty if the message is not about a type."""
     found = _EXPECTED.findall(core)
-    # a complaint with a value of its own is of something inside a list or mapping, and says more than the others
+    # a message with a value of its own is about something inside a list or mapping, and is more precise
     found = [entry for entry in found if entry[2]] or found
     kinds = [
         word
@@ -286,7 +287,7 @@ def _class(class_path: str) -> type:
 
 
 def _parameters(kind: type) -> dict[str, inspect.Parameter]:
-    """Parameters of a class, those that it hands on to its bases by `**kwargs` among them."""
+    """Return the parameters of a class, including those that it passes to its bases by `**kwargs`."""
     parameters: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if "__init__" in vars(base):
@@ -299,18 +300,18 @@ def _parameters(kind: type) -> dict[str, inspect.Parameter]:
     }
 
 
-def _key_hint(key: str, groups: Mapping[str, type], dashes: str = "") -> str:
-    """What may have been meant by a key of a recipe that there is not, such as `trainer.devics`."""
+def _key_hint(key: str, known: Known, dashes: str = "") -> str:
+    """Return a suggestion for an unknown key of a recipe, such as `trainer.devics`."""
     first, _, rest = key.partition(".")
-    if first not in TOP_LEVEL_KEYS:
-        return _hint(first, TOP_LEVEL_KEYS, dashes)
-    name, known = rest.partition(".")[0], _parameters(groups.get(first, object))
-    return "" if name in known else _hint(name, known, f"{dashes}{first}.")
+    if first not in known:
+        return _hint(first, known, dashes)
+    name, parameters = rest.partition(".")[0], _parameters(known[first] or object)
+    return "" if name in parameters else _hint(name, parameters, f"{dashes}{first}.")
 
 
 def _hint(given: str, known: Iterable[str], before: str = "") -> str:
-    """The nearest of what is known, or all of it, each with the text that stands `before` it."""
-    close = difflib.get_close_matches(given, list(known), n=1)
+    """Return the known name nearest to the given one, or all known names, each with `before` in front of it."""
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.55)
     if close:
         return f"; did you mean '{before}{close[0]}'?"
     return f"; there are {', '.join(before + name for name in known)}" if list(known) else ""

@@ -1,95 +1,34 @@
-"""Recipes as files: each may name another as its `base`."""
+"""Recipes as files, each of which may name another as its `base`, and their values as words of a command line."""
 
 import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, Namespace, get_loader
-from omegaconf.errors import InterpolationResolutionError
+from jsonargparse import get_loader
 
 from meap_lit.errors import UserError
 from meap_lit.files import decode
 from meap_lit.renamed import current, current_key
-from meap_lit.secrets import without_secrets
 
 MAX_BYTES = 10_000_000
 MAX_LEVELS = 50
 MAX_VALUES = 100_000
-"""What a recipe may hold, aliases counted as what they name; recipes of this project have 8 levels and 80 values."""
+"""Limits of a recipe, with aliases counted as what they name. Recipes of this project have 8 levels and 80 values."""
 MAX_DIGITS = 400
-"""Longer numbers are beyond every float."""
+"""A longer number exceeds every float."""
 MAX_REFERENCES = 20
 
 _NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxXoO_:.+-]*")
 
 
-class KeepsSecrets:
-    """A parser of recipes that writes and prints none of their secrets; goes before the class of the parser."""
-
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
-        """Parse as the parser does.
-
-        Raises:
-            UserError: If a variable of the environment is missing that a value is read from.
-        """
-        try:
-            return super().parse_args(*args, **kwargs)  # type: ignore[misc]
-        except InterpolationResolutionError as error:
-            variable = re.search(r"Environment variable '(.+?)' not found", str(error))
-            if variable is None:
-                raise
-            key = re.sub(r"^fit\.|\.init_args", "", error.full_key or "a value")
-            raise UserError(
-                f"{key} comes from the environment, where {variable[1]} is not set; set that variable (saved recipes "
-                f"hold no secrets), or change the key"
-            ) from error
-
-    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
-        """Parse the text of a recipe, old names in it replaced by current ones."""
-        with suppress(yaml.YAMLError):  # the parser says what is wrong
-            given = get_loader("yaml")(content)
-            if (renamed := current(given)) != given:
-                content = json.dumps(renamed, ensure_ascii=False)
-        return super().parse_string(content, *args, **kwargs)  # type: ignore[misc]
-
-    def dump(self, namespace: Namespace, *args: Any, skip_link_targets: bool = True, **kwargs: Any) -> str:
-        # With the targets of links a dump has no reader: jsonargparse and Lightning take the values from it. A parser
-        # of a class within a recipe dumps its part of either.
-        is_for_reader = skip_link_targets and not _is_dumping.get()
-        shown = namespace
-        if is_for_reader:
-            if not kwargs.get("skip_validation"):
-                self.validate(namespace)  # type: ignore[attr-defined]
-            # a reference to the environment would not validate
-            shown, kwargs["skip_validation"] = without_secrets(namespace), True
-        before = _is_dumping.set(True)
-        try:
-            return super().dump(shown, *args, skip_link_targets=skip_link_targets, **kwargs)  # type: ignore[misc]
-        finally:
-            _is_dumping.reset(before)
-
-
-_is_dumping: ContextVar[bool] = ContextVar("is_dumping", default=False)
-
-
-class RecipeFile(ActionConfigFile):
-    """Reads a recipe after the recipes that it names as `base`."""
-
-    @staticmethod
-    def apply_config(parser: Any, cfg: Namespace, dest: str, value: str) -> None:
-        for path in lineage(Path(value)):
-            ActionConfigFile.apply_config(parser, cfg, dest, str(path))
-
-
 def lineage(path: Path) -> list[Path]:
-    """Return the recipe at `path` and all that it is based on, the most basic first.
+    """Return the recipe at `path` after all recipes that it is based on.
 
     Raises:
         UserError: If a file is missing, cannot be read as a recipe, or is based on itself.
@@ -100,9 +39,9 @@ def lineage(path: Path) -> list[Path]:
             named_by = f" (named as base by {chain[0]})" if chain else ""
             if path.is_dir():
                 files = sorted(path.glob("*.yaml"))
-                inside = f"name a file in it, such as {files[0]}" if files else "no .yaml lies in it"
+                inside = f"name a file in it, such as {files[0]}" if files else "it has no .yaml file"
                 raise UserError(f"recipe {path} is a folder{named_by}; {inside}")
-            raise UserError(f"recipe {path} does not exist{named_by}; the recipes of this project lie in recipes/")
+            raise UserError(f"recipe {path} does not exist{named_by}; the recipes of this project are in recipes/")
         if path.resolve() in (other.resolve() for other in chain):
             raise UserError(f"recipe {path} is based on itself")
         chain.insert(0, path)
@@ -115,13 +54,13 @@ def lineage(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the content of one file, whose size as a value is bounded.
+    """Return the content of one file, within the limits above.
 
     Raises:
         UserError: If it is not a YAML mapping in UTF-8, or exceeds a limit.
     """
     if (size := path.stat().st_size) > MAX_BYTES:
-        raise UserError(f"recipe {path} has {size:,} bytes, which no recipe needs; name a YAML file")
+        raise UserError(f"recipe {path} has {size:,} bytes, more than a recipe needs; name a YAML file")
     text = decode(path.read_bytes(), f"recipe {path}")
     if isinstance(text, UserError):
         raise text
@@ -138,7 +77,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @dataclass
 class _Level:
-    """A mapping or list that has begun."""
+    """An open mapping or list."""
 
     anchor: str | None
     keys: set[str] | None
@@ -151,7 +90,7 @@ class _Level:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Refuse words of a command that are short but a huge value; without aliases a word is bounded by its length.
+    """Refuse words of a command that are short but stand for a huge value; only aliases make that possible.
 
     Raises:
         UserError: Names the option.
@@ -160,7 +99,7 @@ def check_words(words: Sequence[str]) -> None:
         option, equals, value = word.partition("=")
         name, text = (option, value) if option.startswith("--") and equals else (before, word)
         if "&" in text and "*" in text:
-            with suppress(yaml.YAMLError):  # text that is not YAML is taken as it is
+            with suppress(yaml.YAMLError):  # text that is not YAML is taken literally
                 _check(text, name, is_recipe=False)
 
 
@@ -185,11 +124,11 @@ def _current_text(text: str, key: str) -> str:
 
 
 def _check(text: str, name: str, is_recipe: bool = True) -> None:
-    """Refuse text that is short but a huge, deep or, in a recipe, ambiguous value; nothing is built from it.
+    """Refuse YAML whose value is huge, deeply nested or, in a recipe, ambiguous, without building the value.
 
     Args:
         text: YAML.
-        name: What it is, for the message.
+        name: Name of the text, for the message.
         is_recipe: Refuse a key that appears twice; a text such as a prompt may repeat what looks like one.
 
     Raises:
@@ -239,5 +178,5 @@ def _check(text: str, name: str, is_recipe: bool = True) -> None:
 def _check_scalar(event: Any, where: str) -> None:
     if len(event.value) > MAX_DIGITS and event.implicit[0] and _NUMBER.fullmatch(event.value):
         raise UserError(f"{where}: a number of {len(event.value):,} digits; the most is {MAX_DIGITS}")
-    if event.value.count("${") > MAX_REFERENCES:  # OmegaConf takes minutes for some thousands within each other
+    if event.value.count("${") > MAX_REFERENCES:  # OmegaConf takes minutes to resolve thousands of nested ones
         raise UserError(f"{where}: more than {MAX_REFERENCES} references (${{...}}) in a value")

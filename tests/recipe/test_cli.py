@@ -139,8 +139,8 @@ def resolve(*arguments):
     parsed = {}
 
     class Parsed(RecipeCLI):
-        def before_instantiate_classes(self):
-            parsed.update(yaml.safe_load(self._parser("fit").dump(self.config["fit"])))
+        def build(self):
+            parsed.update(yaml.safe_load(self.parser.dump(self.config)))
             raise StopIteration
 
     with pytest.raises(StopIteration):

@@ -8,6 +8,13 @@ from meap_lit.errors import UserError
 from meap_lit.recipe.explain import check_values, explain
 
 
+class Group:
+    def __init__(self, steps: int | None = None, every: int = 1000) -> None: ...
+
+
+KNOWN = {"model": None, "budget": Group, "hang": None}
+
+
 @pytest.mark.parametrize(
     ("message", "line"),
     [
@@ -29,7 +36,7 @@ from meap_lit.recipe.explain import check_values, explain
     ],
 )
 def test_a_complaint_in_one_line(message, line):
-    assert explain(message, ["--output", "--input"]) == line
+    assert explain(message, {"output": None, "input": None}) == line
 
 
 @pytest.mark.parametrize(
@@ -43,13 +50,11 @@ def test_a_complaint_in_one_line(message, line):
     ],
 )
 def test_an_unknown_option_of_a_recipe(given, hint):
-    line = explain(f"unrecognized arguments: {given} 5", groups={"budget": Group})
+    line = explain(f"unrecognized arguments: {given} 5", KNOWN)
     assert line.startswith(f"unrecognized arguments: {given} 5{hint}")
     assert hint or line.endswith("5")
     key, meant = given.removeprefix("--"), hint.replace("--", "")
-    assert explain(f"Parser does not accept option '{key}'", groups={"budget": Group}).startswith(
-        f"there is no key '{key}'{meant}"
-    )
+    assert explain(f"Parser does not accept option '{key}'", KNOWN).startswith(f"there is no key '{key}'{meant}")
 
 
 # ------------------------------------------------------------------------------- what the parser lets pass
@@ -68,10 +73,6 @@ class Base:
 
 class Part(Base):
     def __init__(self, options: Options, anything: Any = 1, implicit: int = None, **kwargs: Any) -> None: ...  # noqa: RUF013
-
-
-class Group:
-    def __init__(self, steps: int | None = None, every: int = 1000) -> None: ...
 
 
 PART = {"class_path": "tests.recipe.test_explain.Part", "init_args": {"options": {"size": 1}}}
@@ -113,7 +114,7 @@ def changed(value, path, recipe=RECIPE):
 )
 def test_a_value_that_the_parser_lets_pass_is_named(path, value, message):
     with pytest.raises(UserError) as error:
-        check_values(changed(value, path), {"budget": Group})
+        check_values(changed(value, path), KNOWN)
     assert str(error.value) == message
 
 
@@ -132,4 +133,4 @@ def test_a_value_that_the_parser_lets_pass_is_named(path, value, message):
     ],
 )
 def test_null_is_taken_where_it_means_something(path, value):
-    check_values(changed(value, path), {"budget": Group})
+    check_values(changed(value, path), KNOWN)

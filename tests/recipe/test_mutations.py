@@ -21,11 +21,7 @@ LONGEST = 1000
 class Built(RecipeCLI):
     """Reads a recipe and builds its objects; nothing is run."""
 
-    @staticmethod
-    def subcommands():
-        return {"fit": RecipeCLI.subcommands()["fit"]}
-
-    def _run_subcommand(self, subcommand):
+    def start(self):
         pass
 
 
@@ -275,10 +271,10 @@ def test_wrong_options_of_the_other_commands_are_named(capsys, tmp_path, monkeyp
 
 
 def test_what_lightning_says_of_its_arguments_later_is_named(toy_recipe, monkeypatch):
-    def complain(self, subcommand):
+    def complain(self):
         exec("raise ValueError('`x` must be less')", {"__name__": "lightning.pytorch.trainer"})
 
-    monkeypatch.setattr(RecipeCLI, "_run_subcommand", complain)
+    monkeypatch.setattr(RecipeCLI, "start", complain)
     with pytest.raises(UserError, match=r"^trainer: `x` must be less$"):
         RecipeCLI.run(["fit", "--config", str(toy_recipe)])
 

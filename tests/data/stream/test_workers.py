@@ -68,7 +68,7 @@ def test_workers_that_cannot_start(toy_recipe, monkeypatch, capsys):
 def test_the_loss_of_another_rank_is_one_line():
     error = RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:13988. This is")
     assert str(_as_user_error(error)) == (
-        "another process of this run is gone (Connection closed by peer [10.0.0.2]); what ended it is said there"
+        "another process of this run is gone (Connection closed by peer [10.0.0.2]); its own output says what ended it"
     )
 
 

@@ -1,0 +1,116 @@
+"""The parser of every command: recipes with their bases, `${...}` references, old names, and no secret printed."""
+
+import dataclasses
+import json
+import re
+from contextlib import suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import docstring_parser
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader
+from omegaconf.errors import InterpolationResolutionError
+
+from meap_lit.errors import UserError
+from meap_lit.recipe.file import lineage
+from meap_lit.renamed import current
+from meap_lit.secrets import without_secrets
+
+_is_dumping: ContextVar[bool] = ContextVar("is_dumping", default=False)
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, which raises errors, resolves references in recipes, and writes no secrets."""
+
+    def __init__(self, parser_mode: str = "omegaconf+", **kwargs: Any) -> None:
+        # `--budget.max_step` is a mistake, not short for `--budget.max_steps`
+        options = {"exit_on_error": False, "allow_abbrev": False, **kwargs}  # jsonargparse copies a parser with its own
+        super().__init__(parser_mode=parser_mode, **options)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse as jsonargparse does.
+
+        Raises:
+            UserError: If a value is read from a variable of the environment that is not set.
+        """
+        try:
+            return super().parse_args(*args, **kwargs)
+        except InterpolationResolutionError as error:
+            variable = re.search(r"Environment variable '(.+?)' not found", str(error))
+            if variable is None:
+                raise
+            key = (error.full_key or "a value").replace(".init_args", "")
+            raise UserError(
+                f"{key} comes from the environment, where {variable[1]} is not set; set that variable (saved recipes "
+                f"hold no secrets), or change the key"
+            ) from error
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse the text of a recipe, with current names in place of old ones."""
+        with suppress(yaml.YAMLError):  # jsonargparse says what is wrong
+            given = get_loader("yaml")(content)
+            if (renamed := current(given)) != given:
+                content = json.dumps(renamed, ensure_ascii=False)
+        return super().parse_string(content, *args, **kwargs)
+
+    def dump(self, namespace: Namespace, *args: Any, skip_link_targets: bool = True, **kwargs: Any) -> str:
+        # A dump with the targets of links is not for a reader: jsonargparse takes values from it. Neither is the dump
+        # of a parser of a class within a recipe.
+        is_for_reader = skip_link_targets and not _is_dumping.get()
+        shown = namespace
+        if is_for_reader:
+            if not kwargs.get("skip_validation"):
+                self.validate(namespace)
+            # a reference to the environment would not validate
+            shown, kwargs["skip_validation"] = without_secrets(namespace), True
+        before = _is_dumping.set(True)
+        try:
+            return super().dump(shown, *args, skip_link_targets=skip_link_targets, **kwargs)
+        finally:
+            _is_dumping.reset(before)
+
+
+class RecipeFile(ActionConfigFile):
+    """Reads a recipe after the recipes that it names as `base`."""
+
+    @staticmethod
+    def apply_config(parser: Any, cfg: Namespace, dest: str, value: str) -> None:
+        for path in lineage(Path(value)):
+            ActionConfigFile.apply_config(parser, cfg, dest, str(path))
+
+
+def add_recipe_option(parser: Parser) -> None:
+    """Add `--config`, which names a recipe and may be given several times."""
+    parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe; a later one overrides an earlier one.")
+
+
+def reads_recipes(command: type) -> bool:
+    """Return whether the options of a command may come from a recipe."""
+    return any(field.name == "base" for field in dataclasses.fields(command))
+
+
+def command_parser(command: type, prog: str) -> Parser:
+    """Return a parser of the fields of a command.
+
+    A list takes several words (`--input A B`), a switch none (`--chat`).
+    """
+    doc = docstring_parser.parse(command.__doc__ or "")
+    help_of = {parameter.arg_name: parameter.description for parameter in doc.params}
+    mode = "omegaconf+" if reads_recipes(command) else "yaml"  # `${` in a prompt is no reference
+    parser = Parser(prog=prog, description=doc.short_description, parser_mode=mode)
+    if reads_recipes(command):
+        add_recipe_option(parser)
+    lists = [field for field in dataclasses.fields(command) if "list" in str(field.type)]
+    for field in lists:
+        required = field.default is dataclasses.MISSING
+        parser.add_argument(
+            f"--{field.name}", type=str, nargs="+", required=required, default=None, help=help_of.get(field.name)
+        )
+    switches = [field for field in dataclasses.fields(command) if field.type is bool and field.default is False]
+    for field in switches:
+        parser.add_argument(f"--{field.name}", action="store_true", help=help_of.get(field.name))
+    # a group of its own would repeat the description
+    parser.add_class_arguments(command, as_group=False, skip={field.name for field in (*lists, *switches)})
+    return parser
