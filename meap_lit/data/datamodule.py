@@ -1,4 +1,4 @@
-"""What the datamodules share: prepared datasets, the global batch and how it is divided, and where a resume goes on."""
+"""The base of the datamodules: prepared datasets, micro-batches of the global batch, and the check of a resume."""
 
 import math
 from abc import ABC, abstractmethod
@@ -47,7 +47,7 @@ class StreamingData(L.LightningDataModule, ABC):
     """
 
     kind: ClassVar[Literal["text", "chat"]]
-    """What the datasets must hold."""
+    """Kind of samples in the datasets."""
 
     def __init__(
         self,
@@ -109,11 +109,11 @@ class StreamingData(L.LightningDataModule, ABC):
 
     @abstractmethod
     def describe_rows(self, start: int, stop: int) -> str:
-        """Return in words what the rows from `start` to `stop` - 1 hold, such as `3 rows (conversations: 11)`."""
+        """Describe the rows from `start` to `stop` - 1, such as `3 rows (conversations: 11)`."""
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        """Settings that decide which rows a step trains on; a resume counts steps, so they must not change."""
+        """Settings that decide the rows of a step; a resume counts steps, so they must not change."""
         total = sum(self.datasets.values())
         shares = [round(weight / total, 12) for weight in self.datasets.values()]
         return {
@@ -126,12 +126,12 @@ class StreamingData(L.LightningDataModule, ABC):
     @property
     @abstractmethod
     def longest_input(self) -> int:
-        """Tokens that attend to each other at most; the model's context must hold them."""
+        """Length of the longest span of tokens that attend to each other; the model's context must hold it."""
 
     @property
     @abstractmethod
     def mean_span(self) -> float:
-        """Tokens that attend to each other, on average over the tokens; what the cost of attention depends on."""
+        """Mean length of the spans that attend to each other, weighted by tokens; it decides the cost of attention."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -140,11 +140,11 @@ class StreamingData(L.LightningDataModule, ABC):
 
     @property
     def tokens_per_step(self) -> int:
-        """Input tokens of one optimizer step."""
+        """Number of input tokens in one optimizer step."""
         return self.global_batch_size * self.seq_len
 
     def accumulation(self, num_replicas: int) -> int:
-        """Micro-batches of each device in one optimizer step.
+        """Return the number of micro-batches of each device in one optimizer step.
 
         Raises:
             UserError: If the global batch cannot be divided among `num_replicas` devices.
@@ -175,7 +175,7 @@ class StreamingData(L.LightningDataModule, ABC):
 
     @property
     def samples_seen(self) -> int:
-        """Rows that the optimizer steps so far have trained on, over all devices."""
+        """Number of rows in the optimizer steps so far, over all devices."""
         assert self.trainer is not None
         return self.trainer.global_step * self.global_batch_size
 
@@ -190,7 +190,7 @@ class StreamingData(L.LightningDataModule, ABC):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse the checkpoint of a run on other rows. There is nothing to restore: the step says where to go on.
+        """Refuse the checkpoint of a run on other rows. Nothing is restored: the step decides the next rows.
 
         Raises:
             UserError: If the datasets or a setting that decides the rows of a step has changed.

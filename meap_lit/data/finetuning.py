@@ -67,7 +67,7 @@ class FineTuningData(StreamingData):
             rank_zero_info(f"{what}; they have no copy")
 
     def _adopt_template(self) -> None:
-        """Make the template of the data the tokenizer's own, so that it goes wherever the model goes."""
+        """Make the template of the data the tokenizer's own, so that it is saved with the model."""
         details = {path: manifest.chat for path, manifest in self.manifests.items() if manifest.chat is not None}
         if len({chat.template_source for chat in details.values()}) > 1:
             named = ", ".join(f"{path} ({chat.template})" for path, chat in details.items())
@@ -90,7 +90,7 @@ class FineTuningData(StreamingData):
 
     @property
     def longest_input(self) -> int:
-        """Largest position of any document, plus 1; a packed row may well be longer than the model's context."""
+        """Largest position of any document, plus 1; a packed row may be longer than the model's context."""
         longest = max(int(index.num_tokens.max()) for index in self.indexes.values())
         if self.duplication.layout == "concat" and self.duplication.copy_positions == "continued":
             longest = max(longest, *(int(sizes.spans("concat").max()) for sizes in self.sizes))

@@ -12,7 +12,7 @@ from meap_lit.data.stream.text import BlockReader, TokenBlocks
 from meap_lit.errors import UserError
 
 COUNTED_TOKENS = 4_000_000
-"""Training tokens that `PretrainingData.token_counts` counts: enough for a share of rare ones, read in seconds."""
+"""Number of training tokens that `PretrainingData.token_counts` counts; they are read in seconds."""
 
 
 class PretrainingData(StreamingData):
@@ -32,10 +32,16 @@ class PretrainingData(StreamingData):
         return self.seq_len
 
     def token_counts(self) -> Tensor:
-        """How often each token id stands in the first rows of the run, about `COUNTED_TOKENS` tokens, [V] int64.
+        """Count the token ids in the first rows of the run, about `COUNTED_TOKENS` tokens.
 
-        A run begins with chunks from all over its datasets, so these rows speak for the others. They are the same on
-        every device and after a resume, and of a dataset in object storage they lie in chunks that the start needs too.
+        A run begins with chunks from all parts of its datasets, so these rows are representative. They are the same on
+        every device and after a resume, and a remote dataset needs their chunks at the start anyway.
+
+        Returns:
+            Occurrences of each id, [V], int64.
+
+        Raises:
+            UserError: If a token id is outside the vocabulary.
         """
         reader = self._reader("train")
         sources, samples, _ = self.order().visits(0, -(-COUNTED_TOKENS // self.seq_len))
