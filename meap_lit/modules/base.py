@@ -115,20 +115,11 @@ class DecoderModule(L.LightningModule, ABC):
         """
         if self.decoder is not None:
             return
-        data = self.data
-        tokenizer = None if data is None else data.tokenizer
+        tokenizer = None if self.data is None else self.data.tokenizer
         source = self._open_source()
         self.config = self._choose_config(source, tokenizer)
         self._adopt_mask_token(tokenizer)
-        if data is not None and data.longest_input > self.config.max_seq_len:
-            context = f"{self.config.max_seq_len} tokens"
-            if source is not None and source.config.max_seq_len == self.config.max_seq_len:
-                context = source.context
-            raise UserError(
-                f"the longest input of the data, {data.longest_input} tokens (data.seq_len {data.seq_len}), is longer "
-                f"than the model's context, {context}; shorten the one or raise the other with "
-                f"model.{'decoder' if source is None else 'context'}.max_seq_len"
-            )
+        self._check_context(source)
         # strategy and precision (float32 unless bf16-true) have set torch's defaults
         decoder = meta_decoder(self.config, torch.get_default_dtype())
         device, write = torch.get_default_device(), copy_whole
@@ -199,6 +190,19 @@ class DecoderModule(L.LightningModule, ABC):
         rows = source.config.vocab_size if tokenizer is None else vocab_size_for(source, tokenizer)
         config = dataclasses.replace(source.config, vocab_size=rows)
         return config if self.context is None else self.context.of(config)
+
+    def _check_context(self, source: WeightSource | None) -> None:
+        data = self.data
+        if data is None or data.longest_input <= self.config.max_seq_len:
+            return
+        context = f"{self.config.max_seq_len} tokens"
+        if source is not None and source.config.max_seq_len == self.config.max_seq_len:
+            context = source.context
+        raise UserError(
+            f"the longest input of the data, {data.longest_input} tokens (data.seq_len {data.seq_len}), is longer "
+            f"than the model's context, {context}; shorten the one or raise the other with "
+            f"model.{'decoder' if source is None else 'context'}.max_seq_len"
+        )
 
     def _adopt_mask_token(self, tokenizer: Tokenizer | None) -> None:
         if self.mask_token_id is None and tokenizer is not None:

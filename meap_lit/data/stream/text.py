@@ -69,14 +69,17 @@ class BlockReader:
         Raises:
             UserError: If a token id is outside the vocabulary.
         """
-        input_ids = torch.zeros(num_rows, self.seq_len, dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        blocks = [self.sources[source][sample] for source, sample, _ in rows]
+        empty = torch.zeros(self.seq_len + 1, dtype=torch.int64)
+        tokens = torch.stack(blocks + [empty] * (num_rows - len(rows)))  # [B, T + 1]
+        if rows:
+            number = int(tokens.amax(dim=1).argmax())
+            check_vocabulary(tokens[number], self.vocab_size, self.sources[rows[number].source].path)
+        labels = tokens[:, 1:].clone()
+        labels[len(rows) :] = IGNORE_INDEX
         sample_ids = torch.zeros(num_rows, dtype=torch.int64)
-        for number, (source, sample, _) in enumerate(rows):
-            block = self.block(source, sample)
-            input_ids[number], labels[number] = block[:-1], block[1:]
-            sample_ids[number] = (source << 32) + sample
-        return TextBatch(input_ids=input_ids, labels=labels, sample_ids=sample_ids)
+        sample_ids[: len(rows)] = torch.tensor([(source << 32) + sample for source, sample, _ in rows])
+        return TextBatch(input_ids=tokens[:, :-1], labels=labels, sample_ids=sample_ids)
 
     def block(self, source: int, sample: int) -> Tensor:
         """Return one block, [T + 1], int64.
