@@ -150,7 +150,7 @@ class Batch:
 
     @classmethod
     def packed(cls, reader: RowReader, rows: Sequence[Row]) -> "Batch":
-        batch = reader.read(rows, rows)
+        batch = reader.read(rows, rows, len(rows))
         return cls(batch["input_ids"], batch["labels"], batch["position_ids"], batch["documents"])
 
     @classmethod

@@ -91,7 +91,7 @@ def current(value: Any, key: str = "") -> Any:
 def current_key(key: str) -> str:
     """Return a dotted key with current names, with `init_args` where it has them.
 
-    Example: `model.init_args.mask.ratio` becomes `model.init_args.mask_ratio.ratio`.
+    Example: `model.init_args.mask.ratio` becomes `model.init_args.mask_ratio.mask_ratio`.
     """
     parts = key.split(".")
     for end in range(1, len(parts) + 1):

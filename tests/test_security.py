@@ -291,8 +291,8 @@ def open_dataset(location, kind, storage=None):
         if kind == "text":
             TokenBlocks(f"{location}/{name}", 32, **options)
         else:
-            sizes = load_samples(str(location), name, files=split.files, **options).chunk_sizes
-            ChatSamples(f"{location}/{name}", sizes, 320, **options)
+            load_samples(str(location), name, files=split.files, **options)
+            ChatSamples(f"{location}/{name}", 320, **options)
 
 
 def test_a_flip_anywhere_in_what_describes_a_dataset_is_named(dataset):

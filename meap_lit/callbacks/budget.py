@@ -125,7 +125,7 @@ class Budget(L.Callback):
         if stage != "fit":
             return
         data = trainer.datamodule
-        accumulation = data.accumulation(data.shard.num_replicas)
+        accumulation = data.accumulation(data.rank_slice.num_replicas)
         max_steps = self.steps(data)
         trainer.accumulate_grad_batches = accumulation
         trainer.fit_loop.epoch_loop.max_steps = max_steps

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 
-from meap_lit.modules.logged import host_number, is_logged
+from meap_lit.modules.log_steps import host_number, is_logged
 
 
 class Mixture(L.Callback):

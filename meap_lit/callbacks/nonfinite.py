@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meap_lit.errors import UserError
-from meap_lit.modules.logged import is_logged
+from meap_lit.modules.log_steps import is_logged
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.sharding import is_finite
 

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 
 from meap_lit.callbacks.checkpoint import Checkpoint
-from meap_lit.data.datamodule import STOP_SIGNALS
+from meap_lit.data.stream.loader import STOP_SIGNALS
 from meap_lit.private import skip_sigterm_broadcast
 
 VALIDATION_BATCHES = 10

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from meap_lit.modules.logged import host_number, is_logged
+from meap_lit.modules.log_steps import host_number, is_logged
 
 
 class Throughput(L.Callback):

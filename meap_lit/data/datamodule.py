@@ -1,31 +1,25 @@
-"""What the datamodules share: prepared datasets, the global batch and how it is divided, and where a resume goes on."""
+"""The base of the datamodules: prepared datasets, micro-batches of the global batch, and the check of a resume."""
 
 import math
-import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import lightning as L
-import numpy as np
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.store.manifest import Manifest
 from meap_lit.data.store.remote import Storage
-from meap_lit.data.stream.text import Shard
+from meap_lit.data.stream.loader import Loader
+from meap_lit.data.stream.micro_batches import Order, Reader, Slice, TrainStream, ValidationStream
+from meap_lit.data.stream.order import MixedOrder, ShuffledOrder
 from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
 from meap_lit.tokenizer.tokenizer import Tokenizer
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Those that tell a run to save and leave."""
 
 
 class StreamingData(L.LightningDataModule, ABC):
@@ -53,7 +47,7 @@ class StreamingData(L.LightningDataModule, ABC):
     """
 
     kind: ClassVar[Literal["text", "chat"]]
-    """What the datasets must hold."""
+    """Kind of samples in the datasets."""
 
     def __init__(
         self,
@@ -109,17 +103,17 @@ class StreamingData(L.LightningDataModule, ABC):
             if value is not None and value < limit:
                 raise UserError(f"data.{name} must be at least {limit}, got {value}")
 
-    @abstractmethod
     def rows_in(self, epochs: int) -> int:
-        """Rows that so many epochs over the datasets fill."""
+        """Return the number of rows that so many epochs over the datasets fill."""
+        return self.order().num_rows(epochs)
 
     @abstractmethod
     def describe_rows(self, start: int, stop: int) -> str:
-        """Return in words what the rows from `start` to `stop` - 1 hold, such as `3 rows (conversations: 11)`."""
+        """Describe the rows from `start` to `stop` - 1, such as `3 rows (conversations: 11)`."""
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        """Settings that decide which rows a step trains on; a resume counts steps, so they must not change."""
+        """Settings that decide the rows of a step; a resume counts steps, so they must not change."""
         total = sum(self.datasets.values())
         shares = [round(weight / total, 12) for weight in self.datasets.values()]
         return {
@@ -132,12 +126,12 @@ class StreamingData(L.LightningDataModule, ABC):
     @property
     @abstractmethod
     def longest_input(self) -> int:
-        """Tokens that attend to each other at most; the model's context must hold them."""
+        """Length of the longest span of tokens that attend to each other; the model's context must hold it."""
 
     @property
     @abstractmethod
     def mean_span(self) -> float:
-        """Tokens that attend to each other, on average over the tokens; what the cost of attention depends on."""
+        """Mean length of the spans that attend to each other, weighted by tokens; it decides the cost of attention."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -146,11 +140,11 @@ class StreamingData(L.LightningDataModule, ABC):
 
     @property
     def tokens_per_step(self) -> int:
-        """Input tokens of one optimizer step."""
+        """Number of input tokens in one optimizer step."""
         return self.global_batch_size * self.seq_len
 
     def accumulation(self, num_replicas: int) -> int:
-        """Micro-batches of each device in one optimizer step.
+        """Return the number of micro-batches of each device in one optimizer step.
 
         Raises:
             UserError: If the global batch cannot be divided among `num_replicas` devices.
@@ -181,7 +175,7 @@ class StreamingData(L.LightningDataModule, ABC):
 
     @property
     def samples_seen(self) -> int:
-        """Rows that the optimizer steps so far have trained on, over all devices."""
+        """Number of rows in the optimizer steps so far, over all devices."""
         assert self.trainer is not None
         return self.trainer.global_step * self.global_batch_size
 
@@ -196,7 +190,7 @@ class StreamingData(L.LightningDataModule, ABC):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse the checkpoint of a run on other rows. There is nothing to restore: the step says where to go on.
+        """Refuse the checkpoint of a run on other rows. Nothing is restored: the step decides the next rows.
 
         Raises:
             UserError: If the datasets or a setting that decides the rows of a step has changed.
@@ -259,6 +253,22 @@ class StreamingData(L.LightningDataModule, ABC):
         return {self.names[path]: of_one / sum(tokens) for path, of_one in zip(counts, tokens, strict=True)}
 
     @abstractmethod
+    def order(self) -> Order:
+        """Return the endless line of training rows."""
+
+    @abstractmethod
+    def _chunk_sizes(self, path: str) -> list[int]:
+        """Return the number of training samples in each chunk of a dataset."""
+
+    @abstractmethod
+    def _reader(self, split: Literal["train", "val"]) -> Reader:
+        """Return what reads rows of a split into batches."""
+
+    @abstractmethod
+    def _val_rows(self) -> Sequence[Sequence[Any]]:
+        """Return the rows of a validation, for each dataset that has a validation split."""
+
+    @abstractmethod
     def _num_val(self, path: str) -> int:
         """Return the number of samples in the validation split of a dataset."""
 
@@ -266,28 +276,50 @@ class StreamingData(L.LightningDataModule, ABC):
     def _mean_val_labels(self, path: str, count: int) -> float:
         """Return the mean number of supervised tokens of the first `count` samples of a dataset's validation split."""
 
+    def _mixed_samples(self) -> MixedOrder:
+        """Return the endless line of samples of all datasets."""
+        orders = [
+            ShuffledOrder(self._chunk_sizes(path), (self.seed, number)) for number, path in enumerate(self.datasets)
+        ]
+        return MixedOrder(orders, list(self.datasets.values()), self.seed)
+
+    def _paths_with(self, split: Literal["train", "val"]) -> list[str]:
+        return list(self.datasets) if split == "train" else self.paths_with_val
+
     @property
-    def shard(self) -> Shard:
-        """The part of each global batch that this process reads."""
+    def rank_slice(self) -> Slice:
+        """The slice of each global batch that this process reads."""
         # Lightning keeps the data-parallel rank here: with tensor parallelism it is not the global rank
         assert self.trainer is not None
         kwargs = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        return Shard(rank=kwargs.get("rank", 0), num_replicas=kwargs.get("num_replicas", 1))
+        return Slice(rank=kwargs.get("rank", 0), num_replicas=kwargs.get("num_replicas", 1))
 
-    def _loader(self, stream: IterableDataset, num_workers: int) -> DataLoader:
-        assert self.trainer is not None
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        return _Loader(
-            stream,
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=_Arrays.of if num_workers else None,
-            pin_memory=on_gpu,
-            worker_init_fn=_ignore_signals,
-            # Lightning ends such workers when a run fails. Others live as long as the error's traceback, and since they
-            # ignore the signal that ends them then, the process would wait for them for good
-            persistent_workers=num_workers > 0,
+    def train_dataloader(self) -> DataLoader:
+        stream = TrainStream(
+            self.order(),
+            self._reader("train"),
+            rank_slice=self.rank_slice,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            start=self.samples_seen,
         )
+        return Loader(stream, self.num_workers, pin_memory=self._on_gpu)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        if not self.paths_with_val:
+            return []
+        stream = ValidationStream(
+            self._val_rows(),
+            self._reader("val"),
+            rank_slice=self.rank_slice,
+            micro_batch_size=self.micro_batch_size,
+        )
+        return Loader(stream, num_workers=0, pin_memory=self._on_gpu)  # workers would start anew at every validation
+
+    @property
+    def _on_gpu(self) -> bool:
+        assert self.trainer is not None
+        return self.trainer.strategy.root_device.type == "cuda"
 
 
 def share_out(number: int, weights: Sequence[float], available: Sequence[int]) -> list[int]:
@@ -316,55 +348,3 @@ def short_names(paths: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return list(paths)  # one folder, spelled in two ways
-
-
-class _Loader(DataLoader):
-    """Micro-batches of a stream, which come from its workers as `_Arrays`.
-
-    Raises:
-        UserError: If the machine has no room for another worker.
-    """
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        try:
-            batches = super().__iter__()
-        except OSError as error:
-            raise UserError(
-                f"cannot start the workers that read data (data.num_workers {self.num_workers}): {error.strerror}; "
-                f"free memory and /dev/shm (in a container raise --shm-size), or set data.num_workers 0"
-            ) from error
-        for batch in batches:
-            yield batch.batch() if isinstance(batch, _Arrays) else batch
-
-
-@dataclass(frozen=True)
-class _Arrays:
-    """A micro-batch on its way from a worker, which goes through a pipe.
-
-    PyTorch would put its tensors into shared memory. Where that is full, as a container's often is, the batch is lost
-    in a thread of the worker and the run waits for it for good.
-    """
-
-    values: dict[str, Any]
-
-    @classmethod
-    def of(cls, batch: Any) -> "_Arrays":
-        return cls({name: value.numpy() if isinstance(value, Tensor) else value for name, value in batch.items()})
-
-    def batch(self) -> dict[str, Any]:
-        return {
-            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-            for name, value in self.values.items()
-        }
-
-    def pin_memory(self) -> dict[str, Any]:
-        """Return the micro-batch in memory from which a GPU copies; called by PyTorch, in a thread of its own."""
-        return {
-            name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in self.batch().items()
-        }
-
-
-def _ignore_signals(worker: int) -> None:
-    """A signal to the whole group of processes is for the one that trains; it ends its workers when it has saved."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -3,17 +3,16 @@
 import dataclasses
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader
 
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.data.store.manifest import load_samples
-from meap_lit.data.stream.chat import ChatSamples, PackedTrainStream, PackedValidationStream, RowReader
-from meap_lit.data.stream.order import MixedOrder, ShuffledOrder, Visit
-from meap_lit.data.stream.packing import PackedOrder, Sizes, pack_rows
+from meap_lit.data.stream.chat import ChatSamples, RowReader
+from meap_lit.data.stream.order import Visit
+from meap_lit.data.stream.packing import PackedOrder, Row, Sizes, pack_rows
 from meap_lit.errors import UserError
 from meap_lit.masking.duplication import Duplication
 from meap_lit.tokenizer.chat_template import ChatTemplate
@@ -68,7 +67,7 @@ class FineTuningData(StreamingData):
             rank_zero_info(f"{what}; they have no copy")
 
     def _adopt_template(self) -> None:
-        """Make the template of the data the tokenizer's own, so that it goes wherever the model goes."""
+        """Make the template of the data the tokenizer's own, so that it is saved with the model."""
         details = {path: manifest.chat for path, manifest in self.manifests.items() if manifest.chat is not None}
         if len({chat.template_source for chat in details.values()}) > 1:
             named = ", ".join(f"{path} ({chat.template})" for path, chat in details.items())
@@ -84,17 +83,14 @@ class FineTuningData(StreamingData):
     def row_settings(self) -> dict[str, Any]:
         return {**super().row_settings, "duplication": dataclasses.asdict(self.duplication)}
 
-    def rows_in(self, epochs: int) -> int:
-        return self._order().num_rows(epochs)
-
     def describe_rows(self, start: int, stop: int) -> str:
-        rows = list(islice(self._order().iterate(start), stop - start))
+        rows = list(islice(self.order().iterate(start), stop - start))
         conversations = sum(document.has_original for row in rows for document in row.documents)
         return f"{len(rows)} row{'s' if len(rows) > 1 else ''} (conversations: {conversations})"
 
     @property
     def longest_input(self) -> int:
-        """Largest position of any document, plus 1; a packed row may well be longer than the model's context."""
+        """Largest position of any document, plus 1; a packed row may be longer than the model's context."""
         longest = max(int(index.num_tokens.max()) for index in self.indexes.values())
         if self.duplication.layout == "concat" and self.duplication.copy_positions == "continued":
             longest = max(longest, *(int(sizes.spans("concat").max()) for sizes in self.sizes))
@@ -105,29 +101,33 @@ class FineTuningData(StreamingData):
         spans = np.concatenate([sizes.spans(self.duplication.layout) for sizes in self.sizes])
         return float((spans**2).sum() / spans.sum())
 
-    def train_dataloader(self) -> DataLoader:
-        stream = PackedTrainStream(
-            self._order(),
-            self._reader("train", list(self.datasets), self.duplication),
-            shard=self.shard,
-            global_batch_size=self.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            start=self.samples_seen,
+    def order(self) -> PackedOrder:
+        return PackedOrder(
+            self._mixed_samples(),
+            self.sizes,
+            seq_len=self.seq_len,
+            layout=self.duplication.layout,
+            seed=self.seed,
         )
-        return self._loader(stream, self.num_workers)
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        if not self.paths_with_val:
-            return []
+    def _chunk_sizes(self, path: str) -> list[int]:
+        return self.indexes[path, "train"].chunk_sizes
+
+    def _reader(self, split: Literal["train", "val"]) -> RowReader:
+        paths = [f"{path.rstrip('/')}/{split}" for path in self._paths_with(split)]
+        return RowReader(
+            [ChatSamples(path, self.tokenizer.vocab_size, self.storage) for path in paths],
+            self.duplication if split == "train" else _PLAIN,
+            seq_len=self.seq_len,
+            mask_token_id=self.tokenizer.mask_token_id,
+            pad_token_id=self.tokenizer.eos_token_id,
+            seed=self.seed,
+        )
+
+    def _val_rows(self) -> list[list[Row]]:
         sizes = [self._val_sizes(path) for path in self.paths_with_val]
         visits = [[Visit(source, n, 0) for n in range(count)] for source, count in enumerate(self.val_counts.values())]
-        stream = PackedValidationStream(
-            [pack_rows(of_one, sizes, self.seq_len, _PLAIN.layout) for of_one in visits],
-            self._reader("val", self.paths_with_val, _PLAIN),
-            shard=self.shard,
-            micro_batch_size=self.micro_batch_size,
-        )
-        return self._loader(stream, num_workers=0)  # workers would be started anew at every validation
+        return [pack_rows(of_one, sizes, self.seq_len, _PLAIN.layout) for of_one in visits]
 
     def _num_val(self, path: str) -> int:
         return len(self._val_sizes(path))
@@ -137,27 +137,3 @@ class FineTuningData(StreamingData):
 
     def _val_sizes(self, path: str) -> Sizes:
         return Sizes.of(self.indexes[path, "val"], _PLAIN, self.seq_len)
-
-    def _order(self) -> PackedOrder:
-        chunk_sizes = [self.indexes[path, "train"].chunk_sizes for path in self.datasets]
-        orders = [ShuffledOrder(sizes, (self.seed, number)) for number, sizes in enumerate(chunk_sizes)]
-        samples = MixedOrder(orders, list(self.datasets.values()), self.seed)
-        return PackedOrder(samples, self.sizes, seq_len=self.seq_len, layout=self.duplication.layout, seed=self.seed)
-
-    def _reader(self, split: str, paths: list[str], duplication: Duplication) -> RowReader:
-        return RowReader(
-            [
-                ChatSamples(
-                    f"{path.rstrip('/')}/{split}",
-                    self.indexes[path, split].chunk_sizes,
-                    self.tokenizer.vocab_size,
-                    self.storage,
-                )
-                for path in paths
-            ],
-            duplication,
-            seq_len=self.seq_len,
-            mask_token_id=self.tokenizer.mask_token_id,
-            pad_token_id=self.tokenizer.eos_token_id,
-            seed=self.seed,
-        )

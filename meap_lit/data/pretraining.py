@@ -1,25 +1,24 @@
 """The LitData streaming datamodule for pretraining."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from meap_lit.data.datamodule import StreamingData
-from meap_lit.data.stream.text import TokenBlocks, TrainStream, ValidationStream, check_vocabulary
+from meap_lit.data.stream.order import MixedOrder, Visit
+from meap_lit.data.stream.text import BlockReader, TokenBlocks
 from meap_lit.errors import UserError
 
 COUNTED_TOKENS = 4_000_000
-"""Training tokens that `PretrainingData.token_counts` counts: enough for a share of rare ones, read in seconds."""
+"""Number of training tokens that `PretrainingData.token_counts` counts; they are read in seconds."""
 
 
 class PretrainingData(StreamingData):
     """Prepared texts, joined and cut into rows of `seq_len` tokens; arguments as in `StreamingData`."""
 
     kind = "text"
-
-    def rows_in(self, epochs: int) -> int:
-        return epochs * sum(len(self._open(path, "train")) for path in self.datasets)
 
     def describe_rows(self, start: int, stop: int) -> str:
         return f"{stop - start} row{'s' if stop - start > 1 else ''}"
@@ -33,48 +32,39 @@ class PretrainingData(StreamingData):
         return self.seq_len
 
     def token_counts(self) -> Tensor:
-        """How often each token id stands in the first rows of the run, about `COUNTED_TOKENS` tokens, [V] int64.
+        """Count the token ids in the first rows of the run, about `COUNTED_TOKENS` tokens.
 
-        A run begins with chunks from all over its datasets, so these rows speak for the others. They are the same on
-        every device and after a resume, and of a dataset in object storage they lie in chunks that the start needs too.
+        A run begins with chunks from all parts of its datasets, so these rows are representative. They are the same on
+        every device and after a resume, and a remote dataset needs their chunks at the start anyway.
+
+        Returns:
+            Occurrences of each id, [V], int64.
+
+        Raises:
+            UserError: If a token id is outside the vocabulary.
         """
-        stream = self._train_stream(start=0)
-        sources, samples, _ = stream.order.visits(0, -(-COUNTED_TOKENS // self.seq_len))
+        reader = self._reader("train")
+        sources, samples, _ = self.order().visits(0, -(-COUNTED_TOKENS // self.seq_len))
         # each row once, in the order of storage, however often a small dataset is gone through
         rows, times = np.unique(np.stack([sources, samples], axis=1), axis=0, return_counts=True)
-        counts = np.zeros(stream.vocab_size, dtype=np.int64)
+        counts = np.zeros(reader.vocab_size, dtype=np.int64)
         for (source, sample), number in zip(rows.tolist(), times.tolist(), strict=True):
-            tokens = stream.sources[source][sample]  # [T + 1]
-            check_vocabulary(tokens, stream.vocab_size, stream.sources[source].path)
-            np.add.at(counts, tokens[:-1].numpy(), number)
+            np.add.at(counts, reader.block(source, sample)[:-1].numpy(), number)
         return torch.from_numpy(counts)
 
-    def train_dataloader(self) -> DataLoader:
-        return self._loader(self._train_stream(self.samples_seen), self.num_workers)
+    def order(self) -> MixedOrder:
+        return self._mixed_samples()
 
-    def _train_stream(self, start: int) -> TrainStream:
-        return TrainStream(
-            [self._open(path, "train") for path in self.datasets],
-            list(self.datasets.values()),
-            seed=self.seed,
-            shard=self.shard,
-            micro_batch_size=self.micro_batch_size,
-            start=start,
-            vocab_size=self.tokenizer.vocab_size,
-        )
+    def _chunk_sizes(self, path: str) -> list[int]:
+        return self._open(path, "train").chunk_sizes
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        if not self.paths_with_val:
-            return []
-        counts = self.val_counts
-        stream = ValidationStream(
-            [self._open(path, "val") for path in counts],
-            list(counts.values()),
-            shard=self.shard,
-            micro_batch_size=self.micro_batch_size,
-            vocab_size=self.tokenizer.vocab_size,
-        )
-        return self._loader(stream, num_workers=0)  # workers would be started anew at every validation
+    def _reader(self, split: Literal["train", "val"]) -> BlockReader:
+        sources = [self._open(path, split) for path in self._paths_with(split)]
+        return BlockReader(sources, self.seq_len, self.tokenizer.vocab_size)
+
+    def _val_rows(self) -> list[list[Visit]]:
+        counts = self.val_counts.values()
+        return [[Visit(source, sample, 0) for sample in range(count)] for source, count in enumerate(counts)]
 
     def _num_val(self, path: str) -> int:
         return len(self._open(path, "val"))

@@ -1,4 +1,4 @@
-"""The method: which input tokens are masked, how many at each step, and the masked copy of fine-tuning."""
+"""The method: choose the input tokens to mask, their number at each step, and the masked copy of fine-tuning."""
 
 from meap_lit.masking.positions import check_ratio, mask_inputs, num_masked, rare_ids, sample_positions
 from meap_lit.masking.schedules import Constant, Cosine, Linear, MaskSchedule, Piecewise, WarmupHold

@@ -1,8 +1,8 @@
 """The method in fine-tuning: every sequence twice, with a share of the copy's answer masked.
 
-A sample is a conversation of n tokens in which some runs, the answers, are to be learnt. MEAP (arXiv 2502.07490,
+A sample is a conversation of n tokens; some runs of them, the answers, are learned. MEAP (arXiv 2502.07490,
 section 3.2) appends a copy in which a share P of the answer's tokens is the mask token. The loss is taken on the
-answer of the original (U_q) and on the masked tokens of the copy (U_m); the label of a token stands at the position
+answer of the original (U_q) and on the masked tokens of the copy (U_m); the label of a token is at the position
 before it, where a causal decoder predicts it. Everything here is a pure function of its arguments.
 
 Example, one answer `d e` closed by `.`, and `d` masked in the copy (`_` is the mask, `-` is no label):
@@ -28,7 +28,7 @@ from meap_lit.model.loss import IGNORE_INDEX
 
 
 class Answer(NamedTuple):
-    """Tokens start to stop - 1 are the answer's own, stop to end - 1 close it (supervised, never masked)."""
+    """An answer: tokens start to stop - 1, then tokens stop to end - 1 that close it (supervised, never masked)."""
 
     start: int
     stop: int
@@ -37,11 +37,11 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """A run of tokens that attend among themselves; every field [n].
+    """A run of tokens that attend only to each other; every field is [n].
 
     Args:
         input_ids: Token ids, int64.
-        labels: Target of each position, int64; `IGNORE_INDEX` where nothing is learnt.
+        labels: Target of each position, int64; `IGNORE_INDEX` where nothing is learned.
         position_ids: Rotary positions, int64.
         in_copy: Whether the position belongs to a masked copy, bool.
     """
@@ -57,7 +57,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Duplication:
-    """How samples are duplicated and masked; the defaults are the paper's.
+    """Options of the duplication and its masks; the defaults are the paper's.
 
     Args:
         mask_ratio: Share P of an answer's tokens that is masked in the copy; with 0 there are no copies and the run is
@@ -82,7 +82,11 @@ class Duplication:
             raise UserError(f"data.duplication.min_copied must be at least 0, got {self.min_copied}")
 
     def num_masked(self, answer_tokens: np.ndarray) -> np.ndarray:
-        """Tokens that are masked of answers of so many tokens (closing tokens not counted), [A] int64 for [A]."""
+        """Return the number of masked tokens of each answer, [A] int64.
+
+        Args:
+            answer_tokens: Tokens of each answer without those that close it, [A].
+        """
         # an answer is never longer than a row, so the distinct lengths are few
         lengths, inverse = np.unique(answer_tokens, return_inverse=True)
         counts = [num_masked(self.mask_ratio, int(n)) if n > self.min_copied else 0 for n in lengths]
@@ -90,7 +94,7 @@ class Duplication:
 
 
 def original(input_ids: Tensor, answers: Sequence[Answer]) -> Document:
-    """The sample as it is, with the labels of its answers.
+    """Return the sample unchanged, with the labels of its answers.
 
     Args:
         input_ids: Token ids, [n], int64.
@@ -113,7 +117,7 @@ def masked_copy(
     sample_id: int,
     visit: int,
 ) -> Document:
-    """The copy: masks drawn for this visit in every long answer, and labels at the masked tokens only.
+    """Return the copy, with masks in every long answer and labels at the masked tokens only.
 
     Each answer longer than `duplication.min_copied` loses exactly `num_masked(mask_ratio, its length)` tokens.
 
@@ -124,7 +128,7 @@ def masked_copy(
         mask_token_id: Id written at the drawn positions.
         seed: Seed of the masks.
         sample_id: Identity of the sample.
-        visit: How often the sample was seen before; every visit draws anew.
+        visit: Number of earlier visits of the sample; every visit draws other masks.
     """
     lengths = np.array([answer.stop - answer.start for answer in answers])
     positions = torch.arange(len(input_ids))
@@ -140,7 +144,7 @@ def masked_copy(
 
 
 def concatenate(first: Document, copy: Document, copy_positions: Literal["continued", "restarted"]) -> Document:
-    """Original and copy as one document of 2n tokens; the copy sees the original."""
+    """Join original and copy into one document of 2n tokens, in which the copy attends to the original."""
     shift = len(first) if copy_positions == "continued" else 0
     return Document(
         torch.cat((first.input_ids, copy.input_ids)),

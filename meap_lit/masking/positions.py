@@ -1,4 +1,4 @@
-"""The method: which input tokens are masked, and how many of them at each step.
+"""The method in pretraining: choose input tokens and replace them by the mask token.
 
 MEAP (arXiv 2502.07490, section 3.1) replaces a share P of the *input* tokens by a mask token and leaves the
 next-token targets clean. Everything here is a pure function of its arguments: a mask depends on
@@ -14,11 +14,9 @@ from torch import Tensor
 
 from meap_lit.errors import UserError
 
-# ------------------------------------------------------------------------------------------------ positions
-
 
 def num_masked(mask_ratio: float, seq_len: int) -> int:
-    """Number of masked positions in a row of `seq_len` inputs: max(1, floor(P * T)), and 0 for P = 0.
+    """Return the number of masked positions in a row of `seq_len` inputs: max(1, floor(P * T)), and 0 for P = 0.
 
     The product is rounded to nine digits before it is floored, so that 0.29 * 100 is 29 and not 28.
     """
@@ -49,8 +47,8 @@ def mask_inputs(
         mask_ratio: Share P of the positions to mask, in [0, 1). At 0 `input_ids` itself is returned.
         seed: Seed of the run; its low 64 bits count.
         step: Optimizer step; every visit of a sample draws anew.
-        span_len: Length of the runs of neighbouring positions that are masked together; see `sample_positions`.
-        protected: Which ids are never masked, [V], bool, on the device of `input_ids`; none if not given. A row with
+        span_len: Length of the runs of neighboring positions that are masked together; see `sample_positions`.
+        protected: Ids that are never masked, [V], bool, on the device of `input_ids`; none if not given. A row with
             fewer than `num_masked(P, T)` other tokens has all of those masked.
         protect_last: Whether the last position of a row is never masked.
 
@@ -112,11 +110,10 @@ def sample_positions(
 
 
 def rare_ids(counts: Tensor, share: float) -> Tensor:
-    """Which token ids are the rarest, such that together they make up at most a share of the tokens.
+    """Find the rarest token ids, which together make up at most a share of the tokens.
 
     Args:
-        counts: How often each id stands in the data, [V], int64. Ids that are equally rare are taken together or not at
-            all.
+        counts: Occurrences of each id in the data, [V], int64. Equally rare ids are taken together or not at all.
         share: The share, in [0, 1). At 0 these are the ids that do not occur.
 
     Returns:
@@ -136,15 +133,15 @@ _Integers = TypeVar("_Integers", int, Tensor)
 def _fold(state: int, value: _Integers) -> _Integers:
     """Mix a 64-bit value into a 32-bit state, its low half and then its high half.
 
-    Values are hashed before they meet the state. Were they added as they are, two states that lie close together
-    would draw shifted copies of one another's masks.
+    Values are hashed before they are combined with the state. Otherwise two neighboring states would draw shifted
+    copies of one another's masks.
     """
     half_way = _hash(state ^ _hash(value & _UINT32))
     return _hash(half_way ^ _hash((value >> 32) & _UINT32))
 
 
 def _hash(x: _Integers) -> _Integers:
-    """A one-to-one hash of [0, 2**32), for Python integers and int64 tensors alike.
+    """Hash [0, 2**32) one to one, for Python integers and int64 tensors alike.
 
     Constants and shifts of the "lowbias32" mixer (Chris Wellons, "Prospecting for Hash Functions", 2018). The
     second constant, 0x846CA68B, is written less 2**32: equal modulo 2**32, but no product leaves int64. Without
@@ -155,11 +152,13 @@ def _hash(x: _Integers) -> _Integers:
     return x ^ (x >> 16)
 
 
-# ------------------------------------------------------------------------------------------------ schedules
-
-
 def check_ratio(name: str, value: float) -> None:
-    """Raise `UserError` unless `value` is a share in [0, 1)."""
+    """Raise `UserError` unless `value` is in [0, 1).
+
+    Args:
+        name: Key of the value, for the message.
+        value: A share.
+    """
     if not 0 <= value < 1:
         hint = f"; write {value / 100:g} for {value:g}%" if 1 <= value < 100 else ""
         raise UserError(f"{name} must be in [0, 1), got {value:g}{hint}")

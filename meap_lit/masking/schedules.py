@@ -126,7 +126,8 @@ def _progress(step: int, steps: int | None, max_steps: int) -> float:
     """Return the share of a ramp that is over at `step`; a ramp of no steps is over at step 0."""
     if steps is None and not 0 <= max_steps < math.inf:
         raise UserError(
-            f"a mask schedule over the whole run needs trainer.max_steps, got {max_steps}; or set model.mask_ratio.steps"
+            f"a mask schedule over the whole run needs trainer.max_steps, got {max_steps}; "
+            f"or set model.mask_ratio.steps"
         )
     length = max_steps if steps is None else steps
     return min(1.0, max(0.0, step / length)) if length > 0 else float(step >= 0)

@@ -1,4 +1,4 @@
-"""The decoder and its loss; plain PyTorch, nothing of Lightning."""
+"""The decoder and its loss, in plain PyTorch."""
 
 from meap_lit.model.attention import Documents
 from meap_lit.model.config import DecoderConfig, RopeScaling

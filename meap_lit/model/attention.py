@@ -1,4 +1,4 @@
-"""Which tokens attend to which: every earlier one, those of the same document, or those in a cache.
+"""Attention functions: to all earlier tokens, to those of the same document, or to those in a cache.
 
 The decoder hands one of these to its layers as `attend(query, key, value) -> y`, with query [B, H, T, head_dim], key
 and value [B, H_kv, T, head_dim] and y [B, H, T, head_dim]. All are `scaled_dot_product_attention` underneath.
@@ -16,7 +16,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Every token attends to itself and to all before it in its row."""
+    """Attend from every token to itself and to all earlier tokens of its row."""
     grouped = query.size(1) != key.size(1)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
@@ -26,13 +26,13 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @dataclass  # not frozen: Lightning's precision plugins walk through a batch and refuse a frozen one
 class Documents:
-    """Runs of tokens that attend among themselves only, in a batch of packed rows.
+    """The documents of a batch of packed rows: runs of tokens that attend only to each other.
 
-    They are numbers on the host, because the shapes of the attention calls follow from them: held on a device, each
-    forward would wait for it.
+    The lengths are numbers on the host, because the shapes of the attention calls follow from them; if they were on a
+    device, each forward would wait for it.
 
     Args:
-        lengths: Tokens of each document, row by row as the batch [B, T] lies flattened; they sum to B * T and none
+        lengths: Tokens of each document, row by row in the flattened batch [B, T]; they sum to B * T and none
             crosses the end of a row.
     """
 
@@ -40,7 +40,7 @@ class Documents:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Sequence[int]], seq_len: int) -> "Documents":
-        """From the lengths of each row's documents; what is left of `seq_len` is padding, a document of its own.
+        """Build from the lengths of each row's documents; the rest of `seq_len` is padding, a document of its own.
 
         Raises:
             ValueError: If a document has no token, or a row more than `seq_len`.
@@ -56,7 +56,7 @@ class Documents:
 
 @torch.compiler.disable  # lengths differ from batch to batch, and each new set would be compiled anew
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-    """Every token attends to itself and to those before it in its document.
+    """Attend from every token to itself and to the earlier tokens of its document.
 
     One causal call for each document, or for a run of equally long ones: exact on every device and in every dtype,
     scores only where they count (the sum of n_i^2), nothing but ordinary PyTorch. The price is many small launches

@@ -1,4 +1,4 @@
-"""What a decoder is made of, as a recipe writes it down."""
+"""The configuration of a decoder, as a recipe gives it."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -30,7 +30,7 @@ def vocab_rows(num_tokens: int, rows: int | None = None, *, new_tokens: int = 0)
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched to contexts longer than the model was pretrained on.
+    """Scaling of rotary frequencies to contexts longer than that of the pretraining.
 
     Args:
         type: `linear` divides every frequency by `factor`; `llama3` only the low ones; `yarn` blends by wavelength
@@ -170,7 +170,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Context:
-    """Another context for a model that exists; what is not given stays as the model has it.
+    """Another context for an existing model; values that are not given keep those of the model.
 
     The paper's models of 32K and 64K have rotary base 640,000 (arXiv 2502.07490); stretching by `rope_scaling` is the
     other way. Either needs further training at the new length.

@@ -19,7 +19,7 @@ from meap_lit.model.swiglu import swiglu
 
 
 class Attention(nn.Module):
-    """Self-attention with grouped key-value heads and rotary positions; what attends to what is handed in."""
+    """Self-attention with grouped key-value heads and rotary positions; the caller passes the attention function."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added to the residual stream."""
+    """Attention and MLP, each with a norm before it and added to the residual stream."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to hidden states; the head is a separate call, so a loss can be taken without all logits."""
+    """Map token ids to hidden states; the head is a separate call, so a loss does not need all logits at once."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -84,13 +84,13 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random weights (`init.py`), and the tied head."""
+        """Draw random weights (`init.py`), and tie the head."""
         self.tie_weights()
         for name, parameter in self.named_parameters():
             init_parameter_(parameter, name, self.config)
 
     def tie_weights(self) -> None:
-        """Make the embedding the head, if they are tied; leaving the meta device (`to_empty`) unties them."""
+        """Make the embedding the head, if they are tied; `to_empty` (leaving the meta device) unties them."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         documents: Documents | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Final hidden states.
+        """Return the final hidden states.
 
         Args:
             input_ids: Token ids, [B, T], int64, with T up to `config.max_seq_len`.
@@ -127,12 +127,12 @@ class Decoder(nn.Module):
     def _attention(
         self, position_ids: Tensor | None, documents: Documents | None, cache: KVCache | None
     ) -> list[Attend]:
-        """The attention function of each layer."""
+        """Return the attention function of each layer."""
         if cache is not None:
             return cache.attention(position_ids, documents)
         attend = causal_attention if documents is None else partial(packed_attention, documents=documents)
         return [attend] * len(self.layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of every vocabulary entry, [..., V], for hidden states [..., D]."""
+        """Return the logits, [..., V], of hidden states [..., D]."""
         return self.lm_head(hidden)

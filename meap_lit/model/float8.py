@@ -2,7 +2,7 @@
 
 Weights stay as they are and keep their names. For each product both factors are rounded to eight bits: inputs and
 weights to e4m3, gradients of outputs to e5m2 (arXiv 2209.05433), each scaled by its own largest element, found anew
-every time. So there is no state beside the weights, and a run may go on with float8 or without it. This is torchao's
+every time. So there is no state besides the weights, and a run may resume with float8 or without it. This is torchao's
 default, `tensorwise`, which it calls its fastest. The head is left out: the loss reads its weight itself.
 """
 

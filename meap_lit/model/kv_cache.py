@@ -1,4 +1,4 @@
-"""Keys and values of the tokens before, for generation."""
+"""Keys and values of earlier tokens, for generation."""
 
 import math
 from functools import partial
@@ -42,7 +42,7 @@ class KVCache:
         Args:
             position_ids: Positions of the tokens, [T] or [B, T], int64, below `max_len`. None for 0 to T-1, as a
                 prompt is read: all that its tokens see is in the call, which is then plain causal attention.
-            documents: For tokens that lie one row after the other without padding, as [1, T]: the tokens of each row.
+            documents: For tokens of all rows, one row after the other without padding, [1, T]: the tokens of each row.
                 A row that does not begin at position 0 has those before in common with the row above it, from which
                 it takes their keys and values.
         """
@@ -58,7 +58,7 @@ class KVCache:
             ]
         if position_ids is None:
             return [partial(_fill, cache=cache) for cache in zip(self.keys, self.values, strict=True)]
-        num_slots = int(position_ids.max()) + 1  # what lies behind the longest row so far, no query sees
+        num_slots = int(position_ids.max()) + 1  # no query attends to slots after the longest row so far
         slots = position_ids.expand(self.keys.size(1), -1)[:, None, :, None]  # [B, 1, T, 1]
         unseen = slots < torch.arange(num_slots, device=position_ids.device)  # [B, 1, T, S]
         # The mask of all layers: added to the scores, not bool, which SDPA would turn into this in every layer. Query
@@ -71,7 +71,7 @@ class KVCache:
         ]
 
     def keep(self, rows: Tensor) -> None:
-        """Give up all rows but these, [N] int64."""
+        """Drop all rows but these, [N] int64."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 

@@ -21,7 +21,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which projections get an adapter, and how large; everything else is frozen.
+    """Options of the adapters; all other weights are frozen.
 
     Args:
         rank: Inner width r of an adapter.
@@ -82,7 +82,7 @@ class LoRALinear(nn.Linear):
 
 @contextmanager
 def draw_dropout_from(device: torch.device, *key: int) -> Iterator[None]:
-    """Let what is dropped within follow from `key` alone; the random state is as before afterwards.
+    """Let `key` alone decide the dropout in this context; the random state is restored afterwards.
 
     Layers draw one after the other, so each drops something else. A forward that is computed again in the backward
     (`parallelize.checkpoint_and_compile`) drops what the first one did. Nothing here waits for the device.
@@ -94,7 +94,7 @@ def draw_dropout_from(device: torch.device, *key: int) -> Iterator[None]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether the parameter of that name belongs to an adapter."""
+    """Return whether the parameter of that name belongs to an adapter."""
     return name.endswith((".lora_a", ".lora_b"))
 
 

@@ -31,7 +31,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, return_rows: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Summed cross entropy of `hidden @ weight.T` against `labels`.
+    """Return the summed cross entropy of `hidden @ weight.T` against `labels`.
 
     Rows are taken in pieces of at most `MAX_LOGITS` logits. Their gradients are formed in the same pass while the
     piece's logits are at hand and only scaled in the backward, so nothing is computed twice and peak memory does
@@ -88,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + rows] = grad @ head * supervised
             if grad_weight is not None:
                 _add_product_(grad_weight, grad, piece * supervised)
-            del log_probs, grad  # or they would lie beside those of the next piece
+            del log_probs, grad  # else they would be in memory together with those of the next piece
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(row_losses)
         return total, row_losses

@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """Dtype in which a linear would multiply `x`: that of autocast, if it is on."""
+    """Return the dtype in which a linear layer would multiply `x`: that of autocast, if it is on."""
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype

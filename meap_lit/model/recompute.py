@@ -1,4 +1,4 @@
-"""Blocks that are compiled, and whose activations are computed again in the backward pass."""
+"""Compile the blocks, and recompute their activations in the backward pass."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +18,7 @@ _SAVED = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
-"""Operations whose results `selective` keeps: those that take time."""
+"""Operations whose results `selective` keeps, because they take the most time."""
 
 
 def checkpoint_and_compile(

@@ -11,7 +11,7 @@ from meap_lit.model.config import DecoderConfig, RopeScaling
 
 
 def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> tuple[Tensor, float]:
-    """Inverse frequencies and the factor on cosine and sine (other than 1 only with YaRN).
+    """Return the inverse frequencies and the factor on cosine and sine (other than 1 only with YaRN).
 
     Returns:
         Angle per position of each pair of dimensions, [head_dim / 2], float32; and the factor.
@@ -54,7 +54,7 @@ def _yarn(inv_freq: Tensor, scaling: RopeScaling, config: DecoderConfig) -> Tens
 
 
 def rope_angles(config: DecoderConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position.
+    """Return cosine and sine of every position.
 
     Computed anew for each forward (cheap next to one matrix product), so the decoder holds no buffer that a
     meta-device start or a change of dtype could spoil.
@@ -77,7 +77,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """Its gradient is the rotation back, in as few passes, where autograd would take the halves apart and pad each."""
+    """Rotation whose gradient is the inverse rotation; autograd would split the halves and pad each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

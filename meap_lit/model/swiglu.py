@@ -14,7 +14,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Takes silu(gate) again in the backward: kept, it is a quarter of what an MLP keeps, as wide as the product is."""
+    """Product that recomputes silu(gate) in the backward pass, which saves a quarter of the activations of an MLP."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

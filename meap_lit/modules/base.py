@@ -1,10 +1,9 @@
-"""What the LightningModules share: the decoder and where its weights come from, clean validation, the optimizer."""
+"""The base of the LightningModules: build the decoder, validate without masks, update the weights, save and load."""
 
 import dataclasses
 import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from meap_lit.checkpoint.source import CheckpointSource, new_mask_token, open_source, vocab_size_for
+from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import UserError
 from meap_lit.hf.weights import WeightSource, load_weights
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig
@@ -20,8 +20,9 @@ from meap_lit.model.config import Context, vocab_rows
 from meap_lit.model.float8 import MULTIPLE, use_float8
 from meap_lit.model.lora import LoRA, add_lora, draw_dropout_from, is_adapter
 from meap_lit.model.recompute import checkpoint_and_compile
-from meap_lit.modules.logged import host_number, is_logged
+from meap_lit.modules.log_steps import host_number, is_logged
 from meap_lit.modules.optimizer import AdamW
+from meap_lit.modules.resume import check_same_model, name_parameters
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.sharding import clip_grad_norm, write_shard
 from meap_lit.parallel.strategies import Sharded
@@ -29,21 +30,21 @@ from meap_lit.tokenizer.tokenizer import Tokenizer
 
 
 class DecoderModule(L.LightningModule, ABC):
-    """A decoder in training; subclasses say on which loss.
+    """A decoder in training; a subclass defines the loss.
 
     Args:
         optimizer: AdamW and its learning-rate schedule.
         decoder: The model, with random weights.
-        init_from: Start from these weights instead: a Hugging Face folder, a checkpoint (.ckpt) or a run's folder. Its
+        init_from: Start from these weights instead: a Hugging Face folder, a checkpoint or a run's folder. The
             vocabulary grows by the mask token if it has none.
         context: Longer context or other rotary frequencies than those weights were trained with.
         lora: Train low-rank adapters on these projections and nothing else.
-        activation_checkpointing: Keep less for the backward and compute it anew: `full` keeps one hidden state a block,
-            `selective` also the results of matrix products and attention.
+        activation_checkpointing: Keep fewer activations for the backward pass and recompute the others: `full` keeps
+            one hidden state per block, `selective` also the results of matrix products and attention.
         compile: Compile the blocks (torch.compile), which delays the first step.
         float8: Compute the linear layers of the blocks in float8 (`meap_lit/model/float8.py`). Weights and checkpoints
-            stay as they are, so a resume may change it. Needs torchao and a GPU of compute capability 8.9 or newer, and
-            `compile: true` and trainer.precision bf16-mixed to be of use. Not run on a GPU so far.
+            do not change, so a resume may switch it on or off. Needs torchao and a GPU of compute capability 8.9 or
+            newer; faster only with `compile: true` and trainer.precision bf16-mixed.
     """
 
     def __init__(
@@ -75,17 +76,22 @@ class DecoderModule(L.LightningModule, ABC):
         self.mask_token_id: int | None = None
         self.decoder: Decoder | None = None
         self.origin: dict[str, Any] = {}
-        """Where the weights came from and what was known of them there; a checkpoint keeps it for the export."""
+        """Source of the weights, and its properties that the export needs; saved in checkpoints."""
         self.masks_drawn = False
         """Whether inputs were masked, in this run or in that of `init_from`."""
         self.strict_loading = lora is None  # a checkpoint of adapters holds nothing else
         self.bad_gradient_step: Tensor | None = None
-        """First optimizer step of this run whose gradients were not finite, int64 on their device; -1 if none was."""
+        """First optimizer step of this run with gradients that were not finite, scalar int64 on their device, or -1."""
+
+    @property
+    def data(self) -> StreamingData | None:
+        """The datamodule of the run, if there is one."""
+        return getattr(self._trainer, "datamodule", None)
 
     @property
     @abstractmethod
     def plain_override(self) -> str | None:
-        """Command-line words that turn a masked run into its baseline; None for a run that is plain."""
+        """Command-line words that turn a masked run into its baseline; None if the run is plain."""
 
     # ---------------------------------------------------------------------------------------------- model
 
@@ -102,25 +108,19 @@ class DecoderModule(L.LightningModule, ABC):
     def configure_model(self) -> None:
         """Build the decoder, now that the vocabulary is known and the strategy has chosen devices.
 
-        It is put together without memory, split over the devices if the strategy does so, and only then allocated and
-        filled, so that no device ever holds more than its part.
+        The decoder is built without memory, sharded if the strategy does so, and only then allocated and filled, so
+        that no device ever holds more than its shard.
+
+        Raises:
+            UserError: If the vocabulary or the context is too small for the data.
         """
         if self.decoder is not None:
             return
-        data = getattr(self._trainer, "datamodule", None)
-        tokenizer = None if data is None else data.tokenizer
+        tokenizer = None if self.data is None else self.data.tokenizer
         source = self._open_source()
         self.config = self._choose_config(source, tokenizer)
         self._adopt_mask_token(tokenizer)
-        if data is not None and data.longest_input > self.config.max_seq_len:
-            context = f"{self.config.max_seq_len} tokens"
-            if source is not None and source.config.max_seq_len == self.config.max_seq_len:
-                context = source.context
-            raise UserError(
-                f"the longest input of the data, {data.longest_input} tokens (data.seq_len {data.seq_len}), is longer "
-                f"than the model's context, {context}; shorten the one or raise the other with "
-                f"model.{'decoder' if source is None else 'context'}.max_seq_len"
-            )
+        self._check_context(source)
         # strategy and precision (float32 unless bf16-true) have set torch's defaults
         decoder = meta_decoder(self.config, torch.get_default_dtype())
         device, write = torch.get_default_device(), copy_whole
@@ -141,7 +141,7 @@ class DecoderModule(L.LightningModule, ABC):
         self.decoder = decoder
 
     def _open_source(self) -> WeightSource | None:
-        """Open what the weights come from, once the first rank has verified it for all."""
+        """Open the source of the weights after the first rank has verified it for all."""
         if self.init_from is None or self._trainer is None:
             return None if self.init_from is None else open_source(self.init_from)
         path, ranks = self.init_from, Ranks(self._trainer)
@@ -150,8 +150,8 @@ class DecoderModule(L.LightningModule, ABC):
         return open_source(path, verify=False)
 
     def _rows_without_mask(self) -> int | None:
-        """Return the vocabulary rows of the model without the mask token, None if its tokenizer came with one."""
-        data = getattr(self._trainer, "datamodule", None)
+        """Return the vocabulary rows that the model would have without the mask token; None if it came with one."""
+        data = self.data
         if self.initial_config is None:
             return self.origin["rows"]
         if data is None or not data.tokenizer.mask_is_new:
@@ -159,7 +159,7 @@ class DecoderModule(L.LightningModule, ABC):
         return vocab_rows(data.tokenizer.vocab_size - 1, self.initial_config.vocab_size)
 
     def _use_float8(self, decoder: Decoder) -> None:
-        data, strategy = (getattr(self._trainer, name, None) for name in ("datamodule", "strategy"))
+        data, strategy = self.data, getattr(self._trainer, "strategy", None)
         if isinstance(strategy, Sharded) and strategy.tensor_parallel_size > 1:
             raise UserError(
                 f"model.float8 does not go with trainer.strategy.tensor_parallel_size {strategy.tensor_parallel_size}; "
@@ -192,6 +192,19 @@ class DecoderModule(L.LightningModule, ABC):
         config = dataclasses.replace(source.config, vocab_size=rows)
         return config if self.context is None else self.context.of(config)
 
+    def _check_context(self, source: WeightSource | None) -> None:
+        data = self.data
+        if data is None or data.longest_input <= self.config.max_seq_len:
+            return
+        context = f"{self.config.max_seq_len} tokens"
+        if source is not None and source.config.max_seq_len == self.config.max_seq_len:
+            context = source.context
+        raise UserError(
+            f"the longest input of the data, {data.longest_input} tokens (data.seq_len {data.seq_len}), is longer "
+            f"than the model's context, {context}; shorten the one or raise the other with "
+            f"model.{'decoder' if source is None else 'context'}.max_seq_len"
+        )
+
     def _adopt_mask_token(self, tokenizer: Tokenizer | None) -> None:
         if self.mask_token_id is None and tokenizer is not None:
             self.mask_token_id = tokenizer.mask_token_id
@@ -204,23 +217,29 @@ class DecoderModule(L.LightningModule, ABC):
             )
 
     def dropout_of(self, batch_idx: int) -> AbstractContextManager[None]:
-        """Return a context in which the adapters' dropout follows from seed, step, micro-batch and rank alone."""
+        """Return a context in which seed, step, micro-batch and rank alone decide the adapters' dropout."""
         if self.lora is None or self.lora.dropout == 0:
             return nullcontext()
-        data = self.trainer.datamodule
-        seed, rank = (0, 0) if data is None else (data.seed, data.shard.rank)
+        data = self.data
+        seed, rank = (0, 0) if data is None else (data.seed, data.rank_slice.rank)
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         return draw_dropout_from(self.device, seed, self.global_step, micro_batch, rank)
 
     # ---------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        data = self.trainer.datamodule
+        data = self.data
         self._val_shares = {"": 1.0} if data is None else data.val_shares
         self._val_sums = torch.zeros(len(self._val_shares), 2, dtype=torch.float32, device=self.device)
 
     def _validate(self, summed_loss: Tensor, labels: Tensor, source: int = 0) -> None:
-        """Count a batch's clean loss, summed over its supervised labels, into the validation loss of its dataset."""
+        """Add a batch to the validation loss of its dataset.
+
+        Args:
+            summed_loss: Loss without masks, summed over the supervised labels, scalar.
+            labels: Targets, [B, T]; `IGNORE_INDEX` where there is none.
+            source: Number of the dataset.
+        """
         num_labels = (labels != IGNORE_INDEX).sum()
         mean = summed_loss / num_labels.clamp(min=1)  # rounded as torchmetrics' MeanMetric would, which drops a NaN
         self._val_sums[source] += torch.stack([mean * num_labels, num_labels])
@@ -235,7 +254,7 @@ class DecoderModule(L.LightningModule, ABC):
         loss = torch.stack([losses[name] * (self._val_shares[name] / total) for name in read]).sum()
         self.log("val/loss", loss, prog_bar=True, sync_dist=True)
         self.log("val/perplexity", loss.exp(), sync_dist=True)
-        if self.trainer.datamodule is not None and len(self.trainer.datamodule.datasets) > 1:
+        if self.data is not None and len(self.data.datasets) > 1:
             for name in read:
                 self.log(f"val/loss/{name}", losses[name], sync_dist=True)
 
@@ -245,7 +264,7 @@ class DecoderModule(L.LightningModule, ABC):
         self.bad_gradient_step = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Mark what earlier steps logged as old; Lightning would write it again where a run is stopped between two."""
+        """Mark the values of earlier steps as logged; Lightning would log them again if a run stops in between."""
         for metric in self.trainer.fit_loop.epoch_loop._results.values():
             metric.has_reset = True
 
@@ -267,10 +286,10 @@ class DecoderModule(L.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global norm and log it where that is due, computing it once.
+        """Clip the gradients by their global norm, and log the norm at logged steps.
 
-        A norm that is not finite vetoes the update and all later ones, so that the weights stay those of the last good
-        step until the host reads `bad_gradient_step`. The veto stays on the device.
+        A norm that is not finite vetoes this update and all later ones, so the weights remain those of the last good
+        step until the host reads `bad_gradient_step`. The veto remains on the device.
         """
         limit = math.inf if gradient_clip_val is None else gradient_clip_val
         norm = clip_grad_norm(self.parameters(), limit)
@@ -287,7 +306,7 @@ class DecoderModule(L.LightningModule, ABC):
     # ---------------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """All weights, or with adapters those alone: the frozen ones are in `init_from`."""
+        """Return all weights, or with `lora` only the adapters: the frozen weights are in `init_from`."""
         state = super().state_dict(*args, **kwargs)
         if self.lora is None or self.init_from is None:
             return state
@@ -295,52 +314,25 @@ class DecoderModule(L.LightningModule, ABC):
         return {name: value for name, value in state.items() if name in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the weights of another model, and adapters of one: they might fit, and mean nothing."""
-        data = getattr(self._trainer, "datamodule", None)
+        """Refuse the weights of another model, and adapters of one: they might fit, and mean nothing.
+
+        Raises:
+            UserError: If the checkpoint's model or adapters are not those of the recipe.
+        """
+        data = self.data
         is_foreign = data is not None and type(data).__qualname__ not in checkpoint
         if is_foreign and self.trainer.state.fn == "fit":
             return  # a run of another kind: `Budget` says so
         about = checkpoint.get("decoder", {})
         self.masks_drawn |= about.get("rows_without_mask") is None
-        config = dataclasses.asdict(self.config)
-        for name, was in about.get("config", {}).items():
-            if was != config[name] and name != "max_seq_len":
-                raise UserError(
-                    f"the checkpoint's model has decoder.{name} {was}, that of the recipe {config[name]}; leave it "
-                    f"as it was, or start a new run with model.init_from"
-                )
-        self._check_adapters(about.get("lora"))
-        trained_on = about.get("init_from")
-        now = self.origin.get("init_from")
-        if self.lora is not None and trained_on and trained_on != now and Path(trained_on).exists():
-            raise UserError(
-                f"the checkpoint's adapters were trained on {trained_on}, model.init_from is {now} now; "
-                f"set model.init_from to {trained_on}"
-            )
-
-    def _check_adapters(self, were: dict[str, Any] | None) -> None:
-        """Refuse adapters of another shape or scale; how they are trained from here on (dropout) may change."""
-        if (were is None) != (self.lora is None):
-            has, add = ("no adapters", "has") if were is None else ("adapters", "has no")
-            fix = "leave it out" if were is None else f"give it as it was: {were}"
-            raise UserError(f"the checkpoint has {has}, and the recipe {add} model.lora; {fix}")
-        if were is None or self.lora is None:
-            return
-        now = dataclasses.asdict(self.lora)
-        for name in ("rank", "alpha", "targets"):
-            was, is_ = (sorted(value) if isinstance(value, list) else value for value in (were[name], now[name]))
-            if was != is_:
-                raise UserError(
-                    f"the checkpoint's adapters have model.lora.{name} {_listed(was)}, those of the recipe "
-                    f"{_listed(is_)}; leave it as it was, or start a new run with model.init_from"
-                )
+        check_same_model(about, self.config, self.lora, self.origin.get("init_from"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # names hold for every strategy, and torch's optimizers take them for their own numbers
         for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=False):
             if state:  # one rank may have gathered it all
-                _name_parameters(state, optimizer, {id(p): name for name, p in self.named_parameters()})
-        data = getattr(self.trainer, "datamodule", None)
+                name_parameters(state, optimizer, self.named_parameters())
+        data = self.data
         checkpoint["decoder"] = {
             "config": dataclasses.asdict(self.config),
             "mask_token_id": self.mask_token_id,
@@ -349,22 +341,6 @@ class DecoderModule(L.LightningModule, ABC):
             "rows_without_mask": None if self.masks_drawn else self._rows_without_mask(),
             **self.origin,
         }
-
-
-def _listed(value: Any) -> str:
-    return f"[{', '.join(value)}]" if isinstance(value, list) else f"{value:g}"
-
-
-def _name_parameters(state: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:
-    """Key an optimizer's state by the names of parameters, in place, unless it is."""
-    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-
-    def name(key: int | str) -> str:
-        return order[key] if isinstance(key, int) else key
-
-    state["state"] = {name(key): value for key, value in state["state"].items()}
-    for group in state["param_groups"]:
-        group["params"] = [name(key) for key in group["params"]]
 
 
 def with_vocabulary(config: DecoderConfig, tokenizer: Tokenizer | None) -> DecoderConfig:

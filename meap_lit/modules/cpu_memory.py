@@ -1,4 +1,4 @@
-"""How a process that trains on its CPU keeps freed memory."""
+"""Keep freed memory in a process that trains on its CPU."""
 
 import ctypes
 import os
@@ -8,11 +8,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Leave freed tensors in a process that computes on its CPU, for the next of their size.
+    """Keep the memory of freed tensors in the process, for later tensors of their size.
 
-    glibc maps a large tensor anew each time (from 32 MiB on, or less) and gives the free end of its heap back, and the
+    glibc maps a large tensor anew each time (from 32 MiB on, or less) and returns the free end of its heap, and the
     system then clears every page that is touched again: a tenth of a training step in bfloat16 (benchmarks/log.md).
-    Settings of the environment (`MALLOC_MMAP_THRESHOLD_` and the like) take precedence; elsewhere than on Linux with
+    Settings of the environment (`MALLOC_MMAP_THRESHOLD_` and the like) take precedence; without Linux and
     glibc this does nothing.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):

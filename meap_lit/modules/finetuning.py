@@ -1,4 +1,4 @@
-"""Fine-tuning with MEAP: every sample twice, some of the copy's answer masked."""
+"""Fine-tune with MEAP: train on each sample and on a copy with a part of the answer masked."""
 
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from meap_lit.errors import UserError
 from meap_lit.hf.weights import token_ids
 from meap_lit.model import linear_cross_entropy
 from meap_lit.modules.base import DecoderModule
-from meap_lit.modules.logged import host_number, is_logged
+from meap_lit.modules.log_steps import host_number, is_logged
 
 
 class MEAPFineTuning(DecoderModule):
@@ -18,7 +18,7 @@ class MEAPFineTuning(DecoderModule):
 
     The loss is taken on the answers of the originals (U_q) and on the masked tokens of the copies (U_m), and divided
     by |U_q| + |U_m| of the whole optimizer step, over its micro-batches and all devices, so that it does not depend on
-    how a batch is split. What is duplicated and masked is a matter of the data (`meap_lit/masking/duplication.py`).
+    how a batch is split. The datamodule duplicates and masks (`meap_lit/masking/duplication.py`).
     Validation has neither copies nor masks.
 
     Args:
@@ -26,7 +26,7 @@ class MEAPFineTuning(DecoderModule):
     """
 
     decided_by: ClassVar[dict[str, str]] = {"seed": "data.seed", "mask_token_id": "data.tokenizer"}
-    """Options of pretraining that are no options here, and what decides instead."""
+    """Options of pretraining that this class does not have, and the key that decides instead."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -39,7 +39,7 @@ class MEAPFineTuning(DecoderModule):
 
     def configure_model(self) -> None:
         super().configure_model()
-        data = getattr(self._trainer, "datamodule", None)
+        data = self.data
         if data is not None:  # the model learns to end its answers as the chat template does
             generation = self.origin.get("generation", {})
             stops = sorted({*token_ids(generation, "eos_token_id"), *data.stop_token_ids})
@@ -66,12 +66,11 @@ class MEAPFineTuning(DecoderModule):
 
     @property
     def num_replicas(self) -> int:
-        """Devices that share a global batch."""
-        data = self.trainer.datamodule
-        return 1 if data is None else data.shard.num_replicas
+        """Number of data-parallel ranks that share a global batch."""
+        return 1 if self.data is None else self.data.rank_slice.num_replicas
 
     def _losses(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Summed loss, scalar, and the loss of every position for the log, [B, T]."""
+        """Return the summed loss, scalar, and the loss of every position for the log, [B, T]."""
         assert self.decoder is not None
         hidden = self.decoder(batch["input_ids"], batch["position_ids"], batch["documents"])  # [B, T, D]
         return linear_cross_entropy(hidden, self.decoder.lm_head.weight, batch["labels"], return_rows=True)

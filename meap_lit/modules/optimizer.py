@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule, as the paper sets them."""
+"""AdamW and its learning-rate schedule; the defaults are the paper's."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from meap_lit.errors import UserError
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW with a linear warm-up and a cosine fall; the defaults are the paper's.
+    """AdamW with a linear warm-up and a cosine decay; the defaults are the paper's.
 
     Args:
         lr: Peak learning rate.
@@ -44,7 +44,7 @@ class AdamW:
             raise UserError(f"optimizer.weight_decay must be in [0, 1 / optimizer.lr), got {self.weight_decay:g}")
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
-        """Optimizer over the trained parameters of `model`; matrices decay, vectors do not."""
+        """Return the optimizer of the trained parameters of `model`; matrices decay, vectors do not."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2]},
@@ -65,7 +65,7 @@ class AdamW:
             group.update(lr=lr, betas=self.betas, eps=self.eps)
 
     def lr_factor(self, step: int, max_steps: int) -> float:
-        """Learning rate of the update after `step` earlier ones, as a share of the peak."""
+        """Return the learning rate of the update after `step` earlier ones, as a share of the peak."""
         warmup = round(self.warmup_share * max_steps)
         if step < warmup:
             return (step + 1) / warmup

@@ -1,17 +1,17 @@
-"""Pretraining with MEAP: mask some input tokens, predict every next token."""
+"""Pretrain with MEAP: mask some input tokens, predict every next token."""
 
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from meap_lit.data.stream.text import Batch
+from meap_lit.data.stream.text import TextBatch
 from meap_lit.errors import UserError
 from meap_lit.masking import check_ratio, mask_inputs, rare_ids
 from meap_lit.masking.schedules import Constant, MaskSchedule
 from meap_lit.model import linear_cross_entropy
 from meap_lit.modules.base import DecoderModule
-from meap_lit.modules.logged import host_number, is_logged
+from meap_lit.modules.log_steps import host_number, is_logged
 
 
 class MEAPPretraining(DecoderModule):
@@ -27,7 +27,7 @@ class MEAPPretraining(DecoderModule):
         mask_cycle: Number of optimizer steps after which the drawn sets repeat; the released code has 51, drawn by
             Python's generator from the seeds 50 to 100. Never, if not given.
         span_len: Length in tokens of the spans that are masked together; 1 draws single tokens, as the paper does.
-        protect: What is never masked: the special tokens `bos` and `eos`, and `last`, the last position of a row, which
+        protect: Never masked: the special tokens `bos` and `eos`, and `last`, the last position of a row, which
             the released code never masks.
         protect_rare: The rarest tokens, which together make up at most this share of the training tokens, are never
             masked. They are counted in the rows that the run trains on first.
@@ -63,7 +63,7 @@ class MEAPPretraining(DecoderModule):
         self.seed = seed
         self.mask_token_id = mask_token_id
         self.protected: Tensor | None = None
-        """Which ids are never masked, [V], bool; known when a run starts. No buffer: ranks would send it every step."""
+        """Ids that are never masked, [V], bool; set when a run starts. As a buffer, it would be sent every step."""
         self.register_buffer("_step_loss", torch.zeros(()), persistent=False)
 
     @property
@@ -84,15 +84,15 @@ class MEAPPretraining(DecoderModule):
             protected |= rare_ids(data.token_counts(), self.protect_rare)
         self.protected = protected.to(self.device)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         input_ids, input_mask = self.mask_batch(batch)
         with self.dropout_of(batch_idx):
             loss = self._mean_loss(input_ids, batch["labels"])
         self._log_step(loss, input_mask, batch_idx)
         return loss
 
-    def mask_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Masked input ids and the input mask, each [B, T], of a training batch at the present step."""
+    def mask_batch(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
+        """Return the masked input ids and the input mask of a training batch at the current step, each [B, T]."""
         assert self.mask_token_id is not None
         step, sample_ids = self.global_step, batch["sample_ids"]
         mask_ratio = self.mask_ratio(step, self.trainer.max_steps)
@@ -109,7 +109,7 @@ class MEAPPretraining(DecoderModule):
             protect_last="last" in self.protect,
         )
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         summed_loss = self._summed_loss(batch["input_ids"], batch["labels"])
         self._validate(summed_loss, batch["labels"], batch.get("source", 0))
 

@@ -150,8 +150,8 @@ def find_studies(runs: Sequence[Run]) -> list[Study]:
         if not plain:
             names = ", ".join(arm.name for arm in group)
             raise UserError(
-                f"no baseline ({group[0].ratio_key} 0) for the {group[0].kind} of {names}; name its runs too, or leave "
-                f"these out of --runs"
+                f"no baseline ({group[0].ratio_key} 0) for the {group[0].kind} of {names}; "
+                f"name its runs too, or leave these out of --runs"
             )
         for arm in group:
             if not arm.is_plain:

@@ -243,7 +243,14 @@ def test_a_run_without_masks_is_exported_without_the_mask_token(
 def test_a_mask_that_was_used_is_exported(
     toy_recipe: Path, without_mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ramp = ["--model.mask_ratio", "meap_lit.masking.Linear", "--model.mask_ratio.start", "0", "--model.mask_ratio.end", "0.5"]
+    ramp = [
+        "--model.mask_ratio",
+        "meap_lit.masking.Linear",
+        "--model.mask_ratio.start",
+        "0",
+        "--model.mask_ratio.end",
+        "0.5",
+    ]
     output = train(toy_recipe, without_mask, "masked", *ramp)
     assert "transformers takes [MASK] in a text for the mask token, unless" in capsys.readouterr().out
     theirs = transformers.AutoTokenizer.from_pretrained(output)

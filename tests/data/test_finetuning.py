@@ -8,8 +8,7 @@ import torch
 from litdata import StreamingDataset
 
 from meap_lit.data.prepare.chat import PrepareChat
-from meap_lit.data.stream.chat import PackedTrainStream
-from meap_lit.data.stream.text import Shard
+from meap_lit.data.stream.micro_batches import Slice, TrainStream
 from meap_lit.errors import UserError
 from meap_lit.recipe.cli import RecipeCLI
 
@@ -18,13 +17,17 @@ def fit(recipe, *overrides):
     return RecipeCLI.run(["fit", "--config", str(recipe), *overrides])
 
 
-ALL = Shard()
+ALL = Slice()
 
 
-def stream(data, *, shard=ALL, micro_batch_size=2, start=0):
-    reader = data._reader("train", list(data.datasets), data.duplication)
-    return PackedTrainStream(
-        data._order(), reader, shard=shard, global_batch_size=4, micro_batch_size=micro_batch_size, start=start
+def stream(data, *, rank_slice=ALL, micro_batch_size=2, start=0):
+    return TrainStream(
+        data.order(),
+        data._reader("train"),
+        rank_slice=rank_slice,
+        global_batch_size=4,
+        micro_batch_size=micro_batch_size,
+        start=start,
     )
 
 
@@ -46,7 +49,7 @@ def test_ranks_and_micro_batches_share_out_the_same_rows(data):
     whole = list(islice(stream(data, micro_batch_size=4), 3))
     expected = rows(whole)
     assert expected == rows(islice(stream(data, micro_batch_size=1), 12))
-    ranks = [islice(stream(data, shard=Shard(rank, 2), micro_batch_size=1), 6) for rank in (0, 1)]
+    ranks = [islice(stream(data, rank_slice=Slice(rank, 2), micro_batch_size=1), 6) for rank in (0, 1)]
     interleaved = [batch for pair in zip(*ranks, strict=True) for batch in pair]
     assert expected == rows(interleaved)
     counts = [tuple(batch[name] for name in ("num_labels", "num_masked", "num_copies")) for batch in interleaved]
@@ -80,7 +83,7 @@ def test_epochs_are_a_budget(toy_sft_recipe, chat, capsys):
     """What does not fill a step at the end is said, in rows and in conversations."""
     options = ["--data.global_batch_size", "14", "--budget.max_steps", "null", "--budget.max_epochs", "1"]
     cli = fit(toy_sft_recipe, *options)
-    rows = list(islice(cli.datamodule._order().iterate(0), cli.datamodule._order().num_rows(1)))
+    rows = list(islice(cli.datamodule.order().iterate(0), cli.datamodule.order().num_rows(1)))
     assert cli.trainer.global_step == len(rows) // 14 >= 1
     trained, left = (
         {document.visit.sample for row in part for document in row.documents}
@@ -139,7 +142,7 @@ def test_datasets_are_mixed_and_must_share_a_template(toy_sft_recipe, prepared, 
 
     other = prepare("mistral")
     data = fit(toy_sft_recipe, "--data.datasets", f"{{{chat}: 1, {other}: 3}}", "--budget.max_steps", "1").datamodule
-    sources = [key.visit.source for row in islice(data._order().iterate(0), 40) for key in row.documents]
+    sources = [key.visit.source for row in islice(data.order().iterate(0), 40) for key in row.documents]
     assert 0.6 < sources.count(1) / len(sources) < 0.9
     with pytest.raises(UserError, match=r"different chat templates: .* \(mistral\), .*alpaca \(alpaca\); prep"):
         fit(toy_sft_recipe, "--data.datasets", f"{{{chat}: 1, {prepare('alpaca')}: 1}}")

@@ -5,7 +5,7 @@ import torch
 
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.pretraining import PretrainingData
-from meap_lit.data.stream.text import Shard
+from meap_lit.data.stream.micro_batches import Slice
 from meap_lit.errors import UserError
 from meap_lit.recipe.cli import RecipeCLI
 
@@ -48,7 +48,7 @@ def test_the_number_of_validation_rows_can_be_bounded(toy_recipe):
 @pytest.fixture
 def data(prepared, other, monkeypatch):
     """A mix that was set up, in rows of 32 tokens, on one device."""
-    monkeypatch.setattr(PretrainingData, "shard", Shard())
+    monkeypatch.setattr(PretrainingData, "rank_slice", Slice())
     data = PretrainingData({prepared.dataset: 3, other: 1}, prepared.tokenizer, seq_len=32, micro_batch_size=4)
     data.setup("fit")
     return data
@@ -56,8 +56,9 @@ def data(prepared, other, monkeypatch):
 
 def test_tokens_are_counted_in_the_first_rows_of_the_run(data, monkeypatch):
     monkeypatch.setattr("meap_lit.data.pretraining.COUNTED_TOKENS", 32 * 40)
-    stream = iter(data._train_stream(start=0))
-    tokens = torch.cat([next(stream)["input_ids"] for _ in range(10)])
+    visits = data.order().visits(0, 40)
+    reader = data._reader("train")
+    tokens = torch.cat([reader.block(*visit)[:-1] for visit in zip(visits.sources, visits.samples, strict=True)])
     expected = torch.zeros(data.tokenizer.vocab_size, dtype=torch.int64)
     for token in tokens.flatten().tolist():
         expected[token] += 1
@@ -71,7 +72,7 @@ def test_counts_do_not_depend_on_device_micro_batch_or_resume(data, prepared, ot
     fingerprints = {path: manifest.fingerprint for path, manifest in data.manifests.items()}
     again.load_state_dict({"step": 5, "samples": 1280, "rows": data.row_settings, "datasets": fingerprints})
     expected = data.token_counts()
-    monkeypatch.setattr(PretrainingData, "shard", Shard(rank=1, num_replicas=2))
+    monkeypatch.setattr(PretrainingData, "rank_slice", Slice(rank=1, num_replicas=2))
     assert torch.equal(again.token_counts(), expected)
 
 

@@ -430,7 +430,10 @@ def test_ramp_over_the_whole_run_needs_its_length(schedule: MaskSchedule) -> Non
     [
         (lambda: Constant(-0.1), r"^model\.mask_ratio must be in \[0, 1\), got -0\.1$"),
         (lambda: Constant(1), r"^model\.mask_ratio must be in \[0, 1\), got 1; write 0\.01 for 1%$"),
-        (lambda: Linear(start=1.5), r"^model\.mask_ratio\.start must be in \[0, 1\), got 1\.5; write 0\.015 for 1\.5%$"),
+        (
+            lambda: Linear(start=1.5),
+            r"^model\.mask_ratio\.start must be in \[0, 1\), got 1\.5; write 0\.015 for 1\.5%$",
+        ),
         (lambda: Linear(end=20), r"^model\.mask_ratio\.end .* write 0\.2 for 20%$"),
         (lambda: Linear(steps=-1), r"^model\.mask_ratio\.steps must be at least 0, got -1$"),
         (lambda: Cosine(start=-1), r"^model\.mask_ratio\.start must be in \[0, 1\), got -1$"),
@@ -440,7 +443,10 @@ def test_ramp_over_the_whole_run_needs_its_length(schedule: MaskSchedule) -> Non
         (lambda: WarmupHold(warmup_steps=-2), r"^model\.mask_ratio\.warmup_steps must be at least 0, got -2$"),
         (lambda: WarmupHold(hold_off=-2), r"^model\.mask_ratio\.hold_off must be at least 0, got -2$"),
         (lambda: Piecewise([0.1, 10], [5]), r"^model\.mask_ratio\.mask_ratios .* write 0\.1 for 10%$"),
-        (lambda: Piecewise([0.1], [5]), r"boundaries must rise and be one fewer than .*; got boundaries \[5\] for mask_ratios \[0\.1\]$"),
+        (
+            lambda: Piecewise([0.1], [5]),
+            r"boundaries must rise and be one fewer than .*; got boundaries \[5\] for mask_ratios \[0\.1\]$",
+        ),
         (lambda: Piecewise([], []), r"boundaries must rise"),
         (lambda: Piecewise([0.1, 0.2, 0.3], [5, 5]), r"boundaries must rise"),
         (lambda: Piecewise([0.1, 0.2, 0.3], [6, 5]), r"boundaries must rise"),

@@ -93,8 +93,8 @@ def test_a_packed_step_is_its_samples_one_by_one(prepared, chat, tmp_path, dupli
     module, recorder = fit(prepared, chat, duplication, max_steps=1, micro_batch_size=4, tmp_path=tmp_path)
     (batch,) = recorder.batches
     data = module.trainer.datamodule
-    rows = list(islice(data._order().iterate(0), 4))
-    samples = ChatSamples(f"{chat}/train", load_samples(chat, "train").chunk_sizes, 320)
+    rows = list(islice(data.order().iterate(0), 4))
+    samples = ChatSamples(f"{chat}/train", 320)
     torch.manual_seed(0)
     decoder = Decoder(module.config)
 
@@ -130,8 +130,8 @@ def test_ratio_zero_is_plain_fine_tuning_bit_for_bit(prepared, chat, tmp_path, l
     L.seed_everything(3)
     plain = Decoder(module.config)
     adamw = OPTIMIZER.build(plain)
-    samples = ChatSamples(f"{chat}/train", load_samples(chat, "train").chunk_sizes, 320)
-    rows = module.trainer.datamodule._order().iterate(0)
+    samples = ChatSamples(f"{chat}/train", 320)
+    rows = module.trainer.datamodule.order().iterate(0)
     for step, batch in enumerate(recorder.batches):
         input_ids, position_ids = torch.full((2, 4, 400), module.trainer.datamodule.tokenizer.eos_token_id)
         labels = torch.full((4, 400), IGNORE_INDEX)
@@ -189,7 +189,7 @@ def test_what_is_logged_of_a_step(prepared, chat, tmp_path):
 
 def test_validation_is_clean_and_does_not_depend_on_rows(prepared, chat, tmp_path):
     module, _ = fit(prepared, chat, max_steps=1, tmp_path=tmp_path)
-    samples = ChatSamples(f"{chat}/val", load_samples(chat, "val").chunk_sizes, 320)
+    samples = ChatSamples(f"{chat}/val", 320)
     documents = [original(*samples[index]) for index in range(len(load_samples(chat, "val").num_tokens))]
     with torch.no_grad():
         total = sum(document_loss(module.decoder, document) for document in documents)

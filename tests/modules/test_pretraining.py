@@ -1,5 +1,6 @@
 import copy
 from collections import Counter
+from itertools import islice
 from types import SimpleNamespace
 
 import lightning as L
@@ -10,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from meap_lit.checkpoint.export import Export
 from meap_lit.data.pretraining import PretrainingData
-from meap_lit.data.stream.text import TokenBlocks
+from meap_lit.data.stream.micro_batches import Slice, TrainStream
+from meap_lit.data.stream.order import MixedOrder, ShuffledOrder
+from meap_lit.data.stream.text import BlockReader, TokenBlocks
 from meap_lit.errors import UserError
 from meap_lit.masking import num_masked
 from meap_lit.masking.schedules import WarmupHold
@@ -49,7 +52,9 @@ def fit(prepared, *, mask_ratio, max_steps=6, micro_batch_size=4, global_batch_s
         micro_batch_size=micro_batch_size,
         num_workers=0,
     )
-    module = module or MEAPPretraining(decoder=TOY, mask_ratio=mask_ratio, optimizer=AdamW(lr=1e-3, final_lr=1e-4), **kwargs)
+    module = module or MEAPPretraining(
+        decoder=TOY, mask_ratio=mask_ratio, optimizer=AdamW(lr=1e-3, final_lr=1e-4), **kwargs
+    )
     recorder = Recorder()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -90,20 +95,12 @@ def test_ratio_zero_is_plain_next_token_prediction_bit_for_bit(prepared, tmp_pat
 
 
 def batches(data, prepared, count):
-    from itertools import islice
-
-    from meap_lit.data.stream.text import Shard, TokenBlocks, TrainStream
-
-    stream = TrainStream(
-        [TokenBlocks(f"{prepared.dataset}/train", 32)],
-        [1.0],
-        seed=data.seed,
-        shard=Shard(),
-        micro_batch_size=8,
-        start=0,
-        vocab_size=320,
+    blocks = TokenBlocks(f"{prepared.dataset}/train", 32)
+    order = MixedOrder([ShuffledOrder(blocks.chunk_sizes, (data.seed, 0))], [1.0], data.seed)
+    reader = BlockReader([blocks], 32, vocab_size=320)
+    return islice(
+        TrainStream(order, reader, rank_slice=Slice(), global_batch_size=8, micro_batch_size=8, start=0), count
     )
-    return islice(stream, count)
 
 
 def summed_loss(decoder, batch):

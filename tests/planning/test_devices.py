@@ -8,7 +8,6 @@ from jsonargparse import Namespace
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meap_lit.errors import UserError
-from meap_lit.masking.schedules import Constant
 from meap_lit.model import DecoderConfig
 from meap_lit.model.build import meta_decoder
 from meap_lit.modules import AdamW, MEAPPretraining

@@ -134,7 +134,11 @@ BOMB = "bomb:\n- &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     [
         ("seed_everything: 1", "seed_everything: \xff", "recipe {recipe}, line 1: not valid UTF-8"),
         ("lr: 3.0e-3", "lr: " + "9" * 5000, "recipe {recipe}, line 8: a number of 5,000 digits; the most is 400"),
-        ("mask_ratio: ", f"mask_ratio: {'[' * 2000}1{']' * 2000}\n    x: ", "line 7: values are nested more than 50 levels deep"),
+        (
+            "mask_ratio: ",
+            f"mask_ratio: {'[' * 2000}1{']' * 2000}\n    x: ",
+            "line 7: values are nested more than 50 levels deep",
+        ),
         ("seed_everything: 1", BOMB, "line 7: more than 100,000 values, aliases (*name) counted as what they name"),
         ("seed_everything: 1", "x: &x [*x]", "line 1: *x is a part of itself"),
         ("lr: 3.0e-3", "lr: 3.0e-3, lr: 1.0e-3", "line 8: the key 'lr' appears twice; keep one of the two"),

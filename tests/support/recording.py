@@ -26,7 +26,7 @@ class Recorder(L.Callback):
         line = {
             "step": step,
             "micro_batch": micro_batch,
-            "replica": trainer.datamodule.shard.rank,
+            "replica": trainer.datamodule.rank_slice.rank,
             "hashes": hashes(batch),
             "contents": contents,
         }

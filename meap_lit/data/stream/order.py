@@ -1,11 +1,11 @@
-"""Which sample stands where in a run: a pure function of (seed, position), whatever the number of devices.
+"""The order of samples in a run: a pure function of (seed, position), for any number of devices.
 
 The run is one endless line of samples. Step s of a run with global batch G trains on positions s*G to (s+1)*G - 1,
-and the ranks merely share these out. Changing the number of devices, workers or micro-batches therefore changes no
-step, and a resume needs to know nothing but the step.
+and the ranks divide these among them. The number of devices, workers or micro-batches therefore changes no step,
+and a resume needs only the step.
 
-Shuffling is bounded so that a dataset that streams from object storage is read chunk by chunk: the chunks are put in
-random order, and samples are mixed within windows of a few neighbouring chunks. Example, window 2, two samples a
+Shuffling is bounded, so that a dataset in object storage can be read chunk by chunk: the chunks are shuffled, and
+samples are mixed within windows of a few neighboring chunks. Example, window 2, two samples a
 chunk: chunks 0 1 2 3 -> 2 0 | 3 1 -> samples (5 0 4 1) (2 7 3 6).
 """
 
@@ -16,17 +16,17 @@ import numpy as np
 
 
 class Visit(NamedTuple):
-    """A sample at its place in a run."""
+    """One use of a sample in a run."""
 
     source: int
     sample: int
     """Its number in the source."""
     epoch: int
-    """How often the source's samples were gone through before."""
+    """Number of earlier passes over the source."""
 
 
 class Visits(NamedTuple):
-    """Neighbouring visits as columns, each [N] int64."""
+    """Neighboring visits as columns, each [N] int64."""
 
     sources: np.ndarray
     samples: np.ndarray
@@ -38,12 +38,12 @@ class Visits(NamedTuple):
 
 
 class ShuffledOrder:
-    """Endless order of one dataset; every epoch visits each sample once, in another order.
+    """The endless order of one dataset; every epoch visits each sample once, in another order.
 
     Args:
         chunk_sizes: Number of samples in each chunk.
         seed: Seed of the order; different sources of one run should differ in it.
-        window: Number of neighbouring chunks whose samples are mixed.
+        window: Number of neighboring chunks whose samples are mixed.
     """
 
     def __init__(self, chunk_sizes: Sequence[int], seed: Sequence[int], window: int = 8) -> None:
@@ -57,7 +57,7 @@ class ShuffledOrder:
         self._cached_window = (-1, -1)
 
     def take(self, start: int, stop: int) -> np.ndarray:
-        """Indices of the samples at the positions from `start` to `stop` - 1 of the endless order, int64."""
+        """Return the indices of the samples at the positions from `start` to `stop` - 1 of the endless order, int64."""
         parts = [np.empty(0, dtype=np.int64)]
         while start < stop:
             epoch, offset = divmod(start, self.length)
@@ -88,10 +88,10 @@ class ShuffledOrder:
 
 
 class MixedOrder:
-    """Endless order over several sources, drawn by weight.
+    """The endless order of several sources, drawn by weight.
 
-    Which source stands at a position depends on (seed, position) only. Its sample is the next of that source's own
-    order, so a source that is drawn less often is repeated less often.
+    The source at a position depends on (seed, position) only. Its sample is the next in that source's own order, so a
+    source that is drawn less often is repeated less often.
 
     Args:
         sources: The order of each source.
@@ -113,7 +113,7 @@ class MixedOrder:
             start = stop
 
     def visits(self, start: int, stop: int) -> Visits:
-        """The visits at the positions from `start` to `stop` - 1."""
+        """Return the visits at the positions from `start` to `stop` - 1."""
         blocks = range(start // _BLOCK, -(-stop // _BLOCK))
         sources = np.concatenate([self._draw(block) for block in blocks])[start % _BLOCK :][: stop - start]
         samples, epochs = np.empty_like(sources), np.empty_like(sources)
@@ -123,15 +123,19 @@ class MixedOrder:
             epochs[places] = np.arange(first, first + len(places)) // order.length
         return Visits(sources, samples, epochs)
 
+    def num_rows(self, epochs: int) -> int:
+        """Return the positions that `epochs` epochs fill; an epoch is as many samples as all sources have together."""
+        return epochs * sum(order.length for order in self.sources)
+
     def count_by_source(self, end: int) -> np.ndarray:
-        """Samples of each source among the first `end` positions, [S] int64."""
+        """Return the number of samples of each source among the first `end` positions, [S] int64."""
         block, offset = divmod(end, _BLOCK)
         while len(self._counts) <= block:
             self._counts.append(self._counts[-1] + self._bincount(self._draw(len(self._counts) - 1)))
         return self._counts[block] + self._bincount(self._draw(block)[:offset])
 
     def _draw(self, block: int) -> np.ndarray:
-        """Source of each of the `_BLOCK` positions of a block."""
+        """Return the source of each of the `_BLOCK` positions of a block."""
         uniform = rng(_SOURCES, self.seed, block).random(_BLOCK)
         return np.searchsorted(self.thresholds, uniform, side="right")
 
@@ -144,5 +148,5 @@ _CHUNKS, _SAMPLES, _SOURCES = 1, 2, 3  # what a generator draws, so that no two 
 
 
 def rng(*key: int) -> np.random.Generator:
-    """A generator that `key` alone decides; no global state is read."""
+    """Return a generator that depends on `key` only; no global state is read."""
     return np.random.default_rng([part % 2**64 for part in key])

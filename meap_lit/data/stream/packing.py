@@ -1,4 +1,4 @@
-"""Samples into rows of a fixed length: which documents share a row, and which row stands where in a run.
+"""Pack samples into rows of a fixed length, and order the rows of a run.
 
 As in `order.py`, the run is one endless line, here of rows, and step s trains on rows s*G to (s+1)*G - 1 whatever the
 number of devices. Only lengths are needed to know it. The endless line of samples is cut into windows; the documents
@@ -55,7 +55,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the samples of one source will count once they are duplicated; each [N].
+    """Sizes of the samples of one source after their duplication; each [N], int64 or bool.
 
     Args:
         num_tokens: Tokens of the sample.
@@ -81,7 +81,7 @@ class Sizes:
         return cls(index.num_tokens, np.where(without_room, 0, masked), supervised, without_room)
 
     def spans(self, layout: Literal["concat", "separate"]) -> np.ndarray:
-        """Length of every document of an epoch, in no order that matters, int64."""
+        """Return the length of every document of an epoch, in no particular order, int64."""
         tokens = self.num_tokens.astype(np.int64)
         copied = self.num_masked > 0
         if layout == "concat":
@@ -90,14 +90,19 @@ class Sizes:
 
 
 def _per_sample(of_answers: np.ndarray, num_answers: np.ndarray) -> np.ndarray:
-    """Sums over the answers of each sample, [N] for [A] and the number of answers of each sample, [N]."""
+    """Return sums over the answers of each sample, [N].
+
+    Args:
+        of_answers: A number for each answer, [A].
+        num_answers: Answers of each sample, [N].
+    """
     sums = np.concatenate(([0], np.cumsum(of_answers, dtype=np.int64)))
     last = np.cumsum(num_answers)
     return sums[last] - sums[last - num_answers]
 
 
 class DocumentKey(NamedTuple):
-    """What stands in a row: a visit of a sample as itself, as its masked copy, or as both in one document."""
+    """Names a document: a visit of a sample as original, as masked copy, or as both in one document."""
 
     visit: Visit
     has_original: bool
@@ -106,11 +111,11 @@ class DocumentKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """The documents of one row and what they count.
+    """The documents of one row and their sizes.
 
     Args:
         documents: From left to right.
-        num_tokens: Tokens, the row's empty rest not counted.
+        num_tokens: Tokens without the row's padding.
         num_labels: Supervised tokens, |U_q| + |U_m|.
         num_masked: Masked tokens of copies, |U_m|.
         num_copies: Masked copies.
@@ -126,7 +131,7 @@ class Row:
 def pack_rows(
     visits: Iterable[Visit], sizes: Sequence[Sizes], seq_len: int, layout: Literal["concat", "separate"]
 ) -> list[Row]:
-    """Rows of the documents that the samples of `visits` make."""
+    """Pack the documents of `visits` into rows."""
     return Window.pack(Visits.of(list(visits)), sizes, seq_len, layout).rows()
 
 
@@ -135,7 +140,7 @@ class Window:
     """Documents packed together; all but the last are columns, [D].
 
     Args:
-        visits: The visit of a sample that each document is of.
+        visits: The visit that each document comes from.
         has_original: Whether it holds the sample as it is, bool.
         has_copy: Whether it holds the masked copy, bool.
         num_tokens: Its tokens.
@@ -156,7 +161,7 @@ class Window:
     def pack(
         cls, visits: Visits, sizes: Sequence[Sizes], seq_len: int, layout: Literal["concat", "separate"]
     ) -> "Window":
-        """Pack the documents that the samples of `visits` make into rows of `seq_len` tokens."""
+        """Pack the documents of `visits` into rows of `seq_len` tokens."""
         has_copy = _look_up(sizes, "num_masked", visits) > 0
         has_original = np.ones_like(has_copy)
         if layout == "separate":  # a copy follows its original
@@ -175,11 +180,11 @@ class Window:
         return len(self.places)
 
     def shuffle(self, generator: np.random.Generator) -> "Window":
-        """The same rows in another order."""
+        """Return the same rows in another order."""
         return replace(self, places=[self.places[row] for row in generator.permutation(len(self)).tolist()])
 
     def rows(self, start: int = 0) -> list[Row]:
-        """The rows from number `start` on."""
+        """Return the rows from number `start` on."""
         visits = map(Visit, *(column.tolist() for column in self.visits))
         keys = list(map(DocumentKey, visits, self.has_original.tolist(), self.has_copy.tolist()))
         counts = [column.tolist() for column in (self.num_tokens, self.num_labels, self.num_masked, self.has_copy)]
@@ -189,7 +194,7 @@ class Window:
         ]
 
     def tokens_of_sources(self, num_rows: int, num_sources: int) -> np.ndarray:
-        """Tokens of each source in the first `num_rows` rows, [S] int64."""
+        """Return the tokens of each source in the first `num_rows` rows, [S] int64."""
         places = list(chain.from_iterable(self.places[:num_rows]))
         tokens = np.zeros(num_sources, dtype=np.int64)
         np.add.at(tokens, self.visits.sources[places], self.num_tokens[places])
@@ -197,7 +202,7 @@ class Window:
 
 
 def _look_up(sizes: Sequence[Sizes], name: str, visits: Visits) -> np.ndarray:
-    """The size `name` of the sample of each visit, [N] int64."""
+    """Return the size `name` of the sample of each visit, [N] int64."""
     values = np.empty_like(visits.samples)
     for source, of_source in enumerate(sizes):
         places = np.flatnonzero(visits.sources == source)
@@ -212,9 +217,9 @@ class PackedOrder:
         samples: The endless line of samples.
         sizes: Sizes of the samples of each of its sources.
         seq_len: Length of a row; no document is longer.
-        layout: Where a copy stands.
+        layout: Place of the copies; see `Duplication`.
         seed: Seed of the order of rows.
-        window: Most samples that are packed together; an epoch is cut into equal windows of at most so many.
+        window: Largest number of samples that are packed together; an epoch is cut into equal windows.
     """
 
     def __init__(
@@ -234,8 +239,8 @@ class PackedOrder:
         self.seed = seed
         self.epoch = sum(map(len, sizes))
         self.num_windows = -(-self.epoch // window)
-        # rows before each window and their tokens of each source, as far as was asked for: both are known only once the
-        # windows before are packed, which takes a microsecond a sample
+        # Rows before each window, and their tokens by source, for the windows counted so far. To count a window, those
+        # before it must be packed, which takes a microsecond per sample.
         self._first_rows = [0]
         self._tokens = [np.zeros(len(sizes), dtype=np.int64)]
         self._cached: tuple[int, Window] | None = None
@@ -249,25 +254,25 @@ class PackedOrder:
             start = 0
 
     def num_rows(self, epochs: int) -> int:
-        """Rows that `epochs` epochs fill; with several sources an epoch is as many samples as they have together."""
+        """Return the rows that `epochs` epochs fill; an epoch is as many samples as all sources have together."""
         while len(self._first_rows) <= epochs * self.num_windows:
             self._count_window()
         return self._first_rows[epochs * self.num_windows]
 
     def count_by_source(self, end: int) -> np.ndarray:
-        """Tokens of each source in the first `end` rows, [S] int64."""
+        """Return the tokens of each source in the first `end` rows, [S] int64."""
         number = self._locate(end)
         rows = end - self._first_rows[number]
         return self._tokens[number] + self._window(number).tokens_of_sources(rows, len(self.sizes))
 
     def _locate(self, row: int) -> int:
-        """Number of the window that holds a row."""
+        """Return the number of the window that holds a row."""
         while self._first_rows[-1] <= row:
             self._count_window()
         return bisect_right(self._first_rows, row) - 1
 
     def _count_window(self) -> None:
-        """Count the rows and tokens of the first window that was not counted."""
+        """Count the rows and tokens of the first window that is not counted yet."""
         window = self._window(len(self._first_rows) - 1)
         self._first_rows.append(self._first_rows[-1] + len(window))
         self._tokens.append(self._tokens[-1] + window.tokens_of_sources(len(window), len(self.sizes)))

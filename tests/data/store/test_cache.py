@@ -17,7 +17,9 @@ from meap_lit.data.store.cache import CachedChunks
 from meap_lit.data.store.remote import Storage
 from meap_lit.data.store.writers import ChatWriter, TokenWriter
 from meap_lit.data.stream.chat import ChatSamples
-from meap_lit.data.stream.text import Shard, TokenBlocks, TrainStream
+from meap_lit.data.stream.micro_batches import Slice, TrainStream
+from meap_lit.data.stream.order import MixedOrder, ShuffledOrder
+from meap_lit.data.stream.text import BlockReader, TokenBlocks
 from meap_lit.errors import UserError
 from tests.support.object_store import one_store, store  # noqa: F401  fixtures
 
@@ -68,7 +70,9 @@ def held_on_disk(cache_dir):
 
 
 def train_stream(blocks):
-    return TrainStream([blocks], [1.0], seed=3, shard=Shard(), micro_batch_size=4, start=0, vocab_size=2000)
+    order = MixedOrder([ShuffledOrder(blocks.chunk_sizes, (3, 0))], [1.0], seed=3)
+    reader = BlockReader([blocks], SEQ_LEN, vocab_size=2000)
+    return TrainStream(order, reader, rank_slice=Slice(), global_batch_size=4, micro_batch_size=4, start=0)
 
 
 def rows(stream, num_workers=0, num_batches=3 * NUM_CHUNKS * 10 // 4):
@@ -108,8 +112,8 @@ def test_remote_conversations_are_the_local_ones(store, tmp_path):  # noqa: F811
     write_chat(folder)
     sizes = [chunk["chunk_size"] for chunk in json.loads((folder / "index.json").read_text())["chunks"]]
     assert len(sizes) > 5
-    local = ChatSamples(str(folder), sizes, 100)
-    remote = ChatSamples("s3://bucket/chat", sizes, 100, store.storage(tmp_path))
+    local = ChatSamples(str(folder), 100)
+    remote = ChatSamples("s3://bucket/chat", 100, store.storage(tmp_path))
     for number in np.random.default_rng(0).permutation(60):
         tokens, answers = remote[number]
         assert tokens.tolist() == [number] * (3 + number % 5)
@@ -195,7 +199,7 @@ def test_a_damaged_local_chunk_is_named(tmp_path, kind):
     (write_text if kind == "text" else write_chat)(tmp_path)
 
     def first():
-        return TokenBlocks(str(tmp_path), SEQ_LEN)[0] if kind == "text" else ChatSamples(str(tmp_path), [60], 100)[0]
+        return TokenBlocks(str(tmp_path), SEQ_LEN)[0] if kind == "text" else ChatSamples(str(tmp_path), 100)[0]
 
     file = tmp_path / "chunk-0-0.bin"
     whole = file.read_bytes()

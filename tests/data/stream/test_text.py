@@ -6,7 +6,9 @@ import torch
 from litdata.streaming import Cache, TokensLoader
 from torch.utils.data import DataLoader
 
-from meap_lit.data.stream.text import Shard, TokenBlocks, TrainStream, ValidationStream
+from meap_lit.data.stream.micro_batches import Slice, TrainStream, ValidationStream
+from meap_lit.data.stream.order import MixedOrder, ShuffledOrder, Visit
+from meap_lit.data.stream.text import BlockReader, TokenBlocks
 from meap_lit.errors import UserError
 from meap_lit.model import IGNORE_INDEX
 
@@ -32,21 +34,23 @@ def blocks(tmp_path_factory):
     return blocks
 
 
-def train_stream(sources, *, rank=0, num_replicas=1, micro_batch_size=4, start=0, weights=None):
+def train_stream(
+    sources, *, rank=0, num_replicas=1, micro_batch_size=4, start=0, weights=None, seed=3, vocab_size=1000
+):
+    orders = [ShuffledOrder(source.chunk_sizes, (seed, number)) for number, source in enumerate(sources)]
     return TrainStream(
-        sources,
-        weights or [1.0] * len(sources),
-        seed=3,
-        shard=Shard(rank, num_replicas),
+        MixedOrder(orders, weights or [1.0] * len(sources), seed),
+        BlockReader(sources, SEQ_LEN, vocab_size),
+        rank_slice=Slice(rank, num_replicas),
+        global_batch_size=num_replicas * micro_batch_size,
         micro_batch_size=micro_batch_size,
         start=start,
-        vocab_size=1000,
     )
 
 
 def rows(stream, num_workers=0):
-    """The rows of a rank's part of the first 96 samples."""
-    num_batches = 96 // (stream.micro_batch_size * stream.shard.num_replicas)
+    """Return the rows of a rank's slice of the first 96 samples."""
+    num_batches = 96 // (stream.micro_batch_size * stream.rank_slice.num_replicas)
     batches = islice(DataLoader(stream, batch_size=None, num_workers=num_workers), num_batches)
     return [tuple(row.tolist()) for batch in batches for row in batch["input_ids"]]
 
@@ -102,8 +106,12 @@ def test_sources_are_mixed_and_told_apart(blocks, tmp_path):
 
 
 def validation_stream(blocks, rank=0, num_replicas=1, micro_batch_size=4, num_samples=23):
-    shard = Shard(rank, num_replicas)
-    return ValidationStream([blocks], [num_samples], shard=shard, micro_batch_size=micro_batch_size, vocab_size=1000)
+    return ValidationStream(
+        [[Visit(0, sample, 0) for sample in range(num_samples)]],
+        BlockReader([blocks], SEQ_LEN, vocab_size=1000),
+        rank_slice=Slice(rank, num_replicas),
+        micro_batch_size=micro_batch_size,
+    )
 
 
 @pytest.mark.parametrize(("num_replicas", "micro_batch_size"), [(1, 4), (2, 4), (4, 8), (3, 1)])
@@ -125,7 +133,7 @@ def test_validation_reads_each_row_once_and_fills_up_with_ignored_ones(blocks, n
 
 
 def test_a_token_outside_the_vocabulary_is_named(blocks):
-    stream = TrainStream([blocks], [1.0], seed=0, shard=Shard(), micro_batch_size=60, start=0, vocab_size=479)
+    stream = train_stream([blocks], seed=0, micro_batch_size=60, vocab_size=479)
     with pytest.raises(UserError, match=r"holds token id 479, outside the model's vocabulary of 479"):
         next(iter(stream))
 

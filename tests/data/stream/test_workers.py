@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from meap_lit.cli import main
-from meap_lit.data.datamodule import _Arrays
+from meap_lit.data.stream.loader import Arrays
 from meap_lit.recipe.cli import RecipeCLI, _as_user_error
 from tests.callbacks.test_stopping import fit
 
@@ -76,6 +76,6 @@ def test_a_batch_of_a_worker_is_pinned_for_a_gpu():
     """PyTorch's thread calls this method of a batch that is not a tensor."""
     batch = {"input_ids": torch.arange(6).view(2, 3), "num_labels": 5}
     with mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor + 1):
-        pinned = pin_memory(_Arrays.of(batch))
+        pinned = pin_memory(Arrays.of(batch))
     assert torch.equal(pinned["input_ids"], batch["input_ids"] + 1)
     assert pinned["num_labels"] == 5

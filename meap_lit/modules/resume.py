@@ -1,0 +1,83 @@
+"""Compare the model of a checkpoint with that of the recipe, and name the optimizer's state for a checkpoint."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from meap_lit.errors import UserError
+from meap_lit.model import DecoderConfig
+from meap_lit.model.lora import LoRA
+
+
+def check_same_model(about: dict[str, Any], config: DecoderConfig, lora: LoRA | None, init_from: str | None) -> None:
+    """Refuse a checkpoint of another model or other adapters.
+
+    Args:
+        about: The checkpoint's entry `decoder`.
+        config: The recipe's model.
+        lora: The recipe's adapters.
+        init_from: Source of the recipe's frozen weights.
+
+    Raises:
+        UserError: If the checkpoint does not continue such a run.
+    """
+    now = dataclasses.asdict(config)
+    for name, was in about.get("config", {}).items():
+        if was != now[name] and name != "max_seq_len":
+            raise UserError(
+                f"the checkpoint's model has decoder.{name} {was}, that of the recipe {now[name]}; leave it "
+                f"as it was, or start a new run with model.init_from"
+            )
+    _check_adapters(about.get("lora"), lora)
+    trained_on = about.get("init_from")
+    if lora is not None and trained_on and trained_on != init_from and Path(trained_on).exists():
+        raise UserError(
+            f"the checkpoint's adapters were trained on {trained_on}, model.init_from is {init_from} now; "
+            f"set model.init_from to {trained_on}"
+        )
+
+
+def _check_adapters(were: dict[str, Any] | None, lora: LoRA | None) -> None:
+    """Refuse adapters of another shape or scale; options of their training, such as the dropout, may change."""
+    if were is None and lora is None:
+        return
+    if were is None:
+        raise UserError("the checkpoint has no adapters, and the recipe has model.lora; leave it out")
+    if lora is None:
+        raise UserError(f"the checkpoint has adapters, and the recipe has no model.lora; give it as it was: {were}")
+    for name in ("rank", "alpha", "targets"):
+        was, now = were[name], getattr(lora, name)
+        if was != now and (name != "targets" or sorted(was) != sorted(now)):
+            raise UserError(
+                f"the checkpoint's adapters have model.lora.{name} {_shown(was)}, those of the recipe "
+                f"{_shown(now)}; leave it as it was, or start a new run with model.init_from"
+            )
+
+
+def _shown(value: Any) -> str:
+    return f"[{', '.join(sorted(value))}]" if isinstance(value, list) else f"{value:g}"
+
+
+def name_parameters(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]
+) -> None:
+    """Key the state of an optimizer by the names of its parameters, in place; torch keys it by their numbers.
+
+    Args:
+        state: The state; a key that is a name already stays.
+        optimizer: The optimizer that the state is from.
+        parameters: Names and parameters of the model.
+    """
+    names = {id(parameter): name for name, parameter in parameters}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+    def name(key: int | str) -> str:
+        return order[key] if isinstance(key, int) else key
+
+    state["state"] = {name(key): value for key, value in state["state"].items()}
+    for group in state["param_groups"]:
+        group["params"] = [name(key) for key in group["params"]]
