@@ -44,6 +44,10 @@ models:
   judge             have summaries judged that evaluate wrote
   report            what finished runs and their evaluations found, as one folder
 
+recipes:
+  recipes           list the recipes of this package
+  recipes copy      write them into the current folder, all or those that are named
+
 checkpoints of runs:
   checkpoint inspect      say what one holds
   checkpoint verify       compare its files with the checksums written with them
@@ -127,6 +131,8 @@ COMMANDS = {
     "evaluate": "meap_lit.evaluation.command.Evaluate",
     "judge": "meap_lit.evaluation.judging.command.JudgeSummaries",
     "report": "meap_lit.report.command.Report",
+    "recipes": "meap_lit.recipe.packaged.ListRecipes",
+    "recipes copy": "meap_lit.recipe.packaged.CopyRecipes",
     "checkpoint inspect": "meap_lit.checkpoint.commands.Inspect",
     "checkpoint verify": "meap_lit.checkpoint.commands.Verify",
     "checkpoint consolidate": "meap_lit.checkpoint.commands.Consolidate",
@@ -190,6 +196,9 @@ def _command_parser(command: type, prog: str) -> Any:
         parser.add_argument("-c", "--config", action=RecipeFile, help="Recipe; a later one overrides an earlier one.")
     lists = [f for f in dataclasses.fields(command) if "list" in str(f.type)]
     for f in lists:
+        if f.metadata.get("positional"):
+            parser.add_argument(f.name, type=str, nargs="*", help=help_of.get(f.name))
+            continue
         required = f.default is dataclasses.MISSING
         parser.add_argument(
             f"--{f.name}", type=str, nargs="+", required=required, default=None, help=help_of.get(f.name)

@@ -15,6 +15,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from meap_lit.errors import UserError
 from meap_lit.files import decode
+from meap_lit.recipe import packaged
 from meap_lit.secrets import without_secrets
 
 MAX_BYTES = 10_000_000
@@ -38,7 +39,7 @@ class KeepsSecrets:
             UserError: If a variable of the environment is missing that a value is read from.
         """
         try:
-            return super().parse_args(*args, **kwargs)  # type: ignore[misc]
+            return packaged.with_paths(super().parse_args(*args, **kwargs))  # type: ignore[misc]
         except InterpolationResolutionError as error:
             variable = re.search(r"Environment variable '(.+?)' not found", str(error))
             if variable is None:
@@ -58,7 +59,7 @@ class KeepsSecrets:
             if not kwargs.get("skip_validation"):
                 self.validate(namespace)  # type: ignore[attr-defined]
             # a reference to the environment would not validate
-            shown, kwargs["skip_validation"] = without_secrets(namespace), True
+            shown, kwargs["skip_validation"] = packaged.with_names(without_secrets(namespace)), True
         before = _is_dumping.set(True)
         try:
             return super().dump(shown, *args, skip_link_targets=skip_link_targets, **kwargs)  # type: ignore[misc]
@@ -86,13 +87,14 @@ def lineage(path: Path) -> list[Path]:
     """
     chain: list[Path] = []
     while True:
+        name, path = path, packaged.find(path)
         if not path.is_file():
             named_by = f" (named as base by {chain[0]})" if chain else ""
             if path.is_dir():
                 files = sorted(path.glob("*.yaml"))
                 inside = f"name a file in it, such as {files[0]}" if files else "no .yaml lies in it"
                 raise UserError(f"recipe {path} is a folder{named_by}; {inside}")
-            raise UserError(f"recipe {path} does not exist{named_by}; the recipes of this project lie in recipes/")
+            raise UserError(f"recipe {path} does not exist{named_by}; `meap-lit recipes` lists those of this package")
         if path.resolve() in (other.resolve() for other in chain):
             raise UserError(f"recipe {path} is based on itself")
         chain.insert(0, path)
@@ -101,7 +103,7 @@ def lineage(path: Path) -> list[Path]:
             return chain
         if not isinstance(base, str):
             raise UserError(f"base of recipe {path} must be the path of a recipe, got {base}")
-        path = path.parent / base
+        path = name.parent / base
 
 
 def _read(path: Path) -> dict[str, Any]:
