@@ -43,6 +43,17 @@ class Prepared:
     dataset: str
 
 
+_TRAINING_FIXTURES = {"toy_recipe", "toy_sft_recipe"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that run a toy recipe as slow."""
+    for item in items:
+        if not _TRAINING_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _same_environment() -> Iterator[None]:
     """Undo what a test or a fixture sets, as Lightning sets MASTER_PORT: later tests start processes of their own."""
