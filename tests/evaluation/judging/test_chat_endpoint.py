@@ -268,7 +268,7 @@ def test_wrong_options(options, message):
 def test_keys_that_cannot_be_sent(monkeypatch):
     monkeypatch.delenv("TEST_KEY")
     with pytest.raises(UserError, match=r"^the environment variable TEST_KEY is not set; put the key of http"):
-        endpoint("http://127.0.0.1:9").check_key()
+        endpoint("http://127.0.0.1:9").key()
     for key in ("sk-\nsecret", "sk-sécret"):
         monkeypatch.setenv("TEST_KEY", key)
         with pytest.raises(UserError, match=r"^the environment variable TEST_KEY holds characters that no key has$"):
