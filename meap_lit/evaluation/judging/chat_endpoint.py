@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import Message
 from typing import Any, Literal
@@ -34,6 +35,7 @@ REFUSALS = (400, 413, 422)
 """Statuses of a request that is refused for its own content or length."""
 
 
+@dataclass
 class ChatEndpoint:
     """A model behind an endpoint.
 
@@ -42,50 +44,42 @@ class ChatEndpoint:
         model: Name of the model there.
         key_variable: Environment variable that holds the key; none for a server without keys.
         timeout: Seconds that one request may take in all.
-        max_retries: Attempts after the first.
+        max_retries: Attempts after the first, for failures that may pass.
         backoff: Seconds before the second attempt; doubled at each further one.
         requests_per_minute: Maximum number of requests in a minute; no limit by default.
         max_in_flight: Maximum number of requests at the same time.
-        on_refusal: Result of a request that is refused with one of `REFUSALS`: an error, or an empty answer.
+        on_refusal: Reaction to a request that is refused with one of `REFUSALS`: an error that stops the run, or an
+            empty answer, which decides nothing.
 
     Raises:
         UserError: If an option is wrong.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        key_variable: str | None = None,
-        *,
-        timeout: float = 120.0,
-        max_retries: int = 6,
-        backoff: float = 1.0,
-        requests_per_minute: float | None = None,
-        max_in_flight: int = 4,
-        on_refusal: Literal["stop", "empty"] = "stop",
-    ) -> None:
-        parts = urlsplit(url)
+    url: str
+    model: str
+    key_variable: str | None = None
+    timeout: float = 120.0
+    max_retries: int = 6
+    backoff: float = 1.0
+    requests_per_minute: float | None = None
+    max_in_flight: int = 4
+    on_refusal: Literal["stop", "undecided"] = "stop"
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"url must be one such as https://api.openai.com/v1, got {url!r}")
+            raise UserError(f"url must be one such as https://api.openai.com/v1, got {self.url!r}")
         if parts.username or parts.password:
             raise UserError("url must not hold a password; put the key into an environment variable for key_variable")
-        positive = {"timeout": timeout, "max_in_flight": max_in_flight, "requests_per_minute": requests_per_minute}
-        for name, value in positive.items():
-            if value is not None and not value > 0:
+        for name in ("timeout", "max_in_flight", "requests_per_minute"):
+            if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} must be more than 0, got {value:g}")
-        for name, value in (("max_retries", max_retries), ("backoff", backoff)):
-            if not value >= 0:
-                raise UserError(f"{name} must be at least 0, got {value:g}")
-        self.url = f"{url.rstrip('/')}/chat/completions"
-        self.model = model
-        self.key_variable = key_variable
-        self.timeout = timeout
-        self.max_retries = max_retries
-        self.backoff = backoff
-        self.max_in_flight = max_in_flight
-        self.on_refusal = on_refusal
-        self._pace = Pace(requests_per_minute)
+        for name in ("max_retries", "backoff"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name):g}")
+        self._address = f"{self.url.rstrip('/')}/chat/completions"
+        self._name = f"{self.model} at {self._address}"
+        self._pace = Pace(self.requests_per_minute)
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def key(self) -> str | None:
@@ -98,7 +92,9 @@ class ChatEndpoint:
             return None
         key = os.environ.get(self.key_variable, "").strip()
         if not key:
-            raise UserError(f"the environment variable {self.key_variable} is not set; put the key of {self.url} there")
+            raise UserError(
+                f"the environment variable {self.key_variable} is not set; put the key of {self._address} there"
+            )
         if not key.isascii() or not key.isprintable():  # http.client would quote it in its message
             raise UserError(f"the environment variable {self.key_variable} holds characters that no key has")
         return key
@@ -113,6 +109,7 @@ class ChatEndpoint:
         Raises:
             UserError: The first failure. Requests under way are answered, no further ones are sent.
         """
+        self._pace = Pace(self.requests_per_minute)  # an earlier failure stopped the last one
         failure: BaseException | None = None
         with ThreadPoolExecutor(self.max_in_flight) as pool:
             indices = {pool.submit(self.ask, body): index for index, body in enumerate(requests)}
@@ -149,10 +146,10 @@ class ChatEndpoint:
                 attempt += 1
                 if attempt > self.max_retries:
                     times = "once" if attempt == 1 else f"{attempt} times"
-                    raise UserError(f"{self.model} at {self.url} failed {times}, the last time: {problem}") from None
+                    raise UserError(f"{self._name} failed {times}, the last time: {problem}") from None
                 if problem.wait > LONGEST_WAIT:
                     raise UserError(
-                        f"{self.model} at {self.url} asks to wait {problem.wait:.0f} s ({problem}); try again then"
+                        f"{self._name} asks to wait {problem.wait:.0f} s ({problem}); try again then"
                     ) from None
                 # a random factor, so that requests that failed together do not return together
                 growing = self.backoff * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
@@ -162,7 +159,7 @@ class ChatEndpoint:
         headers = {"Content-Type": "application/json"}
         if (key := self.key()) is not None:
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, data, headers, method="POST")
+        request = urllib.request.Request(self._address, data, headers, method="POST")
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
                 raw = _read(response, time.monotonic() + self.timeout)
@@ -170,9 +167,9 @@ class ChatEndpoint:
             problem = self._clean(f"status {error.code}, {_message(error)}")
             if error.code in PASSING or error.code >= 500:
                 raise Passing(problem, _retry_after(error.headers)) from None
-            if error.code in REFUSALS and self.on_refusal == "empty":
+            if error.code in REFUSALS and self.on_refusal == "undecided":
                 return ""
-            raise UserError(f"{self.model} at {self.url} refuses: {problem}") from None
+            raise UserError(f"{self._name} refuses: {problem}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             raise Passing(self._clean(str(reason) or type(reason).__name__)) from None

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -93,52 +93,33 @@ class Judge(ABC):
 
 
 @dataclass(kw_only=True)
-class ChatJudge(Judge):
-    """A model behind an OpenAI-compatible endpoint.
+class ChatJudge(ChatEndpoint, Judge):
+    """A model behind an OpenAI-compatible endpoint; its further options are those of `ChatEndpoint`.
 
     Answers are kept on disk by the hash of the request, and no request is sent twice: an interrupted run continues, and
     another run over the same summaries costs nothing.
 
     Args:
-        url: Address before `/chat/completions`, such as "https://api.openai.com/v1".
-        model: Name of the model there.
-        key_variable: Environment variable that holds the key; none for a server without keys.
         cache: File of answers, shared by all judges that name it.
         max_tokens: Maximum number of tokens of an answer.
         options: Further fields of the request, such as {temperature: 0}; null removes a field, for models that know
             `max_completion_tokens` but not `max_tokens`.
         input_price: Price of a million tokens that the model reads; unknown by default.
         output_price: Price of a million tokens that it writes; unknown by default.
-        requests_per_minute: Maximum number of requests in a minute; no limit by default.
-        max_in_flight: Maximum number of requests at the same time.
-        timeout: Seconds that one request may take.
-        max_retries: Attempts after the first, for failures that may pass.
-        backoff: Seconds before the second attempt; doubled at each further one.
-        on_refusal: Reaction to a refusal of a single request, for its content or length: stop, or count that summary as
-            undecided.
     """
 
-    url: str
-    model: str
-    key_variable: str | None = None
     cache: str = "evaluations/judge_answers.jsonl"
     max_tokens: int = 1024
     options: dict[str, Any] = field(default_factory=lambda: {"temperature": 0})
     input_price: float | None = None
     output_price: float | None = None
-    requests_per_minute: float | None = None
-    max_in_flight: int = 4
-    timeout: float = 120.0
-    max_retries: int = 6
-    backoff: float = 1.0
-    on_refusal: Literal["stop", "undecided"] = "stop"
 
     def cost(self, records: Sequence[Record]) -> Cost:
         known = AnswerCache(Path(self.cache)).answers
         unknown = [body for key, body in self._bodies(records).items() if key not in known]
         if not unknown:
             return Cost(0, 0, 0, 0.0)
-        self._endpoint().key()  # a missing key is reported before anything is asked
+        self.key()  # a missing key is reported before anything is asked
         texts = [message["content"] for body in unknown for message in body["messages"]]
         num_read = sum(math.ceil(len(text) / 4) for text in texts)  # about four characters to a token of English
         num_written = sum(body.get("max_tokens") or body.get("max_completion_tokens", 0) for body in unknown)
@@ -158,7 +139,7 @@ class ChatJudge(Judge):
                     cache.add(keys[index], answer)
                     bar.update()
 
-                self._endpoint().ask_all(list(unknown.values()), keep)
+                self.ask_all(list(unknown.values()), keep)
         texts = [cache.answers[self._key_of(self._body(record))] for record in records]
         return [Judgement(parse_verdict(text), text) for text in texts]
 
@@ -174,19 +155,6 @@ class ChatJudge(Judge):
 
     def _key_of(self, body: Mapping[str, Any]) -> str:
         return hashlib.sha256(json.dumps([self.model, body], sort_keys=True).encode()).hexdigest()
-
-    def _endpoint(self) -> ChatEndpoint:
-        return ChatEndpoint(
-            self.url,
-            self.model,
-            self.key_variable,
-            timeout=self.timeout,
-            max_retries=self.max_retries,
-            backoff=self.backoff,
-            requests_per_minute=self.requests_per_minute,
-            max_in_flight=self.max_in_flight,
-            on_refusal="stop" if self.on_refusal == "stop" else "empty",
-        )
 
 
 @dataclass(kw_only=True)
