@@ -156,6 +156,7 @@ def test_activation_checkpointing_changes_no_bit(mode, num_repeated):
     assert products.count == kept.count + num_repeated
 
 
+@pytest.mark.slow
 def test_a_block_compiles_as_a_whole():
     """Up to the code generator, whose output for a CPU says nothing about that for a GPU."""
     one_block = replace(TOY, num_layers=1)
@@ -185,6 +186,7 @@ def run(recipe, *overrides):
 
 
 @pytest.mark.parametrize(("recipe", "num_steps", "lr"), [("toy_recipe", 8, 3e-2), ("toy_sft_recipe", 7, 1e-2)])
+@pytest.mark.slow
 def test_a_model_learns_as_without(recipe, num_steps, lr, request, emulated):
     words = [str(request.getfixturevalue(recipe)), "--trainer.precision", "bf16-mixed", "--budget.max_steps"]
     words += [str(num_steps), "--budget.val_every_n_steps", str(num_steps), "--model.optimizer.lr", str(lr)]
@@ -225,6 +227,7 @@ def test_fsdp2_is_the_same_as_one_process(toy_recipe, tmp_path, emulated):
         torch.testing.assert_close(source.read(name), weight, atol=5e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_plan_does_not_depend_on_it():
     arguments = ["--config", "recipes/pretrain/meap_1.1b.yaml", "--devices", "8"]
     assert PlanCLI.read([*arguments, *FLOAT8]).plan.memory == PlanCLI.read(arguments).plan.memory
