@@ -119,6 +119,7 @@ def test_a_recipe_that_is_nowhere(elsewhere, capsys):
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_the_package_the_recipes_and_the_sample_inputs(tmp_path):
     """Built with what is installed, without a network, from a copy of the files that git knows."""
     pytest.importorskip("setuptools", minversion="77")
