@@ -48,9 +48,11 @@ _TRAINING_FIXTURES = {"toy_recipe", "toy_sft_recipe"}
 
 @pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that run a toy recipe as slow."""
+    """Mark the tests that run a toy recipe as slow, whether they request it or name it in a parameter."""
     for item in items:
-        if not _TRAINING_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        fixtures = {*getattr(item, "fixturenames", ()), *(value for value in values if isinstance(value, str))}
+        if not fixtures.isdisjoint(_TRAINING_FIXTURES):
             item.add_marker(pytest.mark.slow)
 
 

@@ -48,7 +48,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     assert saved(tmp_path) == ["step=5.ckpt"]
 
 
-@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(any_recipe, tmp_path):
     """No step before the eighth is logged; the save of the eighth finds what its backward did."""
     whole = run(any_recipe, "--trainer.logger.version", "whole")

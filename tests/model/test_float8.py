@@ -186,7 +186,6 @@ def run(recipe, *overrides):
 
 
 @pytest.mark.parametrize(("recipe", "num_steps", "lr"), [("toy_recipe", 8, 3e-2), ("toy_sft_recipe", 7, 1e-2)])
-@pytest.mark.slow
 def test_a_model_learns_as_without(recipe, num_steps, lr, request, emulated):
     words = [str(request.getfixturevalue(recipe)), "--trainer.precision", "bf16-mixed", "--budget.max_steps"]
     words += [str(num_steps), "--budget.val_every_n_steps", str(num_steps), "--model.optimizer.lr", str(lr)]
