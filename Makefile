@@ -11,7 +11,7 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2
 
-# the inner loop: under two minutes on two cores
+# the inner loop
 test-fast: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
