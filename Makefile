@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test test-fast lint install install-dev clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m meap_lit fit --config recipes/quickstart.yaml
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2
+
+# the inner loop
+test-fast: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -18,20 +22,22 @@ lint: $(VENV)/installed-dev
 
 install: $(VENV)/installed
 
-# uv honours the override in pyproject.toml that leaves torchvision out; it does not know pip's own variable for a
-# folder of wheels.
+install-dev: $(VENV)/installed-dev
+
+# uv applies the override in pyproject.toml that leaves torchvision out. It does not read pip's variable for a folder of
+# wheels, so that variable is passed on.
 UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
 $(BIN)/uv:
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; call make PYTHON=python3.12, say")'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed, got " + sys.version.split()[0] + "; call make PYTHON=python3.12, say")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 
-$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/uv
+$(VENV)/installed: pyproject.toml setup.py constraints.txt | $(BIN)/uv
 	$(UV) --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/uv
+$(VENV)/installed-dev: pyproject.toml setup.py constraints.txt | $(BIN)/uv
 	$(UV) --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/installed
 

@@ -1,3 +1,3 @@
 """Mask-Enhanced Autoregressive Prediction (MEAP) as Lightning recipes."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

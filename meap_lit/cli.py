@@ -44,6 +44,10 @@ models:
   judge             judge the summaries that `evaluate` wrote
   report            write a report of finished runs and their evaluations
 
+recipes:
+  recipes           list the recipes of this package
+  recipes copy      write them into the current folder, all or those that are named
+
 checkpoints of runs:
   checkpoint inspect      print the content of a checkpoint
   checkpoint verify       compare its files with their checksums
@@ -127,6 +131,8 @@ COMMANDS = {
     "evaluate": "meap_lit.evaluation.command.Evaluate",
     "judge": "meap_lit.evaluation.judging.command.JudgeSummaries",
     "report": "meap_lit.report.command.Report",
+    "recipes": "meap_lit.recipe.packaged.ListRecipes",
+    "recipes copy": "meap_lit.recipe.packaged.CopyRecipes",
     "checkpoint inspect": "meap_lit.checkpoint.commands.Inspect",
     "checkpoint verify": "meap_lit.checkpoint.commands.Verify",
     "checkpoint consolidate": "meap_lit.checkpoint.commands.Consolidate",

@@ -43,6 +43,19 @@ class Prepared:
     dataset: str
 
 
+_TRAINING_FIXTURES = {"toy_recipe", "toy_sft_recipe"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that run a toy recipe as slow, whether they request it or name it in a parameter."""
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        fixtures = {*getattr(item, "fixturenames", ()), *(value for value in values if isinstance(value, str))}
+        if not fixtures.isdisjoint(_TRAINING_FIXTURES):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _same_environment() -> Iterator[None]:
     """Undo what a test or a fixture sets, as Lightning sets MASTER_PORT: later tests start processes of their own."""

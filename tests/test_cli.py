@@ -70,6 +70,7 @@ def test_from_text_to_a_trained_and_validated_model(prepared, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------- wrong input
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_does_not_fit_is_named(tmp_path, toy_recipe):
     package = tmp_path / "torchvision"
     package.mkdir()

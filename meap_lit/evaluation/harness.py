@@ -1,15 +1,15 @@
-"""Checkpoints as models of EleutherAI's lm-evaluation-harness, which knows them as `meap_lit`.
+"""Checkpoints as models of EleutherAI's lm-evaluation-harness, under the name `meap_lit`.
 
     python -m meap_lit.evaluation.harness run --model meap_lit --model_args checkpoint=runs/quickstart --tasks piqa
 
-is the command line of the harness itself, with all of its tasks and options. Needs pip install 'meap-lit[harness]'.
+runs the harness's own command line, with all of its tasks and options. It needs pip install 'meap-lit[harness]'.
 """
 
 import hashlib
 import inspect
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from meap_lit.inference.language_model import Dtype, LanguageModel
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
@@ -37,27 +37,26 @@ except ImportError as error:
 
 @register_model("meap_lit")
 class HarnessModel(TemplateLM):
-    """A checkpoint, as the harness wants models.
+    """A checkpoint as a model of the harness.
 
-    Texts are tokenized as its own `hf` model does, so that both give the same scores: context and continuation
-    together, after BOS if the tokenizer writes one, and cut on the left where they are too long. What follows nothing
-    is scored after BOS, or EOS if the tokenizer names no BOS. One thing differs: text that spells a special token is
-    text.
+    Scores equal those of the harness's `hf` model. Context and continuation are tokenized together, after BOS if the
+    tokenizer writes one, and cut on the left if they are too long. A text without context is scored after BOS, or after
+    EOS if the tokenizer has no BOS. One thing differs: text that spells a special token remains text.
 
-    With the harness's `--apply_chat_template` prompts are rendered by the tokenizer's own chat template, and with
-    `--apply_chat_template NAME` by another one that `prepare chat --template` knows. Special tokens in a prompt are
-    then special whoever wrote them, the template or a message, as in the `hf` model.
+    `--apply_chat_template` renders prompts with the tokenizer's own chat template, `--apply_chat_template NAME` with
+    one of those of `prepare chat --template`. Special tokens in such a prompt are special, whether the template or a
+    message wrote them, as in the `hf` model.
 
     Args:
-        checkpoint: A Hugging Face folder, a .ckpt file or folder, or the folder of a run; or a model that is loaded.
-        tokenizer: Folder of the tokenizer; the checkpoint's own if not given.
-        dtype: Dtype of the weights, float32 or bfloat16; if not given or auto, bfloat16 on a GPU, and on a CPU the
-            checkpoint's own.
-        device: Where to compute, such as cpu or cuda:1; auto takes a GPU if there is one. The harness's command line
-            says cuda:0 where nothing is named, so without a GPU that is the CPU, as in the `hf` model.
-        batch_tokens: Positions in one batch at most, padding included, unless a single text needs more.
-        max_gen_toks: Most tokens to generate where a task does not say.
-        batch_size: Not used: batches are limited by their tokens. The harness's command line always gives it.
+        checkpoint: A Hugging Face folder, a .ckpt file or folder, or the folder of a run; or a loaded model.
+        tokenizer: Folder of the tokenizer; the checkpoint's own by default.
+        dtype: Dtype of the weights, float32 or bfloat16; by default and with auto bfloat16 on a GPU, and the
+            checkpoint's own on a CPU.
+        device: Device such as cpu or cuda:1; auto takes a GPU if there is one. Without a GPU cuda:0, the default of the
+            harness's command line, is the CPU, as in the `hf` model.
+        batch_tokens: Maximum number of positions in a batch, padding included, unless a single text needs more.
+        max_gen_toks: Maximum number of tokens to generate where a task does not set it.
+        batch_size: Not used, since batches are limited by their tokens. The harness's command line always passes it.
         max_batch_size: Not used.
 
     Raises:
@@ -85,13 +84,13 @@ class HarnessModel(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self._template = "tokenizer"
         self._has_templated = False
-        """Whether texts are prompts of a chat template, whose special tokens are to be found in them."""
+        """Whether texts are prompts of a chat template, in which special tokens are special."""
 
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "HarnessModel":
-        """Make a model of `--model_args`, which count more than the other options, such as a device nobody named.
+        """Return the model of `--model_args`, which take precedence over other options, such as the default device.
 
         Raises:
             UserError: If an argument is unknown, or the checkpoint is missing.
@@ -106,22 +105,22 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Name under which the harness caches requests: what decides the ids of a prompt."""
+        """Key under which the harness caches requests; it depends on all that decides the ids of a prompt."""
         template = self.model.chat_template(self._template).source
         return f"{self.model.tokenizer.document_fingerprint[:16]}-{hashlib.sha256(template.encode()).hexdigest()[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Choose the template of `apply_chat_template` by name, True for the tokenizer's own, and return its source."""
+        """Choose the template of `apply_chat_template` by name, True for the tokenizer's own; return its source."""
         if not chat_template:
             return None
         self._template = "tokenizer" if chat_template is True else chat_template
         return self.model.chat_template(self._template).source
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return the prompt of a conversation; without `add_generation_prompt` its last message is to be continued.
+        """Return the prompt of a conversation; without `add_generation_prompt` its last message is open.
 
         Raises:
-            UserError: If the tokenizer has no template, or it does not take the conversation.
+            UserError: If the tokenizer has no template, or the template refuses the conversation.
         """
         self._has_templated = True
         template = self.model.chat_template(self._template)
@@ -155,7 +154,7 @@ class HarnessModel(TemplateLM):
         return ids if is_whole else [*tokenizer.before_text, *ids, *tokenizer.after_text]
 
     def row(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """What the model reads to score a continuation, and the position in it of the first token that counts."""
+        """Return the ids to score a continuation with, and the position of its first token in them."""
         if context == "":
             return self._cut([self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False))
         return self._cut(*self._encode_pair(context, continuation))
@@ -165,20 +164,25 @@ class HarnessModel(TemplateLM):
         row = [*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :]
         return row, max(1, len(row) - len(continuation))
 
-    def score_rows(self, rows: Sequence[tuple[list[int], int]], bar: Any = None) -> list[tuple[float, bool]]:
-        """Summed log-likelihood from the given position of each row on, and whether greedy decoding would go there.
+    def score_rows(
+        self, rows: Sequence[tuple[list[int], int]], title: str = "log-likelihoods", show: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of the end of each row, and whether greedy decoding would generate it.
 
         Args:
-            rows: As `row` returns them.
-            bar: A progress bar to move on by the rows.
+            rows: Ids and first position of the end, as `row` returns them.
+            title: Title of the progress bar.
+            show: Show a progress bar.
         """
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
-        for indices in batches(longest_first, self.batch_tokens, lambda index: len(rows[index][0])):
-            found = self.model.log_probs([rows[index][0] for index in indices], [rows[index][1] for index in indices])
-            for index, (log_probs, is_best) in zip(indices, found, strict=True):
-                scores[index] = float(log_probs.double().sum()), bool(is_best.all())
-            if bar is not None:
+        with tqdm(total=len(rows), desc=title, disable=not show) as bar:
+            for indices in batches(longest_first, self.batch_tokens, lambda index: len(rows[index][0])):
+                found = self.model.log_probs(
+                    [rows[index][0] for index in indices], [rows[index][1] for index in indices]
+                )
+                for index, (log_probs, is_best) in zip(indices, found, strict=True):
+                    scores[index] = float(log_probs.double().sum()), bool(is_best.all())
                 bar.update(len(indices))
         return scores
 
@@ -189,49 +193,53 @@ class HarnessModel(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         rows = [self._cut(context, continuation) for _, context, continuation in requests]
-        with tqdm(total=len(rows), desc="log-likelihoods", disable=disable_tqdm) as bar:
-            scores = self.score_rows(rows, bar)
+        scores = self.score_rows(rows, show=not disable_tqdm)
         for (texts, _, _), score in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, score)
         return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         rows: list[tuple[list[int], int]] = []
-        owners = []
+        owners = []  # index of the request that each row is a part of
         for owner, (text,) in enumerate(request.args for request in requests):
             ids = self.tok_encode(text)
-            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
-            pieces = [self._cut(*make_disjoint_window(window)) for window in windows]
-            rows += pieces
-            owners += [owner] * len(pieces)
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+                rows.append(self._cut(*make_disjoint_window(window)))
+                owners.append(owner)
         sums = [0.0] * len(requests)
-        with tqdm(total=len(rows), desc="log-likelihoods of texts", disable=disable_tqdm) as bar:
-            for owner, (score, _) in zip(owners, self.score_rows(rows, bar), strict=True):
-                sums[owner] += score
+        scores = self.score_rows(rows, "log-likelihoods of texts", show=not disable_tqdm)
+        for owner, (score, _) in zip(owners, scores, strict=True):
+            sums[owner] += score
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         texts = [""] * len(requests)
-        groups: dict[str, list[int]] = {}  # those with the same options share batches
+        groups: dict[str, list[int]] = {}  # requests with the same options share batches
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(index)
-        # options and prompts of all groups first: what is wrong with the last must not show after hours
-        plans = []
+        plans = []  # options and prompts of all groups first, so that a wrong one is not found after hours
         for members in groups.values():
             options = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
-            prompts = [self._prompt(requests[index].args[0], options["max_gen_toks"]) for index in members]
-            plans.append((members, options, _sampling(options), prompts))
+            prompts = {index: self._prompt(requests[index].args[0], options["max_gen_toks"]) for index in members}
+            plans.append((options, _sampling(options), prompts))
         with tqdm(total=len(requests), desc="generation", disable=disable_tqdm) as bar:
-            for members, options, sampling, prompts in plans:
-                lengths = [len(prompt) + options["max_gen_toks"] for prompt in prompts]
-                longest_first = sorted(range(len(members)), key=lambda number: -lengths[number])
-                for numbers in batches(longest_first, self.batch_tokens, lengths.__getitem__):
-                    answers = self._continue([prompts[number] for number in numbers], options, sampling)
-                    for number, answer in zip(numbers, answers, strict=True):
-                        texts[members[number]] = answer
-                    bar.update(len(numbers))
+            for options, sampling, prompts in plans:
+                lengths = {index: len(prompt) + options["max_gen_toks"] for index, prompt in prompts.items()}
+                longest_first = sorted(lengths, key=lengths.__getitem__, reverse=True)
+                for indices in batches(longest_first, self.batch_tokens, lengths.__getitem__):
+                    continuations = self.model.generate(
+                        [prompts[index] for index in indices],
+                        max_new_tokens=options["max_gen_toks"],
+                        sampling=sampling,
+                        batch_size=len(indices),
+                    )
+                    for index, ids in zip(indices, continuations, strict=True):
+                        # decoded alone, as the hf model does: the decoder of Llama 2 drops a space at the beginning
+                        text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
+                        texts[index] = postprocess_generated_text(text, options["until"], None)
+                    bar.update(len(indices))
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
@@ -242,23 +250,12 @@ class HarnessModel(TemplateLM):
             raise UserError(f"max_gen_toks {max_gen_toks} leaves no room in the context of {self.model.source.context}")
         return (self.tok_encode(context) or [self.prefix_token_id])[-room:]
 
-    def _continue(self, prompts: Sequence[list[int]], options: Mapping[str, Any], sampling: Sampling) -> list[str]:
-        continuations = self.model.generate(
-            prompts,
-            max_new_tokens=options["max_gen_toks"],
-            sampling=sampling,
-            batch_size=len(prompts),
-        )
-        # decoded alone, as the hf model does: the decoder of Llama 2 leaves out a space at the beginning
-        texts = [self.model.tokenizer.decode(ids, skip_special_tokens=True) for ids in continuations]
-        return [_before(text, options["until"]) for text in texts]
-
 
 def _device(name: str | None) -> torch.device | Literal["auto"]:
-    """Return the device of that name, the CPU for a GPU where there is none.
+    """Return the device of that name, the CPU for a GPU on a machine without one.
 
     Raises:
-        UserError: If torch knows no such device, or this machine has fewer GPUs.
+        UserError: If torch does not know the device, or this machine has fewer GPUs.
     """
     if not name or name == "auto":
         return "auto"
@@ -269,23 +266,25 @@ def _device(name: str | None) -> torch.device | Literal["auto"]:
     if device.type == "cuda" and not torch.cuda.is_available():
         return torch.device("cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name} is not there; this machine has {torch.cuda.device_count()} GPUs")
+        raise UserError(f"device {name} does not exist; this machine has {torch.cuda.device_count()} GPUs")
     return device
 
 
 def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[str, Any]:
-    """Tasks of the harness, zero-shot, by name; a group gives all of its tasks.
+    """Return tasks of the harness, zero-shot, by name; a group gives all of its tasks.
 
     Args:
-        names: Of tasks and groups.
+        names: Names of tasks and groups.
         include_path: Folder with further tasks as YAML.
 
     Raises:
-        UserError: If there is no such task, or its data cannot be had.
+        UserError: If a task does not exist, or its data cannot be loaded.
     """
     if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"include_path {include_path} is no folder; it holds tasks as YAML of lm-evaluation-harness")
-    # its own tasks are 14,000 files to look through, so only if they are needed
+        raise UserError(
+            f"include_path {include_path} is not a folder; name one with tasks in the YAML of lm-evaluation-harness"
+        )
+    # the harness has 14,000 files of tasks, which take ten seconds to index: only if they are needed
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=include_path)
@@ -294,11 +293,11 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[st
         raise UserError(f"lm-evaluation-harness has no task {unknown[0]!r}; the command lm_eval ls tasks lists them")
     try:
         tasks = manager.load(list(names))["tasks"]
-    except Exception as error:  # of many libraries: no network, no such data set, no permission, a broken file
+    except Exception as error:  # from many libraries: no network, unknown data set, no permission, a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"cannot load the tasks {', '.join(names)}: {reason}; data of the harness's tasks is downloaded from the "
-            f"Hugging Face Hub at the first use, and then kept"
+            f"cannot load the tasks {', '.join(names)}: {reason}; the data of the harness's tasks is downloaded "
+            f"from the Hugging Face Hub at its first use and then kept"
         ) from error
     for task in tasks.values():
         task.set_config(key="num_fewshot", value=0)
@@ -307,20 +306,14 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[st
 
 
 def _sampling(options: Mapping[str, Any]) -> Sampling:
-    """Return how tokens are drawn; without a temperature the harness's other options say nothing."""
+    """Return how tokens are drawn; without a temperature the other options have no effect in the harness."""
     temperature = options.get("temperature") or 0.0
     limits: dict[str, Any] = {name: options.get(name) or None for name in ("top_k", "top_p")} if temperature > 0 else {}
     return Sampling(temperature, **limits)
 
 
-def _before(text: str, stops: Iterable[str]) -> str:
-    for stop in stops:
-        text = text.partition(stop)[0] if stop else text
-    return text
-
-
 def main() -> int:
-    """Run the harness's own command line; 0 if it went well, 2 after wrong input (one line on stderr)."""
+    """Run the harness's own command line; return 0, or 2 after wrong input (one line on stderr)."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -1,4 +1,4 @@
-"""`python -m meap_lit generate`: continue prompts with a checkpoint."""
+"""`meap-lit generate`: continue prompts with a checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ class Generate:
     Args:
         checkpoint: A Hugging Face folder, a .ckpt file, or the folder of a run.
         prompt: One prompt or several.
-        prompt_file: A text file that is one more prompt, up to a newline at its end.
-        chat: Put each prompt as a user's message, by the chat template.
-        system: What the system says before each message; with `chat`.
-        template: Chat template as for `prepare chat`; the tokenizer's own if not given; with `chat`.
-        tokenizer: Folder of the tokenizer; the checkpoint's own if not given.
-        max_new_tokens: Most tokens to add to a prompt; if not given, 128 or what the context leaves, if that is less.
-        temperature: Divides the logits before a token is drawn; 0 takes the most likely one.
-        top_k: Draw among this many most likely tokens only; 0 and -1 set no limit.
+        prompt_file: Text file that holds one more prompt; a newline at its end is left out.
+        chat: Make each prompt a user's message in the chat template.
+        system: System message before each prompt; needs `chat`.
+        template: Chat template, as for `prepare chat`; the tokenizer's own by default; needs `chat`.
+        tokenizer: Folder of the tokenizer; the checkpoint's own by default.
+        max_new_tokens: Maximum number of tokens to add to a prompt; by default 128, or less if the context is full.
+        temperature: Divides the logits before a token is drawn; 0 takes the most likely token.
+        top_k: Draw among this many most likely tokens; 0 and -1 set no limit.
         top_p: Draw among the fewest most likely tokens that together reach this probability; 1 sets no limit.
         seed: Seed of the draws.
-        batch_size: Prompts continued at once.
-        dtype: Dtype of the weights; if not given, bfloat16 on a GPU, and on a CPU the checkpoint's own.
-        device: Where to compute; auto takes a GPU if there is one.
-        verify: Hash the checkpoint of a run and compare it with its checksums; false compares sizes only.
+        batch_size: Number of prompts to continue at once.
+        dtype: Dtype of the weights; by default bfloat16 on a GPU, and the checkpoint's own on a CPU.
+        device: Device to compute on; auto takes a GPU if there is one.
+        verify: Compare the checkpoint of a run with its checksums; false compares file sizes only.
     """
 
     checkpoint: str
@@ -54,7 +54,7 @@ class Generate:
         """Print the continuations.
 
         Raises:
-            UserError: If there is no prompt, one is too long, or the checkpoint or its tokenizer will not do.
+            UserError: If there is no prompt, one is too long, or the checkpoint or its tokenizer cannot be used.
         """
         texts = self._texts()
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.seed)
@@ -67,16 +67,25 @@ class Generate:
         else:
             prompts = [model.encode(text) for text in texts]
         room = model.config.max_seq_len - max(map(len, prompts))
-        printer = _Printer(model.tokenizer, prompts)
-        model.generate(
+        stream = TextStream(model.tokenizer, prompts[0]) if len(prompts) == 1 else None
+
+        def show(_: int, token_id: int) -> None:
+            if stream is not None:
+                print(stream.push(token_id), end="", flush=True)
+
+        continuations = model.generate(
             prompts,
             max_new_tokens=max(1, min(128, room)) if self.max_new_tokens is None else self.max_new_tokens,
             sampling=sampling,
             stop_token_ids=stop_token_ids,
             batch_size=self.batch_size,
-            on_token=printer.on_token,
+            on_token=show,
         )
-        printer.close()
+        if stream is not None:
+            print(stream.flush())
+            return
+        for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True), start=1):
+            print(f"--- {number} of {len(prompts)}\n{model.text_after(prompt, continuation)}")
 
     def _texts(self) -> list[str]:
         texts = list(self.prompt or [])
@@ -99,38 +108,13 @@ class Generate:
         return [*system, {"role": "user", "content": text}]
 
 
-class _Printer:
-    """Prints a single continuation as it grows, several when all are done."""
-
-    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> None:
-        self.streams = [TextStream(tokenizer, prompt) for prompt in prompts]
-        self.texts = ["" for _ in prompts]
-
-    def on_token(self, index: int, token_id: int) -> None:
-        self._add(index, self.streams[index].push(token_id))
-
-    def close(self) -> None:
-        for index, stream in enumerate(self.streams):
-            self._add(index, stream.flush())
-        if len(self.texts) == 1:
-            print()
-            return
-        for number, text in enumerate(self.texts, start=1):
-            print(f"--- {number} of {len(self.texts)}\n{text}")
-
-    def _add(self, index: int, text: str) -> None:
-        if len(self.texts) == 1:
-            print(text, end="", flush=True)
-        else:
-            self.texts[index] += text
-
-
 class TextStream:
-    """The text that follows a prompt, token by token.
+    """Decode the tokens that follow a prompt one by one.
 
-    A token alone is not text: it may be part of a character, and a decoder may drop a space where it takes the first
-    token for the beginning. So each is decoded after those before it, back to where text was last complete, and what
-    is new in the result is returned (as text-generation-inference does, `decode_token`).
+    The text of a token depends on the tokens before it: it may complete a character, and some decoders drop a space at
+    the beginning. Each token is decoded after the tokens of the last complete text, and the new part is returned (as in
+    text-generation-inference, `decode_token`). `tokenizers.decoders.DecodeStream` raises on bytes that form no
+    character, and does not return an incomplete character at the end.
 
     Args:
         tokenizer: The tokenizer.
@@ -140,23 +124,23 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt)
-        self._num_told = len(self._ids)  # ids whose text has been returned
+        self._num_returned = len(self._ids)  # ids whose text has been returned
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty if a character is still open."""
+        """Return the text that `token_id` completes; empty if its last character is incomplete."""
         self._ids.append(token_id)
-        text = self._untold()
+        text = self._new_text()
         if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        self._ids, self._num_told = self._ids[self._num_told :], len(self._ids) - self._num_told
+        self._ids, self._num_returned = self._ids[self._num_returned :], len(self._ids) - self._num_returned
         return text
 
     def flush(self) -> str:
-        """What is left at the end: replacement characters where a character was never completed."""
-        text = self._untold()
-        self._num_told = len(self._ids)
+        """Return the rest of the text, with replacement characters for an incomplete character."""
+        text = self._new_text()
+        self._num_returned = len(self._ids)
         return text
 
-    def _untold(self) -> str:
-        told = self._tokenizer.decode(self._ids[: self._num_told], skip_special_tokens=True)
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True)[len(told) :]
+    def _new_text(self) -> str:
+        before = self._tokenizer.decode(self._ids[: self._num_returned], skip_special_tokens=True)
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True)[len(before) :]

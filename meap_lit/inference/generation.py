@@ -1,10 +1,10 @@
 """Continue prompts with a decoder: batched, with a key-value cache, greedy or sampled.
 
-A continuation depends on its own prompt only (up to rounding): not on what else is in its batch, nor on the size
-of the batch. For sampling, the random number of each token is a function of (seed, index of the prompt, position).
+A continuation depends only on its own prompt (up to rounding), not on the other prompts of its batch or the size of the
+batch. For sampling, the random number of each token is a function of (seed, index of the prompt, position).
 
-What prompts of a batch begin with in common is read once: those of a needle at several depths, or of a question with
-its passage at several positions, are the same up to there. Prompts with little in common are read side by side, padded.
+The beginning that prompts of a batch have in common is read once: prompts with a needle at several depths, for example,
+are equal up to the needle. Prompts with little in common are padded and read side by side.
 """
 
 import math
@@ -25,21 +25,24 @@ from meap_lit.model.attention import Documents
 OnToken = Callable[[int, int], None]
 
 _ROW_COST = 64
-"""What a row costs beside its tokens when prompts are read without padding, in tokens; up to 60 on a CPU."""
+"""Overhead of a row when prompts are read without padding, in tokens; up to 60 on a CPU."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Rule by which the next token is chosen.
 
     Args:
         temperature: Divides the logits; 0 takes the most likely token.
-        top_k: Draw among this many most likely tokens only, and those exactly as likely as the last of them. None, 0
-            and -1 set no limit.
+        top_k: Draw among this many most likely tokens and those exactly as likely as the last of them. None, 0 and -1
+            set no limit.
         top_p: Draw among the fewest most likely tokens that together reach this probability (nucleus sampling,
-            arXiv 1904.09751); taken after `top_k`. Among equally likely tokens those of higher ids come first, as in
+            arXiv 1904.09751), after `top_k`. Among equally likely tokens those with higher ids come first, as in
             transformers. None and 1 set no limit.
         seed: Seed of all draws.
+
+    Raises:
+        UserError: If a value is out of range, or has no effect at temperature 0.
     """
 
     temperature: float = 0.0
@@ -76,26 +79,26 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt until a stop token or `max_new_tokens`.
 
-    Prompts of like length share a batch, the longest first, so that what does not fit in memory fails at once.
+    Prompts of similar length share a batch. The longest come first, so that a lack of memory shows at once.
 
     Args:
-        decoder: The model, on its device. It is in eval mode meanwhile.
+        decoder: The model, on its device; in eval mode during the call.
         prompts: Token ids of each prompt, at least one each.
-        max_new_tokens: Most tokens to add to a prompt.
-        sampling: How tokens are chosen.
+        max_new_tokens: Maximum number of tokens to add to a prompt.
+        sampling: Rule by which tokens are chosen.
         stop_token_ids: Ids that end a continuation; they are not part of it.
         forbidden_token_ids: Ids that are never chosen, such as the mask token and the padding of the vocabulary.
-        batch_size: Prompts continued at once.
-        on_token: Called with the index of the prompt and each new id (no stop token) as soon as it is chosen.
-        use_cache: Keep keys and values of earlier tokens; without, every step reads the whole row again, which is
-            slow and only good for comparison.
+        batch_size: Number of prompts to continue at once.
+        on_token: Called with the index of the prompt and each new id, stop tokens excluded, as soon as it is chosen.
+        use_cache: Keep the keys and values of earlier tokens. False reads the whole row again at every step, which is
+            slow and serves for comparison.
 
     Returns:
         The new ids of each prompt, in the order of `prompts`.
 
     Raises:
         UserError: If a prompt is empty, has an unknown id, or leaves no room for `max_new_tokens` in the model's
-            context. Nothing has been generated then.
+            context. The model has generated nothing then.
     """
     check_prompts(prompts, max_new_tokens, batch_size, decoder.config)
     continuations: list[list[int]] = [[] for _ in prompts]
@@ -104,19 +107,11 @@ def generate(
     decoder.eval()
     try:
         for first in range(0, len(prompts), batch_size):
-            # in the order of their ids a prompt has most in common with its neighbours
-            indices = sorted(longest_first[first : first + batch_size], key=lambda index: list(prompts[index]))
-            steps = _steps(
-                decoder,
-                prompts,
-                indices,
-                max_new_tokens,
-                sampling,
-                stop_token_ids,
-                forbidden_token_ids,
-                use_cache=use_cache,
-            )
-            for chosen in steps:
+            # sorted by ids, a prompt has most in common with its neighbors
+            batch = sorted((list(prompts[index]), index) for index in longest_first[first : first + batch_size])
+            rows, indices = zip(*batch, strict=True)
+            options = (max_new_tokens, sampling, stop_token_ids, forbidden_token_ids, use_cache)
+            for chosen in _steps(decoder, rows, indices, *options):
                 for index, token_id in chosen.items():
                     continuations[index].append(token_id)
                     if on_token is not None:
@@ -133,14 +128,17 @@ def check_prompts(
     config: DecoderConfig,
     context: str | None = None,
 ) -> None:
-    """Check what `generate` asks of its prompts, before weights are loaded; raises as it does.
+    """Check the arguments of `generate` before weights are loaded.
 
     Args:
         prompts: Token ids of each prompt.
-        max_new_tokens: Most tokens to add to a prompt.
-        batch_size: Prompts continued at once.
-        config: The decoder's.
-        context: Its context in words; `max_seq_len` tokens if not given.
+        max_new_tokens: Maximum number of tokens to add to a prompt.
+        batch_size: Number of prompts to continue at once.
+        config: Configuration of the decoder.
+        context: Its context in words, for the message; `max_seq_len` tokens by default.
+
+    Raises:
+        UserError: As `generate` does.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -169,31 +167,35 @@ def check_prompts(
 @torch.no_grad()
 def _steps(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]],
     indices: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling,
     stop_token_ids: Sequence[int],
     forbidden_token_ids: Sequence[int],
-    *,
     use_cache: bool,
 ) -> Iterator[dict[int, int]]:
-    """The id chosen for each of the prompts at `indices` that has not stopped, step after step."""
+    """Yield step by step the id chosen for each prompt that has not stopped, by its index.
+
+    Args:
+        decoder: The model.
+        rows: Token ids of each prompt of a batch.
+        indices: Index of each prompt among all, which decides its draws.
+    """
     weight = decoder.embed_tokens.weight
     device = weight.device
     forbidden = torch.tensor(forbidden_token_ids, dtype=torch.int64, device=device)
     draws = [random.Random(f"{sampling.seed}/{index}") for index in indices]
-    rows = [prompts[index] for index in indices]
-    last = torch.tensor([[len(row) - 1] for row in rows], device=device)  # [B, 1], where each row's last token is
+    last = torch.tensor([[len(row) - 1] for row in rows], device=device)  # [B, 1], position of each row's last token
     prompt_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
     input_ids = F.pad(prompt_ids, (0, max_new_tokens))  # [B, S]
     cache = KVCache(decoder.config, len(rows), input_ids.size(1), device, weight.dtype) if use_cache else None
-    going = dict(enumerate(indices))  # the prompt of each row that has not stopped
+    going = dict(enumerate(indices))  # index of the prompt of each row that has not stopped
     for step in range(max_new_tokens):
         if cache is not None and step == 0 and (beginnings := _common_beginnings(rows)) is not None:
             hidden = _read_once(decoder, rows, beginnings, cache)  # [B, 1, D]
         elif cache is None or step == 0:
-            # padding stands on the right, where no token of the prompt sees it
+            # the padding is on the right, where no token of the prompt attends to it
             hidden = decoder(input_ids[:, : prompt_ids.size(1) + step], cache=cache)
             hidden = hidden.take_along_dim(last[..., None], dim=1)  # [B, 1, D]
         else:
@@ -207,7 +209,7 @@ def _steps(
             return
         last = last + 1
         input_ids.scatter_(1, last, chosen[:, None])
-        if 2 * len(going) <= len(ids):  # not at once when one stops, as the cache is copied
+        if 2 * len(going) <= len(ids):  # rarely, since the cache is copied
             kept = torch.tensor(list(going), device=device)
             input_ids, last = input_ids[kept], last[kept]
             draws = [draws[row] for row in going]
@@ -217,26 +219,26 @@ def _steps(
 
 
 def common_beginning(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids both begin with."""
+    """Return the number of ids that both begin with."""
     pairs = enumerate(zip(first, second))
     return next((number for number, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _common_beginnings(rows: Sequence[Sequence[int]]) -> list[int] | None:
-    """How much of each prompt is that of the one before, its last token never; None if it is not worth while."""
+    """Return how many first ids of each row are those of the row before, never its last; None if that saves nothing."""
     beginnings = [0, *(min(common_beginning(*pair), len(pair[1]) - 1) for pair in pairwise(rows))]
     num_padded = len(rows) * max(map(len, rows))
     return beginnings if sum(map(len, rows)) - sum(beginnings) + _ROW_COST * len(rows) <= num_padded else None
 
 
 def _read_once(decoder: Decoder, rows: Sequence[Sequence[int]], beginnings: Sequence[int], cache: KVCache) -> Tensor:
-    """Read prompts into the cache, without padding and what one has in common with the one before only once.
+    """Read prompts into the cache without padding, and common beginnings only once.
 
     Args:
         decoder: The model.
         rows: Token ids of each prompt.
-        beginnings: How many first tokens of each are those of the prompt before; fewer than it has.
-        cache: A row for each prompt.
+        beginnings: Number of first tokens that each row shares with the row before; less than its length.
+        cache: Cache with a row for each prompt.
 
     Returns:
         Hidden state of the last token of each prompt, [B, 1, D].
@@ -252,15 +254,15 @@ def _read_once(decoder: Decoder, rows: Sequence[Sequence[int]], beginnings: Sequ
 
 
 def choose_tokens(logits: Tensor, sampling: Sampling, draws: Sequence[float]) -> Tensor:
-    """One token of each row.
+    """Return one token for each row.
 
-    Sampling inverts the cumulative distribution, so a row needs one uniform number and small differences in its
-    logits (another batch, another device) hardly ever change the token.
+    Sampling inverts the cumulative distribution: a row needs one uniform number, and small differences in its logits
+    (another batch, another device) rarely change the token.
 
     Args:
         logits: Scores, [B, V]; -inf for tokens that must not be chosen.
-        sampling: How to choose.
-        draws: A number in [0, 1) for each row; not used at temperature 0.
+        sampling: Rule by which the token is chosen.
+        draws: One number in [0, 1) for each row; not used at temperature 0.
 
     Returns:
         Token ids, [B], int64.
@@ -280,4 +282,4 @@ def choose_tokens(logits: Tensor, sampling: Sampling, draws: Sequence[float]) ->
         probs = probs.where(torch.zeros_like(kept).scatter(-1, order, kept), 0)
     cumulative = probs.cumsum(dim=-1)
     targets = torch.tensor(draws, dtype=torch.float64, device=probs.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0]  # the first beyond: never one of probability 0
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0]  # the first above: never a token of probability 0

@@ -1,4 +1,4 @@
-"""A checkpoint as evaluation uses it: prompts in, text out, or the log-likelihood of text that is given."""
+"""A checkpoint as a language model: it continues prompts, or scores given text by its log-likelihood."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -22,17 +22,17 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class LanguageModel:
-    """A decoder with its tokenizer. The weights are read when they are first needed.
+    """A decoder with its tokenizer. The weights are read at their first use.
 
     Args:
         checkpoint: A Hugging Face folder, a .ckpt file or folder, or the folder of a run.
-        tokenizer: Folder of the tokenizer; the checkpoint's own if not given.
-        dtype: Dtype of the weights; if not given, bfloat16 on a GPU, and on a CPU the checkpoint's own.
-        device: Where to compute; auto takes a GPU if there is one.
-        verify: Compare a checkpoint of a run with its hashes; if not, with their sizes only.
+        tokenizer: Folder of the tokenizer; the checkpoint's own by default.
+        dtype: Dtype of the weights; by default bfloat16 on a GPU, and the checkpoint's own on a CPU.
+        device: Device to compute on; auto takes a GPU if there is one.
+        verify: Compare the checkpoint of a run with its checksums; False compares file sizes only.
 
     Raises:
-        UserError: If there is no such checkpoint or device, or no tokenizer that fits.
+        UserError: If the checkpoint or the device does not exist, or no tokenizer fits the checkpoint.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class LanguageModel:
 
     @cached_property
     def stop_token_ids(self) -> list[int]:
-        """Ids that end a text: the tokenizer's and those that the checkpoint names."""
+        """Ids that end a text: the tokenizer's EOS and those that the checkpoint names."""
         return sorted({self.tokenizer.eos_token_id, *token_ids(self.source.generation, "eos_token_id")})
 
     @cached_property
     def forbidden_token_ids(self) -> list[int]:
-        """The mask token, ids that stand for nothing, and what the checkpoint itself suppresses."""
+        """Ids that are never generated: the mask token, ids without a token, and what the checkpoint suppresses."""
         rows = self.config.vocab_size
         assert rows is not None
         ids = {self.tokenizer.mask_token_id, *self.tokenizer.ids_without_token(rows)}
@@ -75,7 +75,7 @@ class LanguageModel:
         return self.tokenizer.encode_prompt(text)
 
     def chat_template(self, name: str = "tokenizer") -> ChatTemplate:
-        """The chat template of that name, see `ChatTemplate.load`."""
+        """Return the chat template of that name, see `ChatTemplate.load`."""
         if name not in self._templates:
             self._templates[name] = ChatTemplate.load(name, self.tokenizer)
         return self._templates[name]
@@ -110,7 +110,7 @@ class LanguageModel:
     def continue_texts(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_token_ids: Iterable[int] = ()
     ) -> list[str]:
-        """The text that greedily follows each prompt; all prompts are one batch."""
+        """Return the greedy continuation of each prompt as text; all prompts are one batch."""
         continuations = self.generate(
             prompts, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids, batch_size=max(1, len(prompts))
         )
@@ -119,26 +119,26 @@ class LanguageModel:
         ]
 
     def text_after(self, prompt: Sequence[int], continuation: Sequence[int]) -> str:
-        """What `continuation` adds to the text of `prompt`; alone it might lose a space or half a character."""
-        # the end of the prompt is context enough, and a prompt may be long
+        """Return the text that `continuation` adds to `prompt`; decoded alone it may lose a space or a character."""
+        # the end of a long prompt is enough context
         known = list(prompt[-16:])
         before = self.tokenizer.decode(known, skip_special_tokens=True)
         return self.tokenizer.decode([*known, *continuation], skip_special_tokens=True)[len(before) :]
 
     @torch.no_grad()
     def log_probs(self, rows: Sequence[Sequence[int]], first: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Log-probabilities of the later tokens of each row, given all before; all rows are one batch.
+        """Return log-probabilities of the last tokens of each row, given all tokens before; all rows are one batch.
 
         Args:
             rows: Token ids of each row.
-            first: For each row the position, at least 1, of the first token that is asked for.
+            first: Position of the first token to score in each row, at least 1.
 
         Returns:
-            For each row the log-probabilities, [N] float32 on the CPU, and whether each token is the most likely one,
-            [N] bool, of its N = len(row) - first tokens.
+            For each row, of its N = len(row) - first tokens, the log-probabilities, [N] float32 on the CPU, and whether
+            each token is the most likely one, [N] bool.
         """
-        assert min(first) >= 1, "the first token of a row follows nothing"
-        # causal: padding on the right changes nothing before it
+        assert min(first) >= 1, "the first token of a row has no context"
+        # attention is causal: padding on the right changes nothing
         input_ids = pad_sequence([torch.tensor(row[:-1]) for row in rows], batch_first=True).to(self.device)  # [B, T]
         hidden = self.decoder(input_ids)  # [B, T, D]
         results = []
@@ -155,7 +155,7 @@ class LanguageModel:
 
 
 def choose_device(device: Device) -> torch.device:
-    """Raises UserError if a GPU is asked for and there is none."""
+    """Return the device; raise UserError for cuda on a machine without a GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda is not available; use --device cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -14,6 +14,7 @@ from jsonargparse import get_loader
 
 from meap_lit.errors import UserError
 from meap_lit.files import decode
+from meap_lit.recipe import packaged
 from meap_lit.renamed import current, current_key
 
 MAX_BYTES = 10_000_000
@@ -35,13 +36,14 @@ def lineage(path: Path) -> list[Path]:
     """
     chain: list[Path] = []
     while True:
+        name, path = path, packaged.find(path)
         if not path.is_file():
             named_by = f" (named as base by {chain[0]})" if chain else ""
             if path.is_dir():
                 files = sorted(path.glob("*.yaml"))
                 inside = f"name a file in it, such as {files[0]}" if files else "it has no .yaml file"
                 raise UserError(f"recipe {path} is a folder{named_by}; {inside}")
-            raise UserError(f"recipe {path} does not exist{named_by}; the recipes of this project are in recipes/")
+            raise UserError(f"recipe {path} does not exist{named_by}; `meap-lit recipes` lists those of this package")
         if path.resolve() in (other.resolve() for other in chain):
             raise UserError(f"recipe {path} is based on itself")
         chain.insert(0, path)
@@ -50,7 +52,7 @@ def lineage(path: Path) -> list[Path]:
             return chain
         if not isinstance(base, str):
             raise UserError(f"base of recipe {path} must be the path of a recipe, got {base}")
-        path = path.parent / base
+        path = name.parent / base
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader
 from omegaconf.errors import InterpolationResolutionError
 
 from meap_lit.errors import UserError
+from meap_lit.recipe import packaged
 from meap_lit.recipe.file import lineage
 from meap_lit.renamed import current
 from meap_lit.secrets import without_secrets
@@ -36,7 +37,7 @@ class Parser(ArgumentParser):
             UserError: If a value is read from a variable of the environment that is not set.
         """
         try:
-            return super().parse_args(*args, **kwargs)
+            return packaged.with_paths(super().parse_args(*args, **kwargs))
         except InterpolationResolutionError as error:
             variable = re.search(r"Environment variable '(.+?)' not found", str(error))
             if variable is None:
@@ -64,7 +65,7 @@ class Parser(ArgumentParser):
             if not kwargs.get("skip_validation"):
                 self.validate(namespace)
             # a reference to the environment would not validate
-            shown, kwargs["skip_validation"] = without_secrets(namespace), True
+            shown, kwargs["skip_validation"] = packaged.with_names(without_secrets(namespace)), True
         before = _is_dumping.set(True)
         try:
             return super().dump(shown, *args, skip_link_targets=skip_link_targets, **kwargs)
@@ -104,6 +105,9 @@ def command_parser(command: type, prog: str) -> Parser:
         add_recipe_option(parser)
     lists = [field for field in dataclasses.fields(command) if "list" in str(field.type)]
     for field in lists:
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, type=str, nargs="*", help=help_of.get(field.name))
+            continue
         required = field.default is dataclasses.MISSING
         parser.add_argument(
             f"--{field.name}", type=str, nargs="+", required=required, default=None, help=help_of.get(field.name)

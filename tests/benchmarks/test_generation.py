@@ -2,9 +2,12 @@
 
 import re
 
+import pytest
+
 from benchmarks.generation import _as_items, _batches_of_evaluate, benchmark
 
 
+@pytest.mark.slow
 def test_report(tmp_path, capsys):
     output = tmp_path / "results" / "generation.md"
     sizes = {

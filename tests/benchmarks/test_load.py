@@ -36,6 +36,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert dtypes == ["torch.float32"] * 3
 
 
+@pytest.mark.slow
 def test_an_idle_process_is_measured() -> None:
     peak, seconds = benchmarks.load._measure(None, 1)
     assert 50e6 < peak < 5e9

@@ -41,6 +41,7 @@ def test_with_our_weights_transformers_takes_our_steps(qk_norm: bool) -> None:
         torch.testing.assert_close(value, weights(ours)[name], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(Contender, "peak_bytes", lambda contender, mask_ratio: 7_000_000)
     output = tmp_path / "results" / "peers.md"

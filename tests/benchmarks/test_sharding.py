@@ -14,6 +14,7 @@ from meap_lit.planning.memory import Memory
 TOY = replace(SMALL, num_layers=2, num_heads=4, num_kv_heads=2, hidden_size=64, intermediate_size=160, vocab_size=320)
 
 
+@pytest.mark.slow
 def test_two_processes_hold_what_is_planned_and_half_of_what_one_holds(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, replace(TOY, max_seq_len=32), micro_batch_size=1, precision="32-true", steps=2)
     sharded = next(way for way in WAYS if way.overlay == "fsdp" and way.num_processes == 2)

@@ -15,6 +15,7 @@ from meap_lit.callbacks import Checkpoint, StepProgressBar, Throughput
 from meap_lit.errors import UserError
 
 
+@pytest.mark.slow
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     trainers, run = [], benchmarks.trainer.fit
 

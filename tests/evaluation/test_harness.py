@@ -415,7 +415,7 @@ def test_the_harness_makes_it_by_name(source_folder, tasks):
         ({"tasks": ()}, "tasks must name tasks"),
         ({"tasks": ("own_boolq",), "limit": 0}, "limit must be at least 1, got 0"),
         ({"tasks": ("own_write",)}, "task own_write must be multiple_choice, got generate_until; run it with"),
-        ({"tasks": ("own_boolq",), "include_path": "no/where"}, "include_path no/where is no folder"),
+        ({"tasks": ("own_boolq",), "include_path": "no/where"}, "include_path no/where is not a folder"),
         ({"tasks": ("own_broken",)}, "cannot load the tasks own_broken: .*downloaded from the Hugging Face Hub"),
     ],
 )

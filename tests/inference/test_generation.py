@@ -54,6 +54,7 @@ def test_greedy_is_the_plain_loop_however_it_is_batched(changes: dict[str, objec
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.slow
 def test_sampling_does_not_depend_on_the_batch(changes: dict[str, object]) -> None:
     decoder = random_decoder(**changes)
     sampling = Sampling(temperature=1.5, top_k=40, top_p=0.95, seed=3)
@@ -222,6 +223,7 @@ def test_a_common_beginning_is_read_once_and_changes_nothing(prompts, changes, m
     torch.testing.assert_close(first_logits, torch.stack(alone), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_common_beginnings_with_sampling_stops_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, prompts = random_decoder(max_seq_len=80), prefix_tree(0, size=12)
     sampling = Sampling(temperature=1.5, seed=4)

@@ -217,6 +217,7 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
+@pytest.mark.slow
 def test_the_total_is_the_peak_of_a_fresh_process():
     # by default glibc keeps freed tensors of up to 32 MiB in its heap, which is no need of the step
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}

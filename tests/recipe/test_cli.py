@@ -74,6 +74,7 @@ def test_a_recipe_opens_with_what_it_is_for(recipe):
 
 
 @pytest.mark.parametrize("recipe", [path for path in RUNNABLE if path.parent.name != "sft"], ids=str)
+@pytest.mark.slow
 def test_a_pretraining_recipe_runs_at_toy_size(recipe, prepared, source_folder, tmp_path):
     data = [
         *("--data.datasets", prepared.dataset),
@@ -91,6 +92,7 @@ def test_a_pretraining_recipe_runs_at_toy_size(recipe, prepared, source_folder, 
 
 
 @pytest.mark.parametrize("recipe", VARIANTS, ids=str)
+@pytest.mark.slow
 def test_a_variant_of_the_study_differs_in_its_masks_only(recipe, prepared, tmp_path):
     words = ["--data.datasets", prepared.dataset, "--data.tokenizer", prepared.tokenizer]
     words += ["--trainer.logger.init_args.save_dir", str(tmp_path), *TOY, *TOY_PRETRAINING, *TOY_DECODER]

@@ -70,6 +70,7 @@ class _Run:
         self._run(self.words)
 
 
+@pytest.mark.slow
 def test_a_mutated_recipe_is_accepted_or_refused_in_a_line(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
     seeds = training_seeds(tmp_path / "runs")
@@ -85,6 +86,7 @@ def test_a_mutated_recipe_is_accepted_or_refused_in_a_line(tmp_path, monkeypatch
     assert refused >= 130
 
 
+@pytest.mark.slow
 def test_a_mutated_evaluation_is_accepted_or_refused_in_a_line(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
     seeds = {str(path): merged(path) for path in EVALUATIONS}
@@ -101,6 +103,7 @@ def test_a_mutated_evaluation_is_accepted_or_refused_in_a_line(tmp_path, monkeyp
     assert refused >= 80
 
 
+@pytest.mark.slow
 def test_a_random_option_is_accepted_or_refused_in_a_line(tmp_path, monkeypatch, capsys):
     generator = random.Random(3)
     recipe = Path("recipes/quickstart.yaml").resolve()

@@ -1,6 +1,6 @@
-"""`python -m meap_lit judge`: what language models, or people, say of summaries that a model wrote.
+"""`meap-lit judge`: judge the summaries that `evaluate` wrote, by language models or people.
 
-No model of ours is needed: the answers lie in the file that `evaluate` wrote, and the verdicts are added there.
+Verdicts are added to the file that holds the summaries; no checkpoint is needed.
 """
 
 import math
@@ -20,14 +20,14 @@ from meap_lit.evaluation.task import Record
 
 @dataclass(kw_only=True)
 class JudgeSummaries:
-    """Have summaries judged that `evaluate` had a model write.
+    """Judge the summaries that `evaluate` wrote.
 
-    Each record gets `verdicts` and `explanations`, by judge; `evaluate`, given again as before, then has the scores.
+    Each record gets `verdicts` and `explanations` by judge. The same `evaluate` command then computes the scores.
 
     Args:
         predictions: Files `predictions.jsonl` of `evaluate`, or the folders that hold them.
-        judges: Who judges, by a name for tables.
-        max_cost: Refuse to begin if it may cost more, in the unit of the judges' prices.
+        judges: The judges, by a name for tables.
+        max_cost: Refuse to start if judging may cost more, in the unit of the judges' prices.
         base: Recipe that this one starts from, relative to its folder.
     """
 
@@ -37,13 +37,13 @@ class JudgeSummaries:
     base: str | None = None
 
     def run(self) -> None:
-        """Print the cost before, and the shares after.
+        """Print an estimate of the cost, judge, and print the share of summaries that are free of hallucination.
 
         Raises:
-            UserError: If an option or a file is wrong, it may cost more than `max_cost`, or a judge fails.
+            UserError: If an option or a file is wrong, the cost may exceed `max_cost`, or a judge fails.
         """
         if not self.judges:
-            raise UserError("judges names nobody; give one, as recipes/eval/judge.yaml does")
+            raise UserError("judges is empty; name one, as recipes/eval/judge.yaml does")
         paths = [Path(name) for name in self.predictions or ()]
         if not paths:
             raise UserError("no summaries; name the folder that evaluate wrote with --predictions")
@@ -55,7 +55,7 @@ class JudgeSummaries:
             for record, judgement in zip(everything, judge.judge(everything), strict=True):
                 record["verdicts"] = {**record.get("verdicts", {}), name: judgement.verdict}
                 record["explanations"] = {**record.get("explanations", {}), name: judgement.explanation}
-            for file, records in summaries.items():  # after each judge: the next may fail
+            for file, records in summaries.items():  # after each judge, since the next may fail
                 write_records(file, records)
         for file, records in summaries.items():
             print(f"{file}\n{report(records, list(self.judges))}")
@@ -81,7 +81,7 @@ class JudgeSummaries:
 
 
 def report(records: Sequence[Record], judges: Sequence[str]) -> str:
-    """Shares of each judge and the agreement of each two, as lines."""
+    """Return the share of each judge and the agreement of each pair, as lines."""
     verdicts = {name: [record["verdicts"][name] for record in records] for name in judges}
     lines = []
     for name, given in verdicts.items():
@@ -97,13 +97,13 @@ def report(records: Sequence[Record], judges: Sequence[str]) -> str:
 
 
 def read_summaries(file: Path) -> list[Record]:
-    """The records of a file that `evaluate` wrote for a task of summaries.
+    """Return the records of a file that `evaluate` wrote for a task of summaries.
 
     Raises:
-        UserError: If it cannot be read or is of another task.
+        UserError: If the file cannot be read or belongs to another task.
     """
     if not file.is_file():
-        raise UserError(f"{file} does not exist; evaluate writes it when the last summary is there")
+        raise UserError(f"{file} does not exist; evaluate writes it when all summaries are complete")
     records = []
     for row in read_rows(str(file)):
         for name in ("id", "document", "summary", "model_answer"):
@@ -116,7 +116,7 @@ def read_summaries(file: Path) -> list[Record]:
 
 
 class Agreement(NamedTuple):
-    """Of two judges: share of verdicts that are equal, in percent; Cohen's kappa; number of verdicts."""
+    """Agreement of two judges: percentage of equal verdicts, Cohen's kappa, number of verdicts."""
 
     equal: float
     kappa: float
@@ -124,10 +124,10 @@ class Agreement(NamedTuple):
 
 
 def agreement(first: Sequence[bool | None], second: Sequence[bool | None]) -> Agreement:
-    """How far two judges agree on what is free of hallucination; undecided is not free, as in the score.
+    """Return how far two judges agree on what is free of hallucination; undecided counts as not free, as in the score.
 
-    Kappa is 1 - (1 - equal) / (1 - expected), with the share that two judges with these leanings would have in common
-    by chance (Cohen, 1960); NaN if that is everything.
+    Kappa is 1 - (1 - equal) / (1 - expected), where `expected` is the share of equal verdicts of two independent judges
+    with the same totals (Cohen, 1960). It is NaN if `expected` is 1.
     """
     pairs = [(a is True, b is True) for a, b in zip(first, second, strict=True)]
     if not pairs:

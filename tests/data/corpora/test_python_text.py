@@ -73,6 +73,7 @@ def test_the_same_command_collects_the_same(collected, tmp_path):
         assert (tmp_path / "again" / file).read_bytes() == (collected / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_installed_packages_are_read_if_asked_for():
     names = {name for name, _ in python_text._sources(packages=True)}
     assert any(name.startswith("packages/torch/nn/") for name in names)

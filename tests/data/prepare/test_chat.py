@@ -478,6 +478,7 @@ def test_a_worker_names_file_and_line(tmp_path, tokenizer_folder):
 # ----------------------------------------------------------------------------------------------- interrupted
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_no_dataset(tmp_path, tokenizer_folder):
     source = write_json(tmp_path / "in.json", records(50) * 400)
     options = {"output": str(tmp_path / "out"), "input": [source], "tokenizer": tokenizer_folder, "template": "alpaca"}

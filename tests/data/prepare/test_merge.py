@@ -355,6 +355,7 @@ def finish(process):
     assert process.returncode == 0, errors
 
 
+@pytest.mark.slow
 def test_parts_by_processes_of_which_one_is_killed(tmp_path, tokenizer_folder, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", [f"{number}: {text}" for number in range(240) for text in texts(50)])
     parts = tmp_path / "parts"

@@ -359,6 +359,7 @@ def start_preparation(tmp_path, tokenizer_folder):
     return process
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_no_dataset_and_no_process(tmp_path, tokenizer_folder):
     process = start_preparation(tmp_path, tokenizer_folder)
     process.kill()

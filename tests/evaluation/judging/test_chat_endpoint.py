@@ -184,11 +184,11 @@ def test_a_refusal_is_not_repeated(status):
 
 def test_a_refused_content_may_count_as_no_answer():
     with serving(error(400, "content risk")) as (url, _):
-        assert endpoint(url, on_refusal="empty").ask(BODY) == ""
+        assert endpoint(url, on_refusal="undecided").ask(BODY) == ""
     with serving((200, {}, b'{"choices": [{"message": {"content": null, "refusal": "I cannot"}}]}')) as (url, _):
         assert endpoint(url).ask(BODY) == ""
     with serving(error(401)) as (url, _), pytest.raises(UserError, match="status 401"):
-        endpoint(url, on_refusal="empty").ask(BODY)
+        endpoint(url, on_refusal="undecided").ask(BODY)
 
 
 def test_retry_after_is_honoured():
@@ -268,7 +268,7 @@ def test_wrong_options(options, message):
 def test_keys_that_cannot_be_sent(monkeypatch):
     monkeypatch.delenv("TEST_KEY")
     with pytest.raises(UserError, match=r"^the environment variable TEST_KEY is not set; put the key of http"):
-        endpoint("http://127.0.0.1:9").check_key()
+        endpoint("http://127.0.0.1:9").key()
     for key in ("sk-\nsecret", "sk-sécret"):
         monkeypatch.setenv("TEST_KEY", key)
         with pytest.raises(UserError, match=r"^the environment variable TEST_KEY holds characters that no key has$"):

@@ -242,14 +242,14 @@ def test_wrong_predictions(folder, line, message):
 
 
 def test_other_wrong_input(folder, server, monkeypatch):
-    with pytest.raises(UserError, match="judges names nobody"):
+    with pytest.raises(UserError, match="judges is empty"):
         JudgeSummaries(predictions=[str(folder)], judges={}).run()
     with pytest.raises(UserError, match="no summaries; name the folder"):
         JudgeSummaries(predictions=[], judges={"a": chat(server, folder)}).run()
     with pytest.raises(UserError, match=r"none.jsonl does not exist; evaluate writes it"):
         JudgeSummaries(predictions=["none.jsonl"], judges={"a": chat(server, folder)}).run()
     (folder / "cache.jsonl").write_text('{"key": "x"}\n')
-    with pytest.raises(UserError, match=r"cache.jsonl:1 is no answer of a judge; remove that line"):
+    with pytest.raises(UserError, match=r"cache.jsonl:1 is not an answer of a judge; remove that line"):
         JudgeSummaries(predictions=[str(folder)], judges={"a": chat(server, folder)}).run()
     (folder / "cache.jsonl").unlink()
     monkeypatch.delenv("TEST_KEY")  # known before anything is asked

@@ -1,0 +1,1 @@
+"""Tasks that measure what a checkpoint finds in its context, and their statistics."""
