@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Timer
 
 from meap_lit.data.datamodule import StreamingData
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 
 DECIDED = {
     **dict.fromkeys(("max_steps", "min_steps", "fast_dev_run"), "budget.max_steps"),
@@ -86,10 +86,8 @@ class Budget(L.Callback):
             stated = ", ".join(f"budget.{name} ({limit})" for name, limit in limits.items())
             raise UserError(f"state one of {stated}")
         for name, limit in limits.items():
-            if limit is not None and limit < 1:
-                raise UserError(f"budget.{name} must be at least 1, got {limit}")
-        if val_every_n_steps < 1:
-            raise UserError(f"budget.val_every_n_steps must be at least 1, got {val_every_n_steps}")
+            check_range(f"budget.{name}", limit, "[1, inf)")
+        check_range("budget.val_every_n_steps", val_every_n_steps, "[1, inf)")
         self.max_tokens = max_tokens
         self.max_steps = max_steps
         self.max_epochs = max_epochs

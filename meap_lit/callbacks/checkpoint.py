@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from meap_lit.callbacks.budget import Budget
 from meap_lit.checkpoint.checksums import check, checksums, seal, to_disk
 from meap_lit.checkpoint.folder import StoredCheckpoint, read_trainer_state, write
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.files import has_ended
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
@@ -62,8 +62,7 @@ class Checkpoint(ModelCheckpoint):
         dirpath: str | None = None,
         verify: bool = True,
     ) -> None:
-        if every_n_steps < 1:
-            raise UserError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
+        check_range("checkpoint.every_n_steps", every_n_steps, "[1, inf)")
         if keep < 1 and keep != -1:
             raise UserError(f"checkpoint.keep must be at least 1, or -1 for all, got {keep}")
         if milestone_every_n_steps is not None and (

@@ -7,7 +7,7 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from meap_lit.errors import UserError
+from meap_lit.errors import check_range
 from meap_lit.evaluation.task import Item
 from meap_lit.evaluation.tasks.facts import FactRetrieval, plot_grid, score_items
 
@@ -47,8 +47,7 @@ class RetrievalProbe(L.Callback):
         seed: int = 0,
         filler: str | None = None,
     ) -> None:
-        if not 0 < max_share <= 1:
-            raise UserError(f"probe.max_share must be in (0, 1], got {max_share:g}; write 0.02 for 2%")
+        check_range("probe.max_share", max_share, "(0, 1]", "; write 0.02 for 2%")
         self.lengths = lengths or []
         self.depths = depths or [0.0, 0.25, 0.5, 0.75, 1.0]
         self.num_items = num_items

@@ -1,6 +1,5 @@
 """The base of the datamodules: prepared datasets, micro-batches of the global batch, and the check of a resume."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,7 +16,7 @@ from meap_lit.data.store.remote import Storage
 from meap_lit.data.stream.loader import Loader
 from meap_lit.data.stream.micro_batches import Order, Reader, Slice, TrainStream, ValidationStream
 from meap_lit.data.stream.order import MixedOrder, ShuffledOrder
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.files import parse_bytes
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -83,10 +82,8 @@ class StreamingData(L.LightningDataModule, ABC):
             options=storage_options or {},
         )
         self.preparation = preparation or []
-        if storage_tries < 1:
-            raise UserError(f"data.storage_tries must be at least 1, got {storage_tries}")
-        if not 0 < storage_timeout < math.inf:
-            raise UserError(f"data.storage_timeout must be above 0 seconds and finite, got {storage_timeout:g}")
+        check_range("data.storage_tries", storage_tries, "[1, inf)")
+        check_range("data.storage_timeout", storage_timeout, "(0, inf)", " seconds")
         if not self.datasets:
             raise UserError("data.datasets names no dataset; name a folder, or several with the weight of each")
         for path, weight in self.datasets.items():
@@ -95,13 +92,10 @@ class StreamingData(L.LightningDataModule, ABC):
                     f"data.datasets: the address of {urlsplit(path).path.strip('/')} must not hold credentials; put "
                     f"them into the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
                 )
-            if not 0 < weight < math.inf:
-                raise UserError(f"data.datasets: the weight of {path} must be above 0 and finite, got {weight:g}")
+            check_range(f"data.datasets: the weight of {path}", weight, "(0, inf)")
         smallest = {"seq_len": 1, "global_batch_size": 1, "micro_batch_size": 1, "val_samples": 1, "num_workers": 0}
         for name, limit in smallest.items():
-            value = getattr(self, name)
-            if value is not None and value < limit:
-                raise UserError(f"data.{name} must be at least {limit}, got {value}")
+            check_range(f"data.{name}", getattr(self, name), f"[{limit}, inf)")
 
     def rows_in(self, epochs: int) -> int:
         """Return the number of rows that so many epochs over the datasets fill."""

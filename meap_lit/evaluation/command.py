@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from meap_lit import __version__
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.results import report, save
 from meap_lit.evaluation.runner import (
     Overflow,
@@ -88,8 +88,7 @@ class Evaluate:
         """
         if len(self.checkpoint) > 2:
             raise UserError(f"--checkpoint takes one checkpoint or two, got {len(self.checkpoint)}")
-        if self.batch_tokens < 1:
-            raise UserError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
+        check_range("batch_tokens", self.batch_tokens, "[1, inf)")
         labels = self.label or [label_of(path) for path in self.checkpoint]
         if len(labels) != len(self.checkpoint) or len(set(labels)) != len(labels):
             raise UserError(f"--label must give each checkpoint a name of its own, got {', '.join(labels)}")

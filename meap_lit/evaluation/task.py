@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from meap_lit.errors import UserError
+from meap_lit.errors import check_range
 from meap_lit.evaluation.statistics import Difference, Mean, bootstrap
 from meap_lit.inference.language_model import LanguageModel
 
@@ -179,8 +179,7 @@ class GenerationTask(Task):
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        check_range("max_new_tokens", self.max_new_tokens, "[1, inf)")
 
     def encode_prompt(self, model: LanguageModel, prompt: str) -> list[int]:
         """Return the token ids of a prompt in the task's style."""

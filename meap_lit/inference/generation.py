@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.model import Decoder, DecoderConfig, KVCache
 from meap_lit.model.attention import Documents
 
@@ -51,12 +51,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature must be at least 0, got {self.temperature:g}")
+        check_range("temperature", self.temperature, "[0, inf)")
         if self.top_k is not None and self.top_k < -1:
             raise UserError(f"top_k must be at least 1, or 0 or -1 for no limit, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be in (0, 1], got {self.top_p:g}")
+        check_range("top_p", self.top_p, "(0, 1]")
         for name, neutral in (("top_k", (None, 0, -1)), ("top_p", (None, 1))):
             if self.temperature == 0 and getattr(self, name) not in neutral:
                 raise UserError(f"{name} does nothing at temperature 0; set a temperature or leave {name} out")
@@ -140,10 +138,8 @@ def check_prompts(
     Raises:
         UserError: As `generate` does.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    check_range("max_new_tokens", max_new_tokens, "[1, inf)")
+    check_range("batch_size", batch_size, "[1, inf)")
     assert config.vocab_size is not None
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:

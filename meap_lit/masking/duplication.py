@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meap_lit.errors import UserError
+from meap_lit.errors import check_range
 from meap_lit.masking import check_ratio, num_masked, sample_positions
 from meap_lit.model.loss import IGNORE_INDEX
 
@@ -78,8 +78,7 @@ class Duplication:
 
     def __post_init__(self) -> None:
         check_ratio("data.duplication.mask_ratio", self.mask_ratio)
-        if self.min_copied < 0:
-            raise UserError(f"data.duplication.min_copied must be at least 0, got {self.min_copied}")
+        check_range("data.duplication.min_copied", self.min_copied, "[0, inf)")
 
     def num_masked(self, answer_tokens: np.ndarray) -> np.ndarray:
         """Return the number of masked tokens of each answer, [A] int64.

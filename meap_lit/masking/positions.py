@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from meap_lit.errors import UserError
+from meap_lit.errors import check_range
 
 
 def num_masked(mask_ratio: float, seq_len: int) -> int:
@@ -159,6 +159,5 @@ def check_ratio(name: str, value: float) -> None:
         name: Key of the value, for the message.
         value: A share.
     """
-    if not 0 <= value < 1:
-        hint = f"; write {value / 100:g} for {value:g}%" if 1 <= value < 100 else ""
-        raise UserError(f"{name} must be in [0, 1), got {value:g}{hint}")
+    hint = f"; write {value / 100:g} for {value:g}%" if 1 <= value < 100 else ""
+    check_range(name, value, "[0, 1)", hint)

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.masking.positions import check_ratio
 
 
@@ -134,5 +134,4 @@ def _progress(step: int, steps: int | None, max_steps: int) -> float:
 
 
 def _check_steps(name: str, value: int | None) -> None:
-    if value is not None and value < 0:
-        raise UserError(f"model.mask_ratio.{name} must be at least 0, got {value}")
+    check_range(f"model.mask_ratio.{name}", value, "[0, inf)")

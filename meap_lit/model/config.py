@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 
 VOCAB_MULTIPLE = 64
 """Embedding and head are padded to a multiple of this, which matrix units like (32,001 becomes 32,064)."""
@@ -54,20 +54,15 @@ class RopeScaling:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1:
-            raise UserError(f"decoder.rope_scaling.factor must be at least 1, got {self.factor:g}")
-        if self.original_max_seq_len < 1:
-            raise UserError(
-                f"decoder.rope_scaling.original_max_seq_len must be at least 1, got {self.original_max_seq_len}"
-            )
+        check_range("decoder.rope_scaling.factor", self.factor, "[1, inf)")
+        check_range("decoder.rope_scaling.original_max_seq_len", self.original_max_seq_len, "[1, inf)")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not 0 < getattr(self, low) < getattr(self, high):
                 raise UserError(
                     f"decoder.rope_scaling.{low} must be above 0 and below {high}, "
                     f"got {getattr(self, low):g} and {getattr(self, high):g}"
                 )
-        if self.attention_factor is not None and not self.attention_factor > 0:
-            raise UserError(f"decoder.rope_scaling.attention_factor must be above 0, got {self.attention_factor:g}")
+        check_range("decoder.rope_scaling.attention_factor", self.attention_factor, "(0, inf)")
 
 
 @dataclass(frozen=True)
@@ -110,13 +105,11 @@ class DecoderConfig:
         counts = ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "intermediate_size", "max_seq_len")
         for name in (*counts, "vocab_size", "head_dim"):
             value = getattr(self, name)  # the last two may be left open
-            if value is not None and value < 1:
-                raise UserError(f"decoder.{name} must be at least 1, got {value}")
+            check_range(f"decoder.{name}", value, "[1, inf)")
         if self.num_layers > 10_000:  # the blocks are put together even by `plan`
             raise UserError(f"decoder.num_layers must be at most 10000, got {self.num_layers}")
         for name in ("norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"decoder.{name} must be above 0, got {getattr(self, name):g}")
+            check_range(f"decoder.{name}", getattr(self, name), "(0, inf)")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"decoder.num_heads must be a multiple of decoder.num_kv_heads, "

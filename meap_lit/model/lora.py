@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -40,12 +40,9 @@ class LoRA:
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"model.lora.rank must be at least 1, got {self.rank}")
-        if not self.alpha > 0:
-            raise UserError(f"model.lora.alpha must be above 0, got {self.alpha:g}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.lora.dropout must be in [0, 1), got {self.dropout:g}")
+        check_range("model.lora.rank", self.rank, "[1, inf)")
+        check_range("model.lora.alpha", self.alpha, "(0, inf)")
+        check_range("model.lora.dropout", self.dropout, "[0, 1)")
         unknown = [name for name in self.targets if name not in PROJECTIONS]
         if unknown or not self.targets:
             raise UserError(f"model.lora.targets must name some of {', '.join(PROJECTIONS)}, got {self.targets}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,13 @@ class AdamW:
     weight_decay: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr <= 1:  # Adam moves every weight by about so much
-            raise UserError(f"optimizer.lr must be in (0, 1], got {self.lr:g}")
+        check_range("optimizer.lr", self.lr, "(0, 1]")  # Adam moves every weight by about so much
         if not 0 <= self.final_lr <= self.lr:
             raise UserError(f"optimizer.final_lr must be in [0, optimizer.lr = {self.lr:g}], got {self.final_lr:g}")
-        if not 0 <= self.warmup_share <= 1:
-            raise UserError(f"optimizer.warmup_share must be in [0, 1], got {self.warmup_share:g}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optimizer.betas must be in [0, 1), got {self.betas[0]:g} and {self.betas[1]:g}")
-        if not 0 < self.eps < 1:
-            raise UserError(f"optimizer.eps must be in (0, 1), got {self.eps:g}")
+        check_range("optimizer.warmup_share", self.warmup_share, "[0, 1]")
+        for beta in self.betas:
+            check_range("optimizer.betas", beta, "[0, 1)")
+        check_range("optimizer.eps", self.eps, "(0, 1)")
         if not 0 <= self.weight_decay * self.lr < 1:  # a step takes this share of every weight
             raise UserError(f"optimizer.weight_decay must be in [0, 1 / optimizer.lr), got {self.weight_decay:g}")
 

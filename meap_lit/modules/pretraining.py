@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from meap_lit.data.stream.text import TextBatch
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.masking import check_ratio, mask_inputs, rare_ids
 from meap_lit.masking.schedules import Constant, MaskSchedule
 from meap_lit.model import linear_cross_entropy
@@ -49,10 +49,8 @@ class MEAPPretraining(DecoderModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if mask_cycle is not None and mask_cycle < 1:
-            raise UserError(f"model.mask_cycle must be at least 1, got {mask_cycle}")
-        if span_len < 1:
-            raise UserError(f"model.span_len must be at least 1, got {span_len}")
+        check_range("model.mask_cycle", mask_cycle, "[1, inf)")
+        check_range("model.span_len", span_len, "[1, inf)")
         check_ratio("model.protect_rare", protect_rare)
         self.mask_ratio = mask_ratio if isinstance(mask_ratio, MaskSchedule) else Constant(mask_ratio)
         self.mask_scope = mask_scope

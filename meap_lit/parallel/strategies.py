@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from meap_lit.checkpoint.folder import StoredCheckpoint, write
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.model.decoder import Decoder
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.sharding import shard
@@ -72,8 +72,7 @@ class Sharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         # the parser would take an error of the constructor for a wrong type
         self._shard_size = shard_size_of(self.num_processes, self.num_nodes, self.shard_size, self.tensor_parallel_size)
-        if self.timeout_minutes <= 0:
-            raise UserError(f"trainer.strategy.timeout_minutes must be above 0, got {self.timeout_minutes:g}")
+        check_range("trainer.strategy.timeout_minutes", self.timeout_minutes, "(0, inf)")
         self._data_parallel_size = self.num_nodes * self.num_processes // self.tensor_parallel_size
         if self.cpu_offload and self.root_device.type == "cuda":
             self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms of gradients are summed on their device
@@ -155,8 +154,7 @@ def shard_size_of(devices: int, nodes: int, shard_size: int | None, tensor_paral
         UserError: If a size is below 1, or the devices cannot be divided into groups of these sizes.
     """
     for name, size in (("shard_size", shard_size), ("tensor_parallel_size", tensor_parallel_size)):
-        if size is not None and size < 1:
-            raise UserError(f"trainer.strategy.{name} must be at least 1, got {size}")
+        check_range(f"trainer.strategy.{name}", size, "[1, inf)")
     if devices % tensor_parallel_size:
         raise UserError(
             f"{devices} devices of a node cannot be divided by trainer.strategy.tensor_parallel_size "

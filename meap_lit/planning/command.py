@@ -15,7 +15,7 @@ from meap_lit.checkpoint.source import open_source
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.data.finetuning import FineTuningData
 from meap_lit.data.store.manifest import MANIFEST_FILE
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.files import read_json
 from meap_lit.hf.config import read_config
 from meap_lit.hf.folder import CONFIG_FILE
@@ -59,13 +59,10 @@ class Hardware:
     def __post_init__(self) -> None:
         for name in ("devices", "nodes"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1, got {value}")
+            check_range(f"--{name}", value, "[1, inf)")
         for name in ("device_memory", "peak_teraflops"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be above 0, got {getattr(self, name):g}")
-        if not 0 < self.utilisation <= 1:
-            raise UserError(f"--utilisation must be in (0, 1], got {self.utilisation:g}; write 0.4 for 40%")
+            check_range(f"--{name}", getattr(self, name), "(0, inf)")
+        check_range("--utilisation", self.utilisation, "(0, 1]", "; write 0.4 for 40%")
 
 
 class PlanCLI(RecipeCLI):

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-from meap_lit.errors import UserError, shorten
+from meap_lit.errors import UserError, check_range, shorten
 
 Known = Mapping[str, type | None]
 """The top-level keys of a recipe, or the options of a command, and the class that takes the values below each.
@@ -204,14 +204,10 @@ def check_values(recipe: Mapping[str, Any], known: Known) -> None:
     for key, value in recipe.items():
         _check_value(value, known.get(key) or object, key)
     seed = recipe["seed_everything"]
-    if not 0 <= seed < 2**32:  # numpy's limits
-        raise UserError(f"seed_everything must be in [0, {2**32 - 1}], got {seed}")
-    for name, limit in {"log_every_n_steps": 1, "num_nodes": 1, "gradient_clip_val": 0}.items():
-        value = recipe["trainer"].get(name)
-        if value is not None and value < limit:
-            raise UserError(f"trainer.{name} must be at least {limit}, got {value}")
-    if (nodes := recipe["trainer"].get("num_nodes") or 1) > 100_000:
-        raise UserError(f"trainer.num_nodes must be at most 100000, got {nodes}")
+    check_range("seed_everything", seed, f"[0, {2**32 - 1}]")  # numpy's limits
+    for name, limit in {"log_every_n_steps": 1, "gradient_clip_val": 0}.items():
+        check_range(f"trainer.{name}", recipe["trainer"].get(name), f"[{limit}, inf)")
+    check_range("trainer.num_nodes", recipe["trainer"].get("num_nodes"), "[1, 100000]")
 
 
 def check_options(options: Mapping[str, Any], command: type) -> None:

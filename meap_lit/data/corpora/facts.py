@@ -24,7 +24,7 @@ from textwrap import shorten
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.read.find import find_files
 from meap_lit.data.read.readers import DocumentReader
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Hugo", "Maria", "Peter")
 PLACES = ("Athens", "Berlin", "Cairo", "Lima", "London", "Oslo", "Paris", "Tokyo")
@@ -218,11 +218,9 @@ class FactCorpus(Preparation):
 
     def _check(self) -> None:
         for name in ("num_documents", "num_mentions", "num_files"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_range(f"{name}", getattr(self, name), "[1, inf)")
         for name in ("question_share", "filler_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must be in [0, 1], got {getattr(self, name):g}")
+            check_range(f"{name}", getattr(self, name), "[0, 1]")
         if not 1 <= self.min_facts <= self.max_facts <= len(NAMES):
             raise UserError(
                 f"facts must satisfy 1 <= min_facts <= max_facts <= {len(NAMES)}, "
@@ -246,8 +244,7 @@ class FactInstructions(Preparation):
     filler: str | None = None
 
     def make(self, folder: Path) -> str:
-        if self.num_records < 1:
-            raise UserError(f"num_records must be at least 1, got {self.num_records}")
+        check_range("num_records", self.num_records, "[1, inf)")
         records = instructions(self.num_records, self.seed, None if self.filler is None else Filler.read(self.filler))
         lines = [json.dumps(record) + "\n" for record in records]
         (folder / "instructions.jsonl").write_text("".join(lines), encoding="utf-8")

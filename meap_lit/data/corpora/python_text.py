@@ -18,7 +18,7 @@ from meap_lit.data.prepare.splits import draw
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.read.find import find_files
 from meap_lit.data.read.readers import DocumentReader
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.files import parse_bytes
 
 FILES_FILE = "files.json"
@@ -49,8 +49,7 @@ class PythonText(Preparation):
     max_bytes: str = "1GB"
 
     def make(self, folder: Path) -> str:
-        if not 0 < self.held_out_share < 1:
-            raise UserError(f"held_out_share must be in (0, 1), got {self.held_out_share:g}; write 0.05 for 5%")
+        check_range("held_out_share", self.held_out_share, "(0, 1)", "; write 0.05 for 5%")
         for side in ("train", "held_out"):
             (folder / side).mkdir()
         files: list[dict[str, Any]] = []

@@ -18,7 +18,7 @@ from meap_lit.data.read.formats import RECORD_FORMATS, InputFile
 from meap_lit.data.read.readers import SKIP_HINT, InputPart, Record, RecordReader, check_text
 from meap_lit.data.store.manifest import ChatDetails
 from meap_lit.data.store.writers import ChatWriter
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.tokenizer.chat_template import ChatTemplate, EncodedChat
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -50,8 +50,7 @@ class PrepareChat(PrepareDataset):
     on_long: Literal["stop", "drop", "truncate"] = "stop"
 
     def new_encoder(self, tokenizer: Tokenizer) -> "ChatEncoder":
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UserError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        check_range("max_tokens", self.max_tokens, "[1, inf)")
         if self.system is not None:
             check_text("system", self.system)
         from meap_lit.masking.duplication import Duplication  # imports torch, which no worker needs

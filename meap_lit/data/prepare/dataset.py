@@ -23,7 +23,7 @@ from meap_lit.data.read.formats import InputFile
 from meap_lit.data.read.readers import InputPart, Reader
 from meap_lit.data.store.manifest import ChatDetails, Kind, Manifest, PartDetails, Source, fingerprint_for
 from meap_lit.data.store.writers import ChunkWriter
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.files import parse_bytes
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -167,8 +167,7 @@ class PrepareDataset(Preparation, ABC):
 
     def make(self, folder: Path) -> str:
         started = time.perf_counter()
-        if self.num_workers is not None and self.num_workers < 1:
-            raise UserError(f"num_workers must be at least 1, got {self.num_workers}")
+        check_range("num_workers", self.num_workers, "[1, inf)")
         chunk_bytes = parse_bytes(self.chunk_bytes, "chunk_bytes")
         tokenizer = Tokenizer.load(self.tokenizer)
         encoder = self.new_encoder(tokenizer)

@@ -8,7 +8,7 @@ import numpy as np
 
 from meap_lit.data.store.chunks import Split
 from meap_lit.data.store.writers import ChunkWriter
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 
 RESERVE = "reserve"
 """Split of a part of a dataset that has no document for validation: the one to use if no other part has any."""
@@ -39,8 +39,7 @@ class SplitWriter:
     def __init__(
         self, writer: type[ChunkWriter], folder: Path, dtype: np.dtype, chunk_bytes: int, val_share: float
     ) -> None:
-        if not 0 <= val_share < 1:
-            raise UserError(f"val_share must be in [0, 1), got {val_share:g}; write 0.01 for 1%")
+        check_range("val_share", val_share, "[0, 1)", "; write 0.01 for 1%")
         names = ("train", "val") if val_share > 0 else ("train",)
         self._new_writer = lambda name: writer(folder / name, dtype, chunk_bytes)
         self._writers = {name: self._new_writer(name) for name in names}

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.read.find import find_files
 from meap_lit.data.read.readers import DocumentReader
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.tokenizer.tokenizer import END_OF_TEXT, MASK_TOKEN, Tokenizer
 
 
@@ -46,8 +46,7 @@ class TrainTokenizer(Preparation):
                 f"vocab_size must be at least {len(alphabet) + len(special)} ({len(alphabet)} bytes and "
                 f"{len(special)} special tokens), got {self.vocab_size}"
             )
-        if self.max_megabytes is not None and not self.max_megabytes > 0:
-            raise UserError(f"max_megabytes must be above 0, got {self.max_megabytes:g}")
+        check_range("max_megabytes", self.max_megabytes, "(0, inf)")
         reader = DocumentReader(find_files(self.input, self.suffixes), self.text_field, self.on_error)
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.attention.weights import PerHead, as_record, by_head, read, visible, weight_blocks
 from meap_lit.evaluation.statistics import Mean, paired_t_test, student
 from meap_lit.evaluation.task import Item, Plot, Record, Result, Topic
@@ -84,8 +84,7 @@ class MaskedAttention(SequenceTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size < 1:
-            raise UserError(f"task.block_size must be at least 1, got {self.block_size}")
+        check_range("task.block_size", self.block_size, "[1, inf)")
         count = num_masked(self.mask_ratio, self.seq_len)
         if count == 0 or self.seq_len - count < 2:
             raise UserError(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meap_lit.errors import UserError
+from meap_lit.errors import check_range
 from meap_lit.evaluation.attention.weights import PerHead, as_record, attention_weights, by_head, read
 from meap_lit.evaluation.statistics import Mean
 from meap_lit.evaluation.task import Item, Plot, Record, Task, Topic
@@ -73,8 +73,7 @@ class AttentionSegments(Task):
 
     def __post_init__(self) -> None:
         for depth in self.depths:
-            if not 0 <= depth <= 100:
-                raise UserError(f"task.depths must be in [0, 100], got {depth:g}")
+            check_range("task.depths", depth, "[0, 100]")
         self._texts()  # checks the other options
 
     def _texts(self) -> FactRetrieval:

@@ -23,7 +23,7 @@ from email.message import Message
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 
 LONGEST_WAIT = 600.0
 """Seconds; an endpoint that demands a longer wait (a quota of the day) ends the run."""
@@ -75,8 +75,7 @@ class ChatEndpoint:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} must be more than 0, got {value:g}")
         for name in ("max_retries", "backoff"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name):g}")
+            check_range(f"{name}", getattr(self, name), "[0, inf)")
         self._address = f"{self.url.rstrip('/')}/chat/completions"
         self._name = f"{self.model} at {self._address}"
         self._pace = Pace(self.requests_per_minute)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.statistics import Mean
 from meap_lit.evaluation.task import Item, Plot, Record, Result, Task, Topic
 from meap_lit.inference.language_model import LanguageModel
@@ -57,8 +57,7 @@ class Commonsense(Task):
     def __post_init__(self) -> None:
         if not self.tasks:
             raise UserError("tasks must name tasks of lm-evaluation-harness, such as [arc_easy, piqa], got none")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit must be at least 1, got {self.limit}")
+        check_range("limit", self.limit, "[1, inf)")
 
     def items(self, model: LanguageModel) -> list[Item]:
         from meap_lit.evaluation.harness import HarnessModel, load_tasks

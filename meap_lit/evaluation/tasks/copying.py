@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.task import Item, Plot, Record, Topic
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
@@ -70,8 +70,7 @@ class Copying(SequenceTask):
             raise UserError(
                 f"task.span_len must be at least 2 because its first token does not count, got {self.span_len}"
             )
-        if self.num_spans < 1:
-            raise UserError(f"task.num_spans must be at least 1, got {self.num_spans}")
+        check_range("task.num_spans", self.num_spans, "[1, inf)")
         distances = list(self.distances)
         if not distances or len(set(distances)) < len(distances) or min(distances) < 0:
             raise UserError(f"task.distances must name distances from 0, at least one and each once, got {distances}")

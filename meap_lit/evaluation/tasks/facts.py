@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from meap_lit.data.corpora.facts import NAMES, OPENING, Filler, draw_facts
 from meap_lit.data.read.find import find_files
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.figures import heat_maps
 from meap_lit.evaluation.task import Item, Plot, Record, Task
 from meap_lit.inference.language_model import LanguageModel
@@ -67,14 +67,11 @@ class FactRetrieval(Task):
         if not self.lengths:
             raise UserError("task.lengths must name at least one length, got none")
         for depth in self.depths:
-            if not 0 <= depth <= 1:
-                raise UserError(f"retrieval depths must be in [0, 1], got {depth:g}")
+            check_range("retrieval depths", depth, "[0, 1]")
         if not self.depths:
             raise UserError("retrieval depths must name at least one depth, got none")
-        if self.num_items < 1:
-            raise UserError(f"retrieval num_items must be at least 1, got {self.num_items}")
-        if not 2 <= self.num_options <= len(NAMES):
-            raise UserError(f"retrieval num_options must be in [2, {len(NAMES)}], got {self.num_options}")
+        check_range("retrieval num_items", self.num_items, "[1, inf)")
+        check_range("retrieval num_options", self.num_options, f"[2, {len(NAMES)}]")
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         if self.filler is not None:

@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from meap_lit.errors import UserError
+from meap_lit.errors import check_range
 from meap_lit.evaluation.judging.command import agreement
 from meap_lit.evaluation.rows import read_rows
 from meap_lit.evaluation.statistics import Mean
@@ -69,8 +69,7 @@ class Hallucination(PromptTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_samples < 1:
-            raise UserError(f"num_samples must be at least 1, got {self.num_samples}")
+        check_range("num_samples", self.num_samples, "[1, inf)")
 
     def prompts(self) -> Iterator[Prompt]:
         rows = [{name: row.text(name) for name in ("document", "summary")} for row in read_rows(self.file)]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.task import GenerationTask, Item, Plot, SharedIds
 from meap_lit.evaluation.tasks.haystack import Boundary, Documents, Haystack
 from meap_lit.inference.language_model import LanguageModel
@@ -97,10 +97,8 @@ class HaystackTask(GenerationTask):
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{name} must name at least one value and each once, got {list(values)}")
         for depth in self.depths:
-            if not 0 <= depth <= 100:
-                raise UserError(f"depths must be in [0, 100] percent, got {depth:g}")
-        if self.num_repeats < 1:
-            raise UserError(f"num_repeats must be at least 1, got {self.num_repeats}")
+            check_range("depths", depth, "[0, 100]", " percent")
+        check_range("num_repeats", self.num_repeats, "[1, inf)")
 
     @abstractmethod
     def prompts(self) -> list[HaystackPrompt]:

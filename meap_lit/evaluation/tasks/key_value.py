@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.rows import Row, read_rows
 from meap_lit.evaluation.task import Plot, Prompt, PromptTask, Record
 
@@ -93,10 +93,8 @@ class KeyValueRetrieval(PromptTask):
         if (self.file is None) == (self.num_pairs is None):
             got = "neither" if self.file is None else f"{self.file} and {self.num_pairs}"
             raise UserError(f"either file or num_pairs must be given, got {got}")
-        if self.num_pairs is not None and self.num_pairs < 2:
-            raise UserError(f"num_pairs must be at least 2, got {self.num_pairs}")
-        if self.num_sets < 1:
-            raise UserError(f"num_sets must be at least 1, got {self.num_sets}")
+        check_range("num_pairs", self.num_pairs, "[2, inf)")
+        check_range("num_sets", self.num_sets, "[1, inf)")
         if self.gold is not None and (not self.gold or len(set(self.gold)) < len(self.gold) or min(self.gold) < 0):
             raise UserError(f"gold must name positions from 0, at least one and each once, got {list(self.gold)}")
 

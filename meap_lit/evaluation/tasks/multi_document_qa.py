@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.rows import Row, read_rows
 from meap_lit.evaluation.task import Item, Plot, Prompt, PromptTask, Record, Result
 from meap_lit.inference.language_model import LanguageModel
@@ -119,8 +119,7 @@ class MultiDocumentQA(PromptTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_documents < 2:
-            raise UserError(f"num_documents must be at least 2, got {self.num_documents}")
+        check_range("num_documents", self.num_documents, "[2, inf)")
         if not self.gold or len(set(self.gold)) < len(self.gold):
             raise UserError(f"gold must name at least one position and each once, got {list(self.gold)}")
         for position in self.gold:
@@ -129,8 +128,7 @@ class MultiDocumentQA(PromptTask):
                     f"gold positions must be in [0, {self.num_documents - 1}] for num_documents {self.num_documents}, "
                     f"got {position}"
                 )
-        if self.num_questions is not None and self.num_questions < 1:
-            raise UserError(f"num_questions must be at least 1, got {self.num_questions}")
+        check_range("num_questions", self.num_questions, "[1, inf)")
 
     def prompts(self) -> Iterator[Prompt]:
         questions = self._questions()

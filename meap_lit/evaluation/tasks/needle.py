@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.rows import Row, read_rows
 from meap_lit.evaluation.task import Plot, Record
 from meap_lit.evaluation.tasks.haystack import Boundary
@@ -154,8 +154,7 @@ class MultiNeedle(Needle):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_needles < 1:
-            raise UserError(f"num_needles must be at least 1, got {self.num_needles}")
+        check_range("num_needles", self.num_needles, "[1, inf)")
 
     def prompts(self) -> list[HaystackPrompt]:
         entries = self._entries()

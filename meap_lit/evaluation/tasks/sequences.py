@@ -5,7 +5,7 @@ from typing import Literal
 
 from meap_lit.data.store.manifest import Manifest
 from meap_lit.data.stream.text import TokenBlocks
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.task import Task
 from meap_lit.inference.language_model import LanguageModel
 
@@ -29,8 +29,7 @@ class SequenceTask(Task):
     def __post_init__(self) -> None:
         for name in ("seq_len", "num_sequences"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"task.{name} must be at least 1, got {value}")
+            check_range(f"task.{name}", value, "[1, inf)")
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         self._open(model)

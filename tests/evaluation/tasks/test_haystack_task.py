@@ -154,8 +154,8 @@ WRONG_OPTIONS = [
     ({"lengths": ()}, "lengths must name at least one value and each once, got []"),
     ({"lengths": (50, 50)}, "lengths must name at least one value and each once, got [50, 50]"),
     ({"depths": ()}, "depths must name at least one value"),
-    ({"depths": (0.0, 101.0)}, "depths must be in [0, 100] percent, got 101"),
-    ({"depths": (-1.0,)}, "depths must be in [0, 100] percent, got -1"),
+    ({"depths": (0.0, 101.0)}, "depths must be in [0, 100], got 101 percent"),
+    ({"depths": (-1.0,)}, "depths must be in [0, 100], got -1 percent"),
     ({"num_repeats": 0}, "num_repeats must be at least 1, got 0"),
     ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
 ]
