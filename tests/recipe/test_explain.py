@@ -108,8 +108,8 @@ def changed(value, path, recipe=RECIPE):
         ("seed_everything", -1, "seed_everything must be in [0, 4294967295], got -1"),
         ("seed_everything", 2**32, "seed_everything must be in [0, 4294967295], got 4294967296"),
         ("trainer.log_every_n_steps", 0, "trainer.log_every_n_steps must be at least 1, got 0"),
-        ("trainer.num_nodes", 0, "trainer.num_nodes must be at least 1, got 0"),
-        ("trainer.gradient_clip_val", -1.0, "trainer.gradient_clip_val must be at least 0, got -1.0"),
+        ("trainer.num_nodes", 0, "trainer.num_nodes must be in [1, 100000], got 0"),
+        ("trainer.gradient_clip_val", -1.0, "trainer.gradient_clip_val must be at least 0, got -1"),
     ],
 )
 def test_a_value_that_the_parser_lets_pass_is_named(path, value, message):
