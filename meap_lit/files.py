@@ -20,36 +20,25 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some Windows programs begin a file with it
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        UserError: If the file cannot be read, or does not hold a JSON object.
-    """
+    """Return the JSON object in a file; raise `UserError` if it cannot be read, or holds something else."""
     return parse_object(_read(file), str(file))
 
 
 def parse_object(content: str | bytes, where: str) -> dict[str, Any]:
-    """Return the JSON object of a text, as `parse_json` does any value.
+    """Return the JSON object of a text, as `parse_json` does any value."""
+    return check_object(parse_json(content, where), where)
 
-    Raises:
-        UserError: If it is not valid JSON, or another value.
-    """
-    parsed = parse_json(content, where)
-    if not isinstance(parsed, dict):
-        raise UserError(f"{where}: not a JSON object but {type(parsed).__name__}")
-    return parsed
+
+def check_object(value: Any, where: str) -> dict[str, Any]:
+    """Return the value if it is a JSON object; otherwise raise `UserError` that begins with `where`."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object but {type(value).__name__}")
+    return value
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file.
-
-    Raises:
-        UserError: If the file cannot be read, or is not UTF-8.
-    """
-    text = decode(_read(file), str(file))
-    if isinstance(text, UserError):
-        raise text
-    return text
+    """Return the text of a file; raise `UserError` if it cannot be read, or is not UTF-8."""
+    return decode(_read(file), str(file))
 
 
 def _read(file: Path) -> bytes:
@@ -60,15 +49,7 @@ def _read(file: Path) -> bytes:
 
 
 def parse_json(content: str | bytes, where: str) -> Any:
-    """Return the value of JSON text.
-
-    Args:
-        content: Text, or bytes in UTF-8.
-        where: Name of the file or line, for the message.
-
-    Raises:
-        UserError: If it is not valid JSON.
-    """
+    """Return the value of JSON text, or of its bytes; raise `UserError` that begins with `where` if it is not valid."""
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
@@ -79,8 +60,8 @@ def parse_json(content: str | bytes, where: str) -> Any:
         raise UserError(f"{where}: not valid JSON ({reason})") from error
 
 
-def decode(raw: bytes, path: str) -> str | UserError:
-    """Return the text of a file, or why it holds none; the reason names `path` and the line."""
+def decode(raw: bytes, path: str) -> str:
+    """Return the text of a file; raise `UserError`, which names `path` and the line, if it holds none."""
     raw = raw.removeprefix(BYTE_ORDER_MARK)
     try:
         text = raw.decode("utf-8")
@@ -90,7 +71,7 @@ def decode(raw: bytes, path: str) -> str | UserError:
     if position < 0:
         return text
     line = raw[:position].count(b"\n") + 1
-    return UserError(f"{path}, line {line}: {why_no_text(raw)}")
+    raise UserError(f"{path}, line {line}: {why_no_text(raw)}")
 
 
 def why_no_text(raw: bytes) -> str:
@@ -176,15 +157,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_bytes(value: str, name: str) -> int:
-    """Return the number of bytes in "64MB" (decimal units).
-
-    Args:
-        value: Number and unit.
-        name: Name of the option, for the message.
-
-    Raises:
-        UserError: If it is not a number with a unit, or not above 0.
-    """
+    """Return the number of bytes in "64MB" (decimal units); raise `UserError`, which names the option, if it is not."""
     number, unit = value[:-2].strip(), value[-2:].upper()
     try:
         num_bytes = int(float(number) * _UNITS[unit])

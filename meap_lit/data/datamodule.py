@@ -7,15 +7,17 @@ from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from meap_lit.data.prepare.step import Preparation
-from meap_lit.data.store.manifest import Manifest
+from meap_lit.data.store.manifest import Kind, Manifest
 from meap_lit.data.store.remote import Storage
 from meap_lit.data.stream.loader import Loader
-from meap_lit.data.stream.micro_batches import Order, Reader, Slice, TrainStream, ValidationStream
-from meap_lit.data.stream.order import MixedOrder, ShuffledOrder
+from meap_lit.data.stream.micro_batches import Reader, Slice, TrainStream, ValidationStream
+from meap_lit.data.stream.order import MixedOrder, ShuffledOrder, Visit
+from meap_lit.data.stream.packing import PackedOrder
 from meap_lit.errors import UserError, check_range
 from meap_lit.files import parse_bytes
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -45,7 +47,7 @@ class StreamingData(L.LightningDataModule, ABC):
         preparation: Steps that make what is missing (corpus, tokenizer, datasets) before the run starts.
     """
 
-    kind: ClassVar[Literal["text", "chat"]]
+    kind: ClassVar[Kind]
     """Kind of samples in the datasets."""
 
     def __init__(
@@ -138,11 +140,7 @@ class StreamingData(L.LightningDataModule, ABC):
         return self.global_batch_size * self.seq_len
 
     def accumulation(self, num_replicas: int) -> int:
-        """Return the number of micro-batches of each device in one optimizer step.
-
-        Raises:
-            UserError: If the global batch cannot be divided among `num_replicas` devices.
-        """
+        """Return the number of micro-batches of each of `num_replicas` devices in one optimizer step."""
         per_pass = self.micro_batch_size * num_replicas
         if self.global_batch_size % per_pass:
             raise UserError(
@@ -175,23 +173,22 @@ class StreamingData(L.LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
-        fingerprints = {path: manifest.fingerprint for path, manifest in self.manifests.items()}
         return {
             "step": self.trainer.global_step,
             "samples": self.samples_seen,
-            "datasets": fingerprints,
+            "datasets": self._fingerprints,
             "rows": self.row_settings,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse the checkpoint of a run on other rows. Nothing is restored: the step decides the next rows.
+    @property
+    def _fingerprints(self) -> dict[str, str]:
+        return {path: manifest.fingerprint for path, manifest in self.manifests.items()}
 
-        Raises:
-            UserError: If the datasets or a setting that decides the rows of a step has changed.
-        """
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the checkpoint of a run on other rows. Nothing is restored: the step decides the next rows."""
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return  # a model may be validated on any data
-        now = {path: manifest.fingerprint for path, manifest in self.manifests.items()}
+        now = self._fingerprints
         if list(state_dict["datasets"].values()) != list(now.values()):
             raise UserError(
                 f"the checkpoint was trained on other data: {', '.join(state_dict['datasets'])} then, "
@@ -219,12 +216,8 @@ class StreamingData(L.LightningDataModule, ABC):
 
     @cached_property
     def val_counts(self) -> dict[str, int]:
-        """Return how many samples a validation reads of each dataset that has a validation split, by path.
-
-        Raises:
-            UserError: If `val_samples` is less than one for each.
-        """
-        available = [self._num_val(path) for path in self.paths_with_val]
+        """Return how many samples a validation reads of each dataset that has a validation split, by path."""
+        available = [len(self._val_labels(path)) for path in self.paths_with_val]
         if self.val_samples is None:
             return dict(zip(self.paths_with_val, available, strict=True))
         if self.val_samples < len(available):
@@ -243,11 +236,11 @@ class StreamingData(L.LightningDataModule, ABC):
         validation loss is that of the mixture however many samples of each dataset were read.
         """
         counts = self.val_counts
-        tokens = [self.datasets[path] * self._mean_val_labels(path, count) for path, count in counts.items()]
+        tokens = [self.datasets[path] * float(self._val_labels(path)[:count].mean()) for path, count in counts.items()]
         return {self.names[path]: of_one / sum(tokens) for path, of_one in zip(counts, tokens, strict=True)}
 
     @abstractmethod
-    def order(self) -> Order:
+    def order(self) -> MixedOrder | PackedOrder:
         """Return the endless line of training rows."""
 
     @abstractmethod
@@ -259,16 +252,12 @@ class StreamingData(L.LightningDataModule, ABC):
         """Return what reads rows of a split into batches."""
 
     @abstractmethod
-    def _val_rows(self) -> Sequence[Sequence[Any]]:
-        """Return the rows of a validation, for each dataset that has a validation split."""
+    def _val_labels(self, path: str) -> np.ndarray:
+        """Return the supervised tokens of each sample in the validation split of a dataset, [N]."""
 
-    @abstractmethod
-    def _num_val(self, path: str) -> int:
-        """Return the number of samples in the validation split of a dataset."""
-
-    @abstractmethod
-    def _mean_val_labels(self, path: str, count: int) -> float:
-        """Return the mean number of supervised tokens of the first `count` samples of a dataset's validation split."""
+    def _val_rows(self, visits: list[list[Visit]]) -> Sequence[Sequence[Any]]:
+        """Return the rows of a validation, given the samples that it reads of each dataset."""
+        return visits
 
     def _mixed_samples(self) -> MixedOrder:
         """Return the endless line of samples of all datasets."""
@@ -302,8 +291,10 @@ class StreamingData(L.LightningDataModule, ABC):
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         if not self.paths_with_val:
             return []
+        counts = self.val_counts.values()
+        visits = [[Visit(source, sample, 0) for sample in range(count)] for source, count in enumerate(counts)]
         stream = ValidationStream(
-            self._val_rows(),
+            self._val_rows(visits),
             self._reader("val"),
             rank_slice=self.rank_slice,
             micro_batch_size=self.micro_batch_size,
@@ -319,13 +310,7 @@ class StreamingData(L.LightningDataModule, ABC):
 def share_out(number: int, weights: Sequence[float], available: Sequence[int]) -> list[int]:
     """Share out a number of samples by weight, by Sainte-Laguë's method: exact wherever the shares are whole numbers.
 
-    Args:
-        number: Samples to share out, at least one for each source.
-        weights: Weight of each source.
-        available: Samples that each source has; what it lacks goes to the others.
-
-    Returns:
-        Samples of each source, at least one.
+    Each source gets at least one. What it lacks of its share, having fewer `available`, goes to the others.
     """
     counts = [1] * len(weights)
     for _ in range(min(number, sum(available)) - len(counts)):

@@ -124,16 +124,12 @@ class FineTuningData(StreamingData):
             seed=self.seed,
         )
 
-    def _val_rows(self) -> list[list[Row]]:
+    def _val_labels(self, path: str) -> np.ndarray:
+        return self._val_sizes(path).num_supervised
+
+    def _val_rows(self, visits: list[list[Visit]]) -> list[list[Row]]:
         sizes = [self._val_sizes(path) for path in self.paths_with_val]
-        visits = [[Visit(source, n, 0) for n in range(count)] for source, count in enumerate(self.val_counts.values())]
         return [pack_rows(of_one, sizes, self.seq_len, _PLAIN.layout) for of_one in visits]
-
-    def _num_val(self, path: str) -> int:
-        return len(self._val_sizes(path))
-
-    def _mean_val_labels(self, path: str, count: int) -> float:
-        return float(self._val_sizes(path).num_supervised[:count].mean())
 
     def _val_sizes(self, path: str) -> Sizes:
         return Sizes.of(self.indexes[path, "val"], _PLAIN, self.seq_len)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from meap_lit.data.datamodule import StreamingData
-from meap_lit.data.stream.order import MixedOrder, Visit
+from meap_lit.data.stream.order import MixedOrder
 from meap_lit.data.stream.text import BlockReader, TokenBlocks
 from meap_lit.errors import UserError
 
@@ -39,9 +39,6 @@ class PretrainingData(StreamingData):
 
         Returns:
             Occurrences of each id, [V], int64.
-
-        Raises:
-            UserError: If a token id is outside the vocabulary.
         """
         reader = self._reader("train")
         sources, samples, _ = self.order().visits(0, -(-COUNTED_TOKENS // self.seq_len))
@@ -62,15 +59,8 @@ class PretrainingData(StreamingData):
         sources = [self._open(path, split) for path in self._paths_with(split)]
         return BlockReader(sources, self.seq_len, self.tokenizer.vocab_size)
 
-    def _val_rows(self) -> list[list[Visit]]:
-        counts = self.val_counts.values()
-        return [[Visit(source, sample, 0) for sample in range(count)] for source, count in enumerate(counts)]
-
-    def _num_val(self, path: str) -> int:
-        return len(self._open(path, "val"))
-
-    def _mean_val_labels(self, path: str, count: int) -> float:
-        return self.seq_len
+    def _val_labels(self, path: str) -> np.ndarray:
+        return np.full(len(self._open(path, "val")), self.seq_len)
 
     def _open(self, path: str, split: str) -> TokenBlocks:
         blocks = TokenBlocks(f"{path.rstrip('/')}/{split}", self.seq_len, self.storage)

@@ -81,11 +81,7 @@ class Duplication:
         check_range("data.duplication.min_copied", self.min_copied, "[0, inf)")
 
     def num_masked(self, answer_tokens: np.ndarray) -> np.ndarray:
-        """Return the number of masked tokens of each answer, [A] int64.
-
-        Args:
-            answer_tokens: Tokens of each answer without those that close it, [A].
-        """
+        """Return the masked tokens of each answer, [A] int64, given its tokens without those that close it, [A]."""
         # an answer is never longer than a row, so the distinct lengths are few
         lengths, inverse = np.unique(answer_tokens, return_inverse=True)
         counts = [num_masked(self.mask_ratio, int(n)) if n > self.min_copied else 0 for n in lengths]
@@ -93,12 +89,7 @@ class Duplication:
 
 
 def original(input_ids: Tensor, answers: Sequence[Answer]) -> Document:
-    """Return the sample unchanged, with the labels of its answers.
-
-    Args:
-        input_ids: Token ids, [n], int64.
-        answers: The answers; none begins at the first token, which no position predicts.
-    """
+    """Return the sample, [n], unchanged, with the labels of its answers; none begins at the first token."""
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     for answer in answers:
         assert answer.start > 0, "no position predicts the first token"
@@ -119,15 +110,7 @@ def masked_copy(
     """Return the copy, with masks in every long answer and labels at the masked tokens only.
 
     Each answer longer than `duplication.min_copied` loses exactly `num_masked(mask_ratio, its length)` tokens.
-
-    Args:
-        input_ids: Token ids, [n], int64. Not modified.
-        answers: The answers.
-        duplication: What is masked.
-        mask_token_id: Id written at the drawn positions.
-        seed: Seed of the masks.
-        sample_id: Identity of the sample.
-        visit: Number of earlier visits of the sample; every visit draws other masks.
+    `visit` is the number of earlier visits of the sample, token ids [n], int64; every visit draws other masks.
     """
     lengths = np.array([answer.stop - answer.start for answer in answers])
     positions = torch.arange(len(input_ids))

@@ -87,9 +87,7 @@ def sample_positions(
     Args:
         eligible: Positions that may be drawn, [B, T], bool.
         counts: How many to draw in each row, [B], int64; capped at the row's eligible positions.
-        sample_ids: Identity of each row's sample, [B], int64.
-        seed: Seed of the run; its low 64 bits count.
-        step: Optimizer step.
+        sample_ids, seed, step: As for `mask_inputs`.
         span_len: Length of the spans, at least 1. The last one that a row draws is taken in part.
 
     Returns:
@@ -110,14 +108,10 @@ def sample_positions(
 
 
 def rare_ids(counts: Tensor, share: float) -> Tensor:
-    """Find the rarest token ids, which together make up at most a share of the tokens.
+    """Return the rarest token ids, [V], bool, which together make up at most `share`, in [0, 1), of the tokens.
 
-    Args:
-        counts: Occurrences of each id in the data, [V], int64. Equally rare ids are taken together or not at all.
-        share: The share, in [0, 1). At 0 these are the ids that do not occur.
-
-    Returns:
-        The rare ids, [V], bool.
+    `counts` are the occurrences of each id in the data, [V], int64. Equally rare ids are taken together or not at all.
+    With a share of 0 these are the ids that do not occur.
     """
     ascending = counts.sort().values
     last_as_rare = torch.searchsorted(ascending, counts, right=True) - 1  # [V]
@@ -153,11 +147,6 @@ def _hash(x: _Integers) -> _Integers:
 
 
 def check_ratio(name: str, value: float) -> None:
-    """Raise `UserError` unless `value` is in [0, 1).
-
-    Args:
-        name: Key of the value, for the message.
-        value: A share.
-    """
+    """Raise `UserError`, which names the key, unless `value` is in [0, 1)."""
     hint = f"; write {value / 100:g} for {value:g}%" if 1 <= value < 100 else ""
     check_range(name, value, "[0, 1)", hint)

@@ -50,7 +50,7 @@ class Ramp(MaskSchedule):
     def __post_init__(self) -> None:
         check_ratio("model.mask_ratio.start", self.start)
         check_ratio("model.mask_ratio.end", self.end)
-        _check_steps("steps", self.steps)
+        check_range("model.mask_ratio.steps", self.steps, "[0, inf)")
 
     def __call__(self, step: int, max_steps: int) -> float:
         return self.start + (self.end - self.start) * self.shape(_progress(step, self.steps, max_steps))
@@ -90,8 +90,8 @@ class WarmupHold(MaskSchedule):
 
     def __post_init__(self) -> None:
         check_ratio("model.mask_ratio.mask_ratio", self.mask_ratio)
-        _check_steps("warmup_steps", self.warmup_steps)
-        _check_steps("hold_off", self.hold_off)
+        check_range("model.mask_ratio.warmup_steps", self.warmup_steps, "[0, inf)")
+        check_range("model.mask_ratio.hold_off", self.hold_off, "[0, inf)")
 
     def __call__(self, step: int, max_steps: int) -> float:
         return self.mask_ratio * _progress(step - self.hold_off, self.warmup_steps, max_steps)
@@ -131,7 +131,3 @@ def _progress(step: int, steps: int | None, max_steps: int) -> float:
         )
     length = max_steps if steps is None else steps
     return min(1.0, max(0.0, step / length)) if length > 0 else float(step >= 0)
-
-
-def _check_steps(name: str, value: int | None) -> None:
-    check_range(f"model.mask_ratio.{name}", value, "[0, inf)")

@@ -64,8 +64,6 @@ def _read(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > MAX_BYTES:
         raise UserError(f"recipe {path} has {size:,} bytes, more than a recipe needs; name a YAML file")
     text = decode(path.read_bytes(), f"recipe {path}")
-    if isinstance(text, UserError):
-        raise text
     try:
         _check(text, f"recipe {path}")
         content = get_loader("yaml")(text)

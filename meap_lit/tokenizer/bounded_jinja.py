@@ -91,11 +91,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters = {name: self._bounded(name, filter) for name, filter in self.filters.items()}
 
     def spend(self, steps: int) -> None:
-        """Take `steps` off the budget.
-
-        Raises:
-            TooCostly: If there are not as many left.
-        """
+        """Take `steps` off the budget; raise `TooCostly` if there are not as many left."""
         self.spent += steps
         if self.spent > BUDGET:
             raise TooCostly

@@ -44,16 +44,9 @@ class EncodedChat:
 
 
 class ChatTemplate:
-    """A chat template and the tokenizer it writes for.
+    """A chat template, Jinja source with a name for messages, and the tokenizer it writes for.
 
-    Args:
-        name: Name for messages.
-        source: Jinja source.
-        tokenizer: Tokenizer whose ids are wanted.
-        today: What `strftime_now` in a template says; the time of construction if not given.
-
-    Raises:
-        UserError: If the source is not valid Jinja.
+    `today` is what `strftime_now` in a template says; the time of construction if not given.
     """
 
     def __init__(self, name: str, source: str, tokenizer: Tokenizer, today: datetime | None = None) -> None:
@@ -78,11 +71,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, name: str, tokenizer: Tokenizer) -> "ChatTemplate":
-        """Load the tokenizer's own template (`tokenizer`), one of `NAMED`, or a file (`my_format.jinja`).
-
-        Raises:
-            UserError: If there is no such template, or the tokenizer lacks special tokens that it writes.
-        """
+        """Load the tokenizer's own template (`tokenizer`), one of `NAMED`, or a file (`my_format.jinja`)."""
         if name.endswith(".jinja"):
             return cls(name, read_text(Path(name)), tokenizer)
         if name == "tokenizer":
@@ -112,11 +101,7 @@ class ChatTemplate:
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids at which a generated answer ends: the first of those that close an answer. Empty if none does.
-
-        Raises:
-            UserError: If the template does not render a question and its answer.
-        """
+        """Ids at which a generated answer ends: the first of those that close an answer. Empty if none does."""
         question: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         chat = self.encode(question)
         return tuple(sorted({chat.input_ids[stop] for _, stop, end in chat.answers if stop < end}))
@@ -127,12 +112,7 @@ class ChatTemplate:
         tools: Sequence[dict[str, Any]] | None = None,
         trained: Sequence[bool] | None = None,
     ) -> EncodedChat:
-        """Encode a whole conversation, and find the answers in it.
-
-        Args:
-            messages: As `conversations.to_conversation` returns them; ends with the assistant.
-            tools: Descriptions of the tools that the assistant may call.
-            trained: For each message whether it is to be learned; all of the assistant's if not given.
+        """Encode a whole conversation, and find the answers in it; arguments as in `Conversation`.
 
         Raises:
             UserError: If the template raises, does not write what the conversation holds, marks nothing that the
@@ -168,11 +148,7 @@ class ChatTemplate:
         return EncodedChat(tokens.ids, encoded)
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
-        """Return the ids up to where the assistant is to speak next.
-
-        Raises:
-            UserError: If the template raises, or does not write what the conversation holds.
-        """
+        """Return the ids up to where the assistant is to speak next; raises as `encode` does."""
         chat = self._hidden(messages, tools)
         self._check_written(chat)
         text, _ = self._render(chat, add_generation_prompt=True)
@@ -226,13 +202,8 @@ class ChatTemplate:
     def render_prompt(self, messages: Sequence[Message], *, continue_last: bool = False) -> str:
         """Return the text of a prompt as transformers' `apply_chat_template` writes it, for others to encode.
 
-        Args:
-            messages: The conversation so far.
-            continue_last: Whether the last message is the beginning of the answer and the text ends with it. Otherwise
-                the text ends where the assistant is to speak next.
-
-        Raises:
-            UserError: If the template raises, or leaves the last message out.
+        It ends where the assistant is to speak next or, with `continue_last`, with the last message, the beginning of
+        the answer.
         """
         if continue_last:
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _CONTINUED}]

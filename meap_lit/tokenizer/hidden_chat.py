@@ -48,11 +48,7 @@ class HiddenChat:
         self.tools: Sequence[dict[str, Any]] | None = _map_texts(hide, tools) if hidden else tools
 
     def cut_marks(self, marked: str) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text without marks, and the spans of characters that they enclose.
-
-        Raises:
-            UserError: If the marks do not come in pairs.
-        """
+        """Return the text without marks, and the spans of characters that they enclose."""
         text, *rest = re.split(f"([{''.join(self.marks)}])", marked)
         if tuple(rest[::2]) != self.marks * (len(rest) // 4):
             raise UserError("its {% generation %} blocks are nested or cut")

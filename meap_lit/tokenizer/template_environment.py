@@ -32,11 +32,7 @@ class _GenerationTag(Extension):
 
 
 def template_environment(today: datetime) -> BoundedEnvironment:
-    """Return the environment that transformers gives a chat template (`apply_chat_template` in transformers 5).
-
-    Args:
-        today: What `strftime_now` in a template says.
-    """
+    """Return the environment that transformers gives a chat template (`apply_chat_template` in transformers 5)."""
     environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
 
     def raise_exception(message: str) -> NoReturn:

@@ -28,11 +28,7 @@ class Tokens:
 
 
 class TextEncoder:
-    """Encodes a template's text, in which special tokens are special, around messages, in which they are not.
-
-    Args:
-        tokenizer: The tokenizer.
-    """
+    """Encodes a template's text, in which special tokens are special, around messages, in which they are not."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -63,12 +59,7 @@ class TextEncoder:
         return first, within
 
     def encode(self, text: str, spellings: dict[str, str]) -> Tokens:
-        """Return the tokens of a text.
-
-        Args:
-            text: Text of a template.
-            spellings: For characters of `text`, what they are replaced by; it is never special.
-        """
+        """Return the tokens of a text of a template; `spellings` replace characters of it and are never special."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
         special = [id in self._spelling for id in ids]
@@ -104,17 +95,10 @@ class TextEncoder:
 
 
 def to_tokens(span: tuple[int, int], tokens: Tokens, text: str, after: int) -> tuple[int, int, int] | None:
-    """Return the tokens of a span of characters, from the one that covers the first.
+    """Return start, stop and end of an answer, as in `EncodedChat`, given its span of characters; None for no token.
 
-    Args:
-        span: First character, and the one after the last.
-        tokens: Tokens of the whole text.
-        text: The text.
-        after: Number of tokens at the beginning that belong to an earlier answer.
-
-    Returns:
-        Start, stop and end of the answer as in `EncodedChat`, where transformers' assistant mask has them, but without
-        blank tokens after those that close it; None for no token.
+    They are where transformers' assistant mask has them, but without blank tokens after those that close it. The first
+    `after` tokens belong to an earlier answer.
     """
     if span[0] == span[1]:
         return None

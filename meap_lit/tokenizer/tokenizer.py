@@ -90,9 +90,6 @@ class Tokenizer:
         """Read a folder with a tokenizer.json, or the folder of a run, which keeps its own.
 
         The files that name its special tokens are optional.
-
-        Raises:
-            UserError: If the folder or the file is missing or unreadable, or no end-of-text token is found.
         """
         folder = Path(path).expanduser()
         if not folder.is_dir():
@@ -201,8 +198,7 @@ class Tokenizer:
         # the fast variant leaves out character offsets, which nobody here needs, and saves a fifth of the time
         with self._explained():
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        rows = [encoding.ids for encoding in encodings]
-        return [self._checked(text, ids) for text, ids in zip(texts, rows, strict=True)]
+        return [self._checked(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
 
     def _checked(self, text: str, ids: list[int]) -> list[int]:
         """Return `ids`, which the backend gave `text`, or others where a special token is among them."""
@@ -226,9 +222,8 @@ class Tokenizer:
     @cached_property
     def _speller(self) -> tokenizers.Tokenizer:
         """The same tokenizer, but for the pieces of special tokens: no text becomes one of them."""
-        speller = tokenizers.Tokenizer.from_str(
-            json.dumps(self.without_control_pieces(json.loads(self._backend.to_str())))
-        )
+        content = self.without_control_pieces(json.loads(self._backend.to_str()))
+        speller = tokenizers.Tokenizer.from_str(json.dumps(content))
         speller.encode_special_tokens = True
         return speller
 
@@ -296,9 +291,7 @@ class Tokenizer:
     def save(self, folder: Path | str, with_mask: bool = True) -> None:
         """Write the tokenizer as a folder that transformers and `load` read.
 
-        Args:
-            folder: Folder to write to; it is made if it does not exist.
-            with_mask: Whether to write the mask token. It has the last id, so without it the others stay as they are.
+        The mask token can be left out: it has the last id, so without it the others stay as they are.
         """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -325,10 +318,7 @@ _TEMPLATE_FILE = "chat_template.jinja"
 
 
 def _of_run(folder: Path) -> Path:
-    """Return where a run keeps its tokenizer: in `runs/NAME/version_0`, or in the newest version with a checkpoint.
-
-    Any other folder is returned as it is.
-    """
+    """Return where a run, or its newest version with a checkpoint, keeps its tokenizer; other folders as given."""
     if (folder / "tokenizer.json").is_file():
         return folder
     started = (run for run in reversed(run_versions(folder)) if any((run / "checkpoints").glob("step=*.ckpt")))
@@ -339,11 +329,7 @@ def _of_run(folder: Path) -> Path:
 
 
 def id_of_token(folder: Path, token: str) -> int | None:
-    """Return the id of a token that was added to the tokenizer.json of a folder; None if none of the name was.
-
-    Raises:
-        UserError: If the file is unreadable.
-    """
+    """Return the id of a token that was added to the tokenizer.json of a folder; None if none of the name was."""
     added = read_json(folder / "tokenizer.json").get("added_tokens") or []
     return next((entry.get("id") for entry in added if entry.get("content") == token), None)
 

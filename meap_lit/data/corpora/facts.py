@@ -71,22 +71,14 @@ def filler_sentence(rng: random.Random) -> str:
 
 
 class Filler:
-    """Sentences that tell nothing of the facts: made up, or those of texts, in their order from a random place on.
-
-    Args:
-        sentences: Sentences of texts; made up if there are none.
-    """
+    """Sentences that tell nothing of the facts: made up, or those of texts, in their order from a random place on."""
 
     def __init__(self, sentences: Sequence[str] = ()) -> None:
         self.sentences = sentences
 
     @classmethod
     def read(cls, path: str) -> "Filler":
-        """Read the sentences of a file, or of all files in a folder, of 20 to 100 characters; longer ones are cut.
-
-        Raises:
-            UserError: If there is no such file, or it has no sentence.
-        """
+        """Read the sentences of a file, or of all files in a folder, of 20 to 100 characters; longer ones are cut."""
         pieces = (piece for text in DocumentReader(find_files([path])) for piece in _SENTENCE_END.split(text))
         sentences = [shorten(piece, 100, placeholder="") for piece in pieces]
         sentences = [sentence for sentence in sentences if len(sentence) >= 20]
@@ -104,42 +96,6 @@ class Filler:
 
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
-
-
-def document(
-    rng: random.Random,
-    *,
-    num_facts: int,
-    num_mentions: int,
-    question_share: float,
-    filler_share: float,
-    filler: Filler | None = None,
-) -> str:
-    """Return the text of one document.
-
-    Every fact is stated once. Then come restatements, some of them after a question, each of a fact drawn at random
-    from all. (Were they taken in turn, the place not heard of for longest would be the likely answer: a shortcut
-    that a decoder finds before it looks at the name.)
-
-    Args:
-        rng: Source of all choices; advanced.
-        num_facts: Places that the document is about.
-        num_mentions: Statements for each fact, on average.
-        question_share: Chance that a restatement follows a question.
-        filler_share: Chance that a sentence of filler precedes a statement.
-        filler: Source of the sentences of filler; made up if not given.
-    """
-    facts = draw_facts(rng, num_facts)
-    filler_sentences = (filler or Filler()).draw(rng)
-    num_restatements = num_facts * (num_mentions - 1)
-    sentences = [OPENING]
-    for number, fact in enumerate([*facts, *rng.choices(facts, k=num_restatements)]):
-        if rng.random() < filler_share:
-            sentences.append(next(filler_sentences))
-        if number >= num_facts and rng.random() < question_share:
-            sentences.append(fact.question)
-        sentences.append(fact.statement)
-    return " ".join(sentences)
 
 
 def instructions(count: int, seed: int = 0, filler: Filler | None = None) -> list[dict[str, str]]:
@@ -194,7 +150,15 @@ class FactCorpus(Preparation):
     num_files: int = 4
 
     def make(self, folder: Path) -> str:
-        self._check()
+        for name in ("num_documents", "num_mentions", "num_files"):
+            check_range(name, getattr(self, name), "[1, inf)")
+        for name in ("question_share", "filler_share"):
+            check_range(name, getattr(self, name), "[0, 1]")
+        if not 1 <= self.min_facts <= self.max_facts <= len(NAMES):
+            raise UserError(
+                f"facts must satisfy 1 <= min_facts <= max_facts <= {len(NAMES)}, "
+                f"got min_facts {self.min_facts} and max_facts {self.max_facts}"
+            )
         filler = Filler() if self.filler is None else Filler.read(self.filler)
         num_characters = 0
         for index in range(self.num_files):
@@ -206,26 +170,24 @@ class FactCorpus(Preparation):
         return f"corpus {self.output}: {self.num_documents:,} documents, {num_characters / 1e6:.1f} MB"
 
     def _document(self, number: int, filler: Filler | None = None) -> str:
-        rng = random.Random(f"{self.seed}/{number}")  # seeding by text is the same in every process and version
-        return document(
-            rng,
-            num_facts=rng.randint(self.min_facts, self.max_facts),
-            num_mentions=self.num_mentions,
-            question_share=self.question_share,
-            filler_share=self.filler_share,
-            filler=filler,
-        )
+        """Return the text of one document.
 
-    def _check(self) -> None:
-        for name in ("num_documents", "num_mentions", "num_files"):
-            check_range(f"{name}", getattr(self, name), "[1, inf)")
-        for name in ("question_share", "filler_share"):
-            check_range(f"{name}", getattr(self, name), "[0, 1]")
-        if not 1 <= self.min_facts <= self.max_facts <= len(NAMES):
-            raise UserError(
-                f"facts must satisfy 1 <= min_facts <= max_facts <= {len(NAMES)}, "
-                f"got min_facts {self.min_facts} and max_facts {self.max_facts}"
-            )
+        Every fact is stated once. Then come restatements, some of them after a question, each of a fact drawn at random
+        from all. (Were they taken in turn, the place not heard of for longest would be the likely answer: a shortcut
+        that a decoder finds before it looks at the name.)
+        """
+        rng = random.Random(f"{self.seed}/{number}")  # seeding by text is the same in every process and version
+        facts = draw_facts(rng, rng.randint(self.min_facts, self.max_facts))
+        filler_sentences = (filler or Filler()).draw(rng)
+        restated = rng.choices(facts, k=len(facts) * (self.num_mentions - 1))
+        sentences = [OPENING]
+        for place, fact in enumerate([*facts, *restated]):
+            if rng.random() < self.filler_share:
+                sentences.append(next(filler_sentences))
+            if place >= len(facts) and rng.random() < self.question_share:
+                sentences.append(fact.question)
+            sentences.append(fact.statement)
+        return " ".join(sentences)
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
 from meap_lit.data.read.conversations import Conversation, to_conversation
 from meap_lit.data.read.find import Input, find_input
-from meap_lit.data.read.formats import RECORD_FORMATS, InputFile
+from meap_lit.data.read.formats import RECORD_FORMATS
 from meap_lit.data.read.readers import SKIP_HINT, InputPart, Record, RecordReader, check_text
 from meap_lit.data.store.manifest import ChatDetails
 from meap_lit.data.store.writers import ChatWriter
@@ -57,11 +57,9 @@ class PrepareChat(PrepareDataset):
 
         return ChatEncoder(ChatTemplate.load(self.template, tokenizer), tokenizer, self, Duplication.min_copied)
 
-    def find(self) -> Input:
-        return find_input(self.input, formats=RECORD_FORMATS)
-
-    def new_reader(self, files: Sequence[InputFile], part: InputPart | None) -> RecordReader:
-        return RecordReader(files, self.on_error, part)
+    def open_input(self, part: InputPart | None) -> tuple[Input, RecordReader]:
+        found = find_input(self.input, formats=RECORD_FORMATS)
+        return found, RecordReader(found.files, self.on_error, part)
 
     def chat_details(self, encoder: Any, counts: Counter[str]) -> ChatDetails:
         return ChatDetails(
@@ -96,14 +94,7 @@ class PrepareChat(PrepareDataset):
 
 
 class ChatEncoder(Encoder[Record]):
-    """Encodes records as conversations.
-
-    Args:
-        template: Chat template.
-        tokenizer: Tokenizer of the template.
-        options: The step, for its options `system`, `max_tokens`, `on_long` and `on_error`.
-        long_answer: Answers of more tokens than this are counted as long.
-    """
+    """Encodes records as conversations, and counts answers of more than `long_answer` tokens."""
 
     batch_size = 256  # records
 

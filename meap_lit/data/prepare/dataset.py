@@ -19,7 +19,6 @@ from meap_lit.data.prepare.splits import SplitWriter, draw
 from meap_lit.data.prepare.step import Preparation, progress_bar
 from meap_lit.data.prepare.workers import default_num_workers, map_in_order
 from meap_lit.data.read.find import Input
-from meap_lit.data.read.formats import InputFile
 from meap_lit.data.read.readers import InputPart, Reader
 from meap_lit.data.store.manifest import ChatDetails, Kind, Manifest, PartDetails, Source, fingerprint_for
 from meap_lit.data.store.writers import ChunkWriter
@@ -32,14 +31,13 @@ Item = TypeVar("Item")
 
 @dataclass
 class EncodedBatch:
-    """The samples of a batch, and how many of its items are none."""
+    """The samples of a batch, and numbers for the summary and the manifest."""
 
     bytes_read: int
     """Bytes of the input files read so far."""
     samples: list[tuple[Any, float]] = field(default_factory=list)
     """Each as the writer's `add` takes it, with a number in [0, 1) that depends on its text alone."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Numbers for the summary and the manifest, by name."""
     first_skipped: str = ""
     """Why the first item was skipped."""
 
@@ -50,11 +48,7 @@ class EncodedBatch:
 
 
 class Encoder(ABC, Generic[Item]):
-    """Encodes batches of items. It is pickled and sent to every worker.
-
-    Args:
-        tokenizer: Tokenizer of the dataset.
-    """
+    """Encodes batches of items. It is pickled and sent to every worker."""
 
     batch_size: ClassVar[int]
     """Sum of the sizes of a batch's items; a worker should take about a tenth of a second for it."""
@@ -64,11 +58,7 @@ class Encoder(ABC, Generic[Item]):
 
     @abstractmethod
     def encode(self, items: list[Item], batch: EncodedBatch) -> None:
-        """Encode items into `batch`.
-
-        Raises:
-            UserError: If an item cannot be encoded and is not to be skipped.
-        """
+        """Encode items into `batch`; raise `UserError` if one cannot be encoded and is not to be skipped."""
 
     def size(self, item: Item) -> int:
         """Return the size of an item, in the unit of `batch_size`."""
@@ -135,23 +125,11 @@ class PrepareDataset(Preparation, ABC):
 
     @abstractmethod
     def new_encoder(self, tokenizer: Tokenizer) -> Encoder:
-        """Return the encoder that all workers use.
-
-        Raises:
-            UserError: If an option is wrong.
-        """
+        """Return the encoder that all workers use."""
 
     @abstractmethod
-    def find(self) -> Input:
-        """Find the files that the options name.
-
-        Raises:
-            UserError: If one is missing or cannot be read.
-        """
-
-    @abstractmethod
-    def new_reader(self, files: Sequence[InputFile], part: InputPart | None) -> Reader:
-        """Return the reader of what the encoder encodes."""
+    def open_input(self, part: InputPart | None) -> tuple[Input, Reader]:
+        """Return the files that the options name, and the reader of what the encoder encodes."""
 
     @abstractmethod
     def left_out(self, counts: Counter[str]) -> str:
@@ -162,7 +140,6 @@ class PrepareDataset(Preparation, ABC):
         """Yield lines about the samples."""
 
     def chat_details(self, encoder: Any, counts: Counter[str]) -> ChatDetails | None:
-        """Return the part of the manifest that only a dataset of conversations has."""
         return None
 
     def make(self, folder: Path) -> str:
@@ -172,9 +149,8 @@ class PrepareDataset(Preparation, ABC):
         tokenizer = Tokenizer.load(self.tokenizer)
         encoder = self.new_encoder(tokenizer)
         part = None if self.shard is None else InputPart.parse(self.shard)
-        found = self.find()
-        reader = self.new_reader(found.files, part)
-        writers = SplitWriter(self.writer, folder, encoder.dtype, chunk_bytes, self.val_share)
+        found, reader = self.open_input(part)
+        writers = SplitWriter(lambda name: self.writer(folder / name, encoder.dtype, chunk_bytes), self.val_share)
         counts = self._write(writers, encoder, reader)
         left_out = f"{self.left_out(counts)}, {counts['skipped']} unreadable{reader.why_skipped}"
         if counts["samples"] == 0 and part is None:
@@ -214,7 +190,7 @@ class PrepareDataset(Preparation, ABC):
         return "\n".join(lines)
 
     def _write(self, writers: SplitWriter, encoder: Encoder, reader: Reader) -> Counter[str]:
-        """Encode all that the reader reads, in parallel, and write it in order."""
+        """Encode what the reader reads, in parallel, write it in order, and return the sums of the batches' counts."""
         num_workers = self.num_workers or default_num_workers(reader.num_bytes)
         encoded = map_in_order(encoder, encoder.batches(reader), num_workers)
         counts: Counter[str] = Counter()

@@ -10,9 +10,10 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -26,7 +27,7 @@ from meap_lit.data.prepare.splits import RESERVE
 from meap_lit.data.prepare.step import Preparation, progress_bar
 from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.data.store.chunks import INDEX_FILE, SAMPLES_FILE, ChatSplit, Split, check_chunk, check_index, hash_files
-from meap_lit.data.store.manifest import VERSION, Kind, Manifest, PartDetails, Source, load_samples
+from meap_lit.data.store.manifest import VERSION, ChatDetails, Kind, Manifest, PartDetails, Source, load_samples
 from meap_lit.errors import UserError
 from meap_lit.files import is_unfinished, read_json
 
@@ -57,29 +58,26 @@ class MergeParts(Preparation):
         parts = _all_of_them(_load(_find_folders(self.input)))
         _check_alike(parts)
         pieces = _assign(parts)
-        num_bytes = sum(chunk["chunk_bytes"] for some in pieces.values() for piece in some for chunk in piece.chunks)
+        indexes = [piece.index for some in pieces.values() for piece in some]
+        num_bytes = sum(chunk["chunk_bytes"] for index in indexes for chunk in index["chunks"])
         with progress_bar(f"merging {self.output}", num_bytes) as bar:
             splits = {name: _merge(folder / name, some, bar) for name, some in pieces.items()}
-        manifest = _merge_manifests([part.manifest for part in parts], splits)
+        manifests = [part.manifest for part in parts]
+        chats = [manifest.chat for manifest in manifests if manifest.chat is not None]
+        manifest: Manifest = _sum(
+            manifests, version=VERSION, splits=splits, chat=_sum(chats) if chats else None, part=None
+        )
         manifest.save(folder)
         Manifest.load(str(folder), kind=manifest.kind)  # reads the result as a run will
-        return self._summary(manifest, len(parts), num_bytes, time.perf_counter() - started)
-
-    def _summary(self, manifest: Manifest, num_parts: int, num_bytes: int, seconds: float) -> str:
-        unit = {"text": "documents", "chat": "conversations"}[manifest.kind]
-        documents = sum(size.documents for size in manifest.splits.values())
-        tokens = sum(size.tokens for size in manifest.splits.values())
-        return "\n".join(
-            [
-                f"dataset {self.output}, of {num_parts} parts",
-                *(
-                    f"  {name:<9}{size.documents} {unit}, {size.tokens} tokens"
-                    for name, size in manifest.splits.items()
-                ),
-                f"  in all   {documents} {unit}, {tokens} tokens, of {len(manifest.sources)} files",
-                f"  took     {seconds:.1f} s for {num_bytes / 1e6:.1f} MB of chunks",
-            ]
-        )
+        seconds, unit = time.perf_counter() - started, {"text": "documents", "chat": "conversations"}[manifest.kind]
+        documents, tokens = (sum(getattr(split, name) for split in splits.values()) for name in ("documents", "tokens"))
+        lines = [
+            f"dataset {self.output}, of {len(parts)} parts",
+            *(f"  {name:<9}{split.documents} {unit}, {split.tokens} tokens" for name, split in splits.items()),
+            f"  in all   {documents} {unit}, {tokens} tokens, of {len(manifest.sources)} files",
+            f"  took     {seconds:.1f} s for {num_bytes / 1e6:.1f} MB of chunks",
+        ]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -89,18 +87,6 @@ class _Part:
     manifest: Manifest
     details: PartDetails
 
-    @classmethod
-    def load(cls, folder: Path) -> "_Part":
-        try:
-            record = read_json(folder / RECORD_FILE)
-            kind, options = _KINDS[record["step"]], record["arguments"]
-        except (UserError, KeyError, TypeError) as error:
-            raise UserError(f"input {folder} is not a part of a dataset; {_HINT}") from error
-        manifest = Manifest.load(str(folder), kind=kind)
-        if manifest.part is None:
-            raise UserError(f"input {folder} is not a part but a whole dataset, prepared without --shard; {_HINT}")
-        return cls(folder, options, manifest, manifest.part)
-
     def __str__(self) -> str:
         return f"part {self.details.index}/{self.details.count} in {self.folder}"
 
@@ -108,11 +94,19 @@ class _Part:
 def _load(folders: Sequence[Path]) -> list[_Part]:
     parts: list[_Part] = []
     for folder in folders:
-        part = _Part.load(folder)
-        if parts and part.manifest.sources == (sources := parts[0].manifest.sources):
+        try:
+            record = read_json(folder / RECORD_FILE)
+            kind, options = _KINDS[record["step"]], record["arguments"]
+        except (UserError, KeyError, TypeError) as error:
+            raise UserError(f"input {folder} is not a part of a dataset; {_HINT}") from error
+        manifest = Manifest.load(str(folder), kind=kind)
+        details = manifest.part
+        if details is None:
+            raise UserError(f"input {folder} is not a part but a whole dataset, prepared without --shard; {_HINT}")
+        if parts and manifest.sources == (sources := parts[0].manifest.sources):
             # each part lists all files of the input: once is enough in memory
-            part = dataclasses.replace(part, manifest=dataclasses.replace(part.manifest, sources=sources))
-        parts.append(part)
+            manifest = dataclasses.replace(manifest, sources=sources)
+        parts.append(_Part(folder, options, manifest, details))
     return parts
 
 
@@ -127,9 +121,6 @@ def _find_folders(inputs: Sequence[str]) -> list[Path]:
             raise UserError(f"input {name} is not a folder; {_HINT}")
         folders += [folder for folder in named if not is_unfinished(folder)]
     return folders
-
-
-# -------------------------------------------------------------------------------------------------- what fits together
 
 
 def _all_of_them(parts: Sequence[_Part]) -> list[_Part]:
@@ -158,7 +149,7 @@ def _check_alike(parts: Sequence[_Part]) -> None:
     """Make sure that the parts were made of the same input in the same way."""
     _check_equal("prepare", [(part, part.manifest.kind) for part in parts])
     _check_equal("tokenizer", [(part, part.manifest.tokenizer_fingerprint[:8]) for part in parts])
-    _check_equal("template", [(part, _template(part)) for part in parts])
+    _check_equal("template", [(part, _template(part.manifest.chat)) for part in parts])
     for part in parts:
         for source, first in zip_longest(part.manifest.sources, parts[0].manifest.sources):
             if source != first:
@@ -184,18 +175,14 @@ def _check_equal(what: str, values: Sequence[tuple[_Part, Any]]) -> None:
             )
 
 
-def _template(part: _Part) -> str | None:
-    if part.manifest.chat is None:
+def _template(chat: ChatDetails | None) -> str | None:
+    if chat is None:
         return None
-    name, source = part.manifest.chat.template, part.manifest.chat.template_source
-    return f"{name} ({hashlib.sha256(source.encode()).hexdigest()[:8]})"
+    return f"{chat.template} ({hashlib.sha256(chat.template_source.encode()).hexdigest()[:8]})"
 
 
 def _describe(source: Source | None) -> str:
     return "no more file" if source is None else f"{source.path} of {source.bytes} bytes"
-
-
-# ---------------------------------------------------------------------------------------------------- putting together
 
 
 @dataclass(frozen=True)
@@ -213,10 +200,6 @@ class _Piece:
     @cached_property
     def index(self) -> dict[str, Any]:
         return check_index((self.folder / INDEX_FILE).read_bytes(), self.split, str(self.folder))
-
-    @property
-    def chunks(self) -> list[dict[str, Any]]:
-        return self.index["chunks"]
 
 
 def _assign(parts: Sequence[_Part]) -> dict[str, list[_Piece]]:
@@ -253,7 +236,7 @@ def _merge(folder: Path, pieces: Sequence[_Piece], bar: tqdm) -> Split:
                 f"{piece.folder} and {first.folder} are stored differently, as by two versions of LitData; "
                 f"prepare all parts with one"
             )
-        for chunk in piece.chunks:
+        for chunk in piece.index["chunks"]:
             name = f"chunk-0-{len(chunks)}.bin"  # as LitData names those of one run
             check_chunk(piece.folder, chunk)
             _link_or_copy(piece.folder / chunk["filename"], folder / name)
@@ -270,7 +253,7 @@ def _merge(folder: Path, pieces: Sequence[_Piece], bar: tqdm) -> Split:
             num_answers=np.concatenate([table.num_answers for table in tables]),
             answer_tokens=np.concatenate([table.answer_tokens for table in tables]),
         )
-    return dataclasses.replace(_sum([piece.split for piece in pieces], fingerprint), files=hash_files(folder))
+    return _sum([piece.split for piece in pieces], fingerprint=fingerprint, files=hash_files(folder))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -280,20 +263,13 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _sum(splits: Sequence[Split], fingerprint: str) -> Split:
-    combine: dict[str, Callable] = {"fingerprint": lambda _: fingerprint, "longest": max, "files": lambda _: {}}
-    values = {f.name: [getattr(split, f.name) for split in splits] for f in dataclasses.fields(splits[0])}
-    return type(splits[0])(**{name: combine.get(name, sum)(some) for name, some in values.items()})
+_COUNTS = re.compile("documents|tokens|answers|answer_tokens|num_.*")
 
 
-def _merge_manifests(manifests: Sequence[Manifest], splits: dict[str, Split]) -> Manifest:
-    """Return the manifest of the dataset."""
-    chats = [manifest.chat for manifest in manifests if manifest.chat is not None]
-    chat = _add_counts(chats) if chats else None
-    return dataclasses.replace(_add_counts(manifests), version=VERSION, splits=splits, chat=chat, part=None)
-
-
-def _add_counts(entries: Sequence[Any]) -> Any:
-    """Return the first of several entries of one class with the sums of all in its fields `num_...`."""
-    names = [f.name for f in dataclasses.fields(entries[0]) if f.name.startswith("num_")]
-    return dataclasses.replace(entries[0], **{name: sum(getattr(entry, name) for entry in entries) for name in names})
+def _sum(entries: Sequence[Any], **others: Any) -> Any:
+    """Return the first of several entries of one class with the sums of all in its counts, and `others` replaced."""
+    names = [f.name for f in dataclasses.fields(entries[0])]
+    values = {name: [getattr(entry, name) for entry in entries] for name in names}
+    sums = {name: sum(some) for name, some in values.items() if _COUNTS.fullmatch(name)}
+    longest = {name: max(some) for name, some in values.items() if name == "longest"}
+    return dataclasses.replace(entries[0], **sums, **longest, **others)

@@ -1,10 +1,8 @@
 """Assign documents to the training and the validation split, by a hash of their text."""
 
 import hashlib
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from meap_lit.data.store.chunks import Split
 from meap_lit.data.store.writers import ChunkWriter
@@ -23,26 +21,13 @@ class SplitWriter:
     """Write documents whose draw is below `val_share` into `val`, the others into `train`.
 
     A small corpus may have no such document. The one with the smallest draw is therefore kept back to the end, and
-    becomes the validation split if nothing else did.
-
-    Args:
-        writer: Class that writes each split.
-        folder: Folder of the dataset.
-        dtype: Type of the tokens, uint16 or int32.
-        chunk_bytes: Size at which a chunk is closed.
-        val_share: Share of documents to hold out, in [0, 1).
-
-    Raises:
-        UserError: If `val_share` is not.
+    becomes the validation split if nothing else did. `new_writer` returns the writer of a split, given its name.
     """
 
-    def __init__(
-        self, writer: type[ChunkWriter], folder: Path, dtype: np.dtype, chunk_bytes: int, val_share: float
-    ) -> None:
+    def __init__(self, new_writer: Callable[[str], ChunkWriter], val_share: float) -> None:
         check_range("val_share", val_share, "[0, 1)", "; write 0.01 for 1%")
-        names = ("train", "val") if val_share > 0 else ("train",)
-        self._new_writer = lambda name: writer(folder / name, dtype, chunk_bytes)
-        self._writers = {name: self._new_writer(name) for name in names}
+        self._new_writer = new_writer
+        self._writers = {name: new_writer(name) for name in (("train", "val") if val_share > 0 else ("train",))}
         self._val_share = val_share
         self.reserve_draw: float | None = None
         """Draw of the document in the split `reserve`; None if there is no such split."""
@@ -65,11 +50,7 @@ class SplitWriter:
             self._reserve = None
 
     def close(self) -> dict[str, Split]:
-        """Finish both splits.
-
-        Raises:
-            UserError: If one of them is empty; LitData could not open it.
-        """
+        """Finish both splits; raise `UserError` if one of them is empty, since LitData could not open it."""
         without_val = "val" in self._writers and self._writers["val"].num_documents == 0
         self._release("val" if without_val else "train")
         if self._writers["train"].num_documents == 0:

@@ -35,18 +35,10 @@ class Preparation(ABC):
 
     @abstractmethod
     def make(self, folder: Path) -> str | None:
-        """Write the whole result into the empty `folder`, which becomes `output` afterwards.
-
-        Returns:
-            A summary for the user, printed once `output` is there.
-        """
+        """Write the whole result into the empty `folder`, which becomes `output`, and return a summary to print."""
 
     def run(self) -> None:
-        """Make `output`.
-
-        Raises:
-            UserError: If `output` exists already; nothing in it is touched.
-        """
+        """Make `output`; raise `UserError` if it exists already, without touching it."""
         if Path(self.output).exists():
             raise UserError(f"output folder {self.output} exists already; remove it or name another --output")
         with new_folder(Path(self.output)) as folder:
@@ -56,11 +48,7 @@ class Preparation(ABC):
             print(summary)
 
     def ensure(self) -> None:
-        """Make `output` unless this very step made it before.
-
-        Raises:
-            UserError: If `output` exists and was made otherwise.
-        """
+        """Make `output` unless this very step made it before; raise `UserError` if it was made otherwise."""
         output = Path(self.output)
         if not output.exists():
             self.run()

@@ -11,7 +11,6 @@ from typing import Any
 
 from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
 from meap_lit.data.read.find import Input, find_input
-from meap_lit.data.read.formats import InputFile
 from meap_lit.data.read.readers import DocumentReader, InputPart
 from meap_lit.data.store.writers import TokenWriter
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -40,11 +39,9 @@ class PrepareText(PrepareDataset):
     def new_encoder(self, tokenizer: Tokenizer) -> "TextEncoder":
         return TextEncoder(tokenizer)
 
-    def find(self) -> Input:
-        return find_input(self.input, self.suffixes)
-
-    def new_reader(self, files: Sequence[InputFile], part: InputPart | None) -> DocumentReader:
-        return DocumentReader(files, self.text_field, self.on_error, part)
+    def open_input(self, part: InputPart | None) -> tuple[Input, DocumentReader]:
+        found = find_input(self.input, self.suffixes)
+        return found, DocumentReader(found.files, self.text_field, self.on_error, part)
 
     def left_out(self, counts: Counter[str]) -> str:
         return f"{counts['empty']} empty"

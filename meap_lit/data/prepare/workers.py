@@ -16,13 +16,14 @@ from meap_lit.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_BYTES_PER_WORKER = 4_000_000
 _PENDING_PER_WORKER = 3  # one in work, one waiting, one finished: nobody waits for the slowest
 
 
-def default_num_workers(num_bytes: int, bytes_per_worker: int = 4_000_000) -> int:
+def default_num_workers(num_bytes: int) -> int:
     """Return the number of processes for an input of `num_bytes`: one per core, fewer for a small input."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, num_bytes // bytes_per_worker))
+    return max(1, min(cores, num_bytes // _BYTES_PER_WORKER))
 
 
 def map_in_order(
@@ -30,16 +31,9 @@ def map_in_order(
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for every item, in order; with one worker in this process, with more in that many others.
 
-    Every worker tokenizes in a single thread. Items are read ahead by a few per worker only. The workers end when this
-    process ends, however it ends.
-
-    Args:
-        function: Picklable; sent to each worker once. An exception it raises is raised here.
-        items: Read in this process.
-        num_workers: Number of processes.
-
-    Raises:
-        UserError: If a worker is killed.
+    The function is sent to each worker once, and an exception it raises is raised here. Every worker tokenizes in a
+    single thread. Items are read in this process, a few per worker ahead. The workers end when this process ends,
+    however it ends; `UserError` is raised if one is killed.
     """
     if num_workers == 1:
         with _single_threaded_tokenizers():

@@ -74,11 +74,7 @@ _REFUSED_FIELDS = (
 
 
 def to_conversation(record: Mapping[str, Any], system: str | None = None) -> Conversation:
-    """Return the conversation of one record.
-
-    Args:
-        record: A JSON object or a row of a table.
-        system: System message of records that have none.
+    """Return the conversation of one record; `system` is the system message if the record has none.
 
     Raises:
         UserError: If the format is unknown, or the record does not hold a conversation.
@@ -113,9 +109,6 @@ def to_conversation(record: Mapping[str, Any], system: str | None = None) -> Con
     return Conversation(messages, trained, _tools(fields))
 
 
-# --------------------------------------------------------------------------------------------------- Alpaca
-
-
 def _alpaca_question(fields: Mapping[str, Any]) -> Message:
     instruction = check_text("instruction", fields["instruction"])
     context = check_text("input", fields.get("input", ""))
@@ -138,9 +131,6 @@ def _answer(fields: Mapping[str, Any], name: str) -> Message:
     if name not in fields:
         raise UserError(f"no answer: field {name!r} is missing")
     return {"role": "assistant", "content": check_text(name, fields[name])}
-
-
-# -------------------------------------------------------------------------------------------- lists of turns
 
 
 def _from_list(name: str, turns: Any, role: str, content: str) -> tuple[list[Message], list[bool]]:
@@ -215,9 +205,6 @@ def _text(where: str, value: Any) -> str:
     return "".join(texts)
 
 
-# ---------------------------------------------------------------------------------------------------- tools
-
-
 def _tools(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """Return the record's tools; None for an empty list."""
     tools: list[dict[str, Any]] = []
@@ -260,9 +247,6 @@ def _parsed(where: str, value: Any) -> Any:
         return parse_json(value, where)
     except UserError as error:
         raise UserError(f"{error}: {_short(value)}") from error
-
-
-# ------------------------------------------------------------------------------------------------------ checks
 
 
 def _system_messages(fields: Mapping[str, Any], messages: Sequence[Message], default: str | None) -> list[Message]:

@@ -19,50 +19,36 @@ RECORD_FILE = "preparation.json"
 
 @dataclass(frozen=True)
 class Input:
-    """The files that `find_input` found.
-
-    Args:
-        files: Files to read, sorted, each once.
-        passed_over: Number of files in folders that have other endings, by ending.
-    """
+    """The files to read, sorted, each once, and the number of files in folders that have other endings, by ending."""
 
     files: list[InputFile]
     passed_over: Counter[str]
 
     def lines_of_summary(self) -> list[str]:
         """Return the line that says what was passed over; none if nothing was."""
-        if not self.passed_over:
-            return []
         counts = sorted(self.passed_over.items(), key=lambda entry: (-entry[1], entry[0]))
         kinds = [f"{count} {ending or 'without an ending'}" for ending, count in counts[:8]]
         kinds += [f"{sum(count for _, count in counts[8:])} others"] if len(counts) > 8 else []
-        return [f"  not read {', '.join(kinds)} in the folders"]
+        return [f"  not read {', '.join(kinds)} in the folders"] if kinds else []
 
 
-def find_files(
-    inputs: Sequence[str], suffixes: Sequence[str] | None = None, formats: Mapping[str, Format] | None = None
-) -> list[InputFile]:
-    """Return the files that `find_input` finds, without what it passed over."""
-    return find_input(inputs, suffixes, formats).files
+def find_files(inputs: Sequence[str], suffixes: Sequence[str] | None = None) -> list[InputFile]:
+    """Return the files of documents that `find_input` finds."""
+    return find_input(inputs, suffixes).files
 
 
 def find_input(
-    inputs: Sequence[str], suffixes: Sequence[str] | None = None, formats: Mapping[str, Format] | None = None
+    inputs: Sequence[str], suffixes: Sequence[str] | None = None, formats: Mapping[str, Format] = FORMATS
 ) -> Input:
     """Find the files named by paths, folders, glob patterns and remote addresses.
 
-    Folders are read at all levels, links to other folders included; hidden files and folders are left out.
-
-    Args:
-        inputs: Paths, folders and patterns, also of remote files, such as s3://bucket/folder.
-        suffixes: File name endings to take from folders, all of `formats` if not given.
-        formats: Formats that may be named: `FORMATS`, those of documents, if not given, or `RECORD_FORMATS`.
+    Folders are read at all levels, links to other folders included; hidden files and folders are left out. From
+    folders come files of the endings `suffixes`, or of all `formats` (`FORMATS` or `RECORD_FORMATS`) if not given.
 
     Raises:
         UserError: If an input names nothing, a folder that cannot be listed, or a file of an ending that is neither
             known nor in `suffixes`.
     """
-    formats = FORMATS if formats is None else formats
     wanted = [suffix if suffix.startswith(".") else f".{suffix}" for suffix in suffixes or formats]
     found: dict[str, InputFile] = {}
     others: dict[str, InputFile] = {}
@@ -148,11 +134,7 @@ def _files_in(folder: Path) -> list[InputFile]:
 
 
 def size_of(path: InputFile) -> int:
-    """Return the size of a file in bytes.
-
-    Raises:
-        UserError: If it cannot be read, or is not a regular file.
-    """
+    """Return the size of a file in bytes; raise `UserError` if it cannot be read, or is not a regular file."""
     if isinstance(path, RemoteFile):
         return path.size
     try:

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 from meap_lit.data.store.remote import RemoteFile
 from meap_lit.errors import UserError
-from meap_lit.files import BYTE_ORDER_MARK, decode, parse_json, why_no_text
+from meap_lit.files import BYTE_ORDER_MARK, check_object, decode, parse_json, parse_object, why_no_text
 
 MAX_LINE_BYTES = 1 << 28
 """Longest line of a .jsonl file, decompressed: 256 MiB."""
@@ -52,18 +52,13 @@ DIVISIBLE = (".jsonl", ".parquet")
 
 
 def read_file(path: InputFile, formats: Mapping[str, Format], span: Span, column: str | None = None) -> Iterator[Entry]:
-    """Yield the entries of one file, read by the ending of its name; an unknown ending is plain text.
+    """Yield the entries of a file or, if it is `DIVISIBLE`, of a span of it; of a Parquet file only `column`, if given.
 
-    Spans that divide a file divide its entries: each belongs to one of them.
-
-    Args:
-        path: The file.
-        formats: `FORMATS` or `RECORD_FORMATS`.
-        span: What to read of a file that is `DIVISIBLE`.
-        column: The only column to read of a Parquet file, all if not given.
+    The ending of its name tells how it is read; an unknown one is plain text. Spans that divide a file divide its
+    entries: each belongs to one of them. A line that cannot be read is an entry.
 
     Raises:
-        UserError: If the file cannot be read at all; a line that cannot be read is an entry.
+        UserError: If the file cannot be read at all.
     """
     read = next((read for suffix, read in formats.items() if has_suffix(path, [suffix])), _read_text)
     try:
@@ -82,21 +77,27 @@ def has_suffix(path: InputFile, suffixes: Sequence[str]) -> bool:
 
 def _read_text(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     raw = file.read()
-    content = decode(raw, str(path))
-    yield Entry(len(raw), str(path), content)
+    yield _entry(len(raw), str(path), decode, raw)
+
+
+def _entry(position: int, where: str, parse: Callable[..., Any], *arguments: Any) -> Entry:
+    """Return an entry with what `parse(*arguments, where)` returns, or why it raises `UserError`."""
+    try:
+        return Entry(position, where, parse(*arguments, where))
+    except UserError as error:
+        return Entry(position, where, error)
 
 
 def _read_json(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     """Yield the objects of an array, or one object."""
     raw = file.read()
-    text = decode(raw, str(path))
-    content = text if isinstance(text, UserError) else _parse_json(text, str(path))
-    if not isinstance(content, list):
-        yield Entry(len(raw), str(path), _checked_object(content, str(path)))
-        return
-    for number, element in enumerate(content, start=1):
-        where = f"{path}, element {number}"
-        yield Entry(len(raw) * number // len(content), where, _checked_object(element, where))
+    whole = _entry(len(raw), str(path), lambda where: parse_json(decode(raw, where), where))
+    if isinstance(whole.content, list):
+        for number, element in enumerate(whole.content, start=1):
+            position = len(raw) * number // len(whole.content)
+            yield _entry(position, f"{path}, element {number}", check_object, element)
+    else:
+        yield whole if isinstance(whole.content, UserError) else _entry(*whole[:2], check_object, whole.content)
 
 
 def _read_jsonl(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
@@ -127,7 +128,7 @@ def _read_parquet(path: InputFile, file: IO[bytes], span: Span, column: str | No
             for number in range(batch.num_rows):
                 row += 1
                 where = f"{path}, row {row}"
-                yield Entry(size * row // table.metadata.num_rows, where, _row(batch, number, where))
+                yield _entry(size * row // table.metadata.num_rows, where, _row, batch, number)
     except (pyarrow.ArrowException, OSError) as error:
         reason = UserError(f"{path}, row {row + 1}: cannot be read as Parquet ({_first_line(error)})")
         yield Entry(size, str(path), reason)
@@ -155,16 +156,18 @@ def _parse_lines(path: InputFile, file: IO[bytes], lines: Iterable[bytes], start
     try:
         for number, line in enumerate(lines, start=1):
             where = f"{path}, line {number}" if start == 0 else f"{path}, byte {file.tell() - len(line)}"
-            if number == 1 and start == 0:
+            is_first = number == 1 and start == 0
+            if is_first:
                 line = line.removeprefix(BYTE_ORDER_MARK)
             if line.strip():
-                content = _parse_line(line, where)
-                if number == 1 and start == 0 and isinstance(content, UserError) and line.lstrip().startswith(b"["):
-                    content = UserError(
+                entry = _entry(file.tell(), where, _parse_line, line)
+                if is_first and isinstance(entry.content, UserError) and line.lstrip().startswith(b"["):
+                    reason = UserError(
                         f"{where}: begins a JSON array, but a .jsonl file has an object on each line; write it so, or "
                         f"give a file of conversations the ending .json"
                     )
-                yield Entry(file.tell(), where, content)
+                    entry = entry._replace(content=reason)
+                yield entry
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         where = f"{path}, line {number + 1}"
         reason = UserError(f"{where}: damaged or cut compressed file ({_first_line(error)})")
@@ -191,29 +194,16 @@ def _lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
             line = file.readline(MAX_LINE_BYTES + 1)
 
 
-def _parse_line(line: bytes, where: str) -> dict[str, Any] | UserError:
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
-        return UserError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; divide it, a document is a line")
+        raise UserError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; divide it, a document is a line")
     try:
         text = line.strip().decode("utf-8")
     except UnicodeDecodeError:
-        return UserError(f"{where}: {why_no_text(line)}")
+        text = "\0"
     if "\0" in text:
-        return UserError(f"{where}: {why_no_text(line)}")
-    return _checked_object(_parse_json(text, where), where)
-
-
-def _parse_json(text: str, where: str) -> Any | UserError:
-    try:
-        return parse_json(text, where)
-    except UserError as error:
-        return error
-
-
-def _checked_object(content: Any, where: str) -> dict[str, Any] | UserError:
-    if isinstance(content, (dict, UserError)):
-        return content
-    return UserError(f"{where}: not a JSON object but {type(content).__name__}")
+        raise UserError(f"{where}: {why_no_text(line)}")
+    return parse_object(text, where)
 
 
 def _row_groups(metadata: Any, size: int, span: Span) -> tuple[int, list[int]]:
@@ -228,12 +218,12 @@ def _row_groups(metadata: Any, size: int, span: Span) -> tuple[int, list[int]]:
     return firsts[groups[0]] if groups else 0, groups
 
 
-def _row(batch: Any, number: int, where: str) -> dict[str, Any] | UserError:
+def _row(batch: Any, number: int, where: str) -> dict[str, Any]:
     try:
         columns = zip(batch.schema.names, batch.columns, strict=True)
         return {name: _without_nulls(column[number].as_py()) for name, column in columns}
-    except UnicodeDecodeError:
-        return UserError(f"{where}: not valid UTF-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not valid UTF-8") from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -245,16 +235,10 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-# --------------------------------------------------------------------------------------------- zstandard
-
-
 def _decompress_zstd(file: IO[bytes], zstandard: ModuleType) -> Iterator[bytes]:
-    """Yield blocks of decompressed bytes; the file may have several frames.
+    """Yield blocks of decompressed bytes; raise `EOFError` if the stream is damaged or ends early.
 
     The library's own stream reader takes a file that ends within a frame for a whole one.
-
-    Raises:
-        EOFError: If the stream is damaged or ends early.
     """
     frame = None
     try:

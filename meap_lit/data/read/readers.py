@@ -39,11 +39,7 @@ class InputPart:
 
     @classmethod
     def parse(cls, text: str) -> "InputPart":
-        """Return the part that "3/8" names.
-
-        Raises:
-            UserError: If the text is not of this form, or the index not below the count.
-        """
+        """Return the part that "3/8" names."""
         match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
         part = cls(int(match[1]), int(match[2])) if match else None
         if part is None or part.index >= part.count:
@@ -70,17 +66,10 @@ class InputPart:
 
 
 class Reader(ABC, Generic[Item]):
-    """Iterates over the items of many files, one file after the other.
+    """Iterates over the items of many files, one file after the other; all of them, or those of a part of the input.
 
-    Args:
-        files: Files to read, as `find_files` returns them.
-        on_error: `stop` raises at the first item that cannot be read, `skip` counts it.
-        part: Part of the input to read, all if not given.
-        column: The only column to read of a Parquet file, all if not given.
-
-    Raises:
-        UserError: While iterating; names file and line. A file that cannot be opened, a missing package and a Parquet
-            file without the column are never skipped.
+    At the first item that cannot be read, `UserError` names file and line, unless `on_error` is `skip`, which counts
+    it. A file that cannot be opened, a missing package and a Parquet file without the column are never skipped.
     """
 
     formats: ClassVar[Mapping[str, Format]]
@@ -98,7 +87,6 @@ class Reader(ABC, Generic[Item]):
         self.column = column
         self.num_skipped = 0
         self.first_skipped = ""
-        """Why the first item was skipped."""
         self.bytes_read = 0
         """Bytes on disk that have been read so far, of `num_bytes`."""
         self.sizes = [size_of(file) for file in files]
@@ -112,11 +100,7 @@ class Reader(ABC, Generic[Item]):
 
     @abstractmethod
     def convert(self, entry: Entry) -> Item:
-        """Return the item of an entry whose content was read.
-
-        Raises:
-            UserError: If it holds none.
-        """
+        """Return the item of an entry whose content was read; raise `UserError` if it holds none."""
 
     def __iter__(self) -> Iterator[Item]:
         finished = 0
@@ -140,14 +124,7 @@ class Reader(ABC, Generic[Item]):
 
 
 class DocumentReader(Reader[str]):
-    """Iterates over the documents of many files: plain texts, and one text field of records.
-
-    Args:
-        files: Files to read, as `find_files` returns them.
-        text_field: Name of the text in a JSON object or of the column in a Parquet file.
-        on_error: As for `Reader`.
-        part: As for `Reader`.
-    """
+    """Iterates over the documents of many files: plain texts, and the field `text_field` of records."""
 
     formats = FORMATS
 
@@ -193,11 +170,7 @@ class RecordReader(Reader[Record]):
 
 
 def check_text(name: str, text: Any) -> str:
-    """Return `text` if it is a text that can be encoded.
-
-    Raises:
-        UserError: If it is not; names the field `name`.
-    """
+    """Return `text` if it is a text that can be encoded; otherwise raise `UserError`, which names the field `name`."""
     if not isinstance(text, str):
         raise UserError(f"field {name!r} is not a string but {type(text).__name__}")
     try:

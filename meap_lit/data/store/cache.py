@@ -36,11 +36,7 @@ together may come from both sides of a border."""
 
 
 class LocalChunks:
-    """A split in a local folder. Each chunk is verified before this process reads from it for the first time.
-
-    Args:
-        path: The folder.
-    """
+    """A split in a local folder. Each chunk is verified before this process reads from it for the first time."""
 
     def __init__(self, path: str) -> None:
         self.folder = path
@@ -48,26 +44,14 @@ class LocalChunks:
         self._verified: set[int] = set()
 
     def ensure(self, number: int) -> None:
-        """Make sure that chunk `number` exists and is whole, before LitData reads from it.
-
-        Raises:
-            UserError: If it does not, or is damaged.
-        """
+        """Raise `UserError` unless chunk `number` exists and is whole; to be called before LitData reads from it."""
         if number not in self._verified:
             check_chunk(Path(self.folder), self._chunks[number])
             self._verified.add(number)
 
 
 class CachedChunks:
-    """A split at a remote address. Each chunk is fetched into the cache when it is first needed.
-
-    Args:
-        address: Address of the split.
-        storage: How it is read, and where the cache is.
-
-    Raises:
-        UserError: If its index cannot be read, or the cache not be written.
-    """
+    """A split at a remote address. Each chunk is fetched into the cache when it is first needed."""
 
     def __init__(self, address: str, storage: Storage) -> None:
         self.address = address
@@ -92,11 +76,7 @@ class CachedChunks:
         _caches.add(self)
 
     def ensure(self, number: int) -> None:
-        """Make sure that chunk `number` is in the cache, whole, and stays while `NUM_HELD` others are read.
-
-        Raises:
-            UserError: If it cannot be fetched.
-        """
+        """Fetch chunk `number` unless it is in the cache, whole, and keep it there while `NUM_HELD` others are read."""
         if number in self._held:
             self._held.move_to_end(number)
             return
@@ -184,11 +164,7 @@ class CachedChunks:
 
 
 def open_chunks(path: str, storage: Storage) -> LocalChunks | CachedChunks:
-    """Return the chunks of the split at `path`, a folder or an address.
-
-    Raises:
-        UserError: As for `CachedChunks`.
-    """
+    """Return the chunks of the split at `path`, a folder or an address."""
     return CachedChunks(path, storage) if "://" in path else LocalChunks(path)
 
 
@@ -207,11 +183,12 @@ os.register_at_fork(after_in_child=_release_all)
 def _lock(path: Path, kind: int, create: bool = False) -> BufferedRandom | None:
     """Open and lock the file at `path`; return None if it does not exist or another process has locked it."""
     try:
-        file = open(path, "r+b", opener=_create if create else None)  # noqa: SIM115  open as long as it is locked
+        descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
     except FileNotFoundError:
         if create:  # the folder is gone
             raise
         return None
+    file = os.fdopen(descriptor, "r+b")
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -221,10 +198,6 @@ def _lock(path: Path, kind: int, create: bool = False) -> BufferedRandom | None:
         file.close()
         return None
     return file
-
-
-def _create(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 def _is_at(path: Path, file: BufferedRandom) -> bool:

@@ -27,6 +27,7 @@ INDEX_FILE = "index.json"
 SAMPLES_FILE = "samples.npz"
 SHA256 = "sha256"
 """Key of the hash of a chunk's file in the index; LitData ignores it, older datasets lack it."""
+MEND = "copy or prepare the dataset again"
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,20 @@ class ChatSplit(Split):
 
 @dataclass(frozen=True)
 class ChatIndex:
-    """Sizes of the samples of one split of conversations, known without reading a token.
-
-    Args:
-        num_tokens: Tokens of each sample, [N] int32.
-        num_answers: Answers of each sample, [N] int32.
-        answer_tokens: Of each answer, sample after sample, the tokens of its own and those that close it, [A, 2] int32.
-        chunk_sizes: Samples in each chunk.
-    """
+    """Sizes of the samples of one split of conversations, known without reading a token."""
 
     num_tokens: np.ndarray
+    """Tokens of each sample, [N] int32."""
     num_answers: np.ndarray
+    """Answers of each sample, [N] int32."""
     answer_tokens: np.ndarray
+    """Of each answer, sample after sample, the tokens of its own and those that close it, [A, 2] int32."""
     chunk_sizes: list[int]
+    """Samples in each chunk."""
 
     @classmethod
     def parse(cls, table: bytes, index: dict[str, Any], folder: str) -> "ChatIndex":
-        """Read the content of samples.npz and compare it with the index of the chunk folder.
-
-        Raises:
-            UserError: If it is damaged or belongs to other data.
-        """
+        """Read the content of samples.npz; raise `UserError` if it is damaged or not of the chunk folder's index."""
         chunk_sizes = [documents for documents, _ in layout(index)]
         try:
             # written without compression: an archive that unpacks to more than it is was made to fill the memory
@@ -85,18 +79,16 @@ class ChatIndex:
                 raise ValueError(f"its {len(table)} bytes unpack to {unpacked}")
             with np.load(io.BytesIO(table), allow_pickle=False) as arrays:
                 result = cls(arrays["num_tokens"], arrays["num_answers"], arrays["answer_tokens"], chunk_sizes)
-            dims = (result.num_tokens.ndim, result.num_answers.ndim, result.answer_tokens.shape[1:])
-            if dims != (1, 1, (2,)) or any(
-                array.dtype != np.int32 for array in (result.num_tokens, result.num_answers)
-            ):
+            found = [(array.dtype, *array.shape[1:]) for array in (result.num_tokens, result.num_answers)]
+            if found != [(np.int32,)] * 2 or result.answer_tokens.shape[1:] != (2,):
                 raise ValueError("its arrays have other shapes or types")
         except Exception as error:  # a damaged archive may fail in any way
             reason = " ".join(str(error).split())
             raise UserError(f"{folder}/{SAMPLES_FILE} is damaged: {reason:.200}; prepare the dataset again") from error
-        found, expected = len(result.num_tokens), sum(chunk_sizes)
-        if found != expected or result.num_answers.sum() != len(result.answer_tokens):
+        num_samples, expected = len(result.num_tokens), sum(chunk_sizes)
+        if num_samples != expected or result.num_answers.sum() != len(result.answer_tokens):
             raise UserError(
-                f"{folder}/{SAMPLES_FILE} lists {found} samples with {len(result.answer_tokens)} answers, "
+                f"{folder}/{SAMPLES_FILE} lists {num_samples} samples with {len(result.answer_tokens)} answers, "
                 f"{INDEX_FILE} {expected} samples; prepare the dataset again"
             )
         return result
@@ -108,42 +100,21 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def check_hash(content: bytes, files: Mapping[str, str], file: str) -> None:
-    """Compare the content of a describing file with its hash in the manifest, if that has one.
-
-    Args:
-        content: What the file holds.
-        files: `Split.files`.
-        file: Address of the file; its last part is its name in `files`.
-
-    Raises:
-        UserError: If they differ.
-    """
-    name = file.rpartition("/")[2]
-    if files and hashlib.sha256(content).hexdigest() != files.get(name):
-        raise UserError(f"{file} is damaged: it has another SHA-256 than the manifest says; {_MEND}")
-
-
-_MEND = "copy or prepare the dataset again"
+    """Raise `UserError` unless the content of `file` has the hash that `files`, of a `Split`, have for its name."""
+    if files and hashlib.sha256(content).hexdigest() != files.get(file.rpartition("/")[2]):
+        raise UserError(f"{file} is damaged: it has another SHA-256 than the manifest says; {MEND}")
 
 
 def parse_description(content: bytes, where: str) -> dict[str, Any]:
-    """Return the JSON object of a file that describes a dataset.
-
-    Raises:
-        UserError: If it holds none.
-    """
+    """Return the JSON object of a file that describes a dataset, or raise `UserError`."""
     try:
         return parse_object(content, where)
     except UserError as error:
-        raise UserError(f"{error}; {_MEND}") from error
+        raise UserError(f"{error}; {MEND}") from error
 
 
 def check_index(content: bytes, split: Split, folder: str) -> dict[str, Any]:
-    """Parse the index of a chunk folder and compare it with what was written.
-
-    Raises:
-        UserError: If they differ, or it is not an index that this package writes.
-    """
+    """Parse the index of a chunk folder as `parse_index` does, and compare it with what the manifest says."""
     check_hash(content, split.files, f"{folder}/{INDEX_FILE}")
     index = parse_index(content, folder)
     unit = "tokens" if index["config"]["item_loader"] == "TokensLoader" else "documents"
@@ -161,9 +132,6 @@ def parse_index(content: bytes, folder: str) -> dict[str, Any]:
 
     LitData joins the names of chunks to its folder, and unpickles samples whose `data_format` says so. Only plain names
     and tensors pass.
-
-    Raises:
-        UserError: If it is damaged, or not an index that this package writes.
     """
     where = f"{folder}/{INDEX_FILE}"
     index = parse_description(content, where)
@@ -176,11 +144,11 @@ def parse_index(content: bytes, folder: str) -> dict[str, Any]:
         formats = config["data_format"]
         is_whole &= _is_plain_spec(json.loads(config["data_spec"])[1], len(formats))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where} is damaged; {_MEND}") from error
+        raise UserError(f"{where} is damaged; {MEND}") from error
     outside = next((name for name in names if not isinstance(name, str) or not _CHUNK_NAME.fullmatch(name)), None)
     if outside is not None:
         raise UserError(
-            f"{where} names a chunk {outside!r:.80}, which is not a plain file name such as chunk-0-0.bin; {_MEND}"
+            f"{where} names a chunk {outside!r:.80}, which is not a plain file name such as chunk-0-0.bin; {MEND}"
         )
     foreign = next((name for name in formats if not isinstance(name, str) or not _DATA_FORMAT.fullmatch(name)), None)
     if foreign is not None:
@@ -188,7 +156,7 @@ def parse_index(content: bytes, folder: str) -> dict[str, Any]:
             f"{where} stores samples as {foreign!r:.80}; only tensors are read, as meap_lit prepare writes them"
         )
     if not is_whole or any(config.get(name, "") is not None for name in ("compression", "encryption")):
-        raise UserError(f"{where} is damaged, or not made by meap_lit prepare; {_MEND}")
+        raise UserError(f"{where} is damaged, or not made by meap_lit prepare; {MEND}")
     return index
 
 
@@ -222,29 +190,18 @@ def _is_plain_spec(spec: dict[str, Any], num_leaves: int) -> bool:
 
 
 def check_chunk_files(folder: Path, index: dict[str, Any]) -> None:
-    """Look for every chunk of the index in a local folder; contents are not read.
-
-    Raises:
-        UserError: If one is missing or has another size.
-    """
+    """Raise `UserError` if a chunk of the index is missing in a local folder or has another size; none is read."""
     for chunk in index["chunks"]:
         file = folder / chunk["filename"]
         if not file.is_file():
             raise UserError(f"chunk {file} is missing; the dataset is incomplete: copy or prepare it again")
         size = file.stat().st_size
         if size != chunk["chunk_bytes"]:
-            raise UserError(
-                f"chunk {file} has {size} bytes instead of {chunk['chunk_bytes']}; "
-                f"the dataset is damaged: copy or prepare it again"
-            )
+            raise UserError(f"chunk {file} has {size} bytes instead of {chunk['chunk_bytes']}; {_DAMAGED}")
 
 
 def check_chunk(folder: Path, chunk: dict[str, Any]) -> None:
-    """Compare the content of a chunk's file in a local folder with its entry in the index.
-
-    Raises:
-        UserError: If they differ, or the file cannot be read.
-    """
+    """Compare the content of a chunk's file in a local folder with its entry in the index; raise `UserError`."""
     file = folder / chunk["filename"]
     try:
         with open(file, "rb") as content:
@@ -252,7 +209,10 @@ def check_chunk(folder: Path, chunk: dict[str, Any]) -> None:
     except OSError as error:
         raise UserError(f"cannot read chunk {file}: {error.strerror}; copy or prepare it again") from error
     if problem is not None:
-        raise UserError(f"chunk {file} {problem}; the dataset is damaged: copy or prepare it again")
+        raise UserError(f"chunk {file} {problem}; {_DAMAGED}")
+
+
+_DAMAGED = "the dataset is damaged: copy or prepare it again"
 
 
 def chunk_problem(content: io.BufferedIOBase, chunk: dict[str, Any]) -> str | None:

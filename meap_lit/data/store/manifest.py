@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from meap_lit.data.store.chunks import (
     INDEX_FILE,
+    MEND,
     SAMPLES_FILE,
     SHA256,
     ChatIndex,
@@ -118,18 +119,13 @@ class Manifest:
 
     @classmethod
     def load(cls, location: str, storage: Storage = _NO_STORAGE, kind: Kind = "text") -> "Manifest":
-        """Read the manifest of a dataset and check that the dataset is whole.
+        """Read the manifest of a dataset, a folder or address above `train` and `val`, and check that it is whole.
 
         The files that describe the dataset are compared with their hashes. In a local folder every chunk must be there
         and have its size; what chunks hold is compared when they are first read.
 
-        Args:
-            location: Folder or address such as s3://bucket/path; the one above `train` and `val`.
-            storage: How a remote dataset is read.
-            kind: Kind of dataset that is wanted.
-
         Raises:
-            UserError: If there is no whole dataset, or one of another kind.
+            UserError: If there is no whole dataset, or one of another kind than is wanted.
         """
         read = _reader(location, storage, kind)
         manifest = cls._parse(read(MANIFEST_FILE), location)
@@ -141,7 +137,7 @@ class Manifest:
             )
         for name, split in manifest.splits.items():
             index = check_index(read(f"{name}/{INDEX_FILE}"), split, f"{location}/{name}")
-            if not _is_remote(location):
+            if "://" not in location:
                 check_chunk_files(Path(location, name), index)
         return manifest
 
@@ -173,8 +169,7 @@ class Manifest:
             raise UserError(f"{location}/{MANIFEST_FILE} is not a manifest of meap_lit ({error})") from error
         if not splits.keys() <= _SPLITS or (part is None and "train" not in splits):
             raise UserError(
-                f"{location}/{MANIFEST_FILE} is damaged: its splits are {', '.join(splits) or 'none'}; copy or "
-                f"prepare the dataset again"
+                f"{location}/{MANIFEST_FILE} is damaged: its splits are {', '.join(splits) or 'none'}; {MEND}"
             )
         return manifest
 
@@ -184,22 +179,13 @@ class Manifest:
         content["shard"] = content.pop("part")
         content = {name: value for name, value in content.items() if name not in ("chat", "shard") or value is not None}
         body = json.dumps(content, indent=1).removesuffix("\n}")
-        (folder / MANIFEST_FILE).write_text(f'{body},\n "{SHA256}": "{_hash_of(body.encode())}"\n}}\n')
+        own_hash = hashlib.sha256(body.encode()).hexdigest()
+        (folder / MANIFEST_FILE).write_text(f'{body},\n "{SHA256}": "{own_hash}"\n}}\n')
 
     def check_tokenizer(
         self, tokenizer: Tokenizer, dataset: str, tokenizer_folder: str, option: str = "data.tokenizer"
     ) -> None:
-        """Make sure that the data's ids mean what `tokenizer` takes them for.
-
-        Args:
-            tokenizer: The tokenizer of the recipe.
-            dataset: Address of the dataset, for the message.
-            tokenizer_folder: Folder of the tokenizer, for the message.
-            option: What names it, for the message.
-
-        Raises:
-            UserError: If the dataset was prepared with another tokenizer.
-        """
+        """Raise `UserError` if the dataset was prepared with another tokenizer; the other arguments are for it."""
         expected = fingerprint_for(self.kind, tokenizer)
         if expected == self.tokenizer_fingerprint:
             return
@@ -224,16 +210,10 @@ def fingerprint_for(kind: Kind, tokenizer: Tokenizer) -> str:
 def load_samples(
     location: str, split: str, storage: Storage = _NO_STORAGE, files: Mapping[str, str] = MappingProxyType({})
 ) -> ChatIndex:
-    """Read the sizes of the samples of one split of a chat dataset.
-
-    Args:
-        location: Folder or address of the dataset, as for `Manifest.load`, which is to check it first.
-        split: `train` or `val`.
-        storage: How a remote dataset is read.
-        files: Hashes to compare with, `Split.files` of its manifest; none are compared if not given.
+    """Read the sizes of the samples of one split of a chat dataset, whose manifest has been loaded.
 
     Raises:
-        UserError: If the table is missing, damaged or belongs to other data.
+        UserError: If the table is missing, damaged, belongs to other data or has not the hash in `files`, if given.
     """
     read = _reader(location, storage, "chat")
     folder = f"{location}/{split}"
@@ -253,16 +233,8 @@ _told: set[str] = set()
 """Datasets that this process has printed a note about."""
 
 
-def _hash_of(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()
-
-
 def _check_own_hash(text: bytes, content: dict[str, Any], location: str) -> None:
-    """Compare a manifest with the hash at its end, which is taken out of `content`.
-
-    Raises:
-        UserError: If they differ.
-    """
+    """Compare a manifest with the hash at its end, which is taken out of `content`."""
     stated = content.pop(SHA256, None)
     if stated is None and content.get("version", 1) == 1:
         if "splits" in content and location not in _told:
@@ -270,11 +242,8 @@ def _check_own_hash(text: bytes, content: dict[str, Any], location: str) -> None
             print(f"note: dataset {location} is of an older version without hashes of its manifest", file=sys.stderr)
         return
     found = _OWN_HASH.fullmatch(text)
-    if found is None or _hash_of(found[1]) != stated:
-        raise UserError(
-            f"{location}/{MANIFEST_FILE} is damaged: it has another SHA-256 than it says; copy or prepare the "
-            f"dataset again"
-        )
+    if found is None or hashlib.sha256(found[1]).hexdigest() != stated:
+        raise UserError(f"{location}/{MANIFEST_FILE} is damaged: it has another SHA-256 than it says; {MEND}")
 
 
 def _check_types(entry: Any) -> None:
@@ -294,19 +263,10 @@ def _command(location: str, kind: Kind) -> str:
     return f"python -m meap_lit prepare {kind} --input FILES --tokenizer DIR --output {location}"
 
 
-def _is_remote(location: str) -> bool:
-    return "://" in location
-
-
 def _reader(location: str, storage: Storage, kind: Kind) -> Callable[[str], bytes]:
     """Return a function that reads a file of the dataset at `location`."""
-    if not _is_remote(location):
-        return _local_reader(location, kind)
-    return lambda name: storage.hasty.read(f"{location.rstrip('/')}/{name}")
-
-
-def _local_reader(location: str, kind: Kind) -> Callable[[str], bytes]:
-    """Return a function that reads a file of the dataset in the folder `location`."""
+    if "://" in location:
+        return lambda name: storage.hasty.read(f"{location.rstrip('/')}/{name}")
     folder = Path(location)
     if not folder.is_dir():
         raise UserError(f"dataset folder {location} does not exist; make it with: {_command(location, kind)}")

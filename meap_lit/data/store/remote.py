@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from meap_lit.data.store.faults import Passing, fault_of_status, in_one_line
-from meap_lit.data.store.s3 import CONNECT_TIMEOUT, find_s3, open_s3
+from meap_lit.data.store.s3 import CONNECT_TIMEOUT, Passing, fault_of_status, find_s3, in_one_line, open_s3
 from meap_lit.errors import UserError
 from meap_lit.files import parse_json
 
@@ -59,11 +58,7 @@ class Storage:
         return dataclasses.replace(self, tries=min(self.tries, 3))
 
     def read(self, address: str) -> bytes:
-        """Return the content of a small object; one that is named .json must be JSON.
-
-        Raises:
-            UserError: If it cannot be read.
-        """
+        """Return the content of a small object; one that is named .json must be JSON."""
         buffer = io.BytesIO()
         self.download(address, buffer, _json_problem if address.endswith(".json") else None)
         return buffer.getvalue()
@@ -71,10 +66,7 @@ class Storage:
     def download(self, address: str, file: IO[bytes], problem: Callable[[Any], str | None] | None = None) -> None:
         """Write an object into `file`, from its beginning and over what it holds.
 
-        Args:
-            address: Address of the object, such as s3://bucket/path.
-            file: Open for reading and writing.
-            problem: Says what is wrong with the content, or None; what is wrong is read again.
+        `problem` says what is wrong with the content, or None; what is wrong is read again.
 
         Raises:
             UserError: If it cannot be read, or not as it should be; names the address, what happened and how often.
@@ -90,14 +82,7 @@ class Storage:
         self._try(address, get)
 
     def find(self, address: str) -> "list[RemoteFile]":
-        """Find objects by their address.
-
-        Args:
-            address: An object, a folder, for all objects in it at any level, or a glob pattern of objects.
-
-        Raises:
-            UserError: If they cannot be listed, or the server does not tell their size.
-        """
+        """Find objects by the address of one, of a folder, for all in it at any level, or by a glob pattern."""
         return self.hasty._try(address, lambda: _find(address, self))
 
     def _try(self, address: str, attempt: Callable[[], Any]) -> Any:
@@ -122,13 +107,7 @@ def _json_problem(content: IO[bytes]) -> str | None:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A remote file, read like a `Path` by way of a temporary copy.
-
-    Args:
-        address: Its address.
-        size: Its size in bytes.
-        storage: How it is read.
-    """
+    """A remote file of `size` bytes, read like a `Path` by way of a temporary copy."""
 
     address: str
     size: int
@@ -142,11 +121,7 @@ class RemoteFile:
         return self.address.rpartition("/")[2]
 
     def open(self, mode: str = "rb") -> IO[bytes]:
-        """Download the file and open the copy, which disappears when it is closed.
-
-        Raises:
-            UserError: If it cannot be read.
-        """
+        """Download the file and open the copy, which disappears when it is closed."""
         copy = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
         try:
             self.storage.download(self.address, copy)
@@ -161,12 +136,7 @@ _UNSEEDED = random.Random()  # many processes that fail together should not come
 
 
 def _get(address: str, file: IO[bytes], storage: Storage) -> None:
-    """Read an object once.
-
-    Raises:
-        Passing: If another try may go better.
-        UserError: If it would not.
-    """
+    """Read an object once; raise `Passing` if another try may go better, `UserError` if it would not."""
     with _open(address, storage) as (stream, size):
         start = time.monotonic()
         received = 0
@@ -220,11 +190,7 @@ def _find(address: str, storage: Storage) -> list[RemoteFile]:
 
 
 def _scheme(address: str) -> str:
-    """Return the scheme of an address.
-
-    Raises:
-        UserError: If it is not one that can be read.
-    """
+    """Return the scheme of an address that can be read."""
     url = urlsplit(address)
     if url.scheme not in REMOTE_SCHEMES or not url.netloc:
         raise UserError(
@@ -256,11 +222,7 @@ def _faults(address: str) -> Iterator[None]:
 
 
 def _file_system(address: str, storage: Storage) -> Any:
-    """Return fsspec's file system for an address.
-
-    Raises:
-        UserError: If its package is not installed, or does not take the options.
-    """
+    """Return fsspec's file system for an address."""
     import fsspec
 
     scheme = urlsplit(address).scheme

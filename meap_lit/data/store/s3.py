@@ -10,23 +10,33 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from meap_lit.data.store.faults import Passing, fault_of_status, in_one_line
 from meap_lit.errors import UserError
 
 CONNECT_TIMEOUT = 5.0  # seconds
 
 
+class Passing(Exception):
+    """A fault that another try may not meet."""
+
+
+def fault_of_status(status: int, what: str, fault: str, hint: str) -> Exception:
+    """Return the exception for the HTTP status of an answer: `Passing`, or a `UserError` that ends in `hint`."""
+    if status >= 500 or status in (408, 429):
+        return Passing(fault)
+    return UserError(f"cannot read {what}: {fault}; {hint}")
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return the message of an exception without line breaks, or its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextlib.contextmanager
 def open_s3(address: str, timeout: float, options: Mapping[str, Any]) -> Iterator[tuple[Any, int]]:
-    """Open an object as a stream, with its size in bytes.
-
-    Args:
-        address: Its address.
-        timeout: Seconds without a byte after which `Passing` is raised.
-        options: Arguments of `boto3.client`.
+    """Open an object as a stream, with its size in bytes; `options` are arguments of `boto3.client`.
 
     Raises:
-        Passing: Here or by the block, if another try may go better.
+        Passing: Here or by the block, if another try may go better, as after `timeout` seconds without a byte.
         UserError: If it would not.
     """
     bucket, key = _bucket_and_key(address)
@@ -38,10 +48,7 @@ def open_s3(address: str, timeout: float, options: Mapping[str, Any]) -> Iterato
 
 
 def find_s3(address: str, timeout: float, options: Mapping[str, Any]) -> dict[str, int]:
-    """Return the addresses and sizes of an object, of all objects of a folder, or of those that match a pattern.
-
-    Args and exceptions as those of `open_s3`.
-    """
+    """Return the addresses and sizes of an object, of all objects of a folder, or of those that match a pattern."""
     from fsspec.utils import glob_translate
 
     bucket, key = _bucket_and_key(address.rstrip("/"))

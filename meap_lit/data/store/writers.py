@@ -24,16 +24,10 @@ from meap_lit.data.store.chunks import (
 
 
 class ChunkWriter(ABC):
-    """Write samples into the chunks of one folder, in the order they come.
+    """Write samples into the chunks of one folder, in the order they come, and with the same bytes whenever they do.
 
-    The files depend on the samples and the arguments only, byte for byte.
-
-    Args:
-        folder: Folder to write into; made if missing.
-        dtype: Type of the tokens, uint16 or int32.
-        chunk_bytes: Size at which a chunk is closed. A chunk holds whole samples, so one with a sample larger than
-            this is larger.
-        item_loader: LitData's loader that is to read the samples; its default if not given.
+    A chunk is closed at `chunk_bytes`. It holds whole samples, so one with a sample larger than this is larger.
+    `item_loader` is the one of LitData that is to read the samples; its default if not given.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype, chunk_bytes: int, item_loader: Any = None) -> None:
@@ -61,7 +55,7 @@ class ChunkWriter(ABC):
             self._hash.update(array.tobytes())
 
     def close(self) -> Split:
-        """Write what is left and the index, and check the result."""
+        """Write what is left and the index, check the result, and return its size."""
         self._writer.done()
         # LitData would wait here for the indexes of every process that takes part in a distributed run
         (piece,) = self.folder.glob(f"*.{INDEX_FILE}")
@@ -80,7 +74,7 @@ class ChunkWriter(ABC):
 
 
 class TokenWriter(ChunkWriter):
-    """Writes documents of text."""
+    """Write documents of text."""
 
     def __init__(self, folder: Path, dtype: np.dtype, chunk_bytes: int) -> None:
         from litdata.streaming.item_loader import TokensLoader
@@ -95,7 +89,7 @@ class TokenWriter(ChunkWriter):
 
 
 class ChatWriter(ChunkWriter):
-    """Writes conversations, and the table of their sizes."""
+    """Write conversations, and the table of their sizes."""
 
     def __init__(self, folder: Path, dtype: np.dtype, chunk_bytes: int) -> None:
         super().__init__(folder, dtype, chunk_bytes)
@@ -115,7 +109,7 @@ class ChatWriter(ChunkWriter):
         self._answers.append(answers)
 
     def close(self) -> ChatSplit:
-        """Write what is left, the index and the table, and check the result."""
+        """Write what `ChunkWriter.close` does, and the table."""
         split = super().close()
         start, stop, end = np.concatenate(self._answers).T
         np.savez(

@@ -44,24 +44,14 @@ class PackedBatch(TypedDict):
 
 
 class ChatSamples(ChunkedSamples):
-    """Random access to the samples of one split of a dataset of conversations.
-
-    Args:
-        path: Folder or s3:// address of the split.
-        vocab_size: Token ids must be below it.
-        storage: How a remote dataset is read.
-    """
+    """Random access to the samples of one split of a dataset of conversations."""
 
     def __init__(self, path: str, vocab_size: int, storage: Storage | None = None) -> None:
         super().__init__(path, storage)
         self.vocab_size = vocab_size
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[Answer]]:
-        """Return token ids, [n] int64, and answers of sample number `index`.
-
-        Raises:
-            UserError: If a token id is outside the vocabulary.
-        """
+        """Return ids, [n] int64, and answers of a sample; raise `UserError` if an id is outside the vocabulary."""
         sample = self._load(index)
         input_ids = sample["input_ids"].long()
         check_vocabulary(input_ids, self.vocab_size, self.path)
@@ -70,22 +60,15 @@ class ChatSamples(ChunkedSamples):
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads packed rows: lays out their documents and draws the masks of the copies.
-
-    Args:
-        sources: Token ids and answers of the samples of each source, by number.
-        duplication: How copies are masked and placed.
-        seq_len: Length of a row.
-        mask_token_id: Id of the mask token.
-        pad_token_id: Id that fills the rest of a row; any will do, since nothing attends to it.
-        seed: Seed of the masks.
-    """
+    """Reads packed rows: lays out their documents and draws the masks of the copies."""
 
     sources: Sequence[ChatSamples | Sequence[tuple[Tensor, list[Answer]]]]
+    """Token ids and answers of the samples of each source, by number."""
     duplication: Duplication
     seq_len: int
     mask_token_id: int
     pad_token_id: int
+    """Id that fills the rest of a row; any will do, since nothing attends to it."""
     seed: int
 
     def read(self, rows: Sequence[Row], step_rows: Sequence[Row], num_rows: int) -> PackedBatch:

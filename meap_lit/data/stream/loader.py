@@ -17,15 +17,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Loader(DataLoader):
-    """Micro-batches of a stream, which its workers send through pipes.
-
-    Args:
-        stream: The micro-batches.
-        num_workers: Processes that read ahead; with 0 the stream is read within the training.
-        pin_memory: Whether to put batches into memory from which a GPU copies.
+    """Micro-batches of a stream, which its workers, if there are any, read ahead and send through pipes.
 
     Raises:
-        UserError: If the machine has no room for another worker.
+        UserError: While iterating, if the machine has no room for another worker.
     """
 
     def __init__(self, stream: IterableDataset, num_workers: int, *, pin_memory: bool) -> None:

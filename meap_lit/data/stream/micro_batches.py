@@ -2,22 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
+
+from meap_lit.data.stream.order import MixedOrder
+from meap_lit.data.stream.packing import PackedOrder
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The slice of every global batch that one data-parallel rank reads.
-
-    Args:
-        rank: Number of the rank.
-        num_replicas: Ranks that share a global batch.
-    """
+    """The slice of every global batch that one of `num_replicas` data-parallel ranks reads."""
 
     rank: int = 0
     num_replicas: int = 1
@@ -30,16 +28,6 @@ class Slice:
         """
         starts = range(self.rank * size, len(rows) + self.rank * size, size * self.num_replicas)
         return [rows[start : start + size] for start in starts]
-
-
-class Order(Protocol):
-    """The endless line of rows of a run."""
-
-    def iterate(self, start: int) -> Iterator[Any]:
-        """Yield the rows from number `start` on, without end."""
-
-    def num_rows(self, epochs: int) -> int:
-        """Return the rows that `epochs` epochs fill."""
 
 
 class Reader(Protocol):
@@ -58,18 +46,12 @@ class Reader(Protocol):
 class TrainStream(IterableDataset):
     """One rank's micro-batches of a run, epoch after epoch without a seam or an end.
 
-    Args:
-        order: The line of rows.
-        reader: Reads them.
-        rank_slice: This rank's slice of a global batch.
-        global_batch_size: Rows of an optimizer step, over all ranks.
-        micro_batch_size: Rows of a micro-batch.
-        start: Rows that the run, all ranks together, has seen already.
+    `start` is the number of rows that the run, all ranks together, has seen already.
     """
 
     def __init__(
         self,
-        order: Order,
+        order: MixedOrder | PackedOrder,
         reader: Reader,
         *,
         rank_slice: Slice,
@@ -91,7 +73,7 @@ class TrainStream(IterableDataset):
     def _micro_batches(self) -> Iterator[tuple[Sequence[Any], Sequence[Any]]]:
         """Yield the rows of each micro-batch and those of its step."""
         rows = self.order.iterate(self.start)
-        for _ in count():
+        while True:
             step_rows = list(islice(rows, self.global_batch_size))
             for micro_batch in self.rank_slice.micro_batches(step_rows, self.micro_batch_size):
                 yield micro_batch, step_rows
@@ -101,13 +83,7 @@ class ValidationStream(IterableDataset):
     """Given rows, once, in their order; the rows of a batch are from one dataset.
 
     Every rank gets equally many batches of equal size: rows past the end hold no label, so that no rank waits for
-    another and the loss does not depend on the number of ranks.
-
-    Args:
-        rows: The rows of each dataset.
-        reader: Reads them.
-        rank_slice: This rank's slice.
-        micro_batch_size: Rows of a batch.
+    another and the loss does not depend on the number of ranks. `rows` are those of each dataset.
     """
 
     def __init__(

@@ -91,12 +91,7 @@ class MixedOrder:
     """The endless order of several sources, drawn by weight.
 
     The source at a position depends on (seed, position) only. Its sample is the next in that source's own order, so a
-    source that is drawn less often is repeated less often.
-
-    Args:
-        sources: The order of each source.
-        weights: Share of samples of each source; need not add to 1.
-        seed: Seed of the draw.
+    source that is drawn less often is repeated less often. The weights, shares of samples, need not add to 1.
     """
 
     def __init__(self, sources: Sequence[ShuffledOrder], weights: Sequence[float], seed: int) -> None:
@@ -131,16 +126,16 @@ class MixedOrder:
         """Return the number of samples of each source among the first `end` positions, [S] int64."""
         block, offset = divmod(end, _BLOCK)
         while len(self._counts) <= block:
-            self._counts.append(self._counts[-1] + self._bincount(self._draw(len(self._counts) - 1)))
-        return self._counts[block] + self._bincount(self._draw(block)[:offset])
+            self._counts.append(self._counts[-1] + self._count_drawn(len(self._counts) - 1, _BLOCK))
+        return self._counts[block] + self._count_drawn(block, offset)
 
     def _draw(self, block: int) -> np.ndarray:
         """Return the source of each of the `_BLOCK` positions of a block."""
         uniform = rng(_SOURCES, self.seed, block).random(_BLOCK)
         return np.searchsorted(self.thresholds, uniform, side="right")
 
-    def _bincount(self, sources: np.ndarray) -> np.ndarray:
-        return np.bincount(sources, minlength=len(self.sources))
+    def _count_drawn(self, block: int, num: int) -> np.ndarray:
+        return np.bincount(self._draw(block)[:num], minlength=len(self.sources))
 
 
 _BLOCK = 65_536

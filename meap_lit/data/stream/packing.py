@@ -23,12 +23,8 @@ from meap_lit.masking.duplication import Duplication
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """Best-fit decreasing: the longest first, each into the fullest row that still has room for it.
 
-    Args:
-        lengths: Length of each document, in [1, capacity]. Equal lengths are taken in the order given.
-        capacity: Length of a row.
-
-    Returns:
-        Indices of the documents of each row.
+    Given the length of each document, in [1, capacity], return the indices of the documents of each row. Equal lengths
+    are taken in the order given.
     """
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the room they have left
@@ -55,19 +51,15 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the samples of one source after their duplication; each [N], int64 or bool.
-
-    Args:
-        num_tokens: Tokens of the sample.
-        num_masked: Masked tokens of its copy, |U_m|; 0 where it gets no copy.
-        num_supervised: Supervised tokens of the original, |U_q|.
-        without_room: Samples that lost their copy because they do not fit twice into a row.
-    """
+    """Sizes of the samples of one source after their duplication; each [N], int64 or bool."""
 
     num_tokens: np.ndarray
     num_masked: np.ndarray
+    """Masked tokens of the copy, |U_m|; 0 where a sample gets none."""
     num_supervised: np.ndarray
+    """Supervised tokens of the original, |U_q|."""
     without_room: np.ndarray
+    """Whether a sample lost its copy because it does not fit twice into a row."""
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -90,12 +82,7 @@ class Sizes:
 
 
 def _per_sample(of_answers: np.ndarray, num_answers: np.ndarray) -> np.ndarray:
-    """Return sums over the answers of each sample, [N].
-
-    Args:
-        of_answers: A number for each answer, [A].
-        num_answers: Answers of each sample, [N].
-    """
+    """Return sums, [N], over the answers of each sample of `of_answers`, [A]; sample n has `num_answers[n]` of them."""
     sums = np.concatenate(([0], np.cumsum(of_answers, dtype=np.int64)))
     last = np.cumsum(num_answers)
     return sums[last] - sums[last - num_answers]
@@ -111,20 +98,15 @@ class DocumentKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """The documents of one row and their sizes.
-
-    Args:
-        documents: From left to right.
-        num_tokens: Tokens without the row's padding.
-        num_labels: Supervised tokens, |U_q| + |U_m|.
-        num_masked: Masked tokens of copies, |U_m|.
-        num_copies: Masked copies.
-    """
+    """The documents of one row, from left to right, and their sizes."""
 
     documents: tuple[DocumentKey, ...]
     num_tokens: int
+    """Tokens without the row's padding."""
     num_labels: int
+    """Supervised tokens, |U_q| + |U_m|."""
     num_masked: int
+    """Masked tokens of copies, |U_m|."""
     num_copies: int
 
 
@@ -137,17 +119,7 @@ def pack_rows(
 
 @dataclass(frozen=True)
 class Window:
-    """Documents packed together; all but the last are columns, [D].
-
-    Args:
-        visits: The visit that each document comes from.
-        has_original: Whether it holds the sample as it is, bool.
-        has_copy: Whether it holds the masked copy, bool.
-        num_tokens: Its tokens.
-        num_labels: Its supervised tokens.
-        num_masked: Its masked tokens.
-        places: Numbers of the documents of each row.
-    """
+    """Documents packed together, as columns, [D]; see `DocumentKey` and `Row`."""
 
     visits: Visits
     has_original: np.ndarray
@@ -156,6 +128,7 @@ class Window:
     num_labels: np.ndarray
     num_masked: np.ndarray
     places: list[list[int]]
+    """Numbers of the documents of each row."""
 
     @classmethod
     def pack(
@@ -211,15 +184,9 @@ def _look_up(sizes: Sequence[Sizes], name: str, visits: Visits) -> np.ndarray:
 
 
 class PackedOrder:
-    """The endless line of rows of a run.
+    """The endless line of rows of a run: the documents of the endless line of samples, none longer than a row.
 
-    Args:
-        samples: The endless line of samples.
-        sizes: Sizes of the samples of each of its sources.
-        seq_len: Length of a row; no document is longer.
-        layout: Place of the copies; see `Duplication`.
-        seed: Seed of the order of rows.
-        window: Largest number of samples that are packed together; an epoch is cut into equal windows.
+    At most `window` samples are packed together; an epoch is cut into equal windows.
     """
 
     def __init__(

@@ -14,12 +14,9 @@ from meap_lit.errors import UserError
 
 
 class ChunkedSamples:
-    """Random access to the samples of one split, which are fetched chunk by chunk.
+    """Random access to the samples of the split at `path`, a folder or an address, which is fetched chunk by chunk.
 
-    Args:
-        path: Folder or s3:// address of the split.
-        storage: How a remote dataset is read.
-        item_loader: How LitData cuts a chunk into samples, if it is not as they were written.
+    `item_loader` is how LitData cuts a chunk into samples, if it is not as they were written.
     """
 
     def __init__(self, path: str, storage: Storage | None = None, item_loader: BaseItemLoader | None = None) -> None:

@@ -34,11 +34,6 @@ class TokenBlocks(ChunkedSamples):
     """Random access to the blocks of seq_len + 1 tokens of one split of a prepared dataset.
 
     Neighboring blocks share no token and never cross a chunk; LitData drops a chunk's last, incomplete block.
-
-    Args:
-        path: Folder or s3:// address of the split.
-        seq_len: Tokens that a model reads at once; a block holds one more, for the last label.
-        storage: How a remote dataset is read.
     """
 
     def __init__(self, path: str, seq_len: int, storage: Storage | None = None) -> None:
@@ -51,30 +46,17 @@ class TokenBlocks(ChunkedSamples):
 
 @dataclass(frozen=True)
 class BlockReader:
-    """Reads rows of text: the first `seq_len` tokens of a block are inputs, the last `seq_len` their labels.
-
-    Args:
-        sources: Blocks of each source.
-        seq_len: Length of a row.
-        vocab_size: Token ids must be below it.
-    """
+    """Reads rows of text: the first `seq_len` tokens of a block are inputs, the last `seq_len` their labels."""
 
     sources: Sequence[TokenBlocks]
     seq_len: int
     vocab_size: int
 
     def read(self, rows: Sequence[Visit], step_rows: Sequence[Visit], num_rows: int) -> TextBatch:
-        """Return a batch of `rows`, filled up with empty ones; see `Reader.read`.
-
-        Raises:
-            UserError: If a token id is outside the vocabulary.
-        """
-        blocks = [self.sources[source][sample] for source, sample, _ in rows]
+        """Return a batch of `rows`, filled up with empty ones; see `Reader.read`."""
+        blocks = [self.block(source, sample) for source, sample, _ in rows]
         empty = torch.zeros(self.seq_len + 1, dtype=torch.int64)
         tokens = torch.stack(blocks + [empty] * (num_rows - len(rows)))  # [B, T + 1]
-        if rows:
-            number = int(tokens.amax(dim=1).argmax())
-            check_vocabulary(tokens[number], self.vocab_size, self.sources[rows[number].source].path)
         labels = tokens[:, 1:].clone()
         labels[len(rows) :] = IGNORE_INDEX
         sample_ids = torch.zeros(num_rows, dtype=torch.int64)
@@ -82,11 +64,7 @@ class BlockReader:
         return TextBatch(input_ids=tokens[:, :-1], labels=labels, sample_ids=sample_ids)
 
     def block(self, source: int, sample: int) -> Tensor:
-        """Return one block, [T + 1], int64.
-
-        Raises:
-            UserError: If a token id is outside the vocabulary.
-        """
+        """Return one block, [T + 1], int64; raise `UserError` if a token id is outside the vocabulary."""
         tokens = self.sources[source][sample]
         check_vocabulary(tokens, self.vocab_size, self.sources[source].path)
         return tokens

@@ -13,7 +13,6 @@ from meap_lit.data.corpora.facts import (
     FactCorpus,
     FactInstructions,
     Filler,
-    document,
     draw_facts,
     filler_sentence,
     instructions,
@@ -25,9 +24,16 @@ STATEMENT = re.compile(r"In (\w+) (\w+) sings\.")
 QUESTION = re.compile(r"Who sings in (\w+)\?")
 
 
-def make_document(seed: int, **changes) -> str:
-    arguments = {"num_facts": 4, "num_mentions": 5, "question_share": 0.5, "filler_share": 0.5} | changes
-    return document(random.Random(seed), **arguments)
+def make_document(seed: int, num_facts=4, num_mentions=5, question_share=0.5, filler_share=0.5) -> str:
+    corpus = FactCorpus(
+        output="unused",
+        min_facts=num_facts,
+        max_facts=num_facts,
+        num_mentions=num_mentions,
+        question_share=question_share,
+        filler_share=filler_share,
+    )
+    return corpus._document(seed)
 
 
 def read_documents(folder) -> list[str]:

@@ -370,7 +370,7 @@ def test_every_format_gives_the_same_records(tmp_path):
     for file in files:
         assert read_records(file, on_error="stop") == RECORDS, file.name
     assert read_records(write(tmp_path / "one.json", json.dumps(RECORDS[0]).encode()), on_error="stop") == RECORDS[:1]
-    assert find_files([str(tmp_path)], formats=RECORD_FORMATS) == sorted([*files, tmp_path / "one.json"])
+    assert find_input([str(tmp_path)], formats=RECORD_FORMATS).files == sorted([*files, tmp_path / "one.json"])
 
 
 def test_records_know_where_they_stand(tmp_path):
@@ -408,7 +408,7 @@ def test_bad_json_file(tmp_path, content, message, left):
 def test_text_is_no_record_and_json_is_plain_text(tmp_path):
     text, records = write(tmp_path / "a.txt", b"text"), write(tmp_path / "b.json", b'{"text": "t"}')
     with pytest.raises(UserError, match=r"a.txt ends in none of .json, .jsonl, .jsonl.gz, .jsonl.zst, .parquet$"):
-        find_files([str(text)], formats=RECORD_FORMATS)
+        find_input([str(text)], formats=RECORD_FORMATS)
     with pytest.raises(
         UserError, match=r"b.json ends in none of .txt, .*; name its ending in --suffixes to read it as"
     ):
