@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meap_lit.errors import UserError
-from meap_lit.modules.log_steps import is_logged
+from meap_lit.modules.log_steps import ends_step, is_logged
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.sharding import is_finite
 
@@ -35,8 +35,7 @@ class StopOnNonFiniteLoss(L.Callback):
         is_new = ~torch.isfinite(loss) & (self._bad_loss_step < 0)
         step = batch_idx // trainer.accumulate_grad_batches + 1
         self._bad_loss_step.masked_fill_(is_new, step)
-        at_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if at_step_end and is_logged(trainer, trainer.global_step):
+        if ends_step(trainer, batch_idx) and is_logged(trainer, trainer.global_step):
             self._check_steps(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

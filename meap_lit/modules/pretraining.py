@@ -11,7 +11,7 @@ from meap_lit.masking import check_ratio, mask_inputs, rare_ids
 from meap_lit.masking.schedules import Constant, MaskSchedule
 from meap_lit.model import linear_cross_entropy
 from meap_lit.modules.base import DecoderModule
-from meap_lit.modules.log_steps import host_number, is_logged
+from meap_lit.modules.log_steps import ends_step, host_number, is_logged
 
 
 class MEAPPretraining(DecoderModule):
@@ -122,9 +122,8 @@ class MEAPPretraining(DecoderModule):
 
     def _log_step(self, loss: Tensor, input_mask: Tensor, batch_idx: int) -> None:
         """Log the mean loss of the whole optimizer step, at its last micro-batch. Nothing here waits for the GPU."""
-        accumulation = self.trainer.accumulate_grad_batches
-        self._step_loss += loss.detach() / accumulation
-        if (batch_idx + 1) % accumulation:
+        self._step_loss += loss.detach() / self.trainer.accumulate_grad_batches
+        if not ends_step(self.trainer, batch_idx):
             return
         if is_logged(self.trainer, self.global_step + 1):
             self.log("train/loss", self._step_loss.clone(), sync_dist=True)
