@@ -253,12 +253,11 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
         raise UserError(f"--ckpt_path {path} is an address, which cannot be verified; copy the checkpoint here first")
     given = _runs_of(config) if path == "last" else Path(path)
     if path == "last" and starts_anew and not any(given.rglob("step=*.ckpt")):
-        if rank_zero_only.rank == 0:
-            print(f"checkpoint: none yet in {given}, the run starts anew")
+        rank_zero_only(print)(f"checkpoint: none yet in {given}, the run starts anew")
         return None
     found = find_checkpoint(given, "--ckpt_path last" if path == "last" else "--ckpt_path")
-    if found != given and rank_zero_only.rank == 0:
-        print(f"checkpoint: {found}")
+    if found != given:
+        rank_zero_only(print)(f"checkpoint: {found}")
     return str(found)
 
 
