@@ -64,14 +64,7 @@ class StopOnNonFiniteLoss(L.Callback):
     def _stop_if(self, trainer: L.Trainer, is_bad: bool, describe: Callable[[L.Trainer, str | None], str]) -> None:
         """End the run on all ranks if something is wrong on one; a rank may notice it steps before the others.
 
-        Args:
-            trainer: The Trainer.
-            is_bad: Whether something is wrong on this rank.
-            describe: Called with the Trainer and the name of a parameter that is not finite, if there is one. Returns
-                the message.
-
-        Raises:
-            UserError: If something is wrong.
+        `describe` makes the message from the Trainer and the name of a parameter that is not finite, if there is one.
         """
         if not trainer.strategy.reduce_boolean_decision(is_bad, all=False):
             return

@@ -85,7 +85,8 @@ class MEAPPretraining(DecoderModule):
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         input_ids, input_mask = self.mask_batch(batch)
         with self.dropout_of(batch_idx):
-            loss = self._mean_loss(input_ids, batch["labels"])
+            # every row supervises all its T labels, so a mean over equal micro-batches is the mean over the step
+            loss = self._summed_loss(input_ids, batch["labels"]) / batch["labels"].numel()
         self._log_step(loss, input_mask, batch_idx)
         return loss
 
@@ -110,10 +111,6 @@ class MEAPPretraining(DecoderModule):
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         summed_loss = self._summed_loss(batch["input_ids"], batch["labels"])
         self._validate(summed_loss, batch["labels"], batch.get("source", 0))
-
-    def _mean_loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        # every row supervises all its T labels, so a mean over equal micro-batches is the mean over the step
-        return self._summed_loss(input_ids, labels) / labels.numel()
 
     def _summed_loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         assert self.decoder is not None
