@@ -32,9 +32,6 @@ _WITHOUT_EFFECT = {
 def check_trainer(options: Mapping[str, Any]) -> None:
     """Refuse options of the Trainer that would have no effect, or end a run before its budget is spent.
 
-    Args:
-        options: Arguments of the Trainer, by name.
-
     Raises:
         UserError: If one of `DECIDED` is set.
     """

@@ -79,10 +79,6 @@ def new_mask_token(source: WeightSource, tokenizer: Tokenizer) -> int | None:
     A tokenizer without a mask token gets one in memory. A run of ours that masked inputs has trained its row all the
     same, and its export has the token in its tokenizer: these rows are kept. A plain run never read the row, and its
     export does not have it.
-
-    Args:
-        source: Where a training starts from.
-        tokenizer: The tokenizer of its data.
     """
     mask = tokenizer.mask_token_id
     if not tokenizer.mask_is_new:

@@ -54,11 +54,7 @@ class StepBytes:
 def step_bytes(config: DecoderConfig, **options: Any) -> StepBytes:
     """Return what a step of a whole decoder allocates.
 
-    A deep decoder is not run: its bytes follow from those of two shallow ones.
-
-    Args:
-        config: The decoder.
-        **options: As for `run_step`, hashable.
+    A deep decoder is not run: its bytes follow from those of two shallow ones. The options are those of `run_step`.
     """
     few, more = _MEASURED_LAYERS
     if config.num_layers <= more:

@@ -106,10 +106,8 @@ def gathered_bytes(parameters: Mapping[str, Tensor], devices: Devices, num_layer
 def reduced_gradient_bytes(parameters: Iterable[Tensor], devices: Devices, *, computed: bool = True) -> int:
     """Return the bytes that FSDP2 takes to reduce gradients: whole ones in `reduce_dtype`, and the shards that result.
 
-    Args:
-        parameters: Those of a block, or those outside of the blocks.
-        devices: The devices.
-        computed: Count the gradients as they were computed, too.
+    The parameters are those of a block, or those outside of the blocks. With `computed`, the gradients count as they
+    were computed, too.
     """
     total = 0
     for p in parameters:

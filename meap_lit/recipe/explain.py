@@ -51,9 +51,6 @@ _IN_WORDS = {
 def input_errors(known: Known) -> Iterator[None]:
     """Turn what libraries raise while a recipe is read or its objects are built into a `UserError`.
 
-    Args:
-        known: As for `explain`.
-
     Raises:
         UserError: Says what is wrong with the recipe.
         Exception: As it is, if code of this package raised it: a bug.
@@ -189,10 +186,6 @@ def explain(message: str, known: Known) -> str:
 
 def check_values(recipe: Mapping[str, Any], known: Known) -> None:
     """Refuse unusable values that pass the parser.
-
-    Args:
-        recipe: Values by top-level key, nested.
-        known: The keys that there are.
 
     Raises:
         UserError: If a value is null where null is not allowed, not finite, not a mapping where one is needed, or out
