@@ -117,8 +117,8 @@ def _bad_validation(trainer: L.Trainer, name: str | None) -> str:
 def _advice(trainer: L.Trainer, last_step: float = math.inf) -> str:
     """Return how to resume from the newest checkpoint up to `last_step`."""
     steps = getattr(trainer.checkpoint_callback, "best_k_models", {})  # by path; may name one that was not saved
-    good = [path for path, step in steps.items() if int(step) <= last_step and Path(path).exists()]
-    last = max(good, key=lambda path: int(steps[path])) if good else trainer.ckpt_path
+    good = [path for path, step in steps.items() if step <= last_step and Path(path).exists()]
+    last = max(good, key=lambda path: steps[path]) if good else trainer.ckpt_path
     if not last:
         return "no good checkpoint was saved yet; start again with a lower --model.optimizer.lr, or check the data"
     return (
