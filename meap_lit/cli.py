@@ -151,7 +151,7 @@ def read_command(arguments: list[str]) -> Any:
     Raises:
         UserError: If there is no such command, or an option is wrong.
     """
-    from meap_lit.recipe.explain import check_options, input_errors
+    from meap_lit.recipe.explain import check_value, input_errors
     from meap_lit.recipe.file import check_words, recipe_words
     from meap_lit.recipe.parser import command_parser, reads_recipes
 
@@ -167,7 +167,7 @@ def read_command(arguments: list[str]) -> Any:
         options = arguments[len(words.split()) :]
         namespace = parser.parse_args(recipe_words(options) if reads_recipes(command) else options)
         namespace.pop("config", None)
-        check_options(namespace.as_dict(), command)
+        check_value(namespace.as_dict(), command)
         return command(**vars(parser.instantiate_classes(namespace)))
 
 
@@ -200,9 +200,9 @@ def _run_trainer(arguments: list[str]) -> None:
     if arguments[0] == "plan":
         from meap_lit.planning.command import PlanCLI
 
-        PlanCLI.run(arguments[1:])
-        return
-    RecipeCLI.run(arguments)
+        print(PlanCLI.read(arguments[1:]).plan.report())
+    else:
+        RecipeCLI.run(arguments)
 
 
 def _close_process_group() -> None:

@@ -12,15 +12,6 @@ NAMES = {
     "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor",
     # Lightning writes what a step logged again where a run stops between two steps; no public call resets it
     "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._results",
-    # the hooks by which `Checkpoint` writes aside and renames; ModelCheckpoint has no public ones
-    "lightning.pytorch.callbacks.ModelCheckpoint._save_checkpoint",
-    "lightning.pytorch.callbacks.ModelCheckpoint._remove_checkpoint",
-    "lightning.pytorch.callbacks.ModelCheckpoint._should_remove_checkpoint",
-    "lightning.pytorch.callbacks.ModelCheckpoint._should_skip_saving_checkpoint",
-    "lightning.pytorch.callbacks.ModelCheckpoint._save_topk_checkpoint",
-    "lightning.pytorch.callbacks.ModelCheckpoint._monitor_candidates",
-    "lightning.pytorch.callbacks.ModelCheckpoint._last_checkpoint_saved",
-    "lightning.pytorch.callbacks.ModelCheckpoint._last_global_step_saved",
     # `Trainer.save_checkpoint` also writes the file, which `Checkpoint` does itself
     "lightning.pytorch.Trainer._checkpoint_connector",
     # None before a Trainer exists, where the public `trainer` raises
@@ -29,10 +20,13 @@ NAMES = {
     "lightning.pytorch.strategies.ModelParallelStrategy._data_parallel_size",
     # the constructor takes it, but the device is known only when the environment is set up
     "lightning.pytorch.strategies.ModelParallelStrategy._process_group_backend",
-    # `refresh_rate` is read-only, and `log_every_n_steps` is known only when training starts
-    "lightning.pytorch.callbacks.TQDMProgressBar._refresh_rate",
     # the rows of a DTensor that a rank holds, where FSDP splits what tensor parallelism has already split
     "torch.distributed.tensor._utils",
+    # tensors without memory and the hook on each operation, by which `plan` counts bytes; documented, under these names
+    "torch._subclasses.FakeTensorMode",
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    # the operation by which autocast casts a weight
+    "torch.ops.aten._to_copy",
     # operations that selective checkpointing keeps: attention has no public name below `scaled_dot_product_attention`
     "torch.ops.aten._scaled_dot_product_flash_attention",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",

@@ -1,4 +1,4 @@
-"""Old names of classes, keys and values, so that recipes and runs of earlier versions keep working.
+"""Old names of classes and keys, so that recipes and runs of earlier versions keep working.
 
 Every recipe, saved `config.yaml`, record of an evaluation and word of a command line goes through `current` or
 `current_key` where it is read. Nothing writes an old name.
@@ -10,39 +10,35 @@ from typing import Any
 
 from meap_lit.errors import UserError
 
+MODULES = {
+    "meap_lit.data.chat": "meap_lit.data.prepare.chat",
+    "meap_lit.data.python_text": "meap_lit.data.corpora.python_text",
+    "meap_lit.data.synthetic": "meap_lit.data.corpora.facts",
+    "meap_lit.data.text": "meap_lit.data.prepare.text",
+    "meap_lit.data.tokenizer": "meap_lit.data.prepare.tokenizer",
+    "meap_lit.duplication": "meap_lit.masking.duplication",
+    "meap_lit.evaluation.attention": "meap_lit.evaluation.attention.masked",
+    "meap_lit.evaluation.attention_segments": "meap_lit.evaluation.attention.segments",
+    "meap_lit.evaluation.commonsense": "meap_lit.evaluation.tasks.commonsense",
+    "meap_lit.evaluation.copying": "meap_lit.evaluation.tasks.copying",
+    "meap_lit.evaluation.facts": "meap_lit.evaluation.tasks.facts",
+    "meap_lit.evaluation.hallucination": "meap_lit.evaluation.tasks.hallucination",
+    "meap_lit.evaluation.judges": "meap_lit.evaluation.judging.judges",
+    "meap_lit.evaluation.key_value": "meap_lit.evaluation.tasks.key_value",
+    "meap_lit.evaluation.multi_document_qa": "meap_lit.evaluation.tasks.multi_document_qa",
+    "meap_lit.evaluation.needle": "meap_lit.evaluation.tasks.needle",
+    "meap_lit.evaluation.perplexity": "meap_lit.evaluation.tasks.perplexity",
+    "meap_lit.evaluation.reasoning": "meap_lit.evaluation.tasks.reasoning",
+    "meap_lit.strategies": "meap_lit.parallel.strategies",
+}
+"""Modules whose classes a recipe may name: old to new."""
+
 CLASSES = {
-    "meap_lit.data.chat.PrepareChat": "meap_lit.data.prepare.chat.PrepareChat",
-    "meap_lit.data.merge.MergeShards": "meap_lit.data.prepare.merge.MergeShards",
-    "meap_lit.data.python_text.PythonText": "meap_lit.data.corpora.python_text.PythonText",
-    "meap_lit.data.synthetic.FactCorpus": "meap_lit.data.corpora.facts.FactCorpus",
-    "meap_lit.data.synthetic.FactInstructions": "meap_lit.data.corpora.facts.FactInstructions",
-    "meap_lit.data.text.PrepareText": "meap_lit.data.prepare.text.PrepareText",
-    "meap_lit.data.tokenizer.TrainTokenizer": "meap_lit.data.prepare.tokenizer.TrainTokenizer",
-    "meap_lit.duplication.Duplication": "meap_lit.masking.duplication.Duplication",
-    "meap_lit.evaluation.attention.MaskedAttention": "meap_lit.evaluation.attention.masked.MaskedAttention",
-    "meap_lit.evaluation.attention_segments.AttentionSegments": (
-        "meap_lit.evaluation.attention.segments.AttentionSegments"
-    ),
-    "meap_lit.evaluation.commonsense.Commonsense": "meap_lit.evaluation.tasks.commonsense.Commonsense",
-    "meap_lit.evaluation.copying.Copying": "meap_lit.evaluation.tasks.copying.Copying",
-    "meap_lit.evaluation.facts.FactRetrieval": "meap_lit.evaluation.tasks.facts.FactRetrieval",
-    "meap_lit.evaluation.hallucination.Hallucination": "meap_lit.evaluation.tasks.hallucination.Hallucination",
-    "meap_lit.evaluation.judges.ChatJudge": "meap_lit.evaluation.judging.judges.ChatJudge",
-    "meap_lit.evaluation.judges.RecordedJudge": "meap_lit.evaluation.judging.judges.RecordedJudge",
-    "meap_lit.evaluation.key_value.KeyValueRetrieval": "meap_lit.evaluation.tasks.key_value.KeyValueRetrieval",
-    "meap_lit.evaluation.multi_document_qa.MultiDocumentQA": (
-        "meap_lit.evaluation.tasks.multi_document_qa.MultiDocumentQA"
-    ),
-    "meap_lit.evaluation.needle.MagicNumber": "meap_lit.evaluation.tasks.needle.MagicNumber",
-    "meap_lit.evaluation.needle.MultiNeedle": "meap_lit.evaluation.tasks.needle.MultiNeedle",
-    "meap_lit.evaluation.needle.Needle": "meap_lit.evaluation.tasks.needle.Needle",
-    "meap_lit.evaluation.perplexity.Perplexity": "meap_lit.evaluation.tasks.perplexity.Perplexity",
-    "meap_lit.evaluation.reasoning.Reasoning": "meap_lit.evaluation.tasks.reasoning.Reasoning",
+    "meap_lit.data.merge.MergeShards": "meap_lit.data.prepare.merge.MergeParts",
     "meap_lit.parallel.strategies.FlatSharded": "meap_lit.parallel.strategies.Sharded",
     "meap_lit.strategies.FlatSharded": "meap_lit.parallel.strategies.Sharded",
-    "meap_lit.strategies.Sharded": "meap_lit.parallel.strategies.Sharded",
 }
-"""Import paths that a recipe may name: old to new."""
+"""Classes with another name now, or another module than the rest of theirs."""
 
 KEYS = {
     "model.mask": "mask_ratio",
@@ -53,9 +49,6 @@ KEYS = {
 
 GONE = {"trainer.strategy.save_distributed_checkpoint"}
 """Keys of a recipe, without `init_args`, that have no effect any more and are left out."""
-
-VALUES: dict[tuple[str, str], str] = {}
-"""Texts that are the value of a key, and the new text: {("data.duplication.layout", "joined"): "concat"}."""
 
 _REFERENCE = re.compile(r"(?<=\$\{)[\w.]+(?=\})")
 
@@ -84,7 +77,8 @@ def current(value: Any, key: str = "") -> Any:
         return [current(entry, key) for entry in value]
     if not isinstance(value, str):
         return value
-    found_value = VALUES.get((_plain(key), value), CLASSES.get(value, value))
+    module, _, name = value.rpartition(".")
+    found_value = CLASSES.get(value) or (f"{MODULES[module]}.{name}" if module in MODULES else value)
     return _REFERENCE.sub(lambda match: current_key(match[0]), found_value)
 
 

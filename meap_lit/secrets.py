@@ -95,12 +95,7 @@ def _reference(where: Sequence[str]) -> str:
 
 
 def _in_queries(text: str, replacement: Callable[[str], str]) -> str:
-    """Replace the secrets in the queries of addresses, such as `https://host/x?sig=123`.
-
-    Args:
-        text: Any text.
-        replacement: Called with the name of the parameter.
-    """
+    """Replace the secrets in the queries of addresses, such as `https://host/x?sig=123`, by what their names give."""
     return _QUERY.sub(
         lambda match: f"{match[1]}{match[2]}={replacement(match[2])}" if is_secret(match[2]) else match[0], text
     )

@@ -20,9 +20,39 @@ CONFIG = Path(__file__).parent / "support" / "config_0.1.yaml"
 OLD_MODULE = "meap_lit.evaluation.needle"
 
 
-@pytest.mark.parametrize(("old", "new"), renamed.CLASSES.items())
-def test_an_old_class_path_leads_to_a_class_that_exists(old, new):
-    module, name = new.rsplit(".", 1)
+OLD_CLASSES = [
+    "meap_lit.data.chat.PrepareChat",
+    "meap_lit.data.merge.MergeShards",
+    "meap_lit.data.python_text.PythonText",
+    "meap_lit.data.synthetic.FactCorpus",
+    "meap_lit.data.synthetic.FactInstructions",
+    "meap_lit.data.text.PrepareText",
+    "meap_lit.data.tokenizer.TrainTokenizer",
+    "meap_lit.duplication.Duplication",
+    "meap_lit.evaluation.attention.MaskedAttention",
+    "meap_lit.evaluation.attention_segments.AttentionSegments",
+    "meap_lit.evaluation.commonsense.Commonsense",
+    "meap_lit.evaluation.copying.Copying",
+    "meap_lit.evaluation.facts.FactRetrieval",
+    "meap_lit.evaluation.hallucination.Hallucination",
+    "meap_lit.evaluation.judges.ChatJudge",
+    "meap_lit.evaluation.judges.RecordedJudge",
+    "meap_lit.evaluation.key_value.KeyValueRetrieval",
+    "meap_lit.evaluation.multi_document_qa.MultiDocumentQA",
+    "meap_lit.evaluation.needle.MagicNumber",
+    "meap_lit.evaluation.needle.MultiNeedle",
+    "meap_lit.evaluation.needle.Needle",
+    "meap_lit.evaluation.perplexity.Perplexity",
+    "meap_lit.evaluation.reasoning.Reasoning",
+    "meap_lit.parallel.strategies.FlatSharded",
+    "meap_lit.strategies.FlatSharded",
+    "meap_lit.strategies.Sharded",
+]
+
+
+@pytest.mark.parametrize("old", OLD_CLASSES)
+def test_an_old_class_path_leads_to_a_class_that_exists(old):
+    module, name = current(old).rsplit(".", 1)
     assert isinstance(getattr(importlib.import_module(module), name), type)
     module, name = old.rsplit(".", 1)
     with suppress(ModuleNotFoundError):
@@ -68,14 +98,13 @@ def test_a_run_with_a_strategy_that_is_gone_goes_on_with_the_one_that_took_its_p
 @pytest.fixture
 def _renamed_keys(monkeypatch):
     monkeypatch.setattr(renamed, "KEYS", {"model.share": "mask_ratio", "model.mask_ratio.of": "ratio"})
-    monkeypatch.setattr(renamed, "VALUES", {("data.layout", "joined"): "concat"})
 
 
 @pytest.mark.usefixtures("_renamed_keys")
-def test_keys_and_values_are_renamed_wherever_a_recipe_names_them():
+def test_keys_and_classes_are_renamed_wherever_a_recipe_names_them():
     recipe = {
         "model": {"class_path": f"{OLD_MODULE}.Needle", "init_args": {"share": {"of": 0.1}}},
-        "data": {"init_args": {"layout": "joined", "share": "joined", "datasets": {"model.share": 1.0}}},
+        "data": {"init_args": {"share": "joined", "datasets": {"model.share": 1.0}}},
         "trainer": {"note": "${model.init_args.share.of} of ${data.init_args.share}"},
     }
     assert current(recipe) == {
@@ -83,10 +112,9 @@ def test_keys_and_values_are_renamed_wherever_a_recipe_names_them():
             "class_path": "meap_lit.evaluation.tasks.needle.Needle",
             "init_args": {"mask_ratio": {"ratio": 0.1}},
         },
-        "data": {"init_args": {"layout": "concat", "share": "joined", "datasets": {"model.share": 1.0}}},
+        "data": {"init_args": {"share": "joined", "datasets": {"model.share": 1.0}}},
         "trainer": {"note": "${model.init_args.mask_ratio.ratio} of ${data.init_args.share}"},
     }
-    assert recipe["data"]["init_args"]["layout"] == "joined"
 
 
 @pytest.mark.usefixtures("_renamed_keys")
@@ -96,7 +124,6 @@ def test_keys_and_values_are_renamed_wherever_a_recipe_names_them():
         ("--model.share.of 0.1", "--model.mask_ratio.ratio 0.1"),
         ("--model.init_args.share={of: 0.1}", '--model.init_args.mask_ratio={"ratio": 0.1}'),
         ("--model {share: {of: 0.1}}", '--model {"mask_ratio": {"ratio": 0.1}}'),
-        ("--data.layout joined --data.seed 1", "--data.layout concat --data.seed 1"),
         (f"--data.preparation+ {OLD_MODULE}.Needle", "--data.preparation+ meap_lit.evaluation.tasks.needle.Needle"),
         ("fit --config share --chat", "fit --config share --chat"),
     ],

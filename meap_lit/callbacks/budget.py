@@ -32,9 +32,6 @@ _WITHOUT_EFFECT = {
 def check_trainer(options: Mapping[str, Any]) -> None:
     """Refuse options of the Trainer that would have no effect, or end a run before its budget is spent.
 
-    Args:
-        options: Arguments of the Trainer, by name.
-
     Raises:
         UserError: If one of `DECIDED` is set.
     """
@@ -88,6 +85,8 @@ class Budget(L.Callback):
         for name, limit in limits.items():
             check_range(f"budget.{name}", limit, "[1, inf)")
         check_range("budget.val_every_n_steps", val_every_n_steps, "[1, inf)")
+        [self.stated] = (f"budget.{name} {limit}" for name, limit in limits.items() if limit is not None)
+        """The limit in words, such as `budget.max_steps 5`."""
         self.max_tokens = max_tokens
         self.max_steps = max_steps
         self.max_epochs = max_epochs
@@ -120,6 +119,8 @@ class Budget(L.Callback):
         return self.max_tokens // data.tokens_per_step
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Not before the Trainer exists: it resolves `trainer.devices auto` and tensor parallelism into the number of
+        # data-parallel ranks, and epochs are counted in data that the run itself may prepare.
         if stage != "fit":
             return
         data = trainer.datamodule
@@ -151,13 +152,9 @@ class Budget(L.Callback):
             if trainer.is_global_zero:
                 print(
                     f"the budget is spent: checkpoint {path} is of optimizer step {step}, and "
-                    f"{self._stated()} pays for {trainer.max_steps}; raise it to go on"
+                    f"{self.stated} pays for {trainer.max_steps}; raise it to go on"
                 )
             raise SystemExit(0)
-
-    def _stated(self) -> str:
-        limits = {"max_tokens": self.max_tokens, "max_steps": self.max_steps, "max_epochs": self.max_epochs}
-        return next(f"budget.{name} {limit}" for name, limit in limits.items() if limit is not None)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let a run that has spent its budget continue with a larger one."""

@@ -1,11 +1,11 @@
 """Save checkpoints aside, whole, and rename them; refuse to resume from a damaged one."""
 
+import itertools
 import os
-import re
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,14 +14,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from meap_lit.callbacks.budget import Budget
 from meap_lit.checkpoint.checksums import check, checksums, seal, to_disk
-from meap_lit.checkpoint.folder import StoredCheckpoint, read_trainer_state, write
+from meap_lit.checkpoint.folder import StoredCheckpoint, write
 from meap_lit.errors import UserError, check_range
 from meap_lit.files import has_ended
+from meap_lit.modules.log_steps import ends_step
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
 
@@ -32,7 +34,7 @@ _ASIDE = ".partial-"
 _SECONDS_PER_DAY = 86_400
 
 
-class Checkpoint(ModelCheckpoint):
+class Checkpoint(callbacks.Checkpoint):
     """Keep the last checkpoints of a run, always including the final step, and a link `last.ckpt` to the newest.
 
     All ranks write a checkpoint under another name; it gets its checksums, and takes its own name when it is whole.
@@ -73,22 +75,22 @@ class Checkpoint(ModelCheckpoint):
                 f"got {milestone_every_n_steps}"
             )
         _refuse_remote(dirpath)
-        super().__init__(
-            dirpath=dirpath,
-            filename="{step}",
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            save_last=None,  # the link is ours: Lightning removes it before it makes the new one
-            every_n_train_steps=every_n_steps,
-            save_on_train_epoch_end=False,
-        )
+        self.every_n_steps = every_n_steps
+        self.save_top_k = keep  # as loggers call it
         self.milestone_every_n_steps = milestone_every_n_steps
         self.asynchronous = asynchronous
+        self.dirpath = dirpath
         self.verify = verify
-        self._jobs = _Jobs(in_thread=False)
+        self.best_model_path = ""
+        """The newest checkpoint, under the name by which Lightning takes `--ckpt_path best`."""
+        self.best_k_models: dict[str, int] = {}
+        """Optimizer steps of the checkpoints that are kept, by path; the last may not be whole yet."""
         self.last_saved: str | None = None
-        """The newest whole checkpoint that this run wrote."""
+        """The newest whole checkpoint of this run."""
+        self._step = 0
+        """Optimizer step of the last save; no step, no checkpoint."""
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
         self._logs_later = False
 
     @property
@@ -96,10 +98,10 @@ class Checkpoint(ModelCheckpoint):
         return type(self).__name__  # Lightning's own names the options, and warns on a resume with others
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+        self.dirpath = trainer.strategy.broadcast(self.dirpath or _folder_of(trainer))
         _refuse_remote(self.dirpath)
         _use_folders(trainer.strategy)
-        self._jobs = _Jobs(in_thread=self.asynchronous)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if self.asynchronous else None
         self._ranks = Ranks(trainer, beside_training=self.asynchronous)
         if stage == "fit":
             self._ranks.do(self._make_folder)
@@ -121,14 +123,25 @@ class Checkpoint(ModelCheckpoint):
                 f"cannot make the folder of checkpoints {self.dirpath}: {error.strerror}; name another as "
                 f"checkpoint.dirpath"
             ) from error
+        if os.listdir(self.dirpath):
+            rank_zero_warn(f"Checkpoint directory {self.dirpath} exists and is not empty.")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["dirpath"] == self.dirpath:  # a resume in a new folder does not manage the old one
-            super().load_state_dict(state_dict)
+            self.best_k_models = {path: int(step) for path, step in state_dict["best_k_models"].items()}
+            self.best_model_path = state_dict["best_model_path"]
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._jobs.check()
-        super().on_train_batch_end(trainer, *args, **kwargs)
+    def state_dict(self) -> dict[str, Any]:
+        names = ("dirpath", "best_k_models", "best_model_path")
+        return {name: getattr(self, name) for name in names}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._writing is not None and self._writing.done():
+            self._writing.result()  # raises what the thread raised
+        if ends_step(trainer, batch_idx) and trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._keep_last_logs(trainer)
@@ -146,32 +159,69 @@ class Checkpoint(ModelCheckpoint):
         self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._jobs.close()  # finish a checkpoint that is being written
+        self._close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._jobs.close()
+        self._close()
+
+    def _close(self) -> None:
+        """Finish a checkpoint that is being written, and end the thread."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
 
     def save(self, trainer: L.Trainer) -> None:
         """Save now, between two optimizer steps, unless that was just done, and wait until it is on the disk."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-        self._jobs.wait()
+        self._save(trainer)
+        self._wait()
 
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        self._jobs.wait()
+    def _save(self, trainer: L.Trainer) -> None:
+        """Save unless that was done after this step, and remove the oldest checkpoint when the new one is whole."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        self._wait()
         _keep_logs(trainer)
         self._logs_later = True
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
         if trainer.is_global_zero:  # before another rank can begin
             self._remove_leftovers(trainer)
-        path, aside = map(Path, trainer.strategy.broadcast((filepath, _aside(Path(filepath)))))
-        self._last_global_step_saved = trainer.global_step
-        if self.asynchronous:  # the ranks of a node share its memory: no copy for those that write nothing
+        path = self._free_name()
+        path, aside = trainer.strategy.broadcast((path, _aside(path)))
+        old = sorted(self.best_k_models, key=lambda kept: self.best_k_models[kept])
+        old = old[: max(0, len(old) + 1 - self.save_top_k)] if self.save_top_k > 0 else []
+        removed = [Path(kept) for kept in old if self._may_remove(self.best_k_models.pop(kept), kept, trainer)]
+        self.best_k_models[str(path)] = self._step  # a part of what is saved
+        self.best_model_path = str(path)
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        write = partial(self._write, trainer, path=path, aside=aside, removed=removed)
+        if self._thread is None:
+            write(checkpoint)
+        else:  # the ranks of a node share its memory: no copy for those that write nothing
             writes = trainer.is_global_zero or isinstance(trainer.strategy, Sharded)
-            checkpoint = on_host(checkpoint) if writes else {}
-        self._jobs.add(partial(self._write, trainer, checkpoint, path, aside))
+            self._writing = self._thread.submit(write, on_host(checkpoint) if writes else {})
 
-    def _write(self, trainer: L.Trainer, checkpoint: dict[str, Any], path: Path, aside: Path) -> None:
+    def _free_name(self) -> Path:
+        """Return the path of a new checkpoint.
+
+        A run that resumes in its own folder from an earlier checkpoint saves a step again, as `step=8-v1.ckpt`.
+        """
+        assert self.dirpath is not None
+        versions = itertools.chain([""], (f"-v{number}" for number in itertools.count(1)))
+        paths = (Path(self.dirpath, f"step={self._step}{version}.ckpt") for version in versions)
+        return next(path for path in paths if not path.exists())
+
+    def _may_remove(self, step: int, path: str, trainer: L.Trainer) -> bool:
+        is_milestone = self.milestone_every_n_steps is not None and step % self.milestone_every_n_steps == 0
+        is_resumed_from = trainer.ckpt_path and os.path.abspath(trainer.ckpt_path) == os.path.abspath(path)
+        return not is_milestone and not is_resumed_from
+
+    def _write(
+        self, trainer: L.Trainer, checkpoint: dict[str, Any], path: Path, aside: Path, removed: Sequence[Path]
+    ) -> None:
+        """Write a checkpoint, and remove others when it is whole."""
         ranks, is_first = self._ranks, trainer.is_global_zero
         try:
             ranks.do(lambda: trainer.strategy.save_checkpoint(checkpoint, aside))
@@ -187,18 +237,12 @@ class Checkpoint(ModelCheckpoint):
                 f"cannot save checkpoint {path}: {error.strerror}; last good checkpoint: "
                 f"{self.last_saved or trainer.ckpt_path or 'none was saved yet'}"
             ) from error
-        self.last_saved = self._last_checkpoint_saved = str(path)
-        for logger in trainer.loggers if is_first else ():
-            logger.after_save_checkpoint(self)
-
-    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
-        every, step = self.milestone_every_n_steps, re.match(r"step=(\d+)", Path(previous).name)
-        is_milestone = every is not None and step is not None and int(step[1]) % every == 0
-        return not is_milestone and super()._should_remove_checkpoint(trainer, previous, current)
-
-    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        if trainer.is_global_zero:
-            self._jobs.add(partial(_take_away, Path(filepath)))  # once the newer one is whole
+        self.last_saved = str(path)
+        if is_first:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
+            for old in removed:
+                _take_away(old)
 
     def _remove_leftovers(self, trainer: L.Trainer) -> None:
         """Remove what killed runs left here, where this run was resumed from, and in all versions of both.
@@ -222,8 +266,17 @@ def _keep_logs(trainer: L.Trainer) -> None:
         logger.save()
 
 
-def _aside(path: Path) -> str:
-    return f"{path}{_ASIDE}{os.getpid()}@{socket.gethostname()}"
+def _aside(path: Path) -> Path:
+    return Path(f"{path}{_ASIDE}{os.getpid()}@{socket.gethostname()}")
+
+
+def _folder_of(trainer: L.Trainer) -> str:
+    """Return the folder for checkpoints inside that of the first logger's run."""
+    if not trainer.loggers:
+        return os.path.join(trainer.default_root_dir, "checkpoints")
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version, "checkpoints")
 
 
 def _refuse_remote(dirpath: Any) -> None:
@@ -244,7 +297,7 @@ def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
     """Give a written checkpoint its checksums and its name, and move the link `last.ckpt` to it."""
     seal(aside, found)
     os.rename(aside, path)
-    link = Path(_aside(path.with_name(LAST)))
+    link = _aside(path.with_name(LAST))
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
     os.replace(link, path.with_name(LAST))
@@ -253,7 +306,7 @@ def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
 
 def _take_away(path: Path) -> None:
     if path.exists():
-        aside = Path(_aside(path))
+        aside = _aside(path)
         os.rename(path, aside)  # part of a folder must not look like a checkpoint
         _remove(aside)
 
@@ -263,41 +316,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     elif os.path.lexists(path):
         path.unlink()
-
-
-class _Jobs:
-    """Do jobs one after the other, here or in a thread; after one that failed, start none."""
-
-    def __init__(self, in_thread: bool) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_thread else None
-        self._last: Future[None] | None = None
-
-    def add(self, job: Callable[[], None]) -> None:
-        if self._thread is None:
-            job()
-        else:
-            self._last = self._thread.submit(_do_after, self._last, job)
-
-    def check(self) -> None:
-        """Raise what a job has raised by now."""
-        if self._last is not None and self._last.done():
-            self._last.result()
-
-    def wait(self) -> None:
-        """Wait for all jobs, and raise what one raised."""
-        if self._last is not None:
-            self._last.result()
-
-    def close(self) -> None:
-        """Wait for all jobs, even if one fails, and end the thread."""
-        if self._thread is not None:
-            self._thread.shutdown()
-
-
-def _do_after(earlier: Future[None] | None, job: Callable[[], None]) -> None:
-    if earlier is not None:
-        earlier.result()  # raises what that one raised
-    job()
 
 
 def on_host(state: Any) -> Any:
@@ -367,7 +385,7 @@ class VerifyCheckpoint(L.Callback):
             StoredCheckpoint(self.path).refuse_code()
 
     def _check_resume(self, trainer: L.Trainer) -> None:
-        state = read_trainer_state(self.path)
+        state = StoredCheckpoint(self.path).trainer_state
         for callback in trainer.callbacks:
             if isinstance(callback, Budget):
                 callback.check_resume(trainer, state, self.path)

@@ -16,7 +16,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
-from meap_lit.errors import UserError
+from meap_lit.errors import check_range
 
 STATUS = 1
 """Exit status of a run that is ended here."""
@@ -57,8 +57,7 @@ class StopOnHang(L.Callback):
     """
 
     def __init__(self, timeout_minutes: float | None = 15.0) -> None:
-        if timeout_minutes is not None and timeout_minutes <= 0:
-            raise UserError(f"hang.timeout_minutes must be above 0, or null for never, got {timeout_minutes:g}")
+        check_range("hang.timeout_minutes", timeout_minutes, "(0, inf)", "; null is for never")
         self.timeout_minutes = timeout_minutes
         self._watch: _Watch | None = None
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 
-from meap_lit.modules.log_steps import host_number, is_logged
+from meap_lit.modules.log_steps import ends_step, host_number, is_logged
 
 
 class Mixture(L.Callback):
@@ -23,8 +23,7 @@ class Mixture(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         data = trainer.datamodule
-        at_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if len(data.datasets) == 1 or not at_step_end or not is_logged(trainer, trainer.global_step):
+        if len(data.datasets) == 1 or not ends_step(trainer, batch_idx) or not is_logged(trainer, trainer.global_step):
             return
         counts = trainer.train_dataloader.dataset.order.count_by_source(data.samples_seen)
         self.shares = dict(zip(data.names.values(), (counts / counts.sum()).tolist(), strict=True))

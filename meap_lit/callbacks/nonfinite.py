@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meap_lit.errors import UserError
-from meap_lit.modules.log_steps import is_logged
+from meap_lit.modules.log_steps import ends_step, is_logged
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.sharding import is_finite
 
@@ -35,8 +35,7 @@ class StopOnNonFiniteLoss(L.Callback):
         is_new = ~torch.isfinite(loss) & (self._bad_loss_step < 0)
         step = batch_idx // trainer.accumulate_grad_batches + 1
         self._bad_loss_step.masked_fill_(is_new, step)
-        at_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if at_step_end and is_logged(trainer, trainer.global_step):
+        if ends_step(trainer, batch_idx) and is_logged(trainer, trainer.global_step):
             self._check_steps(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -65,14 +64,7 @@ class StopOnNonFiniteLoss(L.Callback):
     def _stop_if(self, trainer: L.Trainer, is_bad: bool, describe: Callable[[L.Trainer, str | None], str]) -> None:
         """End the run on all ranks if something is wrong on one; a rank may notice it steps before the others.
 
-        Args:
-            trainer: The Trainer.
-            is_bad: Whether something is wrong on this rank.
-            describe: Called with the Trainer and the name of a parameter that is not finite, if there is one. Returns
-                the message.
-
-        Raises:
-            UserError: If something is wrong.
+        `describe` makes the message from the Trainer and the name of a parameter that is not finite, if there is one.
         """
         if not trainer.strategy.reduce_boolean_decision(is_bad, all=False):
             return
@@ -125,8 +117,8 @@ def _bad_validation(trainer: L.Trainer, name: str | None) -> str:
 def _advice(trainer: L.Trainer, last_step: float = math.inf) -> str:
     """Return how to resume from the newest checkpoint up to `last_step`."""
     steps = getattr(trainer.checkpoint_callback, "best_k_models", {})  # by path; may name one that was not saved
-    good = [path for path, step in steps.items() if int(step) <= last_step and Path(path).exists()]
-    last = max(good, key=lambda path: int(steps[path])) if good else trainer.ckpt_path
+    good = [path for path, step in steps.items() if step <= last_step and Path(path).exists()]
+    last = max(good, key=lambda path: steps[path]) if good else trainer.ckpt_path
     if not last:
         return "no good checkpoint was saved yet; start again with a lower --model.optimizer.lr, or check the data"
     return (

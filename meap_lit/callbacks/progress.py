@@ -7,6 +7,8 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from meap_lit.modules.log_steps import ends_step
+
 SHOWN = {"train/loss": "loss", "throughput/tokens_per_second": "tokens/s"}
 """Training metrics of the bar, with shorter names. Lightning would read a `prog_bar` metric at every batch."""
 
@@ -25,9 +27,12 @@ class StepProgressBar(TQDMProgressBar):
     def total_train_batches(self) -> int:
         return self.trainer.max_steps
 
+    @property
+    def refresh_rate(self) -> int:
+        every = self.trainer.log_every_n_steps if self.trainer.state.fn == "fit" else 1
+        return -(-super().refresh_rate // every) * every
+
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
-        every = trainer.log_every_n_steps
-        self._refresh_rate = -(-self.refresh_rate // every) * every
         super().on_train_start(trainer, *args)
         self._begin(trainer)  # a resumed run starts no epoch
 
@@ -43,7 +48,7 @@ class StepProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if ends_step(trainer, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def init_validation_tqdm(self) -> Tqdm:

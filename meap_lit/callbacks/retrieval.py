@@ -1,6 +1,7 @@
 """Measure retrieval from the context at validations."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -49,13 +50,17 @@ class RetrievalProbe(L.Callback):
     ) -> None:
         check_range("probe.max_share", max_share, "(0, 1]", "; write 0.02 for 2%")
         self.lengths = lengths or []
-        self.depths = depths or [0.0, 0.25, 0.5, 0.75, 1.0]
-        self.num_items = num_items
         self.num_options = num_options
         self.batch_size = batch_size
         self.max_share = max_share
-        self.seed = seed
-        self.filler = filler
+        self._task_of = partial(
+            FactRetrieval,
+            depths=depths or [0.0, 0.25, 0.5, 0.75, 1.0],
+            num_items=num_items,
+            num_options=num_options,
+            seed=seed,
+            filler=filler,
+        )
         self._began: float | None = None
         self._spent_s = self._last_s = 0.0
         self.accuracy: np.ndarray | None = None
@@ -66,14 +71,7 @@ class RetrievalProbe(L.Callback):
         lengths = [length for length in self.lengths if length <= data.seq_len]
         self._items: list[Item] = []
         if lengths:
-            self.task = FactRetrieval(
-                lengths=lengths,
-                depths=self.depths,
-                num_items=self.num_items,
-                num_options=self.num_options,
-                seed=self.seed,
-                filler=self.filler,
-            )
+            self.task = self._task_of(lengths=lengths)
             self._items = self.task.build(data.tokenizer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

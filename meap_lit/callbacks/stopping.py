@@ -12,6 +12,8 @@ import torch
 
 from meap_lit.callbacks.checkpoint import Checkpoint
 from meap_lit.data.stream.loader import STOP_SIGNALS
+from meap_lit.modules.log_steps import ends_step
+from meap_lit.parallel.ranks import Ranks
 from meap_lit.private import skip_sigterm_broadcast
 
 VALIDATION_BATCHES = 10
@@ -52,7 +54,7 @@ class StopOnSignal(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         is_asked = trainer.world_size == 1 or trainer.global_step % trainer.log_every_n_steps == 0
-        if is_asked and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if is_asked and ends_step(trainer, batch_idx):
             self._ask(trainer)
 
     def on_validation_batch_start(
@@ -91,8 +93,7 @@ class StopOnSignal(L.Callback):
         if trainer.is_global_zero:
             print(f"{number.name}: {_how_to_resume(trainer, log_dir)}", file=sys.stderr)
         trainer.strategy.barrier("StopOnSignal")
-        # Lightning kills the process that started the others when one of them ends with a status
-        raise SystemExit(128 + number if trainer.local_rank == 0 else 0)
+        raise Ranks(trainer).exit(128 + number)
 
 
 def _how_to_resume(trainer: L.Trainer, log_dir: str | None) -> str:

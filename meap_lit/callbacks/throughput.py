@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from meap_lit.modules.log_steps import host_number, is_logged
+from meap_lit.modules.log_steps import ends_step, host_number, is_logged
 
 
 class Throughput(L.Callback):
@@ -24,18 +24,19 @@ class Throughput(L.Callback):
         self._train_seconds, self._train_steps = 0.0, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._peak_flops = _peak_flops(trainer)
+        # of all devices, at the precision of the matrix products
+        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        self._peak_flops = trainer.world_size * (peak_flops(trainer.strategy.root_device, dtype) or 0.0)
         self._start_window(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         steps = trainer.global_step - self._step
-        at_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not at_step_end or steps == 0 or not is_logged(trainer, trainer.global_step):
+        if not ends_step(trainer, batch_idx) or steps == 0 or not is_logged(trainer, trainer.global_step):
             return
         data = trainer.datamodule
-        seconds = self._elapsed()
+        seconds = time.perf_counter() - self._start - self._excluded
         self._train_seconds += seconds
         self._train_steps += steps
         rate = steps * data.tokens_per_step / seconds
@@ -64,16 +65,6 @@ class Throughput(L.Callback):
 
     def _start_window(self, trainer: L.Trainer) -> None:
         self._start, self._step, self._excluded = time.perf_counter(), trainer.global_step, 0.0
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._start - self._excluded
-
-
-def _peak_flops(trainer: L.Trainer) -> float | None:
-    """Return the peak of all devices of the run in FLOP/s, at the precision of its matrix products; None if unknown."""
-    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-    peak = peak_flops(trainer.strategy.root_device, dtype)
-    return None if peak is None else peak * trainer.world_size
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -117,13 +117,7 @@ def recorded(path: Path) -> dict[str, Checksum] | None:
 
 
 def check(path: Path, hashes: bool = True, rank: int = 0, num_ranks: int = 1) -> None:
-    """Compare a checkpoint that is about to be read with the checksums it carries; say on stderr if it has none.
-
-    Args:
-        path: As for `recorded`.
-        hashes: Compare hashes too, and not only sizes.
-        rank: As for `verify`.
-        num_ranks: As for `verify`.
+    """Do as `verify` before a checkpoint is read, without `hashes` by sizes only; say on stderr if it has no checksums.
 
     Raises:
         UserError: If a file is missing, cut short or changed; the first one is named.

@@ -1,6 +1,5 @@
 """Write a checkpoint as a Hugging Face folder, which transformers loads without code of ours."""
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from meap_lit.errors import UserError
 from meap_lit.files import parse_bytes
 from meap_lit.hf.config import family, hf_name, write_config
 from meap_lit.hf.folder import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE
-from meap_lit.hf.weights import EMBEDDING, HEAD, WeightSource, check_weights
+from meap_lit.hf.weights import WeightSource, check_weights
 from meap_lit.model.decoder import Decoder
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -59,10 +58,13 @@ class Export(Preparation):
             return self._make_adapter(folder, source, DTYPES[self.dtype or "float32"])
         dtype = DTYPES[self.dtype] if self.dtype else source.dtype
         tokenizer = self._load_tokenizer(source)
-        rows = source.rows_without_mask if isinstance(source, CheckpointSource) else None
-        is_unused = rows is not None and tokenizer.mask_token_id == tokenizer.vocab_size - 1
-        if rows is not None and is_unused:
-            source = _FewerRows.of(source, rows)
+        is_unused = (
+            isinstance(source, CheckpointSource)
+            and source.rows_without_mask is not None
+            and tokenizer.mask_token_id == tokenizer.vocab_size - 1
+        )
+        if isinstance(source, CheckpointSource) and is_unused:
+            source = source.without_mask()
         model_type = family(source.config, source.model_type)
         if model_type is None:
             raise UserError(
@@ -146,29 +148,6 @@ class Export(Preparation):
 
 
 # ------------------------------------------------------------------------------------------------- weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class _FewerRows(WeightSource):
-    """A source without the last rows of its vocabulary."""
-
-    whole: WeightSource
-
-    @classmethod
-    def of(cls, source: WeightSource, rows: int) -> "_FewerRows":
-        same = {field.name: getattr(source, field.name) for field in dataclasses.fields(WeightSource)}
-        return cls(**{**same, "config": dataclasses.replace(source.config, vocab_size=rows)}, whole=source)
-
-    def names(self) -> list[str]:
-        return self.whole.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        shape = self.whole.shape(name)
-        return (self.config.vocab_size or 0, *shape[1:]) if name in (EMBEDDING, HEAD) else shape
-
-    def read(self, name: str) -> Tensor:
-        tensor = self.whole.read(name)
-        return tensor[: self.config.vocab_size] if name in (EMBEDDING, HEAD) else tensor
 
 
 def _write_weights(folder: Path, source: WeightSource, dtype: torch.dtype, max_bytes: int) -> list[str]:

@@ -11,12 +11,8 @@ from meap_lit.files import run_versions
 def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
     """Return the checkpoint that `path` names: itself, or the newest whole one of a run's folder.
 
-    Args:
-        path: A checkpoint (.ckpt), or what `newest_checkpoint` takes.
-        option: The option that gave the path, for messages.
-
     Raises:
-        UserError: If there is none.
+        UserError: If there is none; the message names the option that gave the path.
     """
     path = Path(path).expanduser()
     if not path.exists():

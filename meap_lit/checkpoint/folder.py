@@ -214,15 +214,6 @@ class StoredCheckpoint:
             raise UserError(f"the parts of checkpoint {self.path} cannot be read: {reason:.200}") from error
 
 
-def read_trainer_state(path: Path) -> dict[str, Any]:
-    """Return all of a checkpoint but the weights and the optimizers' states.
-
-    Raises:
-        UserError: If it is damaged or has code in it.
-    """
-    return StoredCheckpoint(path).trainer_state
-
-
 def _room(about: Any) -> Any:
     """Return an empty tensor on the CPU to read into; None for what is not a tensor."""
     if not isinstance(about, TensorStorageMetadata):

@@ -4,7 +4,7 @@ Only safetensors and checkpoints without code are read, and opening reads no mor
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,6 @@ def new_mask_token(source: WeightSource, tokenizer: Tokenizer) -> int | None:
     A tokenizer without a mask token gets one in memory. A run of ours that masked inputs has trained its row all the
     same, and its export has the token in its tokenizer: these rows are kept. A plain run never read the row, and its
     export does not have it.
-
-    Args:
-        source: Where a training starts from.
-        tokenizer: The tokenizer of its data.
     """
     mask = tokenizer.mask_token_id
     if not tokenizer.mask_is_new:
@@ -130,6 +126,7 @@ class CheckpointSource(WeightSource):
         lora: The adapters' rank, scale and targets.
         first_new_token: As `load_weights` got it when training started.
         stored: The checkpoint on disk.
+        has_mask: Give the rows of the vocabulary that only the mask token needs; see `without_mask`.
     """
 
     mask_token_id: int | None
@@ -139,6 +136,7 @@ class CheckpointSource(WeightSource):
     lora: LoRA | None
     first_new_token: int | None
     stored: StoredCheckpoint = field(repr=False)
+    has_mask: bool = True
 
     @classmethod
     def open(cls, path: Path, verify: bool = True) -> "CheckpointSource":
@@ -189,15 +187,22 @@ class CheckpointSource(WeightSource):
         whole = [name for name in self._weights if not is_adapter(name)]
         return list(dict.fromkeys([*(self.base.names() if self.base else []), *whole]))
 
+    def without_mask(self) -> "CheckpointSource":
+        """Return the same weights with `rows_without_mask` rows of the vocabulary."""
+        return replace(self, config=replace(self.config, vocab_size=self.rows_without_mask), has_mask=False)
+
     def shape(self, name: str) -> tuple[int, ...]:
-        if name in self._weights or self.base is None:
-            return tuple(self._weights[name].size)
-        shape = self.base.shape(name)
-        return (self.config.vocab_size or 0, *shape[1:]) if name in (EMBEDDING, HEAD) else shape
+        is_own = name in self._weights
+        shape = tuple(self._weights[name].size) if is_own or self.base is None else self.base.shape(name)
+        if name not in (EMBEDDING, HEAD) or (is_own and self.has_mask):
+            return shape
+        return (self.config.vocab_size or 0, *shape[1:])
 
     def read(self, name: str) -> Tensor:
         """Return one parameter; a merged one is float32, so that the caller's cast is the only rounding."""
         weight = self._read_own(name) if name in self._weights else self.read_base(name)
+        if not self.has_mask and name in (EMBEDDING, HEAD):
+            return weight[: self.config.vocab_size]
         layer = name.removesuffix(".weight")
         if self.lora is None or f"{layer}.lora_a" not in self._weights:
             return weight

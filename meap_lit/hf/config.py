@@ -57,12 +57,12 @@ _DEFAULT_WINDOW, _DEFAULT_FIRST_WINDOW_LAYER = 4096, 28  # of transformers, wher
 
 
 def hf_name(name: str) -> str:
-    """Name in a Hugging Face file of the decoder's parameter `name`."""
+    """Return the name in a Hugging Face file of the decoder's parameter `name`."""
     return name if name == _HEAD else f"model.{name}"
 
 
 def our_name(hf_name: str) -> str | None:
-    """The decoder's name of a tensor in a Hugging Face file; None for what is computed, not learned."""
+    """Return the decoder's name of a tensor in a Hugging Face file; None for what is computed, not learned."""
     # old Llama files hold the inverse frequencies of the rotary positions
     return None if hf_name.endswith("rotary_emb.inv_freq") else hf_name.removeprefix("model.")
 
@@ -143,13 +143,13 @@ def _instead(neutral: tuple[Any, ...]) -> str:
 
 
 def _json(value: Any) -> str:
-    """A value as it stands in the file, a long one cut."""
+    """Return a value as the file has it, a long one cut."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _num_kv_heads(content: Mapping[str, Any], model_type: str, num_heads: int, where: str) -> int:
-    # Llama 1 and 2 leave it out, null stands for as many as query heads everywhere
+    # Llama 1 and 2 leave it out, null means as many as query heads everywhere
     if content.get("num_key_value_heads") is None and (model_type == "llama" or "num_key_value_heads" in content):
         return num_heads
     return _count(content, "num_key_value_heads", where)
@@ -219,7 +219,7 @@ def _rope_scaling(content: Mapping[str, Any], max_seq_len: int, where: str) -> R
 
 
 def _attention_factor(numbers: Mapping[str, float]) -> float | None:
-    """YaRN's factor on cosine and sine, where it is not the usual one (transformers, `_compute_yarn_parameters`)."""
+    """Return YaRN's factor on cosine and sine, if not the usual one (transformers, `_compute_yarn_parameters`)."""
     mscale, mscale_all_dim = numbers.get("mscale"), numbers.get("mscale_all_dim")
     if "attention_factor" in numbers or not (mscale and mscale_all_dim):
         return numbers.get("attention_factor")
@@ -250,14 +250,10 @@ def _number(content: Mapping[str, Any], key: str, default: float, where: str) ->
 
 
 def family(config: DecoderConfig, wanted: str | None = None) -> str | None:
-    """The `model_type` under which transformers computes what a decoder of this configuration does.
+    """Return the `model_type` under which transformers computes what a decoder of this configuration does.
 
-    Args:
-        config: The decoder's.
-        wanted: Taken if it fits, so that a Mistral stays one.
-
-    Returns:
-        The family; None for the one combination that none has, a bias on query and key and a norm over them.
+    That is the `wanted` one if it fits, so that a Mistral stays one. It is None for the one combination that no family
+    has, a bias on query and key and a norm over them.
     """
     if config.qkv_bias or config.qk_norm:
         return {(True, False): "qwen2", (False, True): "qwen3"}.get((config.qkv_bias, config.qk_norm))

@@ -94,14 +94,11 @@ def build_decoder(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Decoder:
-    """Return a decoder with the weights of `source`.
+    """Return a decoder with the weights of `source`, in its dtype and on the CPU if not given.
 
     Args:
         config: The source's, or one with more vocabulary rows or another context.
-        source: The weights.
         first_new_token: As for `load_weights`.
-        dtype: Dtype of the parameters; the source's own if not given.
-        device: Device of the parameters; the CPU if not given.
 
     Raises:
         UserError: As `load_weights` does.
@@ -145,9 +142,7 @@ def load_weights(
 def check_weights(decoder: Decoder, source: WeightSource) -> dict[str, nn.Parameter]:
     """Check that `source` has the tensors of `decoder`, in their shapes, and no others.
 
-    Args:
-        decoder: It may be on the meta device.
-        source: The weights; only a tied head is read.
+    The decoder may be on the meta device, and only a tied head is read.
 
     Returns:
         The parameters by name, without a tied head and without adapters.

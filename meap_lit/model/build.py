@@ -36,10 +36,7 @@ def copy_whole(parameter: Tensor, value: Tensor) -> None:
 def init_weights(decoder: Decoder, names: Iterable[str], write: Write = copy_whole) -> None:
     """Fill parameters with random values, one at a time; the values depend only on torch's seed and the names.
 
-    Args:
-        decoder: An allocated decoder.
-        names: The parameters to fill.
-        write: Writes a whole value into a parameter of which this device may hold a part.
+    `write` writes a whole value into a parameter of which this device may hold a part.
     """
     parameters = dict(decoder.named_parameters())
     with torch.no_grad():

@@ -82,7 +82,7 @@ def draw_dropout_from(device: torch.device, *key: int) -> Iterator[None]:
     """Let `key` alone decide the dropout in this context; the random state is restored afterwards.
 
     Layers draw one after the other, so each drops something else. A forward that is computed again in the backward
-    (`parallelize.checkpoint_and_compile`) drops what the first one did. Nothing here waits for the device.
+    (`recompute.checkpoint_and_compile`) drops what the first one did. Nothing here waits for the device.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -1,6 +1,6 @@
 """Next-token cross entropy from hidden states, without ever holding the full [B, T, V] logits."""
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +16,7 @@ MAX_LOGITS = 2**25
 """Logits of one piece: 128 MiB in float32, 1,046 rows of a 32,064-token vocabulary. A few copies live at once."""
 
 
-@overload
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_rows: Literal[False] = False
-) -> Tensor: ...
-
-
-@overload
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_rows: Literal[True]
-) -> tuple[Tensor, Tensor]: ...
-
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_rows: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Return the summed cross entropy of `hidden @ weight.T` against `labels`.
 
     Rows are taken in pieces of at most `MAX_LOGITS` logits. Their gradients are formed in the same pass while the
@@ -45,11 +31,17 @@ def linear_cross_entropy(
         hidden: Hidden states, [..., D].
         weight: Head, [V, D].
         labels: Target ids, [...], int64; rows with `IGNORE_INDEX` count nothing.
-        return_rows: Also return the loss of each row, so that a part of it can be logged apart.
 
     Returns:
         Sum over the supervised rows, scalar, float32 (float64 for such inputs). Divide by their number for the mean.
-        With `return_rows` also the rows' losses, [...], float32, without gradient, 0 where not supervised.
+    """
+    return linear_cross_entropy_of_rows(hidden, weight, labels)[0]
+
+
+def linear_cross_entropy_of_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `linear_cross_entropy` does, and the loss of each row, so that a part of it can be logged apart.
+
+    The losses of the rows are [...], float32, without gradient, 0 where not supervised.
     """
     total, rows = _LinearCrossEntropy.apply(
         hidden.flatten(0, -2),
@@ -57,7 +49,7 @@ def linear_cross_entropy(
         labels.flatten(),
         torch.is_grad_enabled(),  # inside the function grad mode is off, and needs_input_grad ignores it
     )
-    return (total, rows.view(labels.shape)) if return_rows else total
+    return total, rows.view(labels.shape)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

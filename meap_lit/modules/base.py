@@ -233,13 +233,7 @@ class DecoderModule(L.LightningModule, ABC):
         self._val_sums = torch.zeros(len(self._val_shares), 2, dtype=torch.float32, device=self.device)
 
     def _validate(self, summed_loss: Tensor, labels: Tensor, source: int = 0) -> None:
-        """Add a batch to the validation loss of its dataset.
-
-        Args:
-            summed_loss: Loss without masks, summed over the supervised labels, scalar.
-            labels: Targets, [B, T]; `IGNORE_INDEX` where there is none.
-            source: Number of the dataset.
-        """
+        """Add a batch to the validation loss of its dataset: its loss summed over the supervised labels, [B, T]."""
         num_labels = (labels != IGNORE_INDEX).sum()
         mean = summed_loss / num_labels.clamp(min=1)  # rounded as torchmetrics' MeanMetric would, which drops a NaN
         self._val_sums[source] += torch.stack([mean * num_labels, num_labels])

@@ -8,9 +8,9 @@ from torch import Tensor
 from meap_lit.data.stream.chat import PackedBatch
 from meap_lit.errors import UserError
 from meap_lit.hf.weights import token_ids
-from meap_lit.model import linear_cross_entropy
+from meap_lit.model.loss import linear_cross_entropy_of_rows
 from meap_lit.modules.base import DecoderModule
-from meap_lit.modules.log_steps import host_number, is_logged
+from meap_lit.modules.log_steps import ends_step, host_number, is_logged
 
 
 class MEAPFineTuning(DecoderModule):
@@ -73,11 +73,11 @@ class MEAPFineTuning(DecoderModule):
         """Return the summed loss, scalar, and the loss of every position for the log, [B, T]."""
         assert self.decoder is not None
         hidden = self.decoder(batch["input_ids"], batch["position_ids"], batch["documents"])  # [B, T, D]
-        return linear_cross_entropy(hidden, self.decoder.lm_head.weight, batch["labels"], return_rows=True)
+        return linear_cross_entropy_of_rows(hidden, self.decoder.lm_head.weight, batch["labels"])
 
     def _log_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Log the losses of the whole optimizer step, at its last micro-batch. Nothing here waits for the GPU."""
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+        if not ends_step(self.trainer, batch_idx):
             return
         if is_logged(self.trainer, self.global_step + 1):
             answer, masked = self._step_sums * self.num_replicas  # `sync_dist` takes the mean over devices

@@ -11,7 +11,7 @@ from meap_lit.masking import check_ratio, mask_inputs, rare_ids
 from meap_lit.masking.schedules import Constant, MaskSchedule
 from meap_lit.model import linear_cross_entropy
 from meap_lit.modules.base import DecoderModule
-from meap_lit.modules.log_steps import host_number, is_logged
+from meap_lit.modules.log_steps import ends_step, host_number, is_logged
 
 
 class MEAPPretraining(DecoderModule):
@@ -85,7 +85,8 @@ class MEAPPretraining(DecoderModule):
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         input_ids, input_mask = self.mask_batch(batch)
         with self.dropout_of(batch_idx):
-            loss = self._mean_loss(input_ids, batch["labels"])
+            # every row supervises all its T labels, so a mean over equal micro-batches is the mean over the step
+            loss = self._summed_loss(input_ids, batch["labels"]) / batch["labels"].numel()
         self._log_step(loss, input_mask, batch_idx)
         return loss
 
@@ -111,10 +112,6 @@ class MEAPPretraining(DecoderModule):
         summed_loss = self._summed_loss(batch["input_ids"], batch["labels"])
         self._validate(summed_loss, batch["labels"], batch.get("source", 0))
 
-    def _mean_loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        # every row supervises all its T labels, so a mean over equal micro-batches is the mean over the step
-        return self._summed_loss(input_ids, labels) / labels.numel()
-
     def _summed_loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         assert self.decoder is not None
         hidden = self.decoder(input_ids)  # [B, T, D]
@@ -122,9 +119,8 @@ class MEAPPretraining(DecoderModule):
 
     def _log_step(self, loss: Tensor, input_mask: Tensor, batch_idx: int) -> None:
         """Log the mean loss of the whole optimizer step, at its last micro-batch. Nothing here waits for the GPU."""
-        accumulation = self.trainer.accumulate_grad_batches
-        self._step_loss += loss.detach() / accumulation
-        if (batch_idx + 1) % accumulation:
+        self._step_loss += loss.detach() / self.trainer.accumulate_grad_batches
+        if not ends_step(self.trainer, batch_idx):
             return
         if is_logged(self.trainer, self.global_step + 1):
             self.log("train/loss", self._step_loss.clone(), sync_dist=True)

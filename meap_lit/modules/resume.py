@@ -14,13 +14,7 @@ from meap_lit.model.lora import LoRA
 
 
 def check_same_model(about: dict[str, Any], config: DecoderConfig, lora: LoRA | None, init_from: str | None) -> None:
-    """Refuse a checkpoint of another model or other adapters.
-
-    Args:
-        about: The checkpoint's entry `decoder`.
-        config: The recipe's model.
-        lora: The recipe's adapters.
-        init_from: Source of the recipe's frozen weights.
+    """Compare a checkpoint's entry `decoder` with model, adapters and source of the frozen weights of the recipe.
 
     Raises:
         UserError: If the checkpoint does not continue such a run.
@@ -67,10 +61,7 @@ def name_parameters(
 ) -> None:
     """Key the state of an optimizer by the names of its parameters, in place; torch keys it by their numbers.
 
-    Args:
-        state: The state; a key that is a name already stays.
-        optimizer: The optimizer that the state is from.
-        parameters: Names and parameters of the model.
+    A key that is a name already stays.
     """
     names = {id(parameter): name for name, parameter in parameters}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

@@ -47,6 +47,13 @@ class Ranks:
         for _, found in outcomes:
             if found is not None and self.rank == 0:
                 raise found
-            if found is not None:  # rank 0 reports it, and Lightning kills rank 0 when a process that it started fails
-                raise SystemExit(2 if self.is_first_of_node else 0)
+            if found is not None:  # rank 0 reports it
+                raise self.exit(2)
         return [value for value, _ in outcomes]
+
+    def exit(self, status: int) -> SystemExit:
+        """Return the end of this process, as a step of all ranks.
+
+        Lightning kills the first process of a node when one that it started fails, so only the first has the status.
+        """
+        return SystemExit(status if self.is_first_of_node else 0)

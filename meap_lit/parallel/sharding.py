@@ -87,11 +87,6 @@ def _split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
 def part_of(config: DecoderConfig, size: int, *, adapted: bool) -> DecoderConfig:
     """Return the decoder that one of `size` tensor-parallel devices computes: its heads and its part of the SwiGLU.
 
-    Args:
-        config: The whole decoder.
-        size: Devices that share each matrix product.
-        adapted: The decoder has adapters.
-
     Raises:
         UserError: If heads or SwiGLU cannot be divided, or adapters would have to be.
     """

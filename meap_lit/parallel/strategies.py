@@ -142,13 +142,7 @@ def gathered_dtype(param_dtype: Dtype | None, precision: str) -> torch.dtype | N
 
 
 def shard_size_of(devices: int, nodes: int, shard_size: int | None, tensor_parallel_size: int) -> int:
-    """Return how many data-parallel devices share one copy of the weights.
-
-    Args:
-        devices: Devices of a node.
-        nodes: Nodes.
-        shard_size: As for `Sharded`.
-        tensor_parallel_size: As for `Sharded`.
+    """Return how many data-parallel devices share one copy of the weights, on nodes of so many devices.
 
     Raises:
         UserError: If a size is below 1, or the devices cannot be divided into groups of these sizes.

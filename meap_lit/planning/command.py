@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from jsonargparse import Namespace
 
@@ -66,33 +67,20 @@ class Hardware:
 
 
 class PlanCLI(RecipeCLI):
-    """Read a recipe as `fit` does, with the options of `Hardware`, and print its plan."""
+    """Read a recipe as `fit` does, with the options of `Hardware`, and plan for it."""
 
     plan: "Plan"
 
     @classmethod
-    def run(cls, arguments: list[str]) -> "PlanCLI":
-        """Print the plan for the words after `plan` on the command line.
-
-        Raises:
-            UserError: As `read` does.
-        """
-        cli = cls.read(arguments)
-        print(cli.plan.report())
-        return cli
-
-    @classmethod
-    def read(cls, arguments: list[str]) -> "PlanCLI":
-        """Parse the words after `plan`. The options of `Hardware` may be spelled with hyphens (`--device-memory`).
+    def read(cls, arguments: list[str]) -> Self:
+        """Plan for the words after `plan`. The options of `Hardware` may be spelled with hyphens (`--device-memory`).
 
         Raises:
             UserError: If the recipe, an override or an option is wrong, or the devices cannot be divided as it asks.
         """
         spellings = {f"--{f.name.replace('_', '-')}": f"--{f.name}" for f in dataclasses.fields(Hardware)}
         words = (word.partition("=") for word in arguments)
-        cli = super().run(["fit", *(spellings.get(name, name) + sign + value for name, sign, value in words)])
-        assert isinstance(cli, PlanCLI)
-        return cli
+        return cls.run(["fit", *(spellings.get(name, name) + sign + value for name, sign, value in words)])
 
     def make_parser(self) -> Parser:
         parser = super().make_parser()

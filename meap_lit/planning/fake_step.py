@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from meap_lit.model import Decoder, DecoderConfig, Documents, linear_cross_entropy
 from meap_lit.model.lora import LoRA, add_lora
@@ -55,11 +54,7 @@ class StepBytes:
 def step_bytes(config: DecoderConfig, **options: Any) -> StepBytes:
     """Return what a step of a whole decoder allocates.
 
-    A deep decoder is not run: its bytes follow from those of two shallow ones.
-
-    Args:
-        config: The decoder.
-        **options: As for `run_step`, hashable.
+    A deep decoder is not run: its bytes follow from those of two shallow ones. The options are those of `run_step`.
     """
     few, more = _MEASURED_LAYERS
     if config.num_layers <= more:
@@ -139,7 +134,7 @@ class _CountBytes(TorchDispatchMode):
             self.before_embedding = self.start_phase()
         result = func(*args, **(kwargs or {}))
         is_cast = func is torch.ops.aten._to_copy.default and id(args[0].untyped_storage()) in self._parameters
-        for value in tree_iter(result):
+        for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, Tensor) and value.untyped_storage() not in self._known:
                 storage = value.untyped_storage()
                 self._known.add(storage)

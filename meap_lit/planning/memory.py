@@ -18,6 +18,9 @@ from meap_lit.parallel.sharding import part_of
 from meap_lit.planning.devices import PRECISIONS, Devices
 from meap_lit.planning.fake_step import Checkpointing, step_bytes
 
+_BLOCKS = "layers."
+"""How the names of parameters of blocks begin; embedding, head and final norm have others."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -86,16 +89,6 @@ def optimizer_bytes(trained: Sequence[Tensor], num_shards: int) -> int:
     return 2 * sharded_bytes(trained, num_shards) + torch.float32.itemsize * len(trained)
 
 
-def bucket_bytes(step: Step, gradients: int) -> int:
-    """Return the bytes of DDP's buckets beside the gradients.
-
-    With `view` the gradients are in the buckets, except while micro-batches accumulate.
-    """
-    buckets = step.devices.buckets
-    apart = buckets == "copy" or (buckets == "view" and step.accumulation > 1)
-    return gradients if apart else 0
-
-
 def gathered_bytes(parameters: Mapping[str, Tensor], devices: Devices, num_layers: int) -> int:
     """Return the bytes of the weights that FSDP2 holds gathered (`parallel.sharding.shard`).
 
@@ -105,7 +98,7 @@ def gathered_bytes(parameters: Mapping[str, Tensor], devices: Devices, num_layer
     if not devices.fsdp:
         return 0
     sizes = {name: p.numel() * (devices.param_dtype or p.dtype).itemsize for name, p in parameters.items()}
-    blocks = sum(size for name, size in sizes.items() if in_block(name))
+    blocks = sum(size for name, size in sizes.items() if name.startswith(_BLOCKS))
     num_gathered = min(2, num_layers) if devices.reshard_after_forward else num_layers
     return sum(sizes.values()) - blocks + blocks * num_gathered // num_layers
 
@@ -113,10 +106,8 @@ def gathered_bytes(parameters: Mapping[str, Tensor], devices: Devices, num_layer
 def reduced_gradient_bytes(parameters: Iterable[Tensor], devices: Devices, *, computed: bool = True) -> int:
     """Return the bytes that FSDP2 takes to reduce gradients: whole ones in `reduce_dtype`, and the shards that result.
 
-    Args:
-        parameters: Those of a block, or those outside of the blocks.
-        devices: The devices.
-        computed: Count the gradients as they were computed, too.
+    The parameters are those of a block, or those outside of the blocks. With `computed`, the gradients count as they
+    were computed, too.
     """
     total = 0
     for p in parameters:
@@ -124,11 +115,6 @@ def reduced_gradient_bytes(parameters: Iterable[Tensor], devices: Devices, *, co
         reduced = p.numel() * (devices.reduce_dtype or dtype).itemsize
         total += (p.numel() * dtype.itemsize * computed + reduced + reduced // devices.shard_size) * p.requires_grad
     return total
-
-
-def in_block(name: str) -> bool:
-    """Return whether a parameter belongs to a block, not to embedding, head or final norm."""
-    return name.startswith("layers.")
 
 
 # ------------------------------------------------------------------------------------------------- the whole
@@ -172,7 +158,9 @@ def memory_of(step: Step) -> Memory:
     num_shards, num_layers = devices.shard_size, step.decoder.num_layers
     stored, gradients = (sharded_bytes(tensors, num_shards) for tensors in (parameters.values(), trained))
     optimizer = optimizer_bytes(trained, num_shards)
-    buckets = bucket_bytes(step, gradients)
+    # with `view` the gradients are in the buckets, except while micro-batches accumulate
+    apart = devices.buckets == "copy" or (devices.buckets == "view" and step.accumulation > 1)
+    buckets = gradients if apart else 0
     host = 0
     if devices.cpu_offload:
         host = stored + gradients + optimizer
@@ -192,7 +180,7 @@ def memory_of(step: Step) -> Memory:
     blocks, embedding = allocated.blocks, allocated.embedding
     if devices.fsdp:
         one_block = [p for name, p in parameters.items() if name.startswith("layers.0.")]
-        root = [p for name, p in parameters.items() if not in_block(name)]
+        root = [p for name, p in parameters.items() if not name.startswith(_BLOCKS)]
         blocks += reduced_gradient_bytes(one_block, devices)
         embedding += reduced_gradient_bytes(root, devices, computed=False)
     kept = allocated.forward + allocated.copies

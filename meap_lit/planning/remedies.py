@@ -19,10 +19,6 @@ Change = tuple[str, Callable[[Step], Step]]
 def smallest_changes(step: Step, capacity: int) -> list[tuple[list[str], Memory]]:
     """Return the fewest changes to a recipe that bring its memory within `capacity` bytes.
 
-    Args:
-        step: The recipe's.
-        capacity: Bytes of a device.
-
     Returns:
         Command-line options and memory of each way that takes as few changes as possible, each change as mild as
         possible; empty if none is enough.

@@ -242,9 +242,6 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
 
     `last` and the folder of a run name the newest whole checkpoint in it. With `starts_anew`, `last` is None before the
     first checkpoint, so that one command starts a run and resumes it.
-
-    Raises:
-        UserError: If there is no such checkpoint.
     """
     path = config.ckpt_path
     if path in (None, "best"):
@@ -253,12 +250,11 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
         raise UserError(f"--ckpt_path {path} is an address, which cannot be verified; copy the checkpoint here first")
     given = _runs_of(config) if path == "last" else Path(path)
     if path == "last" and starts_anew and not any(given.rglob("step=*.ckpt")):
-        if rank_zero_only.rank == 0:
-            print(f"checkpoint: none yet in {given}, the run starts anew")
+        rank_zero_only(print)(f"checkpoint: none yet in {given}, the run starts anew")
         return None
     found = find_checkpoint(given, "--ckpt_path last" if path == "last" else "--ckpt_path")
-    if found != given and rank_zero_only.rank == 0:
-        print(f"checkpoint: {found}")
+    if found != given:
+        rank_zero_only(print)(f"checkpoint: {found}")
     return str(found)
 
 
@@ -299,11 +295,7 @@ def _options_of_loggers(config: Namespace) -> list[Namespace]:
 
 
 def _make_log_folder(options: Namespace) -> None:
-    """Make the folder of a logger, before any data is prepared.
-
-    Raises:
-        UserError: If it is an address, or not writable.
-    """
+    """Make the folder of a logger, before any data is prepared; refuse an address."""
     if not options.get("save_dir"):
         return
     key, folder = "trainer.logger.save_dir", Path(options.save_dir)

@@ -51,9 +51,6 @@ _IN_WORDS = {
 def input_errors(known: Known) -> Iterator[None]:
     """Turn what libraries raise while a recipe is read or its objects are built into a `UserError`.
 
-    Args:
-        known: As for `explain`.
-
     Raises:
         UserError: Says what is wrong with the recipe.
         Exception: As it is, if code of this package raised it: a bug.
@@ -190,10 +187,6 @@ def explain(message: str, known: Known) -> str:
 def check_values(recipe: Mapping[str, Any], known: Known) -> None:
     """Refuse unusable values that pass the parser.
 
-    Args:
-        recipe: Values by top-level key, nested.
-        known: The keys that there are.
-
     Raises:
         UserError: If a value is null where null is not allowed, not finite, not a mapping where one is needed, or out
             of the range of an option of Lightning.
@@ -202,7 +195,7 @@ def check_values(recipe: Mapping[str, Any], known: Known) -> None:
         if not isinstance(recipe.get(key, {}), Mapping):
             raise UserError(f"{key} must be {_IN_WORDS['dict']}, got {shorten(str(recipe[key]))}")
     for key, value in recipe.items():
-        _check_value(value, known.get(key) or object, key)
+        check_value(value, known.get(key) or object, key)
     seed = recipe["seed_everything"]
     check_range("seed_everything", seed, f"[0, {2**32 - 1}]")  # numpy's limits
     for name, limit in {"log_every_n_steps": 1, "gradient_clip_val": 0}.items():
@@ -210,17 +203,17 @@ def check_values(recipe: Mapping[str, Any], known: Known) -> None:
     check_range("trainer.num_nodes", recipe["trainer"].get("num_nodes"), "[1, 100000]")
 
 
-def check_options(options: Mapping[str, Any], command: type) -> None:
-    """Refuse unusable values of a command's options that pass the parser.
+def check_value(value: Any, kind: Any, where: str = "") -> None:
+    """Check the arguments of the class `kind`, or of the class that the value names, and of those within.
+
+    Args:
+        value: A value, or the arguments by name.
+        kind: The class that takes them.
+        where: Key of the value, for the message; empty for the options of a command.
 
     Raises:
         UserError: If a value is null where null is not allowed, not finite, or not a mapping where one is needed.
     """
-    _check_value(options, command, "")
-
-
-def _check_value(value: Any, kind: Any, where: str) -> None:
-    """Check the arguments of the class `kind`, or of the class that the value names, and of those within."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} must be finite, got {value}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -229,7 +222,7 @@ def _check_value(value: Any, kind: Any, where: str) -> None:
         raise UserError(f"{where} holds a NUL character, got {shorten(value)}")
     if isinstance(value, list):
         for number, entry in enumerate(value):
-            _check_value(entry, kind, f"{where}[{number}]")
+            check_value(entry, kind, f"{where}[{number}]")
     if not isinstance(value, Mapping):
         return
     if "class_path" in value:
@@ -244,7 +237,7 @@ def _check_value(value: Any, kind: Any, where: str) -> None:
         if entry is not None and not isinstance(entry, Mapping) and _takes_only_mappings(parameter.annotation):
             raise UserError(f"{place} must be {_IN_WORDS['dict']}, got {shorten(str(entry))}")
         kinds = (parameter.annotation, *get_args(parameter.annotation))
-        _check_value(entry, next(filter(dataclasses.is_dataclass, kinds), object), place)
+        check_value(entry, next(filter(dataclasses.is_dataclass, kinds), object), place)
 
 
 _UNKNOWN = inspect.Parameter("unknown", inspect.Parameter.KEYWORD_ONLY)

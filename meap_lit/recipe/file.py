@@ -56,11 +56,7 @@ def lineage(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the content of one file, within the limits above.
-
-    Raises:
-        UserError: If it is not a YAML mapping in UTF-8, or exceeds a limit.
-    """
+    """Return the content of one file, within the limits above."""
     if (size := path.stat().st_size) > MAX_BYTES:
         raise UserError(f"recipe {path} has {size:,} bytes, more than a recipe needs; name a YAML file")
     text = decode(path.read_bytes(), f"recipe {path}")
@@ -139,16 +135,9 @@ def _current_text(text: str, key: str) -> str:
 
 
 def _check(text: str, name: str, is_recipe: bool = True) -> None:
-    """Refuse YAML whose value is huge, deeply nested or, in a recipe, ambiguous, without building the value.
+    """Refuse YAML whose value is huge or deeply nested, without building the value.
 
-    Args:
-        text: YAML.
-        name: Name of the text, for the message.
-        is_recipe: Refuse a key that appears twice; a text such as a prompt may repeat what looks like one.
-
-    Raises:
-        UserError: Names the line.
-        YAMLError: If it is not YAML.
+    In a recipe, refuse also a key that appears twice; a text such as a prompt may repeat what looks like one.
     """
     levels = [_Level(None, None)]
     sizes: dict[str, int] = {}  # values behind each anchor

@@ -12,7 +12,7 @@ import yaml
 from meap_lit.callbacks.metrics import METRICS_FILE, Point, read_metrics
 from meap_lit.callbacks.summary import SUMMARY_FILE
 from meap_lit.checkpoint.find import newest_checkpoint
-from meap_lit.checkpoint.folder import read_trainer_state
+from meap_lit.checkpoint.folder import StoredCheckpoint
 from meap_lit.errors import UserError
 from meap_lit.files import read_json
 from meap_lit.model import DecoderConfig
@@ -238,7 +238,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 def _read_checkpoint(file: Path) -> dict[str, Any]:
     """Return `decoder` and `datasets` as a summary has them."""
-    content = read_trainer_state(file)
+    content = StoredCheckpoint(file).trainer_state
     try:
         decoder = content["decoder"]["config"]
     except (KeyError, TypeError) as error:

@@ -221,6 +221,12 @@ def test_milestones_stay(tmp_path):
     assert (tmp_path / "last.ckpt").readlink().name == "step=8.ckpt"
 
 
+def test_a_resume_that_keeps_fewer_removes_the_others(tmp_path):
+    train(tmp_path, max_steps=6, keep=3)
+    train(tmp_path, max_steps=8, keep=1, ckpt_path=tmp_path / "step=6.ckpt")
+    assert visible(tmp_path) == ["last.ckpt", "step=6.ckpt", "step=8.ckpt"], "what it resumed from stays"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

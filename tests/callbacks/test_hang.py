@@ -92,5 +92,5 @@ def test_the_others_end_when_the_process_with_the_store_is_stopped(toy_recipe, t
 
 @pytest.mark.parametrize("minutes", [0, -1])
 def test_a_wrong_timeout_is_named(minutes):
-    with pytest.raises(UserError, match=f"^hang.timeout_minutes must be above 0, or null for never, got {minutes}$"):
+    with pytest.raises(UserError, match=f"^hang.timeout_minutes must be above 0, got {minutes}; null is for never$"):
         StopOnHang(minutes)

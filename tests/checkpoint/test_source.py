@@ -244,8 +244,8 @@ def _cut(path: Path) -> None:
             "{} holds no checkpoint; name a Hugging Face folder (config.json, model.safetensors)",
         ),
         ("x", _folder("model.safetensors"), "{} has no config.json, which says what model its safetensors are of"),
-        ("x", _folder("lit_model.pth"), "{} is a LitGPT checkpoint, which is not read; bring it into"),
-        ("x", _folder("model_config.yaml"), "{} is a LitGPT checkpoint, which is not read; bring it into"),
+        ("x", _folder("lit_model.pth"), "{} is a LitGPT checkpoint, which is not read; convert it to"),
+        ("x", _folder("model_config.yaml"), "{} is a LitGPT checkpoint, which is not read; convert it to"),
         (
             "x",
             _folder("adapter_config.json", "adapter_model.safetensors"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meap_lit.model import IGNORE_INDEX, linear_cross_entropy, loss
+from meap_lit.model.loss import linear_cross_entropy_of_rows
 
 
 def inputs(rows: tuple[int, ...], width: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +90,7 @@ def test_value_and_gradients_are_those_of_plain_cross_entropy(
 def test_rows_are_those_of_plain_cross_entropy(dtype: torch.dtype, pieces: list[int]) -> None:
     hidden, weight, labels = inputs((3, 7), 8, 20, dtype)
     labels[:, ::3] = IGNORE_INDEX
-    total, rows = linear_cross_entropy(hidden, weight, labels, return_rows=True)
+    total, rows = linear_cross_entropy_of_rows(hidden, weight, labels)
     assert len(pieces) > 1
     assert (rows.dtype, rows.shape, rows.requires_grad) == (torch.float32, labels.shape, False)
     logits = (hidden @ weight.T).flatten(0, -2)
@@ -109,7 +110,7 @@ def test_rows_are_those_of_plain_cross_entropy(dtype: torch.dtype, pieces: list[
 def test_rows_without_grad_mode() -> None:
     hidden, weight, labels = inputs((5,), 4, 20, torch.float32)
     with torch.no_grad():
-        total, rows = linear_cross_entropy(hidden, weight, labels, return_rows=True)
+        total, rows = linear_cross_entropy_of_rows(hidden, weight, labels)
     torch.testing.assert_close(total, rows.sum())
     assert not total.requires_grad
 

@@ -112,7 +112,7 @@ def summed_loss(decoder, batch):
 def test_the_loss_is_the_cross_entropy_of_every_next_token(prepared, tmp_path):
     module, _ = fit(prepared, mask_ratio=0.15, max_steps=1, tmp_path=tmp_path)
     tokens = torch.randint(0, 300, (3, 33), generator=torch.Generator().manual_seed(0))
-    loss = module._mean_loss(tokens[:, :-1], tokens[:, 1:])
+    loss = module._summed_loss(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
     logits = module.decoder.logits(module.decoder(tokens[:, :-1]))
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
 
@@ -213,7 +213,7 @@ def test_a_toy_model_overfits_a_few_sequences():
     tokens = torch.randint(0, 127, (4, 33))
     optimizer = AdamW(lr=1e-2).build(module.decoder)
     for _ in range(150):
-        loss = module._mean_loss(tokens[:, :-1], tokens[:, 1:])
+        loss = module._summed_loss(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
