@@ -8,7 +8,6 @@ them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.attention.weights import PerHead, as_record, by_head, read, visible, weight_blocks
 from meap_lit.evaluation.statistics import Mean, paired_t_test, student
-from meap_lit.evaluation.task import Item, Plot, Record, Result, Topic
+from meap_lit.evaluation.task import Item, Plot, Record, Result
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.masking import mask_inputs, num_masked
@@ -63,10 +62,10 @@ class MaskedAttention(SequenceTask):
         block_size: Number of queries whose weights are in memory at a time.
     """
 
-    name: ClassVar[str] = "attention"
-    topic: ClassVar[Topic] = "attention"
-    metrics: ClassVar[tuple[str, ...]] = ("decay", "variance_increase")
-    plots: ClassVar[tuple[Plot, ...]] = (
+    name = "attention"
+    topic = "attention"
+    metrics = ("decay", "variance_increase")
+    plots = (
         _layer_plot("attention_masked", "attention", "mean weight of a masked position"),
         _layer_plot("attention_variance", "variance", "variance of the other weights"),
         Plot(

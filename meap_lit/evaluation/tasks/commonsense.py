@@ -8,11 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.statistics import Mean
-from meap_lit.evaluation.task import Item, Plot, Record, Result, Task, Topic
+from meap_lit.evaluation.task import Item, Plot, Record, Result, Task
 from meap_lit.inference.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ class Commonsense(Task):
         limit: Number of questions of each task, from the first on; all by default.
     """
 
-    name: ClassVar[str] = "commonsense"
-    topic: ClassVar[Topic] = "knowledge"
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "acc", "acc_norm")
-    by_key: ClassVar[tuple[str, ...]] = ("acc",)
-    plots: ClassVar[tuple[Plot, ...]] = (Plot("tasks", "task"),)
+    name = "commonsense"
+    topic = "knowledge"
+    metrics = ("accuracy", "acc", "acc_norm")
+    by_key = ("acc",)
+    plots = (Plot("tasks", "task"),)
 
     tasks: tuple[str, ...]
     include_path: str | None = None

@@ -6,12 +6,12 @@ arXiv 2209.11895).
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.task import Item, Plot, Record, Topic
+from meap_lit.evaluation.task import Item, Plot, Record
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -38,14 +38,14 @@ class Copying(SequenceTask):
         seed: Seed of the spans.
     """
 
-    name: ClassVar[str] = "copying"
-    topic: ClassVar[Topic] = "loss"
-    metrics: ClassVar[tuple[str, ...]] = ("copy_loss", "first_loss", "gain", "copy_accuracy")
-    unit: ClassVar[str] = "nats"
-    other_units: ClassVar[Mapping[str, str]] = {"copy_accuracy": "%"}
-    higher_is_better: ClassVar[bool] = False
-    by_key: ClassVar[tuple[str, ...]] = ("copy_accuracy",)
-    plots: ClassVar[tuple[Plot, ...]] = (
+    name = "copying"
+    topic = "loss"
+    metrics = ("copy_loss", "first_loss", "gain", "copy_accuracy")
+    unit = "nats"
+    other_units = {"copy_accuracy": "%"}
+    higher_is_better = False
+    by_key = ("copy_accuracy",)
+    plots = (
         Plot(
             "copying",
             "distance",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, takewhile
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,9 +43,9 @@ class FactRetrieval(Task):
         filler: File or folder of text whose sentences surround the facts; made up if not given.
     """
 
-    name: ClassVar[str] = "facts"
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
-    plots: ClassVar[tuple[Plot, ...]] = (
+    name = "facts"
+    metrics = ("accuracy",)
+    plots = (
         Plot(
             "facts",
             "length",

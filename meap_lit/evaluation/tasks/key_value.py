@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
 
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.rows import Row, read_rows
@@ -77,9 +76,9 @@ class KeyValueRetrieval(PromptTask):
         seed: Seed of made-up sets.
     """
 
-    name: ClassVar[str] = "key_value"
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
-    plots: ClassVar[tuple[Plot, ...]] = (Plot("key_value", "gold", x_label="position of the pair, from 0"),)
+    name = "key_value"
+    metrics = ("accuracy",)
+    plots = (Plot("key_value", "gold", x_label="position of the pair, from 0"),)
 
     file: str | None = None
     num_pairs: int | None = None

@@ -11,7 +11,7 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.rows import Row, read_rows
@@ -95,10 +95,10 @@ class MultiDocumentQA(PromptTask):
         seed: Seed of synthetic distractors.
     """
 
-    name: ClassVar[str] = "multi_document_qa"
-    metrics: ClassVar[tuple[str, ...]] = ("best_subspan_em", "oracle", "closed_book")
+    name = "multi_document_qa"
+    metrics = ("best_subspan_em", "oracle", "closed_book")
     """Each item has one of them: the last two are the same score for the prompts of the bounds."""
-    plots: ClassVar[tuple[Plot, ...]] = (
+    plots = (
         Plot(
             "multi_document_qa",
             "gold",

@@ -7,11 +7,10 @@ dataset opencompass/NeedleBench has the public questions, `multi_needle_reasonin
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Plot, Record, Topic
+from meap_lit.evaluation.task import Plot, Record
 from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackPrompt, HaystackTask
 
 # no space before it, as in the reference
@@ -49,10 +48,10 @@ class Reasoning(HaystackTask):
         num_needles: Numbers of sentences from which an answer follows; each is asked at each length and depth.
     """
 
-    name: ClassVar[str] = "reasoning"
-    topic: ClassVar[Topic] = "reasoning"
-    metrics: ClassVar[tuple[str, ...]] = ("word_recall",)
-    plots: ClassVar[tuple[Plot, ...]] = (
+    name = "reasoning"
+    topic = "reasoning"
+    metrics = ("word_recall",)
+    plots = (
         Plot("reasoning_by_length", "length", x_label="length (tokens)"),
         Plot("reasoning_by_num_needles", "num_needles", x_label="sentences from which an answer follows"),
     )
