@@ -115,7 +115,7 @@ class Records:
         self.settings["items"] = items
         self._check(self.settings)
         file = self.folder / SETTINGS_FILE
-        if is_first_rank() and not file.is_file():
+        if rank() == 0 and not file.is_file():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_file(file, json.dumps(self.settings, indent=1, default=str) + "\n")
@@ -155,7 +155,7 @@ class Records:
         """Merge the files of all ranks into one, in the order of the items, once every item has an answer."""
         known = self.read()
         records = [known[item.id] for item in items]
-        if is_first_rank():
+        if rank() == 0:
             write_records(self.folder / RECORDS_FILE, records)
             for part in self.folder.glob(_PART):
                 part.unlink()
@@ -270,10 +270,6 @@ def rank() -> int:
 
 def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def is_first_rank() -> bool:
-    return rank() == 0
 
 
 def _wait_for_all() -> None:

@@ -12,7 +12,7 @@ from itertools import islice
 
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Plot, Prompt, PromptTask, Record
+from meap_lit.evaluation.task import Plot, Prompt, PromptTask, Record, check_distinct
 
 Pair = tuple[str, str]
 
@@ -94,8 +94,9 @@ class KeyValueRetrieval(PromptTask):
             raise UserError(f"either file or num_pairs must be given, got {got}")
         check_range("num_pairs", self.num_pairs, "[2, inf)")
         check_range("num_sets", self.num_sets, "[1, inf)")
-        if self.gold is not None and (not self.gold or len(set(self.gold)) < len(self.gold) or min(self.gold) < 0):
-            raise UserError(f"gold must name positions from 0, at least one and each once, got {list(self.gold)}")
+        if self.gold is not None:
+            check_distinct("gold", self.gold)
+            check_range("gold", min(self.gold), "[0, inf)")
 
     def prompts(self) -> Iterator[Prompt]:
         for number, entry in enumerate(self._sets()):

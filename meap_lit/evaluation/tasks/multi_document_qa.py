@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Item, Plot, Prompt, PromptTask, Record, Result
+from meap_lit.evaluation.task import Item, Plot, Prompt, PromptTask, Record, Result, check_distinct
 from meap_lit.inference.language_model import LanguageModel
 
 Bound = Literal["oracle", "closed_book"]
@@ -120,14 +120,9 @@ class MultiDocumentQA(PromptTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("num_documents", self.num_documents, "[2, inf)")
-        if not self.gold or len(set(self.gold)) < len(self.gold):
-            raise UserError(f"gold must name at least one position and each once, got {list(self.gold)}")
+        check_distinct("gold", self.gold)
         for position in self.gold:
-            if not 0 <= position < self.num_documents:
-                raise UserError(
-                    f"gold positions must be in [0, {self.num_documents - 1}] for num_documents {self.num_documents}, "
-                    f"got {position}"
-                )
+            check_range("gold", position, f"[0, {self.num_documents - 1}]", f" for num_documents {self.num_documents}")
         check_range("num_questions", self.num_questions, "[1, inf)")
 
     def prompts(self) -> Iterator[Prompt]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Plot, Record
+from meap_lit.evaluation.task import Plot, Record, check_distinct
 from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackPrompt, HaystackTask
 
 # no space before it, as in the reference
@@ -62,8 +62,7 @@ class Reasoning(HaystackTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.num_needles or len(set(self.num_needles)) < len(self.num_needles):
-            raise UserError(f"num_needles must name at least one value and each once, got {list(self.num_needles)}")
+        check_distinct("num_needles", self.num_needles)
 
     def prompts(self) -> list[HaystackPrompt]:
         by_count: dict[int, list[Derivation]] = {}
