@@ -248,9 +248,6 @@ def _share(batch: list[T], rank: int, num_ranks: int) -> list[T]:
     return batch[rank * len(batch) // num_ranks : (rank + 1) * len(batch) // num_ranks]
 
 
-# ------------------------------------------------------------------------------------------------ processes
-
-
 def start_ranks() -> None:
     """Initialize torch.distributed if `torchrun` started several processes.
 
@@ -275,9 +272,6 @@ def num_ranks() -> int:
 def _wait_for_all() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-# ---------------------------------------------------------------------------------------------------- files
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:

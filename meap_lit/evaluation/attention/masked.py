@@ -148,9 +148,6 @@ class MaskedAttention(SequenceTask):
         return changes(shared, [masked[record["id"]] for record in shared])
 
 
-# --------------------------------------------------------------------------------------------------- statistics
-
-
 def statistics(decoder: Decoder, input_ids: Tensor, input_mask: Tensor, block_size: int) -> dict[str, PerHead]:
     """Return the attention to masked keys and the variance of that to the others, averaged over queries.
 
@@ -205,9 +202,6 @@ def key_statistics(weights: Tensor, input_mask: Tensor) -> tuple[Tensor, Tensor]
 def counted(num_masked_keys: Tensor, num_seen: Tensor) -> Tensor:
     """Return which queries count: those that see a masked key and two others."""
     return (num_masked_keys >= 1) & (num_seen - num_masked_keys >= 2)
-
-
-# -------------------------------------------------------------------------------------------------- comparisons
 
 
 def changes(clean: Sequence[Record], masked: Sequence[Record]) -> dict[str, float]:

@@ -112,9 +112,6 @@ def read_summaries(file: Path) -> list[Record]:
     return records
 
 
-# ------------------------------------------------------------------------------------------------- agreement
-
-
 class Agreement(NamedTuple):
     """Agreement of two judges: percentage of equal verdicts, Cohen's kappa, number of verdicts."""
 

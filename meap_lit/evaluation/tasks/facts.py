@@ -117,9 +117,6 @@ class FactRetrieval(Task):
         return {"accuracy": 100.0 * (scores.index(max(scores)) == record["answer"])}
 
 
-# ---------------------------------------------------------------------------------------------------- items
-
-
 def _build_item(
     task: FactRetrieval,
     length: int,
@@ -184,9 +181,6 @@ def _encode_options(text: str, options: list[str], tokenizer: Tokenizer) -> tupl
     columns = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
     context_ids = [column[0] for column in columns]
     return context_ids, [row[len(context_ids) :] for row in rows[1:]]
-
-
-# -------------------------------------------------------------------------------------------------- scoring
 
 
 def score_items(decoder: nn.Module, items: Sequence[Item], task: FactRetrieval, batch_size: int = 32) -> np.ndarray:

@@ -200,9 +200,6 @@ def _check_same_questions(files: Sequence[Sequence[Question]]) -> None:
             raise UserError(f"{last.where}: the last question, but the file for another position has more")
 
 
-# ---------------------------------------------------------------------------------------------------- distractors
-
-
 def _with_synthetic_distractors(
     questions: Sequence[Question], num_questions: int | None, num_distractors: int, seed: int
 ) -> list[Question]:
@@ -240,9 +237,6 @@ def _in_random_order(passages: list[Passage], rng: random.Random) -> Iterator[Pa
         index = rng.randrange(len(passages))
         passages[index], passages[-1] = passages[-1], passages[index]
         yield passages.pop()
-
-
-# ---------------------------------------------------------------------------------------------------- scoring
 
 
 def best_subspan_em(prediction: str, answers: Sequence[str]) -> float:

@@ -251,9 +251,6 @@ _NOUNS = (
 )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------- scoring
-
-
 def needlebench_score(prediction: str, needle: str, keyword: str) -> float:
     """Return 100 if the prediction contains the keyword, else up to 20 for its similarity to the needle.
 

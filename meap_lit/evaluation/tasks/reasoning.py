@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.rows import Row, read_rows
+from meap_lit.evaluation.rows import read_rows
 from meap_lit.evaluation.task import Plot, Record, check_distinct
 from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackPrompt, HaystackTask
 
@@ -18,25 +18,6 @@ _CONSIDER = "Before answering, please consider what in the document is most rele
 
 _SPACING = 10
 """Distance of one needle from the next, in percent of the haystack."""
-
-
-@dataclass(frozen=True)
-class Derivation:
-    """A question and the sentences from which its answer follows, in order."""
-
-    sentences: tuple[str, ...]
-    question: str
-    answer: str
-
-    @classmethod
-    def from_row(cls, row: Row) -> "Derivation":
-        sentences = tuple(row.texts("derivations"))
-        if not sentences:
-            raise row.error("field 'derivations' is empty")
-        for number, sentence in enumerate(sentences):
-            if not sentence.strip():
-                raise row.error(f"field 'derivations[{number}]' is empty")
-        return cls(sentences, row.text("question"), row.text("answer"))
 
 
 @dataclass(kw_only=True)
@@ -65,12 +46,19 @@ class Reasoning(HaystackTask):
         check_distinct("num_needles", self.num_needles)
 
     def prompts(self) -> list[HaystackPrompt]:
-        by_count: dict[int, list[Derivation]] = {}
+        by_count: dict[int, list[Record]] = {}
         for row in read_rows(self.file):
             count = row.value("derivation_count")
             if not isinstance(count, int):
                 raise row.error(f"field 'derivation_count' must be an integer, got {type(count).__name__}")
-            by_count.setdefault(count, []).append(Derivation.from_row(row))
+            sentences = row.texts("derivations")
+            if not sentences:
+                raise row.error("field 'derivations' is empty")
+            for number, sentence in enumerate(sentences):
+                if not sentence.strip():
+                    raise row.error(f"field 'derivations[{number}]' is empty")
+            fields = {"derivations": sentences, "question": row.text("question"), "answer": row.text("answer")}
+            by_count.setdefault(count, []).append(fields)
         missing = [count for count in self.num_needles if count not in by_count]
         if missing:
             raise UserError(
@@ -97,14 +85,9 @@ class Reasoning(HaystackTask):
     def score(self, record: Record) -> dict[str, float]:
         return {"word_recall": word_recall(record["model_answer"], record["answer"])}
 
-    def _question(self, repeat: int, derivation: Derivation, count: int) -> HaystackPrompt:
-        needles = tuple(f"\n{sentence}\n" for sentence in derivation.sentences)
-        after = f"\n\nNow, the question is: {derivation.question}{_CONSIDER}"
-        fields = {
-            "derivations": list(derivation.sentences),
-            "question": derivation.question,
-            "answer": derivation.answer,
-        }
+    def _question(self, repeat: int, fields: Record, count: int) -> HaystackPrompt:
+        needles = tuple(f"\n{sentence}\n" for sentence in fields["derivations"])
+        after = f"\n\nNow, the question is: {fields['question']}{_CONSIDER}"
         return HaystackPrompt(repeat, needles, INTRODUCTION, after, fields, {"num_needles": count})
 
 

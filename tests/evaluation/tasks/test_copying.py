@@ -221,7 +221,6 @@ def test_figure_and_tables_by_distance_from_the_records_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "code"}, "task.source must be text or random, got code"),
         ({"span_len": 1}, "task.span_len must be at least 2 because its first token does not count, got 1"),
         ({"num_spans": 0}, "task.num_spans must be at least 1, got 0"),
         ({"distances": ()}, "task.distances must name distances from 0, at least one and each once, got []"),
