@@ -243,14 +243,9 @@ def bars(
     title: str = "",
     errors: Mapping[str, Mapping[Any, float]] | None = None,
 ) -> "Figure":
-    """Draw bars: one color for each key of `groups`, side by side at each x.
+    """Draw bars: one color for each key of `groups` (heights, x to y), side by side at each x.
 
-    Args:
-        groups: Heights of each color, x to y.
-        x_label: Label of x.
-        y_label: Label of y.
-        title: Title.
-        errors: Half lengths of error bars, keyed as `groups`.
+    `errors` are half lengths of error bars, keyed as `groups`; the labels are as in `curves`.
     """
     places = list(dict.fromkeys(x for heights in groups.values() for x in heights))
     figure, axes = _one_panel(max(5.0, 1.5 + 0.9 * len(places)), x_label, y_label, title)

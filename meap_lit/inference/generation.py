@@ -123,17 +123,9 @@ def check_prompts(
     config: DecoderConfig,
     context: str | None = None,
 ) -> None:
-    """Check the arguments of `generate` before weights are loaded.
+    """Check the arguments of `generate` before weights are loaded, and raise as it does.
 
-    Args:
-        prompts: Token ids of each prompt.
-        max_new_tokens: Maximum number of tokens to add to a prompt.
-        batch_size: Number of prompts to continue at once.
-        config: Configuration of the decoder.
-        context: Its context in words, for the message; `max_seq_len` tokens by default.
-
-    Raises:
-        UserError: As `generate` does.
+    `context` describes the model's context in the message; `max_seq_len` tokens by default.
     """
     check_range("max_new_tokens", max_new_tokens, "[1, inf)")
     check_range("batch_size", batch_size, "[1, inf)")

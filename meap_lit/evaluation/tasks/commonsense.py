@@ -89,11 +89,11 @@ class Commonsense(Task):
 
     def score(self, record: Record) -> dict[str, float]:
         sums = record["log_likelihoods"]
-        acc = 100.0 * (_argmax(sums) in record["gold"])
+        acc = 100.0 * (sums.index(max(sums)) in record["gold"])
         if not record["has_acc_norm"]:
             return {"accuracy": acc, "acc": acc}
         means = [s / len(choice) if choice else -math.inf for s, choice in zip(sums, record["choices"], strict=True)]
-        acc_norm = 100.0 * (_argmax(means) in record["gold"])
+        acc_norm = 100.0 * (means.index(max(means)) in record["gold"])
         return {"accuracy": acc_norm, "acc": acc, "acc_norm": acc_norm}
 
     @classmethod
@@ -135,10 +135,6 @@ def _gold(task: Any, doc: Any, choices: Sequence[str]) -> list[int]:
     return [
         choices.index(one) if isinstance(one, str) else int(one) for one in (gold if isinstance(gold, list) else [gold])
     ]
-
-
-def _argmax(values: Sequence[float]) -> int:
-    return max(range(len(values)), key=lambda index: values[index])
 
 
 def _mean(table: Mapping[Any, Mean]) -> float:

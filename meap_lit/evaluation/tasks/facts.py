@@ -184,13 +184,7 @@ def _encode_options(text: str, options: list[str], tokenizer: Tokenizer) -> tupl
 
 
 def score_items(decoder: nn.Module, items: Sequence[Item], task: FactRetrieval, batch_size: int = 32) -> np.ndarray:
-    """Return the share of items whose right option has the highest summed log-likelihood.
-
-    Args:
-        decoder: Maps token ids [B, T] to hidden states [B, T, D]; its `logits` maps those to scores [..., V].
-        items: The items that `task.build` returned.
-        task: The task.
-        batch_size: Sequences in one forward.
+    """Return the share of `task`'s items whose right option has the highest summed log-likelihood.
 
     Returns:
         Accuracy in [0, 1], [num_lengths, num_depths].
@@ -202,7 +196,13 @@ def score_items(decoder: nn.Module, items: Sequence[Item], task: FactRetrieval, 
 
 @torch.no_grad()
 def option_scores(decoder: nn.Module, items: Sequence[Item], batch_size: int) -> list[list[float]]:
-    """Return the summed log-likelihood of each option of each item; arguments as in `score_items`."""
+    """Return the summed log-likelihood of each option of each item.
+
+    Args:
+        decoder: Maps token ids [B, T] to hidden states [B, T, D]; its `logits` maps those to scores [..., V].
+        items: The items that `FactRetrieval.build` returned.
+        batch_size: Sequences in one forward.
+    """
     # an option's last token is predicted but not read, so options of one token share a row
     rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # input -> the (item, option) pairs read off it
     for item_index, item in enumerate(items):
