@@ -215,11 +215,11 @@ def changes(clean: Sequence[Record], masked: Sequence[Record]) -> dict[str, floa
     for statistic, name, sign in (("attention", "decay", -1), ("variance", "variance increase", 1)):
         before = np.array([_mean(record, "clean", statistic) for record in clean])
         after = np.array([_mean(record, "masked", statistic) for record in masked])
-        test = paired_t_test(sign * (after - before))
+        t, p = paired_t_test(sign * (after - before))
         found[f"{name}, clean to masked, %"] = sign * _percent_change(float(before.mean()), float(after.mean()))
         if statistic == "variance":
             found["variance difference, clean to masked"] = float((after - before).mean())
-        found |= {f"{name}, clean to masked, t": test.t, f"{name}, clean to masked, p": test.p}
+        found |= {f"{name}, clean to masked, t": t, f"{name}, clean to masked, p": p}
     return found
 
 

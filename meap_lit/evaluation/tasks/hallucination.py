@@ -97,8 +97,9 @@ class Hallucination(PromptTask):
             return {"not judged yet (python -m meap_lit judge)": num_open}
         found = {f"free by {judge}": mean.value for judge, mean in free_by_judge(result.records).items()}
         for first, second in combinations(_judges(result.records), 2):
-            both = agreement(*([record["verdicts"][judge] for record in result.records] for judge in (first, second)))
-            found |= {f"{first} and {second} equal": both.equal, f"{first} and {second} kappa": both.kappa}
+            verdicts = ([record["verdicts"][judge] for record in result.records] for judge in (first, second))
+            equal, kappa = agreement(*verdicts)
+            found |= {f"{first} and {second} equal": equal, f"{first} and {second} kappa": kappa}
         return found
 
 

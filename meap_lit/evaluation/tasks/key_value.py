@@ -1,7 +1,7 @@
 """Key-value retrieval: find the value of a key at any position in a JSON object of random pairs.
 
 This is the synthetic task of "Lost in the Middle" (arXiv 2307.03172; nelson-liu/lost-in-the-middle, commit 29b8a6d).
-Neither knowledge nor language helps, only looking up.
+Knowledge and language do not help; the model must look the value up.
 """
 
 import random

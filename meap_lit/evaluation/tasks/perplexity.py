@@ -67,17 +67,15 @@ class Perplexity(SequenceTask):
 
     @classmethod
     def extra(cls, result: Result) -> dict[str, float]:
-        nll = result.mean().value
-        found = {"perplexity": math.inf if nll > _LARGEST else math.exp(nll)}
+        try:
+            found = {"perplexity": math.exp(result.mean().value)}
+        except OverflowError:
+            found = {"perplexity": math.inf}
         start = 0
         for end, nll in nll_by_context(result.records).items():
             found[f"nll, context {_interval(start + 1, end)}"] = nll
             start = end
         return found
-
-
-_LARGEST = 709.0
-"""Largest loss whose exponential a float can hold."""
 
 
 def context_ends(seq_len: int) -> list[int]:
