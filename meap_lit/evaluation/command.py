@@ -22,9 +22,9 @@ from meap_lit.evaluation.runner import (
     check_writable,
     choose_items,
     fingerprint,
-    is_first_rank,
     num_ranks,
     predict,
+    rank,
     start_ranks,
 )
 from meap_lit.evaluation.task import Item, Result, Task
@@ -102,7 +102,7 @@ class Evaluate:
         results = []
         while prepared:  # frees each model before the next is loaded
             results.append(self._evaluate(*prepared.pop(0)))
-        if not is_first_rank():
+        if rank() != 0:
             return
         for result in results:
             save([result], self._folder(result.label))
@@ -116,7 +116,7 @@ class Evaluate:
 
     def _prepare(self, labels: Sequence[str]) -> list[_Prepared]:
         """Open the checkpoints, run the cheap checks for all of them, and then make the items of each."""
-        verify = self.verify and is_first_rank()
+        verify = self.verify and rank() == 0
         models = [LanguageModel(path, self.tokenizer, self.dtype, self._device(), verify) for path in self.checkpoint]
         for model in models:
             check_task(self.task, model, self.on_overflow)
@@ -153,7 +153,7 @@ class Evaluate:
             "model": dataclasses.asdict(model.config),
             "tokens_seen": model.source.tokens_seen,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": _name_of(model.device),
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else processor(),
             "processes": num_ranks(),
             "versions": {
                 "meap_lit": __version__,
@@ -166,11 +166,6 @@ class Evaluate:
     def _device(self) -> torch.device:
         device = choose_device(self.device)
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
-
-
-def _name_of(device: torch.device) -> str:
-    """Return the name of the GPU or of the processor, as in the summary of a run."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def label_of(checkpoint: str) -> str:

@@ -12,6 +12,7 @@ from meap_lit.evaluation.statistics import Mean
 from meap_lit.evaluation.task import Plot, Record, Result, Values
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLORS = ("#F0496E", "#EBB839", "#0CD79F")
@@ -213,10 +214,7 @@ def curves(
         errors: Half heights of a band around each line, keyed as `lines`.
         faint: Thin lines in the color of a line, such as the seeds of a mean.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _one_panel(6.4, x_label, y_label, title)
     for number, (name, points) in enumerate(lines.items()):
         color = LINE_COLORS[number % len(LINE_COLORS)]
         axes.plot(list(points), list(points.values()), marker="o", markersize=4, label=name, color=color)
@@ -232,9 +230,6 @@ def curves(
         axes.set_xscale("symlog", base=2, linthresh=1)
     if y_range is not None:
         axes.set_ylim(*y_range)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.set_title(title)
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
@@ -248,20 +243,12 @@ def bars(
     title: str = "",
     errors: Mapping[str, Mapping[Any, float]] | None = None,
 ) -> "Figure":
-    """Draw bars: one color for each key of `groups`, side by side at each x.
+    """Draw bars: one color for each key of `groups` (heights, x to y), side by side at each x.
 
-    Args:
-        groups: Heights of each color, x to y.
-        x_label: Label of x.
-        y_label: Label of y.
-        title: Title.
-        errors: Half lengths of error bars, keyed as `groups`.
+    `errors` are half lengths of error bars, keyed as `groups`; the labels are as in `curves`.
     """
-    from matplotlib.figure import Figure
-
     places = list(dict.fromkeys(x for heights in groups.values() for x in heights))
-    figure = Figure(figsize=(max(5.0, 1.5 + 0.9 * len(places)), 4.0), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _one_panel(max(5.0, 1.5 + 0.9 * len(places)), x_label, y_label, title)
     width = 0.8 / len(groups)
     for number, (name, heights) in enumerate(groups.items()):
         offset = (number - (len(groups) - 1) / 2) * width
@@ -274,11 +261,19 @@ def bars(
             color=LINE_COLORS[number % len(LINE_COLORS)],
         )
     axes.set_xticks(range(len(places)), [_label(place) for place in places])
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _one_panel(width: float, x_label: str, y_label: str, title: str) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4.0), layout="constrained")
+    axes = figure.add_subplot()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_title(title)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+    return figure, axes
 
 
 def _label(value: Any) -> str:

@@ -1,6 +1,8 @@
-"""Read the data files of tasks; errors name file, line and field."""
+"""Read the data files of tasks; read and append to files of answers. Errors name file, line and field."""
 
-from collections.abc import Iterator, Mapping
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 from meap_lit.data.read.formats import RECORD_FORMATS, Span, has_suffix, read_file
 from meap_lit.data.read.readers import check_text
 from meap_lit.errors import UserError
+from meap_lit.files import parse_object
 
 
 @dataclass(frozen=True)
@@ -90,3 +93,44 @@ def read_rows(path: str) -> Iterator[Row]:
         is_empty = False
     if is_empty:
         raise UserError(f"data file {path} is empty")
+
+
+def read_records(file: Path, keys: Sequence[str], author: str) -> list[dict[str, Any]]:
+    """Return the records of a file that `append_records` wrote; none if it does not exist.
+
+    A last line that a kill has cut is removed from the file.
+
+    Args:
+        file: The file.
+        keys: Keys that every record has.
+        author: Command or thing that wrote it, for messages.
+
+    Raises:
+        UserError: If another line is not such a record.
+    """
+    content = file.read_bytes() if file.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(file, len(whole))
+    records = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        where = f"{file}:{number}"
+        try:
+            records.append(parse_object(line, where))
+            _ = [records[-1][key] for key in keys]
+        except (UserError, KeyError) as error:
+            raise UserError(f"{where} is not an answer of {author} ({error}); remove that line") from error
+    return records
+
+
+def append_records(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Append records to a file; they are on disk when this returns."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as opened:
+        opened.writelines(map(json_line, records))
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from meap_lit.errors import UserError
+from meap_lit.evaluation.rows import append_records, json_line, read_records
 from meap_lit.evaluation.task import GenerationTask, Item, Record, Task
-from meap_lit.files import parse_json, read_json, write_file
+from meap_lit.files import read_json, write_file
 from meap_lit.inference.generation import common_beginning
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.renamed import current
@@ -114,7 +115,7 @@ class Records:
         self.settings["items"] = items
         self._check(self.settings)
         file = self.folder / SETTINGS_FILE
-        if is_first_rank() and not file.is_file():
+        if rank() == 0 and not file.is_file():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_file(file, json.dumps(self.settings, indent=1, default=str) + "\n")
@@ -143,25 +144,18 @@ class Records:
         """Return all answers so far, by id."""
         records: dict[str, Record] = {}
         for file in [self.folder / RECORDS_FILE, *sorted(self.folder.glob(_PART))]:
-            if file.is_file():
-                records |= {record["id"]: record for record in _whole_lines(file)}
+            records |= {record["id"]: record for record in read_records(file, ("id",), "evaluate")}
         return records
 
     def add(self, records: Sequence[Record]) -> None:
         """Append answers to the file of this rank, and wait until they are on disk."""
-        file = self.folder / _PART.replace("*", str(rank()))
-        if file.is_file():
-            _cut_broken_line(file)
-        with open(file, "a", encoding="utf-8") as opened:
-            opened.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            opened.flush()
-            os.fsync(opened.fileno())
+        append_records(self.folder / _PART.replace("*", str(rank())), records)
 
     def finish(self, items: Sequence[Item]) -> list[Record]:
         """Merge the files of all ranks into one, in the order of the items, once every item has an answer."""
         known = self.read()
         records = [known[item.id] for item in items]
-        if is_first_rank():
+        if rank() == 0:
             write_records(self.folder / RECORDS_FILE, records)
             for part in self.folder.glob(_PART):
                 part.unlink()
@@ -254,9 +248,6 @@ def _share(batch: list[T], rank: int, num_ranks: int) -> list[T]:
     return batch[rank * len(batch) // num_ranks : (rank + 1) * len(batch) // num_ranks]
 
 
-# ------------------------------------------------------------------------------------------------ processes
-
-
 def start_ranks() -> None:
     """Initialize torch.distributed if `torchrun` started several processes.
 
@@ -278,16 +269,9 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first_rank() -> bool:
-    return rank() == 0
-
-
 def _wait_for_all() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-# ---------------------------------------------------------------------------------------------------- files
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -297,25 +281,6 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, inner in settings.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
 
 
-def _whole_lines(file: Path) -> Iterator[Record]:
-    """Yield the records of a file, except a last line that a kill has cut."""
-    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
-        if line.endswith(b"\n"):
-            try:
-                record = parse_json(line, f"{file}:{number}")
-                record["id"]
-            except (UserError, KeyError, TypeError) as error:
-                raise UserError(f"{file}:{number} is not an answer of evaluate ({error}); remove that line") from error
-            yield record
-
-
-def _cut_broken_line(file: Path) -> None:
-    content = file.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(file, whole)
-
-
 def write_records(file: Path, records: Sequence[Record]) -> None:
     """Replace the content of a file by records, one on each line."""
-    write_file(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_file(file, "".join(map(json_line, records)))

@@ -9,13 +9,6 @@ import numpy as np
 from meap_lit.errors import UserError
 
 
-class TTest(NamedTuple):
-    """t statistic and two-sided p-value."""
-
-    t: float
-    p: float
-
-
 def student() -> Any:
     """Return `scipy.stats`.
 
@@ -29,19 +22,15 @@ def student() -> Any:
     return stats
 
 
-def paired_t_test(deltas: Sequence[float]) -> TTest:
-    """Test whether the mean of paired differences is 0; return NaN for fewer than two.
-
-    Args:
-        deltas: Second minus first of each pair.
-    """
+def paired_t_test(deltas: Sequence[float]) -> tuple[float, float]:
+    """Test whether the mean of paired differences is 0; return t and the two-sided p, NaN for fewer than two."""
     values = np.asarray(deltas, dtype=np.float64)
     if len(values) < 2:
-        return TTest(math.nan, math.nan)
+        return math.nan, math.nan
     if not np.ptp(values):
-        return TTest(math.copysign(math.inf, values[0]), 0.0) if values[0] else TTest(0.0, 1.0)
+        return (math.copysign(math.inf, values[0]), 0.0) if values[0] else (0.0, 1.0)
     test = student().ttest_1samp(values, 0.0)
-    return TTest(float(test.statistic), float(test.pvalue))
+    return float(test.statistic), float(test.pvalue)
 
 
 def t_interval(deltas: Sequence[float]) -> "Difference":

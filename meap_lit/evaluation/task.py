@@ -7,11 +7,11 @@ object. Scores, tables and figures follow from the records alone and need no mod
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from meap_lit.errors import check_range
+from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.statistics import Difference, Mean, bootstrap
 from meap_lit.inference.language_model import LanguageModel
 
@@ -147,6 +147,12 @@ class Task(ABC):
         return {}
 
 
+def check_distinct(name: str, values: Sequence[Any]) -> None:
+    """Raise `UserError` unless an option has at least one value, and each value once."""
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"{name} must name at least one value and each once, got {list(values)}")
+
+
 PromptStyle = Literal["raw", "chat"]
 
 
@@ -184,10 +190,12 @@ class GenerationTask(Task):
     def encode_prompt(self, model: LanguageModel, prompt: str) -> list[int]:
         """Return the token ids of a prompt in the task's style."""
         if self.prompt_style == "raw":
-            return model.encode(prompt)
-        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages.append({"role": "user", "content": prompt})
-        return model.chat_template(self.template).encode_prompt(messages)
+            input_ids = model.encode(prompt)
+        else:
+            messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+            messages.append({"role": "user", "content": prompt})
+            input_ids = model.chat_template(self.template).encode_prompt(messages)
+        return [_one_object(token_id) for token_id in input_ids]
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         if self.prompt_style == "chat":
@@ -209,15 +217,10 @@ class GenerationTask(Task):
         return [{"model_answer": text} for text in texts]
 
 
-class SharedIds:
-    """Make equal token ids one object: many long prompts then take a quarter of the memory."""
-
-    def __init__(self) -> None:
-        self._ids: dict[int, int] = {}
-
-    def __call__(self, item: Item) -> Item:
-        item.input_ids[:] = [self._ids.setdefault(token_id, token_id) for token_id in item.input_ids]
-        return item
+@cache
+def _one_object(token_id: int) -> int:
+    """Return the same object for equal ids: many long prompts then take a quarter of the memory."""
+    return token_id
 
 
 class PromptTask(GenerationTask):
@@ -241,8 +244,7 @@ class PromptTask(GenerationTask):
         return (self.item(model, found[0]).num_tokens, self.item(model, found[-1]).num_tokens) if found else None
 
     def items(self, model: LanguageModel) -> list[Item]:
-        share = SharedIds()
-        return [share(self.item(model, prompt)) for prompt in self.prompts()]
+        return [self.item(model, prompt) for prompt in self.prompts()]
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ class Generate:
         if self.chat:
             template = model.chat_template(self.template)
             stop_token_ids = template.stop_token_ids
-            prompts = [template.encode_prompt(self._messages(text)) for text in texts]
+            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            prompts = [template.encode_prompt([*system, {"role": "user", "content": text}]) for text in texts]
         else:
             prompts = [model.encode(text) for text in texts]
         room = model.config.max_seq_len - max(map(len, prompts))
@@ -102,10 +103,6 @@ class Generate:
         if not self.chat and (self.system is not None or self.template != "tokenizer"):
             raise UserError("system and template do nothing without chat; add --chat or leave them out")
         return texts
-
-    def _messages(self, text: str) -> list[dict[str, str]]:
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, {"role": "user", "content": text}]
 
 
 class TextStream:

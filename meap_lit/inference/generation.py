@@ -73,7 +73,6 @@ def generate(
     forbidden_token_ids: Sequence[int] = (),
     batch_size: int = 8,
     on_token: OnToken | None = None,
-    use_cache: bool = True,
 ) -> list[list[int]]:
     """Continue each prompt until a stop token or `max_new_tokens`.
 
@@ -88,8 +87,6 @@ def generate(
         forbidden_token_ids: Ids that are never chosen, such as the mask token and the padding of the vocabulary.
         batch_size: Number of prompts to continue at once.
         on_token: Called with the index of the prompt and each new id, stop tokens excluded, as soon as it is chosen.
-        use_cache: Keep the keys and values of earlier tokens. False reads the whole row again at every step, which is
-            slow and serves for comparison.
 
     Returns:
         The new ids of each prompt, in the order of `prompts`.
@@ -108,7 +105,7 @@ def generate(
             # sorted by ids, a prompt has most in common with its neighbors
             batch = sorted((list(prompts[index]), index) for index in longest_first[first : first + batch_size])
             rows, indices = zip(*batch, strict=True)
-            options = (max_new_tokens, sampling, stop_token_ids, forbidden_token_ids, use_cache)
+            options = (max_new_tokens, sampling, stop_token_ids, forbidden_token_ids)
             for chosen in _steps(decoder, rows, indices, *options):
                 for index, token_id in chosen.items():
                     continuations[index].append(token_id)
@@ -126,17 +123,9 @@ def check_prompts(
     config: DecoderConfig,
     context: str | None = None,
 ) -> None:
-    """Check the arguments of `generate` before weights are loaded.
+    """Check the arguments of `generate` before weights are loaded, and raise as it does.
 
-    Args:
-        prompts: Token ids of each prompt.
-        max_new_tokens: Maximum number of tokens to add to a prompt.
-        batch_size: Number of prompts to continue at once.
-        config: Configuration of the decoder.
-        context: Its context in words, for the message; `max_seq_len` tokens by default.
-
-    Raises:
-        UserError: As `generate` does.
+    `context` describes the model's context in the message; `max_seq_len` tokens by default.
     """
     check_range("max_new_tokens", max_new_tokens, "[1, inf)")
     check_range("batch_size", batch_size, "[1, inf)")
@@ -169,15 +158,8 @@ def _steps(
     sampling: Sampling,
     stop_token_ids: Sequence[int],
     forbidden_token_ids: Sequence[int],
-    use_cache: bool,
 ) -> Iterator[dict[int, int]]:
-    """Yield step by step the id chosen for each prompt that has not stopped, by its index.
-
-    Args:
-        decoder: The model.
-        rows: Token ids of each prompt of a batch.
-        indices: Index of each prompt among all, which decides its draws.
-    """
+    """Yield step by step the id chosen for each prompt of a batch that has not stopped, by its index among all."""
     weight = decoder.embed_tokens.weight
     device = weight.device
     forbidden = torch.tensor(forbidden_token_ids, dtype=torch.int64, device=device)
@@ -185,17 +167,15 @@ def _steps(
     last = torch.tensor([[len(row) - 1] for row in rows], device=device)  # [B, 1], position of each row's last token
     prompt_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
     input_ids = F.pad(prompt_ids, (0, max_new_tokens))  # [B, S]
-    cache = KVCache(decoder.config, len(rows), input_ids.size(1), device, weight.dtype) if use_cache else None
+    cache = KVCache(decoder.config, len(rows), input_ids.size(1), device, weight.dtype)
     going = dict(enumerate(indices))  # index of the prompt of each row that has not stopped
     for step in range(max_new_tokens):
-        if cache is not None and step == 0 and (beginnings := _common_beginnings(rows)) is not None:
-            hidden = _read_once(decoder, rows, beginnings, cache)  # [B, 1, D]
-        elif cache is None or step == 0:
-            # the padding is on the right, where no token of the prompt attends to it
-            hidden = decoder(input_ids[:, : prompt_ids.size(1) + step], cache=cache)
-            hidden = hidden.take_along_dim(last[..., None], dim=1)  # [B, 1, D]
-        else:
+        if step > 0:
             hidden = decoder(input_ids.gather(1, last), last, cache=cache)  # [B, 1, D]
+        elif (beginnings := _common_beginnings(rows)) is not None:
+            hidden = _read_once(decoder, rows, beginnings, cache)  # [B, 1, D]
+        else:  # the padding is on the right, where no token of the prompt attends to it
+            hidden = decoder(prompt_ids, cache=cache).take_along_dim(last[..., None], dim=1)  # [B, 1, D]
         logits = decoder.logits(hidden[:, 0]).float().index_fill(1, forbidden, -math.inf)  # [B, V]
         chosen = choose_tokens(logits, sampling, [draw.random() for draw in draws])
         ids = chosen.tolist()
@@ -210,8 +190,7 @@ def _steps(
             input_ids, last = input_ids[kept], last[kept]
             draws = [draws[row] for row in going]
             going = dict(enumerate(going.values()))
-            if cache is not None:
-                cache.keep(kept)
+            cache.keep(kept)
 
 
 def common_beginning(first: Sequence[int], second: Sequence[int]) -> int:
@@ -228,16 +207,9 @@ def _common_beginnings(rows: Sequence[Sequence[int]]) -> list[int] | None:
 
 
 def _read_once(decoder: Decoder, rows: Sequence[Sequence[int]], beginnings: Sequence[int], cache: KVCache) -> Tensor:
-    """Read prompts into the cache without padding, and common beginnings only once.
+    """Read prompts into the cache without padding; return the hidden state of each prompt's last token, [B, 1, D].
 
-    Args:
-        decoder: The model.
-        rows: Token ids of each prompt.
-        beginnings: Number of first tokens that each row shares with the row before; less than its length.
-        cache: Cache with a row for each prompt.
-
-    Returns:
-        Hidden state of the last token of each prompt, [B, 1, D].
+    The first `beginnings[i]` tokens of row i are those of the row before and are read only once.
     """
     device = decoder.embed_tokens.weight.device
     ends = [torch.tensor(row[start:]) for row, start in zip(rows, beginnings, strict=True)]

@@ -17,14 +17,14 @@ _KEPT = {
     "budget": {"max_tokens", "max_steps", "max_epochs"},
 }
 """Keys of these parts that decide a result; the others concern the machine or what is written."""
-_DROPPED = {
+_IGNORED = {
     "model": {"seed", "activation_checkpointing", "compile"},
     "data": {
         *("seed", "micro_batch_size", "num_workers", "preparation", "cache_dir", "cache_bytes"),
         *("storage_options", "storage_tries", "storage_timeout"),
     },
 }
-"""Keys of these parts that do not."""
+"""Keys of these parts that do not decide a result."""
 _RATIOS = ("mask_ratio", "mask_ratios", "start", "end")
 
 
@@ -216,7 +216,7 @@ def recipe_of(run: Run) -> dict[str, Any]:
 
 
 def _decides(part: str, name: str) -> bool:
-    return name in _KEPT.get(part, {name}) and name not in _DROPPED.get(part, ())
+    return name in _KEPT.get(part, {name}) and name not in _IGNORED.get(part, ())
 
 
 def _flatten(key: str, value: Any, values: dict[str, Any]) -> None:

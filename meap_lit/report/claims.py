@@ -120,32 +120,18 @@ def count(findings: Sequence[Finding]) -> dict[str, int]:
     return {word: found[word] for word in reversed(words)}
 
 
-def verdict(low: float, high: float, num_seeds: int, margin: float = 0.0) -> str:
-    """Return what the interval of a difference says about a claim that the difference is above 0.
-
-    Args:
-        low: Lower end of the interval.
-        high: Upper end.
-        num_seeds: Number of pairs of runs.
-        margin: Amount below 0 where the claim still holds.
-    """
+def verdict(change: Change, margin: float = 0.0) -> str:
+    """Return what the interval of a change says about a claim that it is above 0, or at most `margin` below."""
     bound = f"-{margin:g}" if margin else "0"
-    if math.isnan(low):
+    if math.isnan(change.low):
         return f"{NOT_TESTED}: one seed has no interval"
-    if low > -margin:
+    if change.low > -margin:
         text = SUPPORTED
-    elif high < -margin:
+    elif change.high < -margin:
         text = f"{NOT_SUPPORTED}: the interval is below {bound}, on the other side"
     else:
         text = f"{NOT_SUPPORTED}: the interval includes {bound}"
-    return text if num_seeds > 1 else f"{text} (one seed: says nothing about other seeds)"
-
-
-def _of(change: Change, margin: float = 0.0) -> str:
-    return verdict(change.low, change.high, change.num_seeds, margin)
-
-
-# ---------------------------------------------------------------------------------------------------- tests
+    return text if change.num_seeds > 1 else f"{text} (one seed: says nothing about other seeds)"
 
 
 @dataclass(frozen=True)
@@ -181,7 +167,7 @@ def _score(case: Case) -> Iterator[Tested]:
         if change is not None:
             note = case.claims.note(score.result.task.name, score.result.options)
             before, after = (score.format(score.mean(arm)) for arm in (case.baseline, case.arm))
-            yield f"{name}{note}: {before} to {after}", change.text(score.digits), _of(change, case.claim.margin)
+            yield f"{name}{note}: {before} to {after}", change.text(score.digits), verdict(change, case.claim.margin)
 
 
 def _attention(case: Case) -> Iterator[Tested]:
@@ -192,7 +178,7 @@ def _attention(case: Case) -> Iterator[Tested]:
             yield (
                 f"{name}: {decay.value:.2f}%; {variance.value:.2f}%",
                 f"decay {decay.text(2)}; variance {variance.text(2)}",
-                f"decay {_of(decay)}; variance {_of(variance)}",
+                f"decay {verdict(decay)}; variance {verdict(variance)}",
             )
 
 
@@ -204,7 +190,7 @@ def _mask_ratio(case: Case) -> Iterator[Tested]:
         if len(changes) > 1:
             worst = min((change for _, change in changes), key=lambda change: change.low)
             texts = [f"against P = {other.ratio:g} {change.text(2)}" for other, change in changes]
-            yield name, "; ".join(texts), _of(worst)
+            yield name, "; ".join(texts), verdict(worst)
 
 
 def _emergence(case: Case) -> Iterator[Tested]:
@@ -224,14 +210,14 @@ def _emergence(case: Case) -> Iterator[Tested]:
     elif change is None:
         yield ours, "", f"{NOT_TESTED}: a run never reached half, or no seed is in common"
     else:  # the claim is that tokens are fewer
-        yield ours, change.text(0), verdict(-change.high, -change.low, change.num_seeds)
+        yield ours, change.text(0), verdict(Change(-change.value, -change.high, -change.low, change.num_seeds))
 
 
 def _speed(case: Case) -> Iterator[Tested]:
     change = over_seeds([100 * (ratio - 1) for ratio in ratios(case.arm, lambda run: run.tokens_per_second)])
     if change is not None:
         ours = "tokens per second, in percent of the baseline's"
-        yield ours, change.text(1), _of(change, case.claim.margin)
+        yield ours, change.text(1), verdict(change, case.claim.margin)
 
 
 TESTS: Mapping[str, Callable[[Case], Iterator[Tested]]] = {

@@ -88,8 +88,6 @@ def _text(group: Any) -> str:
     return f"{group:g}" if isinstance(group, float) else str(group)
 
 
-# -------------------------------------------------------------------------------------------------- attention
-
 ATTENTION = (("attention", "decay", -1), ("variance", "variance increase", 1))
 """Statistic of a record, name of its change, and the sign of the paper's direction."""
 
@@ -126,9 +124,6 @@ def _attention_table(arms: Sequence[Arm], results: Results) -> Iterator[Block]:
             rows.append([arm.name, name, *("" if change is None else change.text(2) for change in changes)])
     header = ["arm", "change", "baseline clean to arm masked, 95%", "control: arm clean to arm masked, 95%"]
     yield Table(header, rows)
-
-
-# --------------------------------------------------------------------------------------- ablation and variants
 
 
 def ablation_section(study: Study, evaluations: Evaluations) -> Iterator[Block]:

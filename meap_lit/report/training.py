@@ -26,9 +26,6 @@ FILES_FILE = "files.json"
 """List of {file, bytes, sha256, ...} that a step of the preparation writes about its input."""
 
 
-# --------------------------------------------------------------------------------------------------- setup
-
-
 def setup(studies: Sequence[Study], evaluations: Evaluations) -> list[Block]:
     """Return tables of models, tokens, data, seeds, hardware and versions, and the commands."""
     arms = [(study, arm) for study in studies for arm in study.arms]
@@ -138,36 +135,27 @@ def _read_json(file: Path) -> Any:
 
 def _machines(runs: Sequence[Run], evaluations: Evaluations) -> Block:
     """Return hardware and versions with the number of runs and results that used them."""
-    found = Counter(
-        _machine(
-            "training",
-            f"{about['devices']} x {about['device']}, {about['threads']} threads, {about['platform']}",
-            about,
-        )
-        for about in (run.summaries[-1] for run in runs)
-        if about
-    )
-    found += Counter(
-        _machine("evaluation", f"{result.about.get('processes', 1)} x {result.about.get('device')}", result.about)
-        for results in evaluations.values()
-        for result in results.values()
-    )
+    found: Counter[tuple[str, str]] = Counter()
+    for run in runs:
+        if about := run.summaries[-1]:
+            hardware = f"{about['devices']} x {about['device']}, {about['threads']} threads, {about['platform']}"
+            commit = f"; commit {about['git_commit']}" if about.get("git_commit") else ""
+            found["training", f"{hardware}; {_versions(about)}{commit}"] += 1
+    for results in evaluations.values():
+        for result in results.values():
+            hardware = f"{result.about.get('processes', 1)} x {result.about.get('device')}"
+            found["evaluation", f"{hardware}; {_versions(result.about)}"] += 1
     if not found:
         return Paragraph("The runs left no summary.json, and no evaluation was found: hardware and versions unknown.")
     return Table(["", "hardware; versions", "number"], [[*machine, str(count)] for machine, count in found.items()])
 
 
-def _machine(what: str, hardware: str, about: Mapping[str, Any]) -> tuple[str, str]:
-    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value)
-    commit = about.get("git_commit") if what == "training" else None
-    return what, f"{hardware}; {versions}" + (f"; commit {commit}" if commit else "")
+def _versions(about: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value)
 
 
 def _command(run: Run) -> str:
     return shown(run.summaries[-1].get("command") or f"python -m meap_lit fit --config {run.path}/config.yaml")
-
-
-# ------------------------------------------------------------------------------------------- loss, retrieval
 
 
 def loss_section(study: Study) -> list[Block]:
@@ -263,9 +251,6 @@ def mean_lines(lines: Mapping[str, Sequence[Mapping[Any, float]]]) -> dict[str, 
         name: {x: statistics.mean(seed[x] for seed in seeds) for x in seeds[0] if all(x in seed for seed in seeds)}
         for name, seeds in lines.items()
     }
-
-
-# ----------------------------------------------------------------------------------------------------- cost
 
 
 def cost_section(study: Study) -> list[Block]:

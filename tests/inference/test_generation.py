@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from meap_lit.errors import UserError
 from meap_lit.inference import generation
-from meap_lit.inference.generation import Sampling, choose_tokens, common_beginning, generate
+from meap_lit.inference.generation import GREEDY, Sampling, choose_tokens, common_beginning, generate
 from meap_lit.model import Decoder, DecoderConfig
 
 VOCAB_SIZE = 64
@@ -36,21 +36,29 @@ def random_decoder(max_seq_len: int = 48, **changes: object) -> Decoder:
 
 
 @torch.no_grad()
-def plain_greedy(decoder: Decoder, prompt: list[int], num_tokens: int) -> list[int]:
+def plain(
+    decoder: Decoder, prompt: list[int], num_tokens: int, sampling: Sampling = GREEDY, index: int = 0
+) -> list[int]:
+    """Read the whole row again for every token."""
+    draws = random.Random(f"{sampling.seed}/{index}")
     ids = list(prompt)
     for _ in range(num_tokens):
-        ids.append(int(decoder.logits(decoder(torch.tensor([ids]))[0, -1]).argmax()))
+        logits = decoder.logits(decoder(torch.tensor([ids]))[:, -1]).float()
+        ids.append(int(choose_tokens(logits, sampling, [draws.random()])))
     return ids[len(prompt) :]
+
+
+def plain_all(decoder: Decoder, prompts: list[list[int]], num_tokens: int, sampling: Sampling) -> list[list[int]]:
+    return [plain(decoder, prompt, num_tokens, sampling, index) for index, prompt in enumerate(prompts)]
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
 def test_greedy_is_the_plain_loop_however_it_is_batched(changes: dict[str, object]) -> None:
     decoder = random_decoder(**changes)
-    expected = [plain_greedy(decoder, prompt, 30) for prompt in PROMPTS]
+    expected = [plain(decoder, prompt, 30) for prompt in PROMPTS]
     assert len(set(map(tuple, expected))) == len(PROMPTS), "continuations this alike would agree by chance"
-    for batch_size, use_cache in itertools.product((1, 2, 8), (True, False)):
-        new_ids = generate(decoder, PROMPTS, max_new_tokens=30, batch_size=batch_size, use_cache=use_cache)
-        assert new_ids == expected, (batch_size, use_cache)
+    for batch_size in (1, 2, 8):
+        assert generate(decoder, PROMPTS, max_new_tokens=30, batch_size=batch_size) == expected, batch_size
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
@@ -58,13 +66,11 @@ def test_greedy_is_the_plain_loop_however_it_is_batched(changes: dict[str, objec
 def test_sampling_does_not_depend_on_the_batch(changes: dict[str, object]) -> None:
     decoder = random_decoder(**changes)
     sampling = Sampling(temperature=1.5, top_k=40, top_p=0.95, seed=3)
-    expected = generate(decoder, PROMPTS, max_new_tokens=30, sampling=sampling, batch_size=1, use_cache=False)
+    expected = plain_all(decoder, PROMPTS, 30, sampling)
     assert len(set(map(tuple, expected))) == len(PROMPTS)
-    for batch_size, use_cache in itertools.product((1, 2, 8), (True, False)):
-        new_ids = generate(
-            decoder, PROMPTS, max_new_tokens=30, sampling=sampling, batch_size=batch_size, use_cache=use_cache
-        )
-        assert new_ids == expected, (batch_size, use_cache)
+    for batch_size in (1, 2, 8):
+        new_ids = generate(decoder, PROMPTS, max_new_tokens=30, sampling=sampling, batch_size=batch_size)
+        assert new_ids == expected, batch_size
     (first,) = generate(decoder, PROMPTS[:1], max_new_tokens=30, sampling=sampling)
     assert first == expected[0], "what follows a prompt in the list made a difference"
 
@@ -119,7 +125,7 @@ def test_tokens_are_told_as_they_are_chosen() -> None:
         decoder,
         PROMPTS,
         max_new_tokens=6,
-        stop_token_ids=[plain_greedy(decoder, PROMPTS[0], 3)[-1]],
+        stop_token_ids=[plain(decoder, PROMPTS[0], 3)[-1]],
         batch_size=2,
         on_token=lambda index, token_id: told.append((index, token_id)),
     )
@@ -172,7 +178,7 @@ def test_bfloat16(autocast: bool) -> None:
         decoder.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         cached = generate(decoder, PROMPTS, max_new_tokens=3)
-        assert cached == generate(decoder, PROMPTS, max_new_tokens=3, use_cache=False)
+        assert cached == plain_all(decoder, PROMPTS, 3, GREEDY)
 
 
 # ------------------------------------------------------------------------------------------- common beginnings
@@ -213,7 +219,7 @@ def test_a_common_beginning_is_read_once_and_changes_nothing(prompts, changes, m
     monkeypatch.setattr(decoder, "logits", lambda hidden: logits.append(head(hidden)) or logits[-1])
     new_ids = generate(decoder, prompts, max_new_tokens=10, batch_size=len(prompts))
     first_logits = logits[0]
-    assert new_ids == [plain_greedy(decoder, prompt, 10) for prompt in prompts]
+    assert new_ids == [plain(decoder, prompt, 10) for prompt in prompts]
 
     beginnings = {tuple(prompt[: end + 1]) for prompt in prompts for end in range(len(prompt))}
     num_repeated = len(prompts) - len(set(map(tuple, prompts)))  # of a prompt that was there, the last token is read
@@ -227,8 +233,10 @@ def test_a_common_beginning_is_read_once_and_changes_nothing(prompts, changes, m
 def test_common_beginnings_with_sampling_stops_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, prompts = random_decoder(max_seq_len=80), prefix_tree(0, size=12)
     sampling = Sampling(temperature=1.5, seed=4)
-    options = {"max_new_tokens": 12, "sampling": sampling, "stop_token_ids": range(0, VOCAB_SIZE, 9)}
-    expected = generate(decoder, prompts, batch_size=1, use_cache=False, **options)
+    stops = range(0, VOCAB_SIZE, 9)
+    options = {"max_new_tokens": 12, "sampling": sampling, "stop_token_ids": stops}
+    whole = plain_all(decoder, prompts, 12, sampling)
+    expected = [list(itertools.takewhile(lambda token_id: token_id not in stops, ids)) for ids in whole]
     assert 0 in map(len, expected), "none stops at once"
     assert len(set(map(len, expected))) > 2
     monkeypatch.setattr(generation, "_ROW_COST", 0)
@@ -245,7 +253,7 @@ def test_common_beginnings_in_bfloat16(autocast: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr(generation, "_ROW_COST", 0)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         cached = generate(decoder, prompts, max_new_tokens=3)
-        assert cached == generate(decoder, prompts, max_new_tokens=3, use_cache=False)
+        assert cached == plain_all(decoder, prompts, 3, GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +273,7 @@ def test_prompts_with_little_in_common_are_one_padded_batch(prompts, shape, monk
     monkeypatch.setattr(
         decoder, "forward", lambda ids, *args, **kwargs: shapes.append(ids.shape) or forward(ids, *args, **kwargs)
     )
-    assert generate(decoder, prompts, max_new_tokens=1) == [plain_greedy(decoder, prompt, 1) for prompt in prompts]
+    assert generate(decoder, prompts, max_new_tokens=1) == [plain(decoder, prompt, 1) for prompt in prompts]
     assert shapes[0] == shape
 
 
@@ -284,7 +292,7 @@ def test_no_prompts() -> None:
 def test_the_context_is_used_to_its_end() -> None:
     decoder = random_decoder(max_seq_len=12)
     (new_ids,) = generate(decoder, [[1, 2, 3]], max_new_tokens=9)
-    assert new_ids == plain_greedy(decoder, [1, 2, 3], 9)
+    assert new_ids == plain(decoder, [1, 2, 3], 9)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +391,7 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     [
         ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
         ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
-        ({"temperature": float("inf")}, "temperature must be at least 0, got inf"),
+        ({"temperature": float("inf")}, "temperature must be at least 0 and finite, got inf"),
         ({"temperature": 1, "top_k": -2}, "top_k must be at least 1, or 0 or -1 for no limit, got -2"),
         ({"temperature": 1, "top_p": 0.0}, "top_p must be in (0, 1], got 0"),
         ({"temperature": 1, "top_p": 1.5}, "top_p must be in (0, 1], got 1.5"),
@@ -420,8 +428,7 @@ def test_top_p_keeps_the_smallest_set_among_ties(scores: list[float], top_p: flo
     assert sorted(set(chosen.tolist())) == left[0].nonzero()[:, 0].tolist()
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_rows_that_have_stopped_are_not_computed(use_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_have_stopped_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = random_decoder()
     sampling = Sampling(temperature=1.5)
     whole = generate(decoder, PROMPTS, max_new_tokens=30, sampling=sampling)
@@ -433,9 +440,7 @@ def test_rows_that_have_stopped_are_not_computed(use_cache: bool, monkeypatch: p
     monkeypatch.setattr(
         decoder, "forward", lambda ids, *args, **kwargs: rows.append(len(ids)) or forward(ids, *args, **kwargs)
     )
-    new_ids = generate(
-        decoder, PROMPTS, max_new_tokens=30, sampling=sampling, stop_token_ids=[*stops], use_cache=use_cache
-    )
+    new_ids = generate(decoder, PROMPTS, max_new_tokens=30, sampling=sampling, stop_token_ids=[*stops])
     assert new_ids == expected
     assert rows[0] == 5
     assert rows == sorted(rows, reverse=True)

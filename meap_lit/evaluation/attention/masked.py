@@ -8,7 +8,6 @@ them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.attention.weights import PerHead, as_record, by_head, read, visible, weight_blocks
 from meap_lit.evaluation.statistics import Mean, paired_t_test, student
-from meap_lit.evaluation.task import Item, Plot, Record, Result, Topic
+from meap_lit.evaluation.task import Item, Plot, Record, Result
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.masking import mask_inputs, num_masked
@@ -63,10 +62,10 @@ class MaskedAttention(SequenceTask):
         block_size: Number of queries whose weights are in memory at a time.
     """
 
-    name: ClassVar[str] = "attention"
-    topic: ClassVar[Topic] = "attention"
-    metrics: ClassVar[tuple[str, ...]] = ("decay", "variance_increase")
-    plots: ClassVar[tuple[Plot, ...]] = (
+    name = "attention"
+    topic = "attention"
+    metrics = ("decay", "variance_increase")
+    plots = (
         _layer_plot("attention_masked", "attention", "mean weight of a masked position"),
         _layer_plot("attention_variance", "variance", "variance of the other weights"),
         Plot(
@@ -149,9 +148,6 @@ class MaskedAttention(SequenceTask):
         return changes(shared, [masked[record["id"]] for record in shared])
 
 
-# --------------------------------------------------------------------------------------------------- statistics
-
-
 def statistics(decoder: Decoder, input_ids: Tensor, input_mask: Tensor, block_size: int) -> dict[str, PerHead]:
     """Return the attention to masked keys and the variance of that to the others, averaged over queries.
 
@@ -208,9 +204,6 @@ def counted(num_masked_keys: Tensor, num_seen: Tensor) -> Tensor:
     return (num_masked_keys >= 1) & (num_seen - num_masked_keys >= 2)
 
 
-# -------------------------------------------------------------------------------------------------- comparisons
-
-
 def changes(clean: Sequence[Record], masked: Sequence[Record]) -> dict[str, float]:
     """Compare readings sequence by sequence: changes of the means, and t-tests of the paired differences.
 
@@ -222,11 +215,11 @@ def changes(clean: Sequence[Record], masked: Sequence[Record]) -> dict[str, floa
     for statistic, name, sign in (("attention", "decay", -1), ("variance", "variance increase", 1)):
         before = np.array([_mean(record, "clean", statistic) for record in clean])
         after = np.array([_mean(record, "masked", statistic) for record in masked])
-        test = paired_t_test(sign * (after - before))
+        t, p = paired_t_test(sign * (after - before))
         found[f"{name}, clean to masked, %"] = sign * _percent_change(float(before.mean()), float(after.mean()))
         if statistic == "variance":
             found["variance difference, clean to masked"] = float((after - before).mean())
-        found |= {f"{name}, clean to masked, t": test.t, f"{name}, clean to masked, p": test.p}
+        found |= {f"{name}, clean to masked, t": t, f"{name}, clean to masked, p": p}
     return found
 
 

@@ -8,7 +8,6 @@ whose weights are measured.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from meap_lit.errors import check_range
 from meap_lit.evaluation.attention.weights import PerHead, as_record, attention_weights, by_head, read
 from meap_lit.evaluation.statistics import Mean
-from meap_lit.evaluation.task import Item, Plot, Record, Task, Topic
+from meap_lit.evaluation.task import Item, Plot, Record, Task
 from meap_lit.evaluation.tasks.facts import FactRetrieval
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.model import Decoder
@@ -51,10 +50,10 @@ class AttentionSegments(Task):
         seed: Seed of the texts.
     """
 
-    name: ClassVar[str] = "attention_segments"
-    topic: ClassVar[Topic] = "attention"
-    metrics: ClassVar[tuple[str, ...]] = ("answer", "context_before", "context_after", "query", "eos", "bos")
-    plots: ClassVar[tuple[Plot, ...]] = (
+    name = "attention_segments"
+    topic = "attention"
+    metrics = ("answer", "context_before", "context_after", "query", "eos", "bos")
+    plots = (
         Plot("attention_segments", "segment", lines={"": share_by_segment}, value_label="attention of EOS (%)"),
         Plot(
             "attention_to_answer",

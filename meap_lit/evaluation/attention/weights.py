@@ -25,13 +25,7 @@ PerHead = list[list[float]]
 
 @torch.no_grad()
 def read(decoder: Decoder, input_ids: Tensor, observe: Observe) -> None:
-    """Run the decoder on one sequence and call `observe` with the queries and keys of each layer.
-
-    Args:
-        decoder: The model.
-        input_ids: Token ids, [T], int64, on the decoder's device.
-        observe: Called once for each layer.
-    """
+    """Run the decoder on one sequence of ids, [T] int64 on its device, and call `observe` once for each layer."""
     hooks = [
         layer.register_forward_pre_hook(partial(_with_observer, number=number, observe=observe))
         for number, layer in enumerate(decoder.layers)

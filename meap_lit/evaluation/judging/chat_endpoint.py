@@ -72,10 +72,9 @@ class ChatEndpoint:
         if parts.username or parts.password:
             raise UserError("url must not hold a password; put the key into an environment variable for key_variable")
         for name in ("timeout", "max_in_flight", "requests_per_minute"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"{name} must be more than 0, got {value:g}")
+            check_range(name, getattr(self, name), "(0, inf)")
         for name in ("max_retries", "backoff"):
-            check_range(f"{name}", getattr(self, name), "[0, inf)")
+            check_range(name, getattr(self, name), "[0, inf)")
         self._address = f"{self.url.rstrip('/')}/chat/completions"
         self._name = f"{self.model} at {self._address}"
         self._pace = Pace(self.requests_per_minute)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.judging.judges import Judge
@@ -91,7 +90,7 @@ def report(records: Sequence[Record], judges: Sequence[str]) -> str:
             f"{free.n} undecided"
         )
     for first, second in combinations(judges, 2):
-        equal, kappa, _ = agreement(verdicts[first], verdicts[second])
+        equal, kappa = agreement(verdicts[first], verdicts[second])
         lines.append(f"  {first} and {second}: {equal:.2f} % equal, kappa {kappa:.3f}")
     return "\n".join(lines)
 
@@ -112,27 +111,16 @@ def read_summaries(file: Path) -> list[Record]:
     return records
 
 
-# ------------------------------------------------------------------------------------------------- agreement
-
-
-class Agreement(NamedTuple):
-    """Agreement of two judges: percentage of equal verdicts, Cohen's kappa, number of verdicts."""
-
-    equal: float
-    kappa: float
-    n: int
-
-
-def agreement(first: Sequence[bool | None], second: Sequence[bool | None]) -> Agreement:
-    """Return how far two judges agree on what is free of hallucination; undecided counts as not free, as in the score.
+def agreement(first: Sequence[bool | None], second: Sequence[bool | None]) -> tuple[float, float]:
+    """Return the percentage of equal verdicts of two judges, and Cohen's kappa; undecided counts as not free.
 
     Kappa is 1 - (1 - equal) / (1 - expected), where `expected` is the share of equal verdicts of two independent judges
     with the same totals (Cohen, 1960). It is NaN if `expected` is 1.
     """
     pairs = [(a is True, b is True) for a, b in zip(first, second, strict=True)]
     if not pairs:
-        return Agreement(math.nan, math.nan, 0)
+        return math.nan, math.nan
     equal = sum(a == b for a, b in pairs) / len(pairs)
     p, q = (sum(verdicts) / len(pairs) for verdicts in zip(*pairs, strict=True))
     expected = p * q + (1 - p) * (1 - q)
-    return Agreement(100 * equal, math.nan if expected == 1 else 1 - (1 - equal) / (1 - expected), len(pairs))
+    return 100 * equal, math.nan if expected == 1 else 1 - (1 - equal) / (1 - expected)

@@ -6,7 +6,6 @@ The prompt and the verdict are those of voidism/Lookback-Lens (arXiv 2407.07071,
 import hashlib
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.judging.chat_endpoint import ChatEndpoint
-from meap_lit.evaluation.rows import read_rows
+from meap_lit.evaluation.rows import append_records, read_records, read_rows
 from meap_lit.evaluation.task import Record
 
 # The prompt of the source, without its request for the problematic spans.
@@ -53,9 +52,6 @@ def parse_verdict(text: str) -> bool | None:
     return True if "True" in conclusion else False if "False" in conclusion else None
 
 
-# --------------------------------------------------------------------------------------------------- judges
-
-
 class Judgement(NamedTuple):
     """The verdict, True if a summary is free of hallucination and None if undecided, and the judge's explanation."""
 
@@ -75,13 +71,13 @@ class Cost(NamedTuple):
 class Judge(ABC):
     """A judge of summaries; a recipe names a subclass and its arguments."""
 
-    @abstractmethod
     def cost(self, records: Sequence[Record]) -> Cost:
         """Return a high estimate of the cost of `judge`.
 
         Raises:
             UserError: If an option of the judge is wrong.
         """
+        return Cost(0, 0, 0, 0.0)
 
     @abstractmethod
     def judge(self, records: Sequence[Record]) -> list[Judgement]:
@@ -115,7 +111,7 @@ class ChatJudge(ChatEndpoint, Judge):
     output_price: float | None = None
 
     def cost(self, records: Sequence[Record]) -> Cost:
-        known = AnswerCache(Path(self.cache)).answers
+        known = self._answers()
         unknown = [body for key, body in self._bodies(records).items() if key not in known]
         if not unknown:
             return Cost(0, 0, 0, 0.0)
@@ -129,19 +125,22 @@ class ChatJudge(ChatEndpoint, Judge):
         return Cost(len(unknown), num_read, num_written, price)
 
     def judge(self, records: Sequence[Record]) -> list[Judgement]:
-        cache = AnswerCache(Path(self.cache))
-        unknown = {key: body for key, body in self._bodies(records).items() if key not in cache.answers}
-        if unknown:
-            keys = list(unknown)
-            with tqdm(total=len(unknown), desc=self.model) as bar:
+        answers = self._answers()
+        unknown = {key: body for key, body in self._bodies(records).items() if key not in answers}
+        keys = list(unknown)
+        with tqdm(total=len(unknown), desc=self.model, disable=not unknown) as bar:
 
-                def keep(index: int, answer: str) -> None:
-                    cache.add(keys[index], answer)
-                    bar.update()
+            def keep(index: int, answer: str) -> None:
+                append_records(Path(self.cache), [{"key": keys[index], "answer": answer}])
+                answers[keys[index]] = answer
+                bar.update()
 
-                self.ask_all(list(unknown.values()), keep)
-        texts = [cache.answers[self._key_of(self._body(record))] for record in records]
+            self.ask_all(list(unknown.values()), keep)
+        texts = [answers[self._key_of(self._body(record))] for record in records]
         return [Judgement(parse_verdict(text), text) for text in texts]
+
+    def _answers(self) -> dict[str, str]:
+        return {row["key"]: row["answer"] for row in read_records(Path(self.cache), ("key", "answer"), "a judge")}
 
     def _bodies(self, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
         """Return the requests by their hash; equal summaries share one."""
@@ -168,9 +167,6 @@ class RecordedJudge(Judge):
 
     file: str
 
-    def cost(self, records: Sequence[Record]) -> Cost:
-        return Cost(0, 0, 0, 0.0)
-
     def judge(self, records: Sequence[Record]) -> list[Judgement]:
         known = {}
         for row in read_rows(self.file):
@@ -186,38 +182,3 @@ class RecordedJudge(Judge):
                 raise UserError(f"{self.file} has no verdict on the summary of {record['id']}; judge it and add a line")
             judgements.append(judgement)
         return judgements
-
-
-class AnswerCache:
-    """Answers of judges in a file, one line of JSON each, written as they arrive.
-
-    Args:
-        file: Created with the first answer.
-
-    Raises:
-        UserError: If a line is not an answer.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.answers: dict[str, str] = {}
-        if not file.is_file():
-            return
-        whole = file.read_bytes()
-        whole = whole[: whole.rfind(b"\n") + 1]  # a killed run may have left part of a line
-        os.truncate(file, len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                self.answers[row["key"]] = row["answer"]
-            except (ValueError, LookupError, TypeError) as error:
-                raise UserError(f"{file}:{number} is not an answer of a judge; remove that line") from error
-
-    def add(self, key: str, answer: str) -> None:
-        """Keep an answer; it is on disk when this returns."""
-        self.answers[key] = answer
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.file, "a", encoding="utf-8") as opened:
-            opened.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n")
-            opened.flush()
-            os.fsync(opened.fileno())

@@ -8,11 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.statistics import Mean
-from meap_lit.evaluation.task import Item, Plot, Record, Result, Task, Topic
+from meap_lit.evaluation.task import Item, Plot, Record, Result, Task
 from meap_lit.inference.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ class Commonsense(Task):
         limit: Number of questions of each task, from the first on; all by default.
     """
 
-    name: ClassVar[str] = "commonsense"
-    topic: ClassVar[Topic] = "knowledge"
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "acc", "acc_norm")
-    by_key: ClassVar[tuple[str, ...]] = ("acc",)
-    plots: ClassVar[tuple[Plot, ...]] = (Plot("tasks", "task"),)
+    name = "commonsense"
+    topic = "knowledge"
+    metrics = ("accuracy", "acc", "acc_norm")
+    by_key = ("acc",)
+    plots = (Plot("tasks", "task"),)
 
     tasks: tuple[str, ...]
     include_path: str | None = None
@@ -89,11 +89,11 @@ class Commonsense(Task):
 
     def score(self, record: Record) -> dict[str, float]:
         sums = record["log_likelihoods"]
-        acc = 100.0 * (_argmax(sums) in record["gold"])
+        acc = 100.0 * (sums.index(max(sums)) in record["gold"])
         if not record["has_acc_norm"]:
             return {"accuracy": acc, "acc": acc}
         means = [s / len(choice) if choice else -math.inf for s, choice in zip(sums, record["choices"], strict=True)]
-        acc_norm = 100.0 * (_argmax(means) in record["gold"])
+        acc_norm = 100.0 * (means.index(max(means)) in record["gold"])
         return {"accuracy": acc_norm, "acc": acc, "acc_norm": acc_norm}
 
     @classmethod
@@ -135,10 +135,6 @@ def _gold(task: Any, doc: Any, choices: Sequence[str]) -> list[int]:
     return [
         choices.index(one) if isinstance(one, str) else int(one) for one in (gold if isinstance(gold, list) else [gold])
     ]
-
-
-def _argmax(values: Sequence[float]) -> int:
-    return max(range(len(values)), key=lambda index: values[index])
 
 
 def _mean(table: Mapping[Any, Mean]) -> float:

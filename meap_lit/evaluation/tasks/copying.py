@@ -6,12 +6,12 @@ arXiv 2209.11895).
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.task import Item, Plot, Record, Topic
+from meap_lit.evaluation.task import Item, Plot, Record, check_distinct
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -38,14 +38,14 @@ class Copying(SequenceTask):
         seed: Seed of the spans.
     """
 
-    name: ClassVar[str] = "copying"
-    topic: ClassVar[Topic] = "loss"
-    metrics: ClassVar[tuple[str, ...]] = ("copy_loss", "first_loss", "gain", "copy_accuracy")
-    unit: ClassVar[str] = "nats"
-    other_units: ClassVar[Mapping[str, str]] = {"copy_accuracy": "%"}
-    higher_is_better: ClassVar[bool] = False
-    by_key: ClassVar[tuple[str, ...]] = ("copy_accuracy",)
-    plots: ClassVar[tuple[Plot, ...]] = (
+    name = "copying"
+    topic = "loss"
+    metrics = ("copy_loss", "first_loss", "gain", "copy_accuracy")
+    unit = "nats"
+    other_units = {"copy_accuracy": "%"}
+    higher_is_better = False
+    by_key = ("copy_accuracy",)
+    plots = (
         Plot(
             "copying",
             "distance",
@@ -64,21 +64,15 @@ class Copying(SequenceTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.source not in ("text", "random"):
-            raise UserError(f"task.source must be text or random, got {self.source}")
-        if self.span_len < 2:
-            raise UserError(
-                f"task.span_len must be at least 2 because its first token does not count, got {self.span_len}"
-            )
+        check_range("task.span_len", self.span_len, "[2, inf)", "; the first token of a span does not count")
         check_range("task.num_spans", self.num_spans, "[1, inf)")
-        distances = list(self.distances)
-        if not distances or len(set(distances)) < len(distances) or min(distances) < 0:
-            raise UserError(f"task.distances must name distances from 0, at least one and each once, got {distances}")
-        longest = 2 * self.span_len + max(distances) - 1
+        check_distinct("task.distances", self.distances)
+        check_range("task.distances", min(self.distances), "[0, inf)")
+        longest = 2 * self.span_len + max(self.distances) - 1
         if longest > self.seq_len:
             raise UserError(
-                f"two spans of {self.span_len} tokens with {max(distances)} between need task.seq_len {longest}, got "
-                f"{self.seq_len}; shorten task.span_len or task.distances, or raise task.seq_len"
+                f"two spans of {self.span_len} tokens with {max(self.distances)} between need task.seq_len {longest}, "
+                f"got {self.seq_len}; shorten task.span_len or task.distances, or raise task.seq_len"
             )
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, takewhile
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,9 +43,9 @@ class FactRetrieval(Task):
         filler: File or folder of text whose sentences surround the facts; made up if not given.
     """
 
-    name: ClassVar[str] = "facts"
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
-    plots: ClassVar[tuple[Plot, ...]] = (
+    name = "facts"
+    metrics = ("accuracy",)
+    plots = (
         Plot(
             "facts",
             "length",
@@ -117,9 +117,6 @@ class FactRetrieval(Task):
         return {"accuracy": 100.0 * (scores.index(max(scores)) == record["answer"])}
 
 
-# ---------------------------------------------------------------------------------------------------- items
-
-
 def _build_item(
     task: FactRetrieval,
     length: int,
@@ -186,17 +183,8 @@ def _encode_options(text: str, options: list[str], tokenizer: Tokenizer) -> tupl
     return context_ids, [row[len(context_ids) :] for row in rows[1:]]
 
 
-# -------------------------------------------------------------------------------------------------- scoring
-
-
 def score_items(decoder: nn.Module, items: Sequence[Item], task: FactRetrieval, batch_size: int = 32) -> np.ndarray:
-    """Return the share of items whose right option has the highest summed log-likelihood.
-
-    Args:
-        decoder: Maps token ids [B, T] to hidden states [B, T, D]; its `logits` maps those to scores [..., V].
-        items: The items that `task.build` returned.
-        task: The task.
-        batch_size: Sequences in one forward.
+    """Return the share of `task`'s items whose right option has the highest summed log-likelihood.
 
     Returns:
         Accuracy in [0, 1], [num_lengths, num_depths].
@@ -208,7 +196,13 @@ def score_items(decoder: nn.Module, items: Sequence[Item], task: FactRetrieval, 
 
 @torch.no_grad()
 def option_scores(decoder: nn.Module, items: Sequence[Item], batch_size: int) -> list[list[float]]:
-    """Return the summed log-likelihood of each option of each item; arguments as in `score_items`."""
+    """Return the summed log-likelihood of each option of each item.
+
+    Args:
+        decoder: Maps token ids [B, T] to hidden states [B, T, D]; its `logits` maps those to scores [..., V].
+        items: The items that `FactRetrieval.build` returned.
+        batch_size: Sequences in one forward.
+    """
     # an option's last token is predicted but not read, so options of one token share a row
     rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # input -> the (item, option) pairs read off it
     for item_index, item in enumerate(items):

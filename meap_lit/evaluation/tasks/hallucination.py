@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from meap_lit.errors import check_range
 from meap_lit.evaluation.judging.command import agreement
 from meap_lit.evaluation.rows import read_rows
 from meap_lit.evaluation.statistics import Mean
-from meap_lit.evaluation.task import Item, Plot, Prompt, PromptTask, Record, Result, Topic
+from meap_lit.evaluation.task import Item, Plot, Prompt, PromptTask, Record, Result
 from meap_lit.inference.language_model import LanguageModel
 
 # voidism/Lookback-Lens, step01_extract_attns.py: the first for XSum, the second for other summaries
@@ -54,12 +54,10 @@ class Hallucination(PromptTask):
         seed: Seed of the draw.
     """
 
-    name: ClassVar[str] = "hallucination"
-    topic: ClassVar[Topic] = "summaries"
-    metrics: ClassVar[tuple[str, ...]] = ("free", "undecided")
-    plots: ClassVar[tuple[Plot, ...]] = (
-        Plot("judges", "judge", lines={"": free_by_judge}, value_label="free of hallucination (%)"),
-    )
+    name = "hallucination"
+    topic = "summaries"
+    metrics = ("free", "undecided")
+    plots = (Plot("judges", "judge", lines={"": free_by_judge}, value_label="free of hallucination (%)"),)
 
     file: str
     prompt: Literal["one_sentence", "document"]
@@ -99,8 +97,9 @@ class Hallucination(PromptTask):
             return {"not judged yet (python -m meap_lit judge)": num_open}
         found = {f"free by {judge}": mean.value for judge, mean in free_by_judge(result.records).items()}
         for first, second in combinations(_judges(result.records), 2):
-            both = agreement(*([record["verdicts"][judge] for record in result.records] for judge in (first, second)))
-            found |= {f"{first} and {second} equal": both.equal, f"{first} and {second} kappa": both.kappa}
+            verdicts = ([record["verdicts"][judge] for record in result.records] for judge in (first, second))
+            equal, kappa = agreement(*verdicts)
+            found |= {f"{first} and {second} equal": equal, f"{first} and {second} kappa": kappa}
         return found
 
 

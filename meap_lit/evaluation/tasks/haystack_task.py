@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.task import GenerationTask, Item, Plot, SharedIds
+from meap_lit.evaluation.task import GenerationTask, Item, Plot, check_distinct
 from meap_lit.evaluation.tasks.haystack import Boundary, Documents, Haystack
 from meap_lit.inference.language_model import LanguageModel
 
@@ -93,9 +93,8 @@ class HaystackTask(GenerationTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, values in (("lengths", self.lengths), ("depths", self.depths)):
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"{name} must name at least one value and each once, got {list(values)}")
+        check_distinct("lengths", self.lengths)
+        check_distinct("depths", self.depths)
         for depth in self.depths:
             check_range("depths", depth, "[0, 100]", " percent")
         check_range("num_repeats", self.num_repeats, "[1, inf)")
@@ -145,21 +144,11 @@ class HaystackTask(GenerationTask):
             for length in (min(self.lengths), max(self.lengths)):
                 _Filler(self, model, prompt, haystacks[prompt.repeat]).item(length, self.depths[0])
         fillers = [_Filler(self, model, prompt, haystacks[prompt.repeat]) for prompt in prompts]
-        share = SharedIds()
-        return [
-            share(filler.item(length, depth)) for length in self.lengths for depth in self.depths for filler in fillers
-        ]
+        return [filler.item(length, depth) for length in self.lengths for depth in self.depths for filler in fillers]
 
 
 class _Filler:
-    """Fill a prompt with as much of a haystack as a length has room for.
-
-    Args:
-        task: The task.
-        model: Model whose tokenizer counts.
-        prompt: The prompt.
-        haystack: Text to fill it with, longer than any length unless the task does not repeat it.
-    """
+    """Fill a prompt with as much of a haystack as a length has room for."""
 
     def __init__(self, task: HaystackTask, model: LanguageModel, prompt: HaystackPrompt, haystack: Haystack) -> None:
         self.task = task

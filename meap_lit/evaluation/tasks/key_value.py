@@ -1,7 +1,7 @@
 """Key-value retrieval: find the value of a key at any position in a JSON object of random pairs.
 
 This is the synthetic task of "Lost in the Middle" (arXiv 2307.03172; nelson-liu/lost-in-the-middle, commit 29b8a6d).
-Neither knowledge nor language helps, only looking up.
+Knowledge and language do not help; the model must look the value up.
 """
 
 import random
@@ -9,11 +9,10 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
 
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Plot, Prompt, PromptTask, Record
+from meap_lit.evaluation.task import Plot, Prompt, PromptTask, Record, check_distinct
 
 Pair = tuple[str, str]
 
@@ -77,9 +76,9 @@ class KeyValueRetrieval(PromptTask):
         seed: Seed of made-up sets.
     """
 
-    name: ClassVar[str] = "key_value"
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
-    plots: ClassVar[tuple[Plot, ...]] = (Plot("key_value", "gold", x_label="position of the pair, from 0"),)
+    name = "key_value"
+    metrics = ("accuracy",)
+    plots = (Plot("key_value", "gold", x_label="position of the pair, from 0"),)
 
     file: str | None = None
     num_pairs: int | None = None
@@ -95,8 +94,9 @@ class KeyValueRetrieval(PromptTask):
             raise UserError(f"either file or num_pairs must be given, got {got}")
         check_range("num_pairs", self.num_pairs, "[2, inf)")
         check_range("num_sets", self.num_sets, "[1, inf)")
-        if self.gold is not None and (not self.gold or len(set(self.gold)) < len(self.gold) or min(self.gold) < 0):
-            raise UserError(f"gold must name positions from 0, at least one and each once, got {list(self.gold)}")
+        if self.gold is not None:
+            check_distinct("gold", self.gold)
+            check_range("gold", min(self.gold), "[0, inf)")
 
     def prompts(self) -> Iterator[Prompt]:
         for number, entry in enumerate(self._sets()):

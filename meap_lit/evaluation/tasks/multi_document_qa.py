@@ -11,11 +11,11 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Item, Plot, Prompt, PromptTask, Record, Result
+from meap_lit.evaluation.task import Item, Plot, Prompt, PromptTask, Record, Result, check_distinct
 from meap_lit.inference.language_model import LanguageModel
 
 Bound = Literal["oracle", "closed_book"]
@@ -95,10 +95,10 @@ class MultiDocumentQA(PromptTask):
         seed: Seed of synthetic distractors.
     """
 
-    name: ClassVar[str] = "multi_document_qa"
-    metrics: ClassVar[tuple[str, ...]] = ("best_subspan_em", "oracle", "closed_book")
+    name = "multi_document_qa"
+    metrics = ("best_subspan_em", "oracle", "closed_book")
     """Each item has one of them: the last two are the same score for the prompts of the bounds."""
-    plots: ClassVar[tuple[Plot, ...]] = (
+    plots = (
         Plot(
             "multi_document_qa",
             "gold",
@@ -120,14 +120,9 @@ class MultiDocumentQA(PromptTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("num_documents", self.num_documents, "[2, inf)")
-        if not self.gold or len(set(self.gold)) < len(self.gold):
-            raise UserError(f"gold must name at least one position and each once, got {list(self.gold)}")
+        check_distinct("gold", self.gold)
         for position in self.gold:
-            if not 0 <= position < self.num_documents:
-                raise UserError(
-                    f"gold positions must be in [0, {self.num_documents - 1}] for num_documents {self.num_documents}, "
-                    f"got {position}"
-                )
+            check_range("gold", position, f"[0, {self.num_documents - 1}]", f" for num_documents {self.num_documents}")
         check_range("num_questions", self.num_questions, "[1, inf)")
 
     def prompts(self) -> Iterator[Prompt]:
@@ -205,9 +200,6 @@ def _check_same_questions(files: Sequence[Sequence[Question]]) -> None:
             raise UserError(f"{last.where}: the last question, but the file for another position has more")
 
 
-# ---------------------------------------------------------------------------------------------------- distractors
-
-
 def _with_synthetic_distractors(
     questions: Sequence[Question], num_questions: int | None, num_distractors: int, seed: int
 ) -> list[Question]:
@@ -245,9 +237,6 @@ def _in_random_order(passages: list[Passage], rng: random.Random) -> Iterator[Pa
         index = rng.randrange(len(passages))
         passages[index], passages[-1] = passages[-1], passages[index]
         yield passages.pop()
-
-
-# ---------------------------------------------------------------------------------------------------- scoring
 
 
 def best_subspan_em(prediction: str, answers: Sequence[str]) -> float:

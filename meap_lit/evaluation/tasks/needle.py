@@ -11,13 +11,13 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Plot, Record
+from meap_lit.evaluation.task import Record
 from meap_lit.evaluation.tasks.haystack import Boundary
 from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackPrompt, HaystackTask, grid_plot
 
@@ -85,9 +85,9 @@ class Needle(HaystackTask):
             itself, even within a word, as NeedleBench does (`token`).
     """
 
-    name: ClassVar[str] = "needle"
-    metrics: ClassVar[tuple[str, ...]] = ("keyword", "needlebench")
-    plots: ClassVar[tuple[Plot, ...]] = (
+    name = "needle"
+    metrics = ("keyword", "needlebench")
+    plots = (
         grid_plot("needle_keyword", "keyword"),
         grid_plot("needle_needlebench", "needlebench"),
     )
@@ -142,9 +142,9 @@ class MultiNeedle(Needle):
         num_needles: Needles in each context; more than one needs a file of `needles`.
     """
 
-    name: ClassVar[str] = "multi_needle"
-    metrics: ClassVar[tuple[str, ...]] = ("keyword", "all_found")
-    plots: ClassVar[tuple[Plot, ...]] = (
+    name = "multi_needle"
+    metrics = ("keyword", "all_found")
+    plots = (
         grid_plot("multi_needle_keyword", "keyword"),
         grid_plot("multi_needle_all_found", "all_found"),
     )
@@ -206,9 +206,9 @@ class MagicNumber(HaystackTask):
     sentence that ends before the depth.
     """
 
-    name: ClassVar[str] = "magic_number"
-    metrics: ClassVar[tuple[str, ...]] = ("string_match_all",)
-    plots: ClassVar[tuple[Plot, ...]] = (grid_plot("magic_number", "string_match_all"),)
+    name = "magic_number"
+    metrics = ("string_match_all",)
+    plots = (grid_plot("magic_number", "string_match_all"),)
 
     max_new_tokens: int = 128
 
@@ -249,9 +249,6 @@ _NOUNS = (
     "ladder", "mirror", "needle", "orchard", "pebble", "quilt", "ribbon", "saddle", "teapot", "umbrella", "violin",
     "wagon", "yarn",
 )  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------- scoring
 
 
 def needlebench_score(prediction: str, needle: str, keyword: str) -> float:

@@ -3,9 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from meap_lit.evaluation.task import Item, Plot, Record, Result, Topic
+from meap_lit.evaluation.task import Item, Plot, Record, Result
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
 
@@ -27,12 +26,12 @@ class Perplexity(SequenceTask):
     5 to 8 tokens and so on. A record has the sum of each group.
     """
 
-    name: ClassVar[str] = "perplexity"
-    topic: ClassVar[Topic] = "loss"
-    metrics: ClassVar[tuple[str, ...]] = ("nll",)
-    unit: ClassVar[str] = "nats"
-    higher_is_better: ClassVar[bool] = False
-    plots: ClassVar[tuple[Plot, ...]] = (
+    name = "perplexity"
+    topic = "loss"
+    metrics = ("nll",)
+    unit = "nats"
+    higher_is_better = False
+    plots = (
         Plot(
             "perplexity",
             "context",
@@ -68,17 +67,15 @@ class Perplexity(SequenceTask):
 
     @classmethod
     def extra(cls, result: Result) -> dict[str, float]:
-        nll = result.mean().value
-        found = {"perplexity": math.inf if nll > _LARGEST else math.exp(nll)}
+        try:
+            found = {"perplexity": math.exp(result.mean().value)}
+        except OverflowError:
+            found = {"perplexity": math.inf}
         start = 0
         for end, nll in nll_by_context(result.records).items():
             found[f"nll, context {_interval(start + 1, end)}"] = nll
             start = end
         return found
-
-
-_LARGEST = 709.0
-"""Largest loss whose exponential a float can hold."""
 
 
 def context_ends(seq_len: int) -> list[int]:

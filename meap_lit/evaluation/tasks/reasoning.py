@@ -7,11 +7,10 @@ dataset opencompass/NeedleBench has the public questions, `multi_needle_reasonin
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.rows import Row, read_rows
-from meap_lit.evaluation.task import Plot, Record, Topic
+from meap_lit.evaluation.rows import read_rows
+from meap_lit.evaluation.task import Plot, Record, check_distinct
 from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackPrompt, HaystackTask
 
 # no space before it, as in the reference
@@ -19,25 +18,6 @@ _CONSIDER = "Before answering, please consider what in the document is most rele
 
 _SPACING = 10
 """Distance of one needle from the next, in percent of the haystack."""
-
-
-@dataclass(frozen=True)
-class Derivation:
-    """A question and the sentences from which its answer follows, in order."""
-
-    sentences: tuple[str, ...]
-    question: str
-    answer: str
-
-    @classmethod
-    def from_row(cls, row: Row) -> "Derivation":
-        sentences = tuple(row.texts("derivations"))
-        if not sentences:
-            raise row.error("field 'derivations' is empty")
-        for number, sentence in enumerate(sentences):
-            if not sentence.strip():
-                raise row.error(f"field 'derivations[{number}]' is empty")
-        return cls(sentences, row.text("question"), row.text("answer"))
 
 
 @dataclass(kw_only=True)
@@ -49,10 +29,10 @@ class Reasoning(HaystackTask):
         num_needles: Numbers of sentences from which an answer follows; each is asked at each length and depth.
     """
 
-    name: ClassVar[str] = "reasoning"
-    topic: ClassVar[Topic] = "reasoning"
-    metrics: ClassVar[tuple[str, ...]] = ("word_recall",)
-    plots: ClassVar[tuple[Plot, ...]] = (
+    name = "reasoning"
+    topic = "reasoning"
+    metrics = ("word_recall",)
+    plots = (
         Plot("reasoning_by_length", "length", x_label="length (tokens)"),
         Plot("reasoning_by_num_needles", "num_needles", x_label="sentences from which an answer follows"),
     )
@@ -63,16 +43,22 @@ class Reasoning(HaystackTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.num_needles or len(set(self.num_needles)) < len(self.num_needles):
-            raise UserError(f"num_needles must name at least one value and each once, got {list(self.num_needles)}")
+        check_distinct("num_needles", self.num_needles)
 
     def prompts(self) -> list[HaystackPrompt]:
-        by_count: dict[int, list[Derivation]] = {}
+        by_count: dict[int, list[Record]] = {}
         for row in read_rows(self.file):
             count = row.value("derivation_count")
             if not isinstance(count, int):
                 raise row.error(f"field 'derivation_count' must be an integer, got {type(count).__name__}")
-            by_count.setdefault(count, []).append(Derivation.from_row(row))
+            sentences = row.texts("derivations")
+            if not sentences:
+                raise row.error("field 'derivations' is empty")
+            for number, sentence in enumerate(sentences):
+                if not sentence.strip():
+                    raise row.error(f"field 'derivations[{number}]' is empty")
+            fields = {"derivations": sentences, "question": row.text("question"), "answer": row.text("answer")}
+            by_count.setdefault(count, []).append(fields)
         missing = [count for count in self.num_needles if count not in by_count]
         if missing:
             raise UserError(
@@ -99,14 +85,9 @@ class Reasoning(HaystackTask):
     def score(self, record: Record) -> dict[str, float]:
         return {"word_recall": word_recall(record["model_answer"], record["answer"])}
 
-    def _question(self, repeat: int, derivation: Derivation, count: int) -> HaystackPrompt:
-        needles = tuple(f"\n{sentence}\n" for sentence in derivation.sentences)
-        after = f"\n\nNow, the question is: {derivation.question}{_CONSIDER}"
-        fields = {
-            "derivations": list(derivation.sentences),
-            "question": derivation.question,
-            "answer": derivation.answer,
-        }
+    def _question(self, repeat: int, fields: Record, count: int) -> HaystackPrompt:
+        needles = tuple(f"\n{sentence}\n" for sentence in fields["derivations"])
+        after = f"\n\nNow, the question is: {fields['question']}{_CONSIDER}"
         return HaystackPrompt(repeat, needles, INTRODUCTION, after, fields, {"num_needles": count})
 
 

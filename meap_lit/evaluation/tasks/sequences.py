@@ -28,8 +28,7 @@ class SequenceTask(Task):
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "num_sequences"):
-            value = getattr(self, name)
-            check_range(f"task.{name}", value, "[1, inf)")
+            check_range(f"task.{name}", getattr(self, name), "[1, inf)")
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         self._open(model)

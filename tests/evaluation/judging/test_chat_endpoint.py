@@ -253,11 +253,11 @@ def test_pace_stops_those_who_wait():
         ({"url": "api.openai.com/v1"}, "url must be one such as https://api.openai.com/v1, got 'api.openai.com/v1'"),
         ({"url": "ftp://x/v1"}, "url must be one such as"),
         ({"url": "https://me:pass@x/v1"}, "^url must not hold a password; put the key into an environment variable"),
-        ({"timeout": 0}, "timeout must be more than 0, got 0"),
-        ({"max_in_flight": 0}, "max_in_flight must be more than 0, got 0"),
+        ({"timeout": 0}, "timeout must be above 0, got 0"),
+        ({"max_in_flight": 0}, "max_in_flight must be above 0, got 0"),
         ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
         ({"backoff": -0.5}, "backoff must be at least 0, got -0.5"),
-        ({"requests_per_minute": 0}, "requests_per_minute must be more than 0, got 0"),
+        ({"requests_per_minute": 0}, "requests_per_minute must be above 0, got 0"),
     ],
 )
 def test_wrong_options(options, message):

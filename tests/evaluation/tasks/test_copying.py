@@ -221,12 +221,11 @@ def test_figure_and_tables_by_distance_from_the_records_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "code"}, "task.source must be text or random, got code"),
-        ({"span_len": 1}, "task.span_len must be at least 2 because its first token does not count, got 1"),
+        ({"span_len": 1}, "task.span_len must be at least 2, got 1; the first token of a span does not count"),
         ({"num_spans": 0}, "task.num_spans must be at least 1, got 0"),
-        ({"distances": ()}, "task.distances must name distances from 0, at least one and each once, got []"),
-        ({"distances": (3, 0, 3)}, "at least one and each once, got [3, 0, 3]"),
-        ({"distances": (-1,)}, "must name distances from 0, at least one and each once, got [-1]"),
+        ({"distances": ()}, "task.distances must name at least one value and each once, got []"),
+        ({"distances": (3, 0, 3)}, "at least one value and each once, got [3, 0, 3]"),
+        ({"distances": (-1,)}, "task.distances must be at least 0, got -1"),
         ({"distances": (0, 42)}, "two spans of 10 tokens with 42 between need task.seq_len 61, got 60"),
         ({"seq_len": 0}, "task.seq_len must be at least 1, got 0"),
         ({"dataset": "nowhere"}, "dataset folder nowhere does not exist"),

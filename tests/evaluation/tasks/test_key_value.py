@@ -208,9 +208,9 @@ def test_a_real_model(source_folder):
         ({"file": "a.jsonl", "num_pairs": 5}, r"either file or num_pairs must be given, got a\.jsonl and 5"),
         ({"num_pairs": 1}, r"num_pairs must be at least 2, got 1"),
         ({"num_pairs": 5, "num_sets": 0}, r"num_sets must be at least 1, got 0"),
-        ({"num_pairs": 5, "gold": ()}, r"gold must name positions from 0, at least one and each once, got \[\]"),
-        ({"num_pairs": 5, "gold": (1, 1)}, r"gold must name positions .*, got \[1, 1\]"),
-        ({"num_pairs": 5, "gold": (-1,)}, r"gold must name positions .*, got \[-1\]"),
+        ({"num_pairs": 5, "gold": ()}, r"gold must name at least one value and each once, got \[\]"),
+        ({"num_pairs": 5, "gold": (1, 1)}, r"gold must name at least one value and each once, got \[1, 1\]"),
+        ({"num_pairs": 5, "gold": (-1,)}, r"gold must be at least 0, got -1"),
     ],
 )
 def test_wrong_options(options, message):

@@ -386,10 +386,10 @@ def test_a_real_model(oracle_file, source_folder):
     ("options", "message"),
     [
         ({"num_documents": 1, "gold": (0,)}, r"num_documents must be at least 2, got 1"),
-        ({"gold": ()}, r"gold must name at least one position and each once, got \[\]"),
-        ({"gold": (1, 1)}, r"gold must name at least one position and each once, got \[1, 1\]"),
-        ({"gold": (0, 4)}, r"gold positions must be in \[0, 3\] for num_documents 4, got 4"),
-        ({"gold": (-1,)}, r"gold positions must be in \[0, 3\] for num_documents 4, got -1"),
+        ({"gold": ()}, r"gold must name at least one value and each once, got \[\]"),
+        ({"gold": (1, 1)}, r"gold must name at least one value and each once, got \[1, 1\]"),
+        ({"gold": (0, 4)}, r"gold must be in \[0, 3\], got 4 for num_documents 4"),
+        ({"gold": (-1,)}, r"gold must be in \[0, 3\], got -1 for num_documents 4"),
         ({"num_questions": 0}, r"num_questions must be at least 1, got 0"),
     ],
 )
