@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,9 @@ class Checkpoint(callbacks.Checkpoint):
     Then `last.ckpt` moves to it in one step, and only then is an old one removed. A kill at any moment leaves the
     previous checkpoint and nothing that could be taken for a new one. The next save of a run of the same recipe removes
     what it leaves aside.
+
+    The state is taken at the end of a step. It is written when Lightning has logged that step and validated, before the
+    next step, so that no value up to a checkpoint is missing from the logs.
 
     With `asynchronous` a save copies the state to the host's memory, and a thread does the rest while training
     continues. A save that fails ends the run a little later, and a new save waits for the last.
@@ -91,7 +94,8 @@ class Checkpoint(callbacks.Checkpoint):
         """Optimizer step of the last save; no step, no checkpoint."""
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
-        self._logs_later = False
+        self._due: Callable[[], None] | None = None
+        """Writes the state that was taken, once its step is logged and validated."""
 
     @property
     def state_key(self) -> str:
@@ -135,30 +139,29 @@ class Checkpoint(callbacks.Checkpoint):
         names = ("dirpath", "best_k_models", "best_model_path")
         return {name: getattr(self, name) for name in names}
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step  # of the checkpoint that this run resumes from
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._writing is not None and self._writing.done():
             self._writing.result()  # raises what the thread raised
-        if ends_step(trainer, batch_idx) and trainer.global_step % self.every_n_steps == 0:
+        # the last step is saved here too: Lightning numbers values wrongly where a run continues from a later state
+        is_due = trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps
+        if is_due and ends_step(trainer, batch_idx):
             self._save(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        self._keep_last_logs(trainer)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._keep_last_logs(trainer)
-
-    def _keep_last_logs(self, trainer: L.Trainer) -> None:
-        """Write what the step of the last checkpoint logged, which Lightning logs after the hooks of that step."""
-        if self._logs_later:
-            self._logs_later = False
-            _keep_logs(trainer)
+        self._write_due(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        # other ranks would wait for this one; a user error may mean that the weights are not finite
+        if trainer.world_size == 1 and not isinstance(exception, UserError):
+            self._write_due(trainer)
         self._close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -176,7 +179,20 @@ class Checkpoint(callbacks.Checkpoint):
     def save(self, trainer: L.Trainer) -> None:
         """Save now, between two optimizer steps, unless that was just done, and wait until it is on the disk."""
         self._save(trainer)
+        self._write_due(trainer)
         self._wait()
+
+    def _write_due(self, trainer: L.Trainer) -> None:
+        """Write what was logged so far, then the checkpoint that waited for it."""
+        if self._due is None:
+            return
+        due, self._due = self._due, None
+        for logger in trainer.loggers:
+            logger.save()
+        if self._thread is None:
+            due()
+        else:
+            self._writing = self._thread.submit(due)
 
     def _save(self, trainer: L.Trainer) -> None:
         """Save unless that was done after this step, and remove the oldest checkpoint when the new one is whole."""
@@ -184,8 +200,6 @@ class Checkpoint(callbacks.Checkpoint):
             return
         self._step = trainer.global_step
         self._wait()
-        _keep_logs(trainer)
-        self._logs_later = True
         if trainer.is_global_zero:  # before another rank can begin
             self._remove_leftovers(trainer)
         path = self._free_name()
@@ -196,12 +210,10 @@ class Checkpoint(callbacks.Checkpoint):
         self.best_k_models[str(path)] = self._step  # a part of what is saved
         self.best_model_path = str(path)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        write = partial(self._write, trainer, path=path, aside=aside, removed=removed)
-        if self._thread is None:
-            write(checkpoint)
-        else:  # the ranks of a node share its memory: no copy for those that write nothing
+        if self._thread is not None:  # the ranks of a node share its memory: no copy for those that write nothing
             writes = trainer.is_global_zero or isinstance(trainer.strategy, Sharded)
-            self._writing = self._thread.submit(write, on_host(checkpoint) if writes else {})
+            checkpoint = on_host(checkpoint) if writes else {}
+        self._due = partial(self._write, trainer, checkpoint, path, aside, removed)
 
     def _free_name(self) -> Path:
         """Return the path of a new checkpoint.
@@ -258,12 +270,6 @@ class Checkpoint(callbacks.Checkpoint):
             for old in {*folder.glob(f"*{_ASIDE}*"), *versions}:
                 if old.parent == here or _is_abandoned(old):
                     _remove(old)
-
-
-def _keep_logs(trainer: L.Trainer) -> None:
-    """Write what was logged so far, so that a kill after a checkpoint loses none of it."""
-    for logger in trainer.loggers:
-        logger.save()
 
 
 def _aside(path: Path) -> Path:
