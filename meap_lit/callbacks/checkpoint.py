@@ -40,6 +40,9 @@ class Checkpoint(ModelCheckpoint):
     previous checkpoint and nothing that could be taken for a new one. The next save of a run of the same recipe removes
     what it leaves aside.
 
+    The state is taken at the end of a step. It is written when Lightning has logged that step and validated, before the
+    next step, so that no value up to a checkpoint is missing from the logs.
+
     With `asynchronous` a save copies the state to the host's memory, and a thread does the rest while training
     continues. A save that fails ends the run a little later, and a new save waits for the last.
 
@@ -89,7 +92,8 @@ class Checkpoint(ModelCheckpoint):
         self._jobs = _Jobs(in_thread=False)
         self.last_saved: str | None = None
         """The newest whole checkpoint that this run wrote."""
-        self._logs_later = False
+        self._due: list[Callable[[], None]] = []
+        """Jobs that wait until the step that was saved is logged and validated."""
 
     @property
     def state_key(self) -> str:
@@ -131,16 +135,15 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, *args, **kwargs)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        self._keep_last_logs(trainer)
+        self._start_due(trainer)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._keep_last_logs(trainer)
-
-    def _keep_last_logs(self, trainer: L.Trainer) -> None:
-        """Write what the step of the last checkpoint logged, which Lightning logs after the hooks of that step."""
-        if self._logs_later:
-            self._logs_later = False
-            _keep_logs(trainer)
+    def _start_due(self, trainer: L.Trainer) -> None:
+        """Write what was logged so far, then start the jobs that waited for it."""
+        due, self._due = self._due, []
+        for logger in trainer.loggers if due else ():
+            logger.save()
+        for job in due:
+            self._jobs.add(job)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
@@ -155,12 +158,11 @@ class Checkpoint(ModelCheckpoint):
         """Save now, between two optimizer steps, unless that was just done, and wait until it is on the disk."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._start_due(trainer)
         self._jobs.wait()
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         self._jobs.wait()
-        _keep_logs(trainer)
-        self._logs_later = True
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
         if trainer.is_global_zero:  # before another rank can begin
             self._remove_leftovers(trainer)
@@ -169,7 +171,7 @@ class Checkpoint(ModelCheckpoint):
         if self.asynchronous:  # the ranks of a node share its memory: no copy for those that write nothing
             writes = trainer.is_global_zero or isinstance(trainer.strategy, Sharded)
             checkpoint = on_host(checkpoint) if writes else {}
-        self._jobs.add(partial(self._write, trainer, checkpoint, path, aside))
+        self._due.append(partial(self._write, trainer, checkpoint, path, aside))
 
     def _write(self, trainer: L.Trainer, checkpoint: dict[str, Any], path: Path, aside: Path) -> None:
         ranks, is_first = self._ranks, trainer.is_global_zero
@@ -198,7 +200,7 @@ class Checkpoint(ModelCheckpoint):
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         if trainer.is_global_zero:
-            self._jobs.add(partial(_take_away, Path(filepath)))  # once the newer one is whole
+            self._due.append(partial(_take_away, Path(filepath)))  # once the newer one is whole
 
     def _remove_leftovers(self, trainer: L.Trainer) -> None:
         """Remove what killed runs left here, where this run was resumed from, and in all versions of both.
@@ -214,12 +216,6 @@ class Checkpoint(ModelCheckpoint):
             for old in {*folder.glob(f"*{_ASIDE}*"), *versions}:
                 if old.parent == here or _is_abandoned(old):
                     _remove(old)
-
-
-def _keep_logs(trainer: L.Trainer) -> None:
-    """Write what was logged so far, so that a kill after a checkpoint loses none of it."""
-    for logger in trainer.loggers:
-        logger.save()
 
 
 def _aside(path: Path) -> str:

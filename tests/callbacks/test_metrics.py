@@ -31,6 +31,20 @@ def test_a_run_that_is_killed_and_resumes_in_its_folder_has_each_value_once(toy_
     assert not list(folder.glob(f"{METRICS_FILE}.*"))
 
 
+def test_a_kill_in_the_validation_after_a_save_loses_no_value_up_to_the_last_checkpoint(toy_recipe, tmp_path):
+    words = ["fit", "--config", str(toy_recipe), "--trainer.logger.init_args.version", "seed_1"]
+    words += ["--checkpoint.every_n_steps", "2", "--budget.val_every_n_steps", "4"]
+    killed = ["--trainer.callbacks+=tests.support.interruption.SignalInValidation", "--trainer.callbacks.step", "8"]
+    killed += ["--trainer.callbacks.number", str(int(signal.SIGKILL))]
+    assert fork(lambda: RecipeCLI.run([*words, *killed])) == [-signal.SIGKILL]
+    folder = tmp_path / "runs" / "toy" / "seed_1"
+    assert (folder / "checkpoints" / "last.ckpt").readlink().name == "step=6.ckpt", "step 8 is not validated"
+    RecipeCLI.run([*words, "--ckpt_path", "last"])
+    curves = read_metrics(folder)
+    assert [point.step for point in curves["train/loss"]] == list(range(1, 13))
+    assert [point.step for point in curves["val/loss"]] == [4, 8, 12]
+
+
 def test_a_line_that_a_kill_cut_is_left_out(tmp_path):
     table = MetricsTable(tmp_path, 0)
     table.log_metrics({"val/loss/a, b": 0.1, "rate": math.inf}, 4)
