@@ -130,9 +130,15 @@ class Checkpoint(ModelCheckpoint):
         if state_dict["dirpath"] == self.dirpath:  # a resume in a new folder does not manage the old one
             super().load_state_dict(state_dict)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._last_global_step_saved = trainer.global_step  # the checkpoint that this run resumes from
+
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         self._jobs.check()
         super().on_train_batch_end(trainer, *args, **kwargs)
+        if trainer.global_step == trainer.max_steps:
+            # not at the end of training: Lightning counts a step twice where a run continues from there
+            self._take_state(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._start_due(trainer)
@@ -156,10 +162,13 @@ class Checkpoint(ModelCheckpoint):
 
     def save(self, trainer: L.Trainer) -> None:
         """Save now, between two optimizer steps, unless that was just done, and wait until it is on the disk."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._take_state(trainer)
         self._start_due(trainer)
         self._jobs.wait()
+
+    def _take_state(self, trainer: L.Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         self._jobs.wait()

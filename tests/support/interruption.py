@@ -24,7 +24,7 @@ class SignalAt(L.Callback):
 class SignalInValidation(L.Callback):
     """Sends `number` to this process in the middle of the first validation after `step`."""
 
-    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+    def __init__(self, step: int, number: int = int(signal.SIGTERM)) -> None:
         self.step = step
         self.number = number
 
