@@ -22,14 +22,15 @@ class SignalAt(L.Callback):
 
 
 class SignalInValidation(L.Callback):
-    """Sends SIGTERM to this process in the middle of the first validation after `step`."""
+    """Sends `number` to this process in the middle of the first validation after `step`."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, number: int = int(signal.SIGTERM)) -> None:
         self.step = step
+        self.number = number
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step >= self.step and batch_idx == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 class HangAt(L.Callback):
