@@ -30,7 +30,7 @@ def test_help_of_a_preparation_describes_its_options(capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["prepare", "text", "--help"])
     assert exit_info.value.code == 0
-    assert "Share of documents held out" in " ".join(capsys.readouterr().out.split())
+    assert "Share of the documents or conversations held out" in " ".join(capsys.readouterr().out.split())
 
 
 def test_from_text_to_a_trained_and_validated_model(prepared, tmp_path, capsys):
