@@ -14,8 +14,8 @@ import numpy as np
 from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
 from meap_lit.data.read.conversations import Conversation, to_conversation
 from meap_lit.data.read.find import Input, find_input
-from meap_lit.data.read.formats import RECORD_FORMATS
-from meap_lit.data.read.readers import SKIP_HINT, InputPart, Record, RecordReader, check_text
+from meap_lit.data.read.formats import RECORD_FORMATS, Entry
+from meap_lit.data.read.readers import SKIP_HINT, InputPart, RecordReader, check_text
 from meap_lit.data.store.manifest import ChatDetails
 from meap_lit.data.store.writers import ChatWriter
 from meap_lit.errors import UserError, check_range
@@ -93,7 +93,7 @@ class PrepareChat(PrepareDataset):
             )
 
 
-class ChatEncoder(Encoder[Record]):
+class ChatEncoder(Encoder[Entry]):
     """Encodes records as conversations, and counts answers of more than `long_answer` tokens."""
 
     batch_size = 256  # records
@@ -104,10 +104,11 @@ class ChatEncoder(Encoder[Record]):
         self.options = options
         self.long_answer = long_answer
 
-    def encode(self, items: list[Record], batch: EncodedBatch) -> None:
+    def encode(self, items: list[Entry], batch: EncodedBatch) -> None:
         for record in items:
+            assert isinstance(record.content, dict), "a plain text is not a record"
             try:
-                conversation = to_conversation(record.fields, self.options.system)
+                conversation = to_conversation(record.content, self.options.system)
                 if not any(conversation.trained):
                     batch.counts["untrained"] += 1
                     continue

@@ -189,13 +189,8 @@ def _describe(source: Source | None) -> str:
 class _Piece:
     """A split of a part, which becomes a piece of a split of the dataset."""
 
-    part: Path
-    name: str
+    folder: Path
     split: Split
-
-    @property
-    def folder(self) -> Path:
-        return self.part / self.name
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -213,7 +208,7 @@ def _assign(parts: Sequence[_Part]) -> dict[str, list[_Piece]]:
     for part in parts:
         for name, split in part.manifest.splits.items():
             target = name if name != RESERVE else "val" if part is held_out else "train"
-            pieces[target].append(_Piece(part.folder, name, split))
+            pieces[target].append(_Piece(part.folder / name, split))
     if not pieces["train"]:
         count = sum(piece.split.documents for piece in pieces["val"])
         if count == 0:
@@ -246,7 +241,9 @@ def _merge(folder: Path, pieces: Sequence[_Piece], bar: tqdm) -> Split:
     index = {**first.index, "chunks": chunks, "updated_at": fingerprint}
     (folder / INDEX_FILE).write_text(json.dumps(index, sort_keys=True))
     if isinstance(first.split, ChatSplit):
-        tables = [load_samples(str(piece.part), piece.name, files=piece.split.files) for piece in pieces]
+        tables = [
+            load_samples(str(piece.folder.parent), piece.folder.name, files=piece.split.files) for piece in pieces
+        ]
         np.savez(
             folder / SAMPLES_FILE,
             num_tokens=np.concatenate([table.num_tokens for table in tables]),

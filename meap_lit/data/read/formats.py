@@ -5,14 +5,14 @@ A plain text file is one document and a .json file, which only holds records, is
 """
 
 import gzip
-import importlib
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any, NamedTuple
+
+import zstandard
 
 from meap_lit.data.store.remote import RemoteFile
 from meap_lit.errors import UserError
@@ -90,14 +90,17 @@ def _entry(position: int, where: str, parse: Callable[..., Any], *arguments: Any
 
 def _read_json(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     """Yield the objects of an array, or one object."""
-    raw = file.read()
-    whole = _entry(len(raw), str(path), lambda where: parse_json(decode(raw, where), where))
-    if isinstance(whole.content, list):
-        for number, element in enumerate(whole.content, start=1):
-            position = len(raw) * number // len(whole.content)
-            yield _entry(position, f"{path}, element {number}", check_object, element)
-    else:
-        yield whole if isinstance(whole.content, UserError) else _entry(*whole[:2], check_object, whole.content)
+    raw, name = file.read(), str(path)
+    try:
+        content = parse_json(decode(raw, name), name)
+    except UserError as error:
+        yield Entry(len(raw), name, error)
+        return
+    if not isinstance(content, list):
+        yield _entry(len(raw), name, check_object, content)
+        return
+    for number, element in enumerate(content, start=1):
+        yield _entry(len(raw) * number // len(content), f"{path}, element {number}", check_object, element)
 
 
 def _read_jsonl(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
@@ -109,16 +112,16 @@ def _read_jsonl_gz(path: InputFile, file: IO[bytes], span: Span, column: str | N
 
 
 def _read_jsonl_zst(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
-    zstandard = _import("zstandard", path)
-    return _parse_lines(path, file, _split_lines(_decompress_zstd(file, zstandard)))
+    return _parse_lines(path, file, _split_lines(_decompress_zstd(file)))
 
 
 def _read_parquet(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
-    pyarrow, parquet = _import("pyarrow", path), _import("pyarrow.parquet", path)
+    import pyarrow.parquet  # here because it takes a while, and few inputs need it
+
     size = os.fstat(file.fileno()).st_size
     row = 0
     try:
-        table = parquet.ParquetFile(file)
+        table = pyarrow.parquet.ParquetFile(file)
         names = table.schema_arrow.names
         if column is not None and column not in names:
             raise UserError(f"{path} has no column {column!r}; it has {', '.join(names)}: name one by --text_field")
@@ -235,7 +238,7 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _decompress_zstd(file: IO[bytes], zstandard: ModuleType) -> Iterator[bytes]:
+def _decompress_zstd(file: IO[bytes]) -> Iterator[bytes]:
     """Yield blocks of decompressed bytes; raise `EOFError` if the stream is damaged or ends early.
 
     The library's own stream reader takes a file that ends within a frame for a whole one.
@@ -269,14 +272,6 @@ def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
             size += len(rest)
     if line := b"".join(begun):
         yield line
-
-
-def _import(name: str, path: InputFile) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        raise UserError(f"reading {path} needs the package {package}: pip install {package}") from error
 
 
 def _first_line(error: BaseException) -> str:

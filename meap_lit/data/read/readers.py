@@ -69,7 +69,7 @@ class Reader(ABC, Generic[Item]):
     """Iterates over the items of many files, one file after the other; all of them, or those of a part of the input.
 
     At the first item that cannot be read, `UserError` names file and line, unless `on_error` is `skip`, which counts
-    it. A file that cannot be opened, a missing package and a Parquet file without the column are never skipped.
+    it. A file that cannot be opened and a Parquet file without the column are never skipped.
     """
 
     formats: ClassVar[Mapping[str, Format]]
@@ -151,22 +151,13 @@ class DocumentReader(Reader[str]):
             raise UserError(f"{entry.where}: {error}") from error
 
 
-@dataclass(frozen=True)
-class Record:
-    """A JSON object or a row of a table, and its file and line."""
-
-    where: str
-    fields: dict[str, Any]
-
-
-class RecordReader(Reader[Record]):
-    """Iterates over the records of many files."""
+class RecordReader(Reader[Entry]):
+    """Iterates over the records of many files, entries that hold their fields."""
 
     formats = RECORD_FORMATS
 
-    def convert(self, entry: Entry) -> Record:
-        assert isinstance(entry.content, dict), "a plain text is not a record"
-        return Record(entry.where, entry.content)
+    def convert(self, entry: Entry) -> Entry:
+        return entry
 
 
 def check_text(name: str, text: Any) -> str:

@@ -32,10 +32,6 @@ class Visits(NamedTuple):
     samples: np.ndarray
     epochs: np.ndarray
 
-    @classmethod
-    def of(cls, visits: Sequence[Visit]) -> "Visits":
-        return cls(*np.array(visits, dtype=np.int64).reshape(-1, 3).T)
-
 
 class ShuffledOrder:
     """The endless order of one dataset; every epoch visits each sample once, in another order.

@@ -114,7 +114,8 @@ def pack_rows(
     visits: Iterable[Visit], sizes: Sequence[Sizes], seq_len: int, layout: Literal["concat", "separate"]
 ) -> list[Row]:
     """Pack the documents of `visits` into rows."""
-    return Window.pack(Visits.of(list(visits)), sizes, seq_len, layout).rows()
+    columns = np.array(list(visits), dtype=np.int64).reshape(-1, 3).T
+    return Window.pack(Visits(*columns), sizes, seq_len, layout).rows()
 
 
 @dataclass(frozen=True)
