@@ -12,7 +12,7 @@ from meap_lit.errors import UserError
 
 CLASSES = {
     "meap_lit.data.chat.PrepareChat": "meap_lit.data.prepare.chat.PrepareChat",
-    "meap_lit.data.merge.MergeShards": "meap_lit.data.prepare.merge.MergeShards",
+    "meap_lit.data.merge.MergeShards": "meap_lit.data.prepare.merge.MergeParts",
     "meap_lit.data.python_text.PythonText": "meap_lit.data.corpora.python_text.PythonText",
     "meap_lit.data.synthetic.FactCorpus": "meap_lit.data.corpora.facts.FactCorpus",
     "meap_lit.data.synthetic.FactInstructions": "meap_lit.data.corpora.facts.FactInstructions",
