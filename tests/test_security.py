@@ -383,7 +383,7 @@ def test_a_remote_dataset_is_compared_with_its_hashes(prepared, store, tmp_path)
     open_dataset("s3://bucket/dataset", "text", storage)
     file = folder / "val" / "index.json"
     file.write_text(file.read_text().replace("64000000", "64000001"))
-    with pytest.raises(UserError, match=r"^s3://bucket/dataset/val/index.json is damaged: it has another SHA-256 than"):
+    with pytest.raises(UserError, match=r"^s3://bucket/dataset/val/index.json is damaged: its SHA-256 differs from"):
         open_dataset("s3://bucket/dataset", "text", storage)
 
 

@@ -120,7 +120,7 @@ def check_hash(content: bytes, files: Mapping[str, str], file: str) -> None:
     """
     name = file.rpartition("/")[2]
     if files and hashlib.sha256(content).hexdigest() != files.get(name):
-        raise UserError(f"{file} is damaged: it has another SHA-256 than the manifest says; {_MEND}")
+        raise UserError(f"{file} is damaged: its SHA-256 differs from that in the manifest; {_MEND}")
 
 
 _MEND = "copy or prepare the dataset again"
@@ -262,7 +262,7 @@ def chunk_problem(content: io.BufferedIOBase, chunk: dict[str, Any]) -> str | No
         return f"has {size} bytes instead of {chunk['chunk_bytes']}"
     content.seek(0)
     if SHA256 in chunk and hashlib.file_digest(content, "sha256").hexdigest() != chunk[SHA256]:
-        return f"has another SHA-256 than {INDEX_FILE} says"
+        return f"differs from its SHA-256 in {INDEX_FILE}"
     return None
 
 

@@ -421,7 +421,7 @@ ANSWERED = {"prompt": "q", "completion": "a"}
         ({"prompt": "q"}, "no answer: field 'completion' is missing"),
         ({"prompt": "q", "completion": " "}, "empty answer"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "roles out of order: message 1 is of the assistant"),
-        ({"text": "t"}, "unknown format with 'text'; known are Alpaca"),
+        ({"text": "t"}, "unknown format with 'text'; known formats are Alpaca"),
         (
             {"prompt": "q", "completion": "refuse"},
             "chat template tokenizer does not take this conversation: I do not do",
