@@ -51,7 +51,7 @@ recipes:
 checkpoints of runs:
   checkpoint inspect      print the content of a checkpoint
   checkpoint verify       compare its files with their checksums
-  checkpoint consolidate  write a checkpoint anew as one part, with checksums
+  checkpoint consolidate  copy a checkpoint into one part, with checksums
 
 COMMAND --help lists the options of a command. To begin:
   python -m meap_lit fit --config recipes/quickstart.yaml

@@ -385,7 +385,7 @@ def test_a_last_checkpoint_that_is_not_there_is_named_but_by_fit(toy_recipe, tmp
         RecipeCLI.run(["validate", "--config", str(toy_recipe), "--ckpt_path", "last"])
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "step=5.ckpt").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"cut \(--ckpt_path last\) holds no whole checkpoint \(step=N.ckpt\); name"):
+    with pytest.raises(UserError, match=r"cut \(--ckpt_path last\) has no complete checkpoint \(step=N.ckpt\); name"):
         RecipeCLI.run(
             ["fit", "--config", str(toy_recipe), "--checkpoint.dirpath", str(tmp_path / "cut"), "--ckpt_path", "last"]
         )
