@@ -64,7 +64,7 @@ def benchmark(
         output: Markdown file to write the result to as well.
     """
     if unknown := set(ways) - set(WAYS):
-        raise UserError(f"--ways has {min(unknown)!r}; there are {', '.join(WAYS)}")
+        raise UserError(f"--ways has {min(unknown)!r}; choose from {', '.join(WAYS)}")
     if repetitions < 1:
         raise UserError("--repetitions must be at least 1")
     measured: dict[str, list[tuple[int, float]]] = {way: [] for way in ways}

@@ -126,7 +126,7 @@ def _model_type(content: Mapping[str, Any], where: str) -> str:
         if architecture in architectures or (not architectures and content.get("model_type") == model_type):
             return model_type
     named = ", ".join(map(str, architectures)) or f"model_type {content.get('model_type')!r}"
-    raise UserError(f"{where}: architecture {named} is not supported; there are {', '.join(ARCHITECTURES.values())}")
+    raise UserError(f"{where}: architecture {named} is not supported; choose from {', '.join(ARCHITECTURES.values())}")
 
 
 def _refuse_features(content: Mapping[str, Any], model_type: str, where: str) -> None:
@@ -139,7 +139,7 @@ def _refuse_features(content: Mapping[str, Any], model_type: str, where: str) ->
 
 
 def _instead(neutral: tuple[Any, ...]) -> str:
-    return f"; it must be {_json(neutral[0])} or absent" if neutral else "; take the model as it was before"
+    return f"; it must be {_json(neutral[0])} or absent" if neutral else "; use the model as it was before quantization"
 
 
 def _json(value: Any) -> str:
@@ -196,7 +196,7 @@ def _rope_scaling(content: Mapping[str, Any], max_seq_len: int, where: str) -> R
         raise UserError(f"{where}: {unknown[0]} in the rotary parameters is not supported")
     if rope_type not in ("default", *_SCALING_KEYS):
         known = ", ".join(_SCALING_KEYS)
-        raise UserError(f"{where}: rope_type {rope_type} is not supported; there are default, {known}")
+        raise UserError(f"{where}: rope_type {rope_type} is not supported; choose from default, {known}")
     for key, neutral in (("partial_rotary_factor", (1,)), ("truncate", (True,))):
         if rope.get(key) is not None and rope[key] not in neutral:
             raise UserError(f"{where}: {key} {_json(rope[key])} is not supported{_instead(neutral)}")

@@ -454,7 +454,7 @@ def test_a_file(byte_tokenizer, tmp_path):
 
 def test_no_such_template(byte_tokenizer, tokenizer):
     with pytest.raises(
-        UserError, match=r"^unknown template 'vicuna'; there are tokenizer \(its own chat_template\), alp"
+        UserError, match=r"^unknown template 'vicuna'; choose from tokenizer \(its own chat_template\), alp"
     ):
         ChatTemplate.load("vicuna", byte_tokenizer)
     with pytest.raises(
