@@ -112,7 +112,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {
         ({"weight": None}, True),
     ],
 )
-def test_turns_that_are_not_learnt(fields, trained):
+def test_turns_that_are_not_learned(fields, trained):
     conversation = to_conversation(turn(**fields))
     assert conversation.trained == [False, trained]
     assert conversation.messages == [user("q"), assistant("a")]
@@ -126,7 +126,7 @@ def test_messages_as_prompt_and_completion():
         to_conversation({"prompt": turns[:3], "completion": "a"})
 
 
-def test_of_what_is_not_learnt_nothing_is_asked():
+def test_of_what_is_not_learned_nothing_is_asked():
     record = {
         "system": "s",
         "conversations": [
