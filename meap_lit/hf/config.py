@@ -143,13 +143,13 @@ def _instead(neutral: tuple[Any, ...]) -> str:
 
 
 def _json(value: Any) -> str:
-    """A value as it stands in the file, a long one cut."""
+    """Return a value as JSON text, shortened if it is long."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _num_kv_heads(content: Mapping[str, Any], model_type: str, num_heads: int, where: str) -> int:
-    # Llama 1 and 2 leave it out, null stands for as many as query heads everywhere
+    # Llama 1 and 2 leave it out, null means as many as query heads, in every family
     if content.get("num_key_value_heads") is None and (model_type == "llama" or "num_key_value_heads" in content):
         return num_heads
     return _count(content, "num_key_value_heads", where)
