@@ -1,1 +1,1 @@
-"""What is claimed about speed, runnable by anyone."""
+"""Benchmarks behind the statements about speed and memory."""

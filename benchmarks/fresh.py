@@ -1,4 +1,4 @@
-"""Work measured in a process of its own, which nothing before it has warmed, filled or fragmented."""
+"""Measure work in a new process, whose memory nothing else has filled or fragmented."""
 
 import contextlib
 import multiprocessing

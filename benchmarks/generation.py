@@ -63,7 +63,7 @@ def benchmark(
     repetitions: int = 3,
     output: Path | None = None,
 ) -> None:
-    """Print how many prompts and new tokens a second either gets through.
+    """Print prompts and new tokens per second of both.
 
     Args:
         model: A small model, or one of the paper's ladder.

@@ -1,11 +1,11 @@
-"""What loading costs: peak resident memory and time of filling a decoder from a file.
+"""Measure the peak resident memory and the time of filling a decoder from a file.
 
-A random model is written as one safetensors file, as shards and as a checkpoint of ours. Each is loaded by a process of
-its own, and one more process loads nothing: what that one holds, with everything imported, is taken off the others.
+A random model is written as one safetensors file, as several, and as a checkpoint of a run. A new process loads each,
+and one more process loads nothing: its memory, with everything imported, is subtracted from the others.
 Pages of a mapped file count as resident, so a loader that keeps the file mapped shows a ratio near 2.
 
     python -m benchmarks.load                  # a model of about 1 GB, under a minute; Linux
-    python -m benchmarks.load --model small    # a look at the form
+    python -m benchmarks.load --model small    # a quick look at the table
 """
 
 import multiprocessing
@@ -78,7 +78,7 @@ def benchmark(
 
 
 def _write_model(folder: Path, config: DecoderConfig, dtype: torch.dtype, max_shard_size: str) -> dict[str, Path]:
-    """Write random weights in three forms and return where each lies."""
+    """Write random weights in three forms and return their paths."""
     checkpoint, text = folder / "random.ckpt", folder / "text.txt"
     one, shards, tokenizer = (folder / name for name in ("one", "shards", "tokenizer"))
     with torch.device("meta"):

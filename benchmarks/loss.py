@@ -1,8 +1,8 @@
-"""What head and loss need: peak memory and time of the loss of hidden states, forward and backward.
+"""Measure head and loss: peak memory and time of the loss of hidden states, forward and backward.
 
-Ours takes the rows in pieces (`meap_lit/model/loss.py`). Beside it stand torch's own `linear_cross_entropy`, in chunks
-that it chooses, and the plain loss over all logits. Each is measured in a process of its own, which holds hidden
-states, head and labels when the count begins; what a loss must leave behind, the gradients of both, is taken off.
+Ours takes the rows in pieces (`meap_lit/model/loss.py`). It is compared with torch's own `linear_cross_entropy`, in
+chunks that torch chooses, and with the plain loss over all logits. Each is measured in a new process,
+which holds hidden states, head and labels when the count begins. The gradients of both are subtracted.
 
     python -m benchmarks.loss                                 # 128K vocabulary, 8 x 4,096 tokens, 64 wide; Linux
     python -m benchmarks.loss --hidden_size 2048 --repetitions 1
@@ -64,7 +64,7 @@ def benchmark(
         output: Markdown file to write the result to as well.
     """
     if unknown := set(ways) - set(WAYS):
-        raise UserError(f"--ways has {min(unknown)!r}; there are {', '.join(WAYS)}")
+        raise UserError(f"--ways has {min(unknown)!r}; choose from {', '.join(WAYS)}")
     if repetitions < 1:
         raise UserError("--repetitions must be at least 1")
     measured: dict[str, list[tuple[int, float]]] = {way: [] for way in ways}

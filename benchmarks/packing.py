@@ -1,4 +1,4 @@
-"""What packing is worth: tokens a second, against one document a row padded to the longest of its batch.
+"""Compare packing with padding: tokens per second, against one document per row padded to the longest of its batch.
 
 The same conversations, with the same masked copies, go through full training steps (forward, loss, backward, clip,
 AdamW) of one model, laid out in two ways: packed into rows of `seq_len`, and one document a row in batches of
@@ -55,7 +55,7 @@ def benchmark(
 
     Args:
         model: A small model, or one of the paper's ladder as recipes/pretrain has it.
-        layout: Where the masked copies stand.
+        layout: Where the masked copies are.
         conversations: Samples of one pass; half of each is the answer.
         median_tokens: Median length of a sample.
         spread: Standard deviation of the logarithm of its length.

@@ -1,15 +1,15 @@
-"""Our training step beside those of peers: transformers, and LitGPT where it is installed.
+"""Compare the training step with those of transformers, and of LitGPT if it is installed.
 
 Every contender trains a model of the same shapes on the same random batch in the same precision with the same
 optimizer: (mask, ours only,) forward, loss, backward, clip, fused AdamW. transformers' Llama or Qwen3 runs with SDPA
 and its own loss, LitGPT's GPT with the chunked loss of its `pretrain`, both with and without torch.compile of the whole
-model. Each lives in a process of its own, ours with the allocator set as `fit` sets it on a CPU, and all take turns, in
-rotating order. Memory is the peak of one more process.
+model. Each has its own process, ours with the allocator set as `fit` sets it on a CPU. All take turns, in rotating
+order. Memory is the peak of one more process.
 
     python -m benchmarks.peers                                                    # the quickstart's model on this CPU
     python -m benchmarks.peers --model 1.1b --device cuda --precision bf16 --micro_batch_size 4
 
-LitGPT pins versions that do not go with ours; `pip install --no-deps litgpt` is enough here.
+LitGPT pins versions that conflict with ours; `pip install --no-deps litgpt` is enough here.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def benchmark(
         mask_ratio: P of our own steps.
         precision: `bf16` is autocast with float32 weights and optimizer states.
         device: Where to run.
-        peers: Whom to measure beside us; those that are installed if not given.
+        peers: Peers to measure; those that are installed if not given.
         compile: With and without torch.compile, if not given.
         repetitions: Number of turns; each times every contender once.
         output: Markdown file to write the result to as well.

@@ -2,8 +2,8 @@
 the bare `tokenizers`.
 
 Both have the same documents, one .jsonl file, the same tokenizer and the same cores, in fresh processes by turns.
-`prepare text` is the command, by the time that it says it took: file read, worker processes started, tokens written,
-chunks hashed. `encode_batch` has all texts in memory before its time begins and throws the tokens away; its threads are
+The time of `prepare text` is the one that it prints: file read, worker processes started, tokens written, chunks
+hashed. `encode_batch` has all texts in memory before its time begins and throws the tokens away; its threads are
 as many as there are cores.
 
     python -m benchmarks.preparation                 # the sources of Python's standard library, a few minutes

@@ -188,7 +188,7 @@ def memory(field: str) -> int:
 
 
 def write_recipe(folder: Path, decoder: DecoderConfig, micro_batch_size: int, precision: str, steps: int) -> Path:
-    """A recipe on a text of no meaning, and the data that it needs beside it."""
+    """Write a recipe, and a text without meaning as its data."""
     text, tokenizer, dataset, recipe = (folder / name for name in ("text.txt", "tokenizer", "dataset", "recipe.yaml"))
     text.write_text("A text of no meaning.\n" * 5000)
     tokenizer.mkdir()
@@ -233,7 +233,7 @@ def run(way: Way, recipe: Path, folder: Path) -> list[Held]:
     command += ["--trainer.callbacks", "benchmarks.sharding.CountMemory", "--trainer.callbacks.folder", str(folder)]
     # by default glibc keeps freed tensors of up to 32 MiB in its heap, which the step does not need
     settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    # a process that waits for one that died would go on for half an hour
+    # a process that waits for one that died would wait for half an hour
     result = subprocess.run(
         command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
     )
@@ -243,7 +243,7 @@ def run(way: Way, recipe: Path, folder: Path) -> list[Held]:
 
 
 def plan(way: Way, recipe: Path) -> Memory:
-    """What `plan` says of one layout."""
+    """Return the plan for one layout."""
     return PlanCLI.read(["--config", str(recipe), *way.words]).plan.memory
 
 

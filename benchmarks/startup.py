@@ -1,4 +1,4 @@
-"""How soon something happens: `python -m meap_lit --help`, and the first step of `fit` on the prepared quickstart.
+"""Time the start: `python -m meap_lit --help`, and the first step of `fit` on the prepared quickstart.
 
 Each is a fresh process, timed from its start by the clock: to its end, or to the end of the first training step. The
 quickstart's corpus, tokenizer and dataset are made before, where they are missing, and are not part of it.
@@ -43,7 +43,7 @@ def benchmark(
 
     Args:
         repetitions: Processes of each kind, in turns.
-        recipe: What is trained.
+        recipe: Recipe to train.
         output: Markdown file to write the result to as well.
     """
     if repetitions < 2:

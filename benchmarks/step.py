@@ -1,4 +1,4 @@
-"""What masking costs: a full training step of one model with it (MEAP) and without it (NTP).
+"""Measure what masking costs: a full training step of one model with it (MEAP) and without it (NTP).
 
 A step is all that training does once a batch is on the device: mask, forward, loss, backward, clip, AdamW. Both kinds
 run in one process on one model, in turns and with the order of a turn changing, so that a machine that warms up or

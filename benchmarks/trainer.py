@@ -1,4 +1,4 @@
-"""What the Trainer costs: a training step as `fit` runs it, beside the bare loop of `benchmarks.step`.
+"""Measure what the Trainer costs: a training step of `fit`, compared with the bare loop of `benchmarks.step`.
 
 A step of `fit` has all that a run has: the Trainer, every callback, the data pipeline, TensorBoard. The bare loop has
 one batch on the device and trains a second model on it, of the same shapes, precision and batch size: mask, forward,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Nodes of eight GPUs: one task a GPU, which Lightning recognises by SLURM's own variables. All words go to `fit`.
+# Nodes of eight GPUs, one task for each GPU. Lightning recognizes them by SLURM's own variables. All words go to `fit`.
 #   sbatch --nodes 8 docs/slurm.sh --config recipes/pretrain/meap_8b.yaml --config recipes/strategy/hsdp.yaml
-# With REQUEUE=1 before sbatch, a job that runs out of time goes back into the queue and on where it was.
+# With REQUEUE=1 before sbatch, a job that runs out of time returns to the queue and resumes where it stopped.
 #SBATCH --job-name=meap
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -12,13 +12,13 @@
 set -euo pipefail
 : "${1:?name a recipe: --config RECIPE --config OVERLAY}"
 export OMP_NUM_THREADS=1
-if [ -n "${REQUEUE:-}" ]; then # a folder of the job's own, so that it goes on with its own checkpoint
+if [ -n "${REQUEUE:-}" ]; then # the job has a folder of its own, so it resumes from its own checkpoint
     set -- "$@" --trainer.logger.version "job_$SLURM_JOB_ID" --ckpt_path last
 fi
 status=0
 # a task that ends with an error ends the others, which would wait for it
 srun --kill-on-bad-exit=1 python -m meap_lit fit "$@" || status=$?
-if [ -n "${REQUEUE:-}" ] && [ "$status" -eq 138 ]; then # it was told that its time is up, and has saved
+if [ -n "${REQUEUE:-}" ] && [ "$status" -eq 138 ]; then # the run has saved because its time is up
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

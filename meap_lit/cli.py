@@ -51,7 +51,7 @@ recipes:
 checkpoints of runs:
   checkpoint inspect      print the content of a checkpoint
   checkpoint verify       compare its files with their checksums
-  checkpoint consolidate  write a checkpoint anew as one part, with checksums
+  checkpoint consolidate  copy a checkpoint into one part, with checksums
 
 COMMAND --help lists the options of a command. To begin:
   python -m meap_lit fit --config recipes/quickstart.yaml
@@ -159,7 +159,7 @@ def read_command(arguments: list[str]) -> Any:
     words = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
     if words not in COMMANDS:
         known = ", ".join((*RECIPE_COMMANDS, *COMMANDS))
-        raise UserError(f"no command '{' '.join(arguments[:2])}'; there are {known}")
+        raise UserError(f"no command '{' '.join(arguments[:2])}'; choose from {known}")
     module, name = COMMANDS[words].rsplit(".", 1)
     command = getattr(importlib.import_module(module), name)
     parser = command_parser(command, prog=f"python -m meap_lit {words}")

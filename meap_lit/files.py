@@ -81,7 +81,7 @@ def why_no_text(raw: bytes) -> str:
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or even + odd > len(sample) // 5:
         order = "BE" if raw.startswith(b"\xfe\xff") or even > odd else "LE"
         return f"UTF-16 instead of UTF-8; convert the file: iconv -f UTF-16{order} -t UTF-8 FILE > NEW"
-    return "holds NUL bytes, which no text has" if b"\0" in raw else "not valid UTF-8"
+    return "holds NUL bytes, which text never has" if b"\0" in raw else "not valid UTF-8"
 
 
 def write_file(file: Path, content: str | bytes) -> None:

@@ -138,7 +138,7 @@ def test_code_in_a_file_is_not_run(runs, prepared, file, capsys, name, is_sealed
     if is_sealed:  # who writes code into a checkpoint writes its checksums too
         seal_as_0_1(file)
     line = refuse(capsys, *command(name, file, runs, prepared))
-    assert line == f"error: checkpoint file {file} is damaged, or has code in it and so is not read"
+    assert line == f"error: checkpoint file {file} is damaged or contains code, and is not read"
     assert not (file.parent / "trace").exists()
 
 
@@ -172,7 +172,7 @@ def test_code_in_a_folder_is_not_run(runs, prepared, folder, capsys, name, put):
     if put is put_into_value and name not in ("fit", "validate", "consolidate"):
         main([str(word) for word in words])  # reads weights only
     else:
-        assert "has code in it" in refuse(capsys, *words)
+        assert "contains code" in refuse(capsys, *words)
     assert not (folder.parent / "trace").exists()
 
 
@@ -182,7 +182,7 @@ def test_the_strategy_itself_runs_no_code(runs, prepared, folder, capsys, put, o
     put(folder, Harm(folder.parent / "trace"))
     seal(folder, checksums(folder))
     with mock.patch("meap_lit.callbacks.checkpoint.VerifyCheckpoint.setup"):
-        assert "has code in it" in refuse(capsys, *command("fit", folder, runs, prepared), *overlay)
+        assert "contains code" in refuse(capsys, *command("fit", folder, runs, prepared), *overlay)
     assert not (folder.parent / "trace").exists()
 
 
@@ -231,7 +231,7 @@ def test_a_flip_anywhere_in_a_folder_is_named(folder):
 def test_what_carries_no_checksums_is_said_to_be_unverified(runs, prepared, folder, capsys):
     (folder / CHECKSUMS_FILE).unlink()
     assert main([str(word) for word in command("inspect", folder, runs, prepared)]) == 0
-    note = f"note: checkpoint {folder} carries no checksums, so its content is not verified\n"
+    note = f"note: checkpoint {folder} has no checksums, so its content is not verified\n"
     assert capsys.readouterr().err == note
 
 
@@ -383,7 +383,7 @@ def test_a_remote_dataset_is_compared_with_its_hashes(prepared, store, tmp_path)
     open_dataset("s3://bucket/dataset", "text", storage)
     file = folder / "val" / "index.json"
     file.write_text(file.read_text().replace("64000000", "64000001"))
-    with pytest.raises(UserError, match=r"^s3://bucket/dataset/val/index.json is damaged: it has another SHA-256 than"):
+    with pytest.raises(UserError, match=r"^s3://bucket/dataset/val/index.json is damaged: its SHA-256 differs from"):
         open_dataset("s3://bucket/dataset", "text", storage)
 
 

@@ -81,7 +81,7 @@ class Budget(L.Callback):
         limits = {"max_tokens": max_tokens, "max_steps": max_steps, "max_epochs": max_epochs}
         if sum(limit is not None for limit in limits.values()) != 1:
             stated = ", ".join(f"budget.{name} ({limit})" for name, limit in limits.items())
-            raise UserError(f"state one of {stated}")
+            raise UserError(f"set one of {stated}")
         for name, limit in limits.items():
             check_range(f"budget.{name}", limit, "[1, inf)")
         check_range("budget.val_every_n_steps", val_every_n_steps, "[1, inf)")
@@ -143,16 +143,16 @@ class Budget(L.Callback):
         kind = type(trainer.datamodule).__qualname__
         if kind not in checkpoint:
             raise UserError(
-                f"checkpoint {path} (--ckpt_path) is not of a run on {kind} and cannot be resumed as one; "
-                f"to start from its weights, name it as model.init_from"
+                f"checkpoint {path} (--ckpt_path) was not written by a run on {kind}, and no such run resumes from it; "
+                f"to start from its weights, set model.init_from"
             )
         trainer.datamodule.load_state_dict(checkpoint[kind])
         step = checkpoint["global_step"]
         if step >= trainer.max_steps:
             if trainer.is_global_zero:
                 print(
-                    f"the budget is spent: checkpoint {path} is of optimizer step {step}, and "
-                    f"{self.stated} pays for {trainer.max_steps}; raise it to go on"
+                    f"the budget is spent: checkpoint {path} is at optimizer step {step}, and "
+                    f"{self.stated} ends at step {trainer.max_steps}; raise it to continue"
                 )
             raise SystemExit(0)
 

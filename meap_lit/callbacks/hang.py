@@ -174,7 +174,7 @@ class _Watch:
         try:
             answer = answers.get(timeout=self.patience_s)
         except queue.Empty:
-            raise dist.DistStoreError(f"nothing came in {self.patience_s:g} s") from None
+            raise dist.DistStoreError(f"no answer in {self.patience_s:g} s") from None
         if isinstance(answer, dist.DistError):
             raise answer
         return answer
@@ -207,11 +207,11 @@ def blame(before: Mapping[int, Whereabouts], after: Mapping[int, Whereabouts], n
     """
     unheard = sorted(set(range(num_ranks)) - after.keys())
     if unheard:
-        return f"rank {', '.join(map(str, unheard))} has never been heard of"
+        return f"rank {', '.join(map(str, unheard))} has never reported"
     silent = [after[rank] for rank in before if after[rank].beats == before[rank].beats]
     if silent:
         names = ", ".join(map(str, silent))
-        return f"{names} gives no sign of life since it was {silent[0].where}: the process is stopped or gone"
+        return f"{names} has not reported since it was {silent[0].where}: the process has stopped or ended"
     fewest = min(told.marks for told in after.values())
     behind = [told for told in after.values() if told.marks == fewest]
     if len(behind) == num_ranks:

@@ -128,7 +128,7 @@ def check(path: Path, hashes: bool = True, rank: int = 0, num_ranks: int = 1) ->
     unverified = verify(path, rank, num_ranks) is None
     if unverified and rank == 0 and path.absolute() not in _told:
         _told.add(path.absolute())
-        print(f"note: checkpoint {path} carries no checksums, so its content is not verified", file=sys.stderr)
+        print(f"note: checkpoint {path} has no checksums, so its content is not verified", file=sys.stderr)
 
 
 _told: set[Path] = set()

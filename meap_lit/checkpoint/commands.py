@@ -1,4 +1,4 @@
-"""`python -m meap_lit checkpoint ...`: inspect the checkpoints of runs, verify them, and write them anew."""
+"""`python -m meap_lit checkpoint ...`: inspect the checkpoints of runs, verify them, and copy them into one part."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Verify:
     checkpoint: str
 
     def run(self) -> None:
-        """Print that the checkpoint is as it was written.
+        """Compare the checkpoint with its checksums and print its size.
 
         Raises:
             UserError: If a file is damaged or missing (the first is named), or there are no checksums.
@@ -32,7 +32,7 @@ class Verify:
         num_files = verify(path)
         if num_files is None:
             raise UserError(f"checkpoint {path} was written without checksums, so its content cannot be verified")
-        print(f"{path}: as it was written ({num_files} file{'s' if num_files > 1 else ''}, {_gb(_size(path))})")
+        print(f"{path}: verified ({num_files} file{'s' if num_files > 1 else ''}, {_gb(_size(path))})")
 
 
 @dataclass(kw_only=True)
@@ -62,7 +62,7 @@ class Inspect:
 
 @dataclass(kw_only=True)
 class Consolidate:
-    """Write a checkpoint anew as one part, whichever devices or version wrote it, with checksums.
+    """Copy a checkpoint of any strategy or version into one part, with checksums.
 
     Args:
         checkpoint: A checkpoint (.ckpt), or the folder of a run for its newest checkpoint.
@@ -82,7 +82,7 @@ class Consolidate:
         """
         path, output = find_checkpoint(self.checkpoint), Path(self.output)
         if output.suffix != ".ckpt":
-            raise UserError(f"--output {output} must end in .ckpt; no other folder is taken for a checkpoint")
+            raise UserError(f"--output {output} must end in .ckpt, like every checkpoint")
         if output.exists():
             raise UserError(f"--output {output} exists already; remove it or name another")
         check(path, hashes=self.verify)

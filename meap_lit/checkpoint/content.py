@@ -19,7 +19,7 @@ def load(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read checkpoint file {file}: {error.strerror}") from error
     except Exception as error:  # a damaged archive may fail in any way
-        raise UserError(f"checkpoint file {file} is damaged, or has code in it and so is not read") from error
+        raise UserError(f"checkpoint file {file} is damaged or contains code, and is not read") from error
     if not isinstance(content, dict):
         raise UserError(f"checkpoint file {file} is damaged: it holds a {type(content).__name__}")
     return content

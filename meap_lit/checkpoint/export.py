@@ -68,8 +68,8 @@ class Export(Preparation):
         model_type = family(source.config, source.model_type)
         if model_type is None:
             raise UserError(
-                f"{source.path} has decoder.qkv_bias and decoder.qk_norm, which no family of Hugging Face has together "
-                f"(Qwen2 has the one, Qwen3 the other), so it cannot be exported"
+                f"{source.path} has decoder.qkv_bias and decoder.qk_norm, which no family of Hugging Face combines "
+                f"(Qwen2 has the first, Qwen3 the second), so it cannot be exported"
             )
         files = _write_weights(folder, source, dtype, max_bytes)
         generation = _generation(source, tokenizer)
@@ -111,7 +111,9 @@ class Export(Preparation):
         if not isinstance(source, CheckpointSource) or source.lora is None:
             raise UserError(f"{source.path} holds no adapters; leave out --adapter_only")
         if source.base is None:
-            raise UserError(f"{source.path} adapts a model that is nowhere else; leave out --adapter_only")
+            raise UserError(
+                f"{source.path} has adapters for a model that no other folder holds; leave out --adapter_only"
+            )
         _refuse_other_training(source)
         adapters = {_peft_name(name): tensor.to(dtype) for name, tensor in source.adapters().items()}
         _save(adapters, folder / "adapter_model.safetensors")
@@ -134,7 +136,7 @@ class Export(Preparation):
         what = f"{num_parameters:,} parameters in adapters"
         summary = self._summary(folder, source, ["adapter_model.safetensors"], what, dtype)
         if isinstance(source.base, CheckpointSource):
-            summary += f"\n  export {source.init_from} too: PEFT puts them on a Hugging Face folder"
+            summary += f"\n  export {source.init_from} too, because PEFT adds adapters to a Hugging Face folder"
         return summary
 
     def _summary(self, folder: Path, source: WeightSource, files: list[str], what: str, dtype: torch.dtype) -> str:
@@ -233,7 +235,7 @@ def _refuse_other_training(source: CheckpointSource) -> None:
     for name, stored in source.whole_weights():
         if not torch.equal(stored, source.read_base(name).to(stored.dtype)):
             raise UserError(
-                f"{source.path} has trained {name} as a whole, which no adapter holds; leave out --adapter_only"
+                f"{source.path} has trained all of {name}, which adapters do not hold; leave out --adapter_only"
             )
 
 

@@ -23,7 +23,7 @@ def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
         raise UserError(f"checkpoint {path} ({option}) does not end in .ckpt, as those of a run do")
     newest = newest_checkpoint(path)
     if newest is None:
-        raise UserError(f"{path} ({option}) holds no whole checkpoint (step=N.ckpt); name another run or a .ckpt")
+        raise UserError(f"{path} ({option}) has no complete checkpoint (step=N.ckpt); name another run or a .ckpt")
     return newest
 
 

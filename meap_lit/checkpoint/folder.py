@@ -210,7 +210,7 @@ class StoredCheckpoint:
             if isinstance(cause, UserError):
                 raise cause from error
             has_code = isinstance(cause, pickle.UnpicklingError)
-            reason = "one is damaged, or has code in it" if has_code else " ".join(str(cause).split())
+            reason = "one is damaged or contains code" if has_code else " ".join(str(cause).split())
             raise UserError(f"the parts of checkpoint {self.path} cannot be read: {reason:.200}") from error
 
 
@@ -241,7 +241,7 @@ def read_index(folder: Path) -> Metadata:
     except OSError as error:
         raise UserError(f"cannot read checkpoint file {file}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle may fail in any way
-        raise UserError(f"checkpoint file {file} is damaged, or has code in it and so is not read ({error})") from error
+        raise UserError(f"checkpoint file {file} is damaged or contains code, and is not read ({error})") from error
     try:
         is_index = isinstance(index, Metadata) and _is_consistent(index)
     except AttributeError:  # a part of it has fewer fields than its class

@@ -100,7 +100,7 @@ def _what_it_is(path: Path) -> str:
     if foreign := foreign_format(path):
         return foreign
     if any(path.glob("*.safetensors")):
-        return f"{path} has no {CONFIG_FILE}, which says what model its safetensors are of"
+        return f"{path} has no {CONFIG_FILE}, which describes the model of its safetensors"
     return (
         f"{path} holds no checkpoint; name a Hugging Face folder ({CONFIG_FILE}, {WEIGHTS_FILE}), "
         f"a run (checkpoints/step=N.ckpt) or a .ckpt"
@@ -246,7 +246,7 @@ def _open_base(file: Path, init_from: str, verify: bool) -> WeightSource:
         return open_source(init_from, verify)
     except UserError as error:
         raise UserError(
-            f"checkpoint {file} holds adapters, of another model: {error}; put that model back in its place"
+            f"checkpoint {file} holds adapters, and their model cannot be opened: {error}; restore that model"
         ) from error
 
 

@@ -158,12 +158,12 @@ class StreamingData(L.LightningDataModule, ABC):
         for path, manifest in self.manifests.items():
             if manifest.part is not None:
                 raise UserError(
-                    f"dataset {path} is part {manifest.part.index}/{manifest.part.count} of one; put them together "
+                    f"dataset {path} is part {manifest.part.index}/{manifest.part.count} of a dataset; merge the parts "
                     f"with: python -m meap_lit prepare merge --input PARTS --output DIR"
                 )
             manifest.check_tokenizer(self.tokenizer, dataset=path, tokenizer_folder=self.tokenizer_folder)
             if "val" not in manifest.splits:
-                rank_zero_info(f"dataset {path} has no validation split; val/loss says nothing of it")
+                rank_zero_info(f"dataset {path} has no validation split; val/loss does not include it")
 
     @property
     def samples_seen(self) -> int:

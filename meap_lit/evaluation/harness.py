@@ -100,7 +100,7 @@ class HarnessModel(TemplateLM):
             inspect.signature(cls).bind(**given)
         except TypeError as error:
             known = ", ".join(inspect.signature(cls).parameters)
-            raise UserError(f"--model_args: {error}; there are {known}") from error
+            raise UserError(f"--model_args: {error}; choose from {known}") from error
         return cls(**given)
 
     @property

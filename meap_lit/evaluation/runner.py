@@ -258,7 +258,7 @@ def start_ranks() -> None:
         # ranks may wait long for the slowest; torchrun ends all of them if one fails
         dist.init_process_group("gloo", timeout=timedelta(days=7))
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not dist.is_initialized():
-        raise UserError("srun started several processes that do not know of each other; let each node run torchrun")
+        raise UserError("srun started several processes that are not connected; start torchrun on each node")
 
 
 def rank() -> int:

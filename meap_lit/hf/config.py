@@ -126,7 +126,7 @@ def _model_type(content: Mapping[str, Any], where: str) -> str:
         if architecture in architectures or (not architectures and content.get("model_type") == model_type):
             return model_type
     named = ", ".join(map(str, architectures)) or f"model_type {content.get('model_type')!r}"
-    raise UserError(f"{where}: architecture {named} is not supported; there are {', '.join(ARCHITECTURES.values())}")
+    raise UserError(f"{where}: architecture {named} is not supported; choose from {', '.join(ARCHITECTURES.values())}")
 
 
 def _refuse_features(content: Mapping[str, Any], model_type: str, where: str) -> None:
@@ -139,17 +139,17 @@ def _refuse_features(content: Mapping[str, Any], model_type: str, where: str) ->
 
 
 def _instead(neutral: tuple[Any, ...]) -> str:
-    return f"; it must be {_json(neutral[0])} or absent" if neutral else "; take the model as it was before"
+    return f"; it must be {_json(neutral[0])} or absent" if neutral else "; use the model as it was before quantization"
 
 
 def _json(value: Any) -> str:
-    """Return a value as the file has it, a long one cut."""
+    """Return a value as JSON text, shortened if it is long."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _num_kv_heads(content: Mapping[str, Any], model_type: str, num_heads: int, where: str) -> int:
-    # Llama 1 and 2 leave it out, null means as many as query heads everywhere
+    # Llama 1 and 2 leave it out, null means as many as query heads, in every family
     if content.get("num_key_value_heads") is None and (model_type == "llama" or "num_key_value_heads" in content):
         return num_heads
     return _count(content, "num_key_value_heads", where)
@@ -196,7 +196,7 @@ def _rope_scaling(content: Mapping[str, Any], max_seq_len: int, where: str) -> R
         raise UserError(f"{where}: {unknown[0]} in the rotary parameters is not supported")
     if rope_type not in ("default", *_SCALING_KEYS):
         known = ", ".join(_SCALING_KEYS)
-        raise UserError(f"{where}: rope_type {rope_type} is not supported; there are default, {known}")
+        raise UserError(f"{where}: rope_type {rope_type} is not supported; choose from default, {known}")
     for key, neutral in (("partial_rotary_factor", (1,)), ("truncate", (True,))):
         if rope.get(key) is not None and rope[key] not in neutral:
             raise UserError(f"{where}: {key} {_json(rope[key])} is not supported{_instead(neutral)}")

@@ -47,11 +47,11 @@ class KVCache:
                 it takes their keys and values.
         """
         if documents is not None:
-            assert position_ids is not None, "where a document begins says what it has in common"
+            assert position_ids is not None, "the first position of a row tells what it shares with the row above"
             firsts = [0, *accumulate(documents.lengths[:-1])]
             starts = position_ids.flatten()[firsts].tolist()
             assert len(starts) == self.keys.size(1), "a document for each row"
-            assert starts[0] == 0, "there is no row above the first"
+            assert starts[0] == 0, "the first row has no row above it"
             return [
                 partial(_fill_rows, cache=cache, starts=starts, lengths=documents.lengths)
                 for cache in zip(self.keys, self.values, strict=True)

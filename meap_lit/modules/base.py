@@ -60,13 +60,13 @@ class DecoderModule(L.LightningModule, ABC):
     ) -> None:
         super().__init__()
         if (decoder is None) == (init_from is None):
-            raise UserError("state one of model.decoder (random weights) and model.init_from (a checkpoint)")
+            raise UserError("set one of model.decoder (random weights) and model.init_from (a checkpoint)")
         self.optimizer = optimizer
         self.initial_config = decoder
         if context is not None and init_from is None:
-            raise UserError("model.context goes with model.init_from; of random weights state it in model.decoder")
+            raise UserError("model.context needs model.init_from; for random weights, set it in model.decoder")
         if float8 and lora is not None:
-            raise UserError("model.float8 does not go with model.lora; leave one of the two out")
+            raise UserError("model.float8 cannot be combined with model.lora; leave one of the two out")
         self.init_from = init_from
         self.context = context
         self.lora = lora
@@ -162,8 +162,8 @@ class DecoderModule(L.LightningModule, ABC):
         data, strategy = self.data, getattr(self._trainer, "strategy", None)
         if isinstance(strategy, Sharded) and strategy.tensor_parallel_size > 1:
             raise UserError(
-                f"model.float8 does not go with trainer.strategy.tensor_parallel_size {strategy.tensor_parallel_size}; "
-                f"set that to 1 or leave model.float8 out"
+                f"model.float8 cannot be combined with trainer.strategy.tensor_parallel_size "
+                f"{strategy.tensor_parallel_size}; set that to 1 or leave model.float8 out"
             )
         if data is not None and data.micro_batch_size * data.seq_len % MULTIPLE:
             raise UserError(

@@ -32,8 +32,8 @@ class MEAPFineTuning(DecoderModule):
         super().__init__(**kwargs)
         if self.compile_blocks and self.activation_checkpointing == "selective":
             raise UserError(  # attention to packed rows is left to Python, which no compiler chooses operations in
-                "model.compile compiles nothing of packed rows with model.activation_checkpointing selective; "
-                "take full or none"
+                "model.compile has no effect on packed rows with model.activation_checkpointing selective; "
+                "use full or none"
             )
         self.register_buffer("_step_sums", torch.zeros(2), persistent=False)
 

@@ -42,7 +42,7 @@ def _check_adapters(were: dict[str, Any] | None, lora: LoRA | None) -> None:
     if were is None:
         raise UserError("the checkpoint has no adapters, and the recipe has model.lora; leave it out")
     if lora is None:
-        raise UserError(f"the checkpoint has adapters, and the recipe has no model.lora; give it as it was: {were}")
+        raise UserError(f"the checkpoint has adapters, and the recipe has no model.lora; set it as it was: {were}")
     for name in ("rank", "alpha", "targets"):
         was, now = were[name], getattr(lora, name)
         if was != now and (name != "targets" or sorted(was) != sorted(now)):

@@ -211,7 +211,9 @@ def _of_torchrun() -> tuple[int, int]:
     """Return the processes of each node, and the nodes."""
     total, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if total % local:
-        raise UserError(f"torchrun started {local} of {total} processes on this node; give all nodes as many")
+        raise UserError(
+            f"torchrun started {local} of {total} processes on this node; start the same number on every node"
+        )
     return local, total // local
 
 

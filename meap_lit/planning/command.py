@@ -85,7 +85,7 @@ class PlanCLI(RecipeCLI):
     def make_parser(self) -> Parser:
         parser = super().make_parser()
         parser.prog = "python -m meap_lit plan"
-        parser.description = "Print what a recipe needs of memory and time on given devices; nothing is run."
+        parser.description = "Print the memory and time that a recipe needs on given devices, without running it."
         parser.usage = "python -m meap_lit plan --config RECIPE [--config OVERLAY ...] --devices N [--KEY VALUE ...]"
         parser.add_class_arguments(Hardware)
         return parser
@@ -237,7 +237,7 @@ class Plan:
     def _remedy_lines(self) -> Iterator[str]:
         remedies = smallest_changes(self.step, int(self.hardware.device_memory * GB))
         if not remedies:
-            yield "nothing that the plan knows makes it fit; it takes more devices, larger ones or a smaller model"
+            yield "no change that plan knows makes it fit; use more devices, larger devices or a smaller model"
             return
         yield "fits with"
         for options, memory in remedies:

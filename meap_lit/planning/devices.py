@@ -72,7 +72,7 @@ def devices_of(trainer: Namespace, devices: int | None = None, nodes: int | None
     devices = trainer.devices if devices is None else devices
     nodes = trainer.num_nodes if nodes is None else nodes
     if not str(devices).isdigit() or int(devices) < 1:
-        raise UserError(f"say how many devices a node has with --devices; trainer.devices is {devices}")
+        raise UserError(f"set the devices of a node with --devices; trainer.devices is {devices}")
     number, strategy = int(devices) * nodes, trainer.strategy
     name, options = (strategy, {}) if isinstance(strategy, str) else (strategy.class_path, strategy.get("init_args"))
     name, options = name.rsplit(".", 1)[-1], vars(options) if options else {}

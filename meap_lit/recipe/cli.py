@@ -250,7 +250,7 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
         raise UserError(f"--ckpt_path {path} is an address, which cannot be verified; copy the checkpoint here first")
     given = _runs_of(config) if path == "last" else Path(path)
     if path == "last" and starts_anew and not any(given.rglob("step=*.ckpt")):
-        rank_zero_only(print)(f"checkpoint: none yet in {given}, the run starts anew")
+        rank_zero_only(print)(f"checkpoint: none in {given} yet, so a new run starts")
         return None
     found = find_checkpoint(given, "--ckpt_path last" if path == "last" else "--ckpt_path")
     if found != given:
@@ -267,7 +267,7 @@ def _refuse_requeued(folder: Path) -> None:
     found = next(iter(sorted(folder.glob("*hpc_ckpt_*"))), None)
     if found is not None and SLURMEnvironment.detect():
         raise UserError(
-            f"Lightning would start this run from {found}, which another saved; remove it, or resume from it with "
+            f"Lightning would start this run from {found}, which another run saved; remove it, or resume from it with "
             f"--ckpt_path {found}"
         )
 
@@ -338,11 +338,11 @@ def _as_user_error(error: Exception) -> Exception:
         return UserError(explain(str(error), KEYS))
     if died := re.match(r"DataLoader worker \((pid.*?)\) (.*)", str(error)):
         return UserError(
-            f"a worker that reads data ({died[1]}) {died[2].strip(' .')}: most often memory ran out; free some or "
+            f"a worker that reads data ({died[1]}) {died[2].strip(' .')}: usually because memory ran out; free some or "
             f"lower data.num_workers (0 reads within the training), then resume with --ckpt_path last"
         )
     if lost := re.search(r"Connection \w+ by peer( \[.*?\])?|remote process exit\w*", str(error)):
-        return UserError(f"another process of this run is gone ({lost[0]}); its own output says what ended it")
+        return UserError(f"another process of this run has ended ({lost[0]}); its own output has the reason")
     if isinstance(error, ValueError) and raised_by(error, "lightning"):  # it checks some arguments only now
         return UserError(f"trainer: {error}")
     return error

@@ -308,4 +308,4 @@ def _hint(given: str, known: Iterable[str], before: str = "") -> str:
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.55)
     if close:
         return f"; did you mean '{before}{close[0]}'?"
-    return f"; there are {', '.join(before + name for name in known)}" if list(known) else ""
+    return f"; choose from {', '.join(before + name for name in known)}" if list(known) else ""

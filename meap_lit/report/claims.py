@@ -206,7 +206,7 @@ def _emergence(case: Case) -> Iterator[Tested]:
     late = [seed for seed, tokens in after.items() if tokens is None and before.get(seed) is not None]
     if late:
         seeds = f"seed{'s' if len(late) > 1 else ''} {', '.join(late)}"
-        yield ours, "", f"{NOT_SUPPORTED}: where the baseline did, this arm never reached half in {seeds}"
+        yield ours, "", f"{NOT_SUPPORTED}: this arm never reached half in {seeds}, where the baseline did"
     elif change is None:
         yield ours, "", f"{NOT_TESTED}: a run never reached half, or no seed is in common"
     else:  # the claim is that tokens are fewer

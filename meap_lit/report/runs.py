@@ -190,7 +190,7 @@ def _open(parts: list[Path], configs: dict[Path, dict[str, Any]]) -> Run:
         model = _read_checkpoint(checkpoint)
     else:
         raise UserError(
-            f"run {path} has neither a whole checkpoint (checkpoints/step=N.ckpt) nor a {SUMMARY_FILE}, which a run "
+            f"run {path} has neither a complete checkpoint (checkpoints/step=N.ckpt) nor a {SUMMARY_FILE}, which a run "
             f"writes when it ends; leave it out of --runs"
         )
     folders = [*parts, checkpoint.parent] if checkpoint else parts

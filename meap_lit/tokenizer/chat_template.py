@@ -81,7 +81,7 @@ class ChatTemplate:
             return cls(name, source, tokenizer)
         if name not in NAMED:
             known = f"tokenizer (its own chat_template), {', '.join(NAMED)}, or a file that ends in .jinja"
-            raise UserError(f"unknown template {name!r}; there are {known}")
+            raise UserError(f"unknown template {name!r}; choose from {known}")
         written = dict.fromkeys(re.findall(r"<\|\w+\|>", NAMED[name]))
         bos = tokenizer.special_tokens.get("bos_token")
         # a tokenizer that names <|im_start|> as BOS has it in front of every message of ChatML

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Run the study of one size: train every arm with every seed, evaluate, fine-tune, and write the report. The same command
-# resumes runs that were interrupted and skips what is done.
+# resumes runs that were interrupted and skips those that have finished.
 #   bash recipes/study/run.sh cpu                                      # half an hour on two cores
 #   ARMS="batch_masks spans protect_rare decay" bash recipes/study/run.sh cpu
-#   ARMS=mask_0.15 SEEDS=1 TUNED= bash recipes/study/run.sh gpu        # a part of it, no fine-tuning
+#   ARMS=mask_0.15 SEEDS=1 TUNED= bash recipes/study/run.sh gpu        # one arm and seed, no fine-tuning
 # An arm is ntp, mask_P for a mask ratio P, or a recipe in recipes/study/variant. OPTIONS go to every pretraining run, and
-# SUFFIX to its name. JOBS runs are trained at a time, each on one core. PYTHON is the interpreter.
+# SUFFIX is added to its name. JOBS runs are trained at the same time, each on one core. PYTHON is the interpreter.
 set -euo pipefail
 SIZE=${1:?name a size: cpu or gpu}
 PYTHON=${PYTHON:-python}
@@ -49,7 +49,7 @@ tune() { # WAY ARM SEED
 export -f meap_lit evaluate pretrain tune
 each() { xargs -r -P "$JOBS" -L 1 bash -euc "$1"' "$@"' _; }
 
-# prepare the data once, before several runs would do so at the same time
+# prepare the data once, so that runs that start together do not all prepare it
 # shellcheck disable=SC2086 # several options
 meap_lit fit --config "recipes/study/$SIZE.yaml" $OPTIONS --budget.max_steps 1 --trainer.logger.save_dir runs/data_of_study
 for seed in $SEEDS; do for arm in $ARMS; do echo "$arm $seed"; done; done | each pretrain

@@ -39,7 +39,7 @@ def test_the_table_has_what_lies_beyond_the_gradients(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ways": ("ours", "mine")}, "--ways has 'mine'; there are ours, torch, plain"),
+        ({"ways": ("ours", "mine")}, "--ways has 'mine'; choose from ours, torch, plain"),
         ({"repetitions": 0}, "--repetitions must be at least 1"),
     ],
 )

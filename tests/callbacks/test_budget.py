@@ -30,7 +30,7 @@ def test_tokens_become_whole_steps_and_are_never_exceeded():
 
 @pytest.mark.parametrize("arguments", [{}, {"max_tokens": 5, "max_steps": 5}, {"max_epochs": 1, "max_steps": 5}])
 def test_exactly_one_budget_is_stated(arguments):
-    with pytest.raises(UserError, match=r"state one of budget.max_tokens \(.*\), .*max_steps \(.*\), .*max_epochs"):
+    with pytest.raises(UserError, match=r"set one of budget.max_tokens \(.*\), .*max_steps \(.*\), .*max_epochs"):
         Budget(**arguments)
 
 

@@ -27,11 +27,11 @@ LATER = {rank: told(rank, beats=4) for rank in range(3)}
         ({**LATER, 1: told(1, 6, 4)}, "the others wait for rank 1 (pid 101 on node), which is in optimizer step 4"),
         (
             {**LATER, 2: told(2, beats=3)},
-            "rank 2 (pid 102 on node) gives no sign of life since it was in optimizer step 4: the process is stopped "
-            "or gone",
+            "rank 2 (pid 102 on node) has not reported since it was in optimizer step 4: the process has stopped "
+            "or ended",
         ),
         (LATER, "all ranks are in optimizer step 4: they wait for the network, storage or their devices"),
-        ({0: LATER[0], 1: LATER[1]}, "rank 2 has never been heard of"),
+        ({0: LATER[0], 1: LATER[1]}, "rank 2 has never reported"),
     ],
 )
 def test_the_rank_that_is_behind_is_named(after, message):
@@ -59,7 +59,7 @@ def is_alive(pid):
         ([], r"the others wait for rank 1 \(pid (\d+) on \S+\), which is reading the next batch after optimizer step"),
         (
             ["--trainer.callbacks.stopped", "true"],
-            r"rank 1 \(pid (\d+) on \S+\) gives no sign of life since it was ",
+            r"rank 1 \(pid (\d+) on \S+\) has not reported since it was ",
         ),
     ],
 )

@@ -165,7 +165,7 @@ def test_the_newest_whole_checkpoint_is_of_the_highest_version_that_has_one(tmp_
     ("path", "message"),
     [
         ("nowhere", r"checkpoint .*/nowhere \(--checkpoint\) does not exist"),
-        ("run", r".*/run \(--checkpoint\) holds no whole checkpoint \(step=N.ckpt\); name another run or a .ckpt"),
+        ("run", r".*/run \(--checkpoint\) has no complete checkpoint \(step=N.ckpt\); name another run or a .ckpt"),
         ("weights.pt", r"checkpoint .*/weights.pt \(--checkpoint\) does not end in .ckpt, as those of a run do"),
     ],
 )

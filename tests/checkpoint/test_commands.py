@@ -29,7 +29,7 @@ def complain(capsys, *arguments, notes=()):
 
 
 def unverified(path):
-    return f"note: checkpoint {path} carries no checksums, so its content is not verified"
+    return f"note: checkpoint {path} has no checksums, so its content is not verified"
 
 
 def test_the_parts_of_two_ranks_become_one_that_goes_on_as_they_would(parts, tmp_path, capsys):
@@ -91,7 +91,7 @@ def test_verify_names_the_first_damaged_file(parts, tmp_path, capsys):
     path = tmp_path / "step=4.ckpt"
     shutil.copytree(parts / "checkpoints" / "step=4.ckpt", path)
     assert main(["checkpoint", "verify", "--checkpoint", str(path)]) == 0
-    assert "step=4.ckpt: as it was written (4 files, " in capsys.readouterr().out
+    assert "step=4.ckpt: verified (4 files, " in capsys.readouterr().out
     content = bytearray((path / "__1_0.distcp").read_bytes())
     content[len(content) // 2] ^= 1
     (path / "__1_0.distcp").write_bytes(content)
@@ -115,14 +115,14 @@ def test_no_code_is_run_from_parts(parts, tmp_path, capsys, name, command):
     (path / name).write_bytes(pickle.dumps(Harm(), protocol=2))
     output = ["--output", tmp_path / "one.ckpt"] if command == "consolidate" else []
     line = complain(capsys, command, "--checkpoint", path, *output, notes=[unverified(path)])
-    assert line.startswith(f"error: checkpoint file {path}/{name} is damaged, or has code in it and so is not read")
+    assert line.startswith(f"error: checkpoint file {path}/{name} is damaged or contains code, and is not read")
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("one.pt", "--output {folder}/one.pt must end in .ckpt; no other folder is taken for a checkpoint"),
+        ("one.pt", "--output {folder}/one.pt must end in .ckpt, like every checkpoint"),
         ("there.ckpt", "--output {folder}/there.ckpt exists already; remove it or name another"),
         ("file/one.ckpt", "cannot make folder {folder}/file/one.ckpt: Not a directory"),
     ],
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_version_0_1_is_inspected_verified_and_written_anew(part
     content = read(parts / "checkpoints" / "last.ckpt")
     save_as_0_1(content, old)
     assert main(["checkpoint", "verify", "--checkpoint", str(old)]) == 0
-    assert "old.ckpt: as it was written (1 file, " in capsys.readouterr().out
+    assert "old.ckpt: verified (1 file, " in capsys.readouterr().out
     assert main(["checkpoint", "inspect", "--checkpoint", str(old)]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["format"] == "one file, of an earlier version"

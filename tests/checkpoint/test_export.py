@@ -479,13 +479,15 @@ def test_whole_weights_do_not_fit_into_adapters(tmp_path: Path) -> None:
     Export(**options, output=str(tmp_path / "frozen")).run()
     frozen[5, 5] += 1e-6
     save_adapters(tmp_path, torch.bfloat16, **{"embed_tokens.weight": frozen})
-    with pytest.raises(UserError, match=r"lora.ckpt has trained embed_tokens.weight as a whole, which no adapter"):
+    with pytest.raises(UserError, match=r"lora.ckpt has trained all of embed_tokens.weight, which adapters"):
         Export(**options, output=str(tmp_path / "trained")).run()
 
 
 def test_adapters_of_a_model_that_is_nowhere_else(tmp_path: Path) -> None:
     save_run(tmp_path / "run", CONFIG, lora={"rank": 1, "alpha": 1.0, "targets": ["q_proj"]})
-    with pytest.raises(UserError, match=r"step=1.ckpt adapts a model that is nowhere else; leave out --adapter_only$"):
+    with pytest.raises(
+        UserError, match=r"step=1.ckpt has adapters for a model that no other folder holds; leave out --adapter_only$"
+    ):
         Export(checkpoint=str(tmp_path / "run"), output=str(tmp_path / "out"), adapter_only=True).run()
 
 

@@ -243,7 +243,7 @@ def _cut(path: Path) -> None:
             _folder(),
             "{} holds no checkpoint; name a Hugging Face folder (config.json, model.safetensors)",
         ),
-        ("x", _folder("model.safetensors"), "{} has no config.json, which says what model its safetensors are of"),
+        ("x", _folder("model.safetensors"), "{} has no config.json, which describes the model of its safetensors"),
         ("x", _folder("lit_model.pth"), "{} is a LitGPT checkpoint, which is not read; convert it to"),
         ("x", _folder("model_config.yaml"), "{} is a LitGPT checkpoint, which is not read; convert it to"),
         (
@@ -272,7 +272,7 @@ def _cut(path: Path) -> None:
             lambda path: path.write_text("some text"),
             "checkpoint file {} is cut short, or no checkpoint at all",
         ),
-        ("a.ckpt", _saved({"x": Path()}), "checkpoint file {} is damaged, or has code in it and so is not read"),
+        ("a.ckpt", _saved({"x": Path()}), "checkpoint file {} is damaged or contains code, and is not read"),
         (
             "a.ckpt",
             lambda path: save_checkpoint(path, state={"layers.0.self_attn.q_proj.lora_a": torch.ones(1)}),
@@ -289,7 +289,7 @@ def _cut(path: Path) -> None:
         (
             "a.ckpt",
             lambda path: save_checkpoint(path, init_from="none", lora={"rank": 1, "alpha": 1.0, "targets": ["q_proj"]}),
-            "checkpoint {} holds adapters, of another model: checkpoint none does not exist",
+            "checkpoint {} holds adapters, and their model cannot be opened: checkpoint none does not exist",
         ),
         ("a.ckpt", lambda path: save_checkpoint(path, dtype="int4"), "checkpoint {} does not describe its decoder as"),
     ],

@@ -75,7 +75,7 @@ def test_a_fault_that_stays_ends_the_run_in_one_line(bucket, recipe, num_workers
     assert main(arguments(file, f"s3://bucket/{kind}", *overrides)) == 2
     lines = capfd.readouterr().err.strip().splitlines()
     assert lines[-1].startswith(f"error: cannot read s3://bucket/{kind}/train/chunk-0-")
-    assert lines[-1].endswith("(tries: 2): has another SHA-256 than index.json says")
+    assert lines[-1].endswith("(tries: 2): differs from its SHA-256 in index.json")
     assert not [line for line in lines if "Traceback" in line or "Error" in line]
 
 
@@ -143,5 +143,5 @@ def test_a_resume_with_another_batch_is_refused_of_an_older_checkpoint_too(prepa
 def test_a_shard_alone_is_refused(prepared, tmp_path):
     options = {"input": [str(prepared.texts)], "tokenizer": prepared.tokenizer, "num_workers": 1}
     PrepareText(output=str(tmp_path / "shard"), shard="1/3", **options).run()
-    with pytest.raises(UserError, match=r"is part 1/3 of one; put them together with: python -m meap_lit prep"):
+    with pytest.raises(UserError, match=r"is part 1/3 of a dataset; merge the parts with: python -m meap_lit prep"):
         PretrainingData(str(tmp_path / "shard"), prepared.tokenizer, seq_len=32).setup("fit")

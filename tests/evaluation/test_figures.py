@@ -3,7 +3,7 @@ import numpy as np
 from meap_lit.evaluation.figures import curves, heat_maps
 
 
-def test_faint_lines_have_the_colour_of_theirs_and_no_name():
+def test_faint_lines_have_the_color_of_theirs_and_no_name():
     seeds = [{0: 1.0, 1: 2.0}, {0: 3.0, 1: 4.0}]
     (axes,) = curves({"a": {0: 2.0, 1: 3.0}, "b": {0: 0.0}}, faint={"a": seeds}, x_label="x", y_label="y").axes
     first, *faint, second = axes.lines
@@ -13,7 +13,7 @@ def test_faint_lines_have_the_colour_of_theirs_and_no_name():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
 
 
-def test_eight_lines_have_eight_colours():
+def test_eight_lines_have_eight_colors():
     (axes,) = curves({str(number): {0: number} for number in range(8)}, x_label="x", y_label="y").axes
     assert len({line.get_color() for line in axes.lines}) == 8
 

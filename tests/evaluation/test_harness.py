@@ -293,7 +293,7 @@ def test_the_command_line_applies_a_chat_template(source_folder, tasks, tmp_path
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager)
     words = ["run", "--model", "meap_lit", "--tasks", "own_write", "--limit", "1", "--model_args"]
     for wrong, message in (
-        ("chekpoint=x", "--model_args: missing a required argument: 'checkpoint'; there are checkpoint, tokenizer,"),
+        ("chekpoint=x", "--model_args: missing a required argument: 'checkpoint'; choose from checkpoint, tokenizer,"),
         ("checkpoint=no/where", "checkpoint no/where does not exist"),
         (f"checkpoint={copy},dtype=half", "dtype must be float32, bfloat16 or auto, got half"),
         (f"checkpoint={copy},device=gpu", "device gpu is not known to torch; write cpu, cuda, cuda:1 or auto"),

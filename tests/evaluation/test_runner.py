@@ -298,7 +298,7 @@ def test_other_weights_in_the_same_place_are_refused(recipe, source_folder, tmp_
 def test_processes_that_do_not_know_of_each_other_are_refused(recipe, source_folder, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder)]) == 2
-    assert "error: srun started several processes that do not know of each other; let" in capsys.readouterr().err
+    assert "error: srun started several processes that are not connected; start" in capsys.readouterr().err
 
 
 def test_long_items_are_left_out_and_counted(recipe, source_folder, capsys):

@@ -205,7 +205,7 @@ def test_positions_go_out_as_they_came(changes: dict[str, int], written: dict[st
     [
         (
             {"architectures": ["GemmaForCausalLM"]},
-            "architecture GemmaForCausalLM is not supported; there are LlamaForCausalLM, MistralForCausalLM, "
+            "architecture GemmaForCausalLM is not supported; choose from LlamaForCausalLM, MistralForCausalLM, "
             "Qwen2ForCausalLM, Qwen3ForCausalLM",
         ),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "architecture Qwen3MoeForCausalLM is not supported"),
@@ -217,7 +217,8 @@ def test_positions_go_out_as_they_came(changes: dict[str, int], written: dict[st
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; it must be 1 or absent"),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            'quantization_config {"quant_method": "gptq", "bits": 4} is not supported; take the model as it was before',
+            'quantization_config {"quant_method": "gptq", "bits": 4} is not supported; use the model as it was before '
+            "quantization",
         ),
         ({"num_local_experts": 8}, "num_local_experts 8 is not supported; it must be 0 or absent"),
         (
@@ -228,7 +229,7 @@ def test_positions_go_out_as_they_came(changes: dict[str, int], written: dict[st
         ({"layer_types": [["full_attention"]]}, 'layer_types ["full_attention"] is not supported'),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "rope_type dynamic is not supported; there are default, linear, llama3, yarn",
+            "rope_type dynamic is not supported; choose from default, linear, llama3, yarn",
         ),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type longrope is not supported"),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section in the rotary parameters"),

@@ -66,7 +66,7 @@ def test_ratio_outside_the_unit_interval_is_refused(mask_ratio: float) -> None:
         num_masked(mask_ratio, 100)
 
 
-def test_percentage_is_recognised() -> None:
+def test_percentage_is_recognized() -> None:
     with pytest.raises(UserError) as error:
         Constant(15)
     assert str(error.value) == "model.mask_ratio must be in [0, 1), got 15; write 0.15 for 15%"
@@ -161,7 +161,7 @@ def test_more_masks_contain_fewer() -> None:
 
 
 def spans(row: Tensor) -> list[list[int]]:
-    """Runs of neighbouring drawn positions of a row, its end and its beginning taken for neighbours."""
+    """Runs of neighboring drawn positions of a row, its end and its beginning taken for neighbors."""
     drawn = set(row.nonzero().flatten().tolist())
     starts = [position for position in drawn if (position - 1) % len(row) not in drawn]
     runs = []
@@ -384,7 +384,7 @@ def test_positions_are_uniform(masks: Tensor) -> None:
     ("step_lag", "sample_lag", "position_lag"),
     [(1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 1, -1), (2, 0, 0), (0, 2, 0)],
 )
-def test_masks_of_neighbours_are_independent(masks: Tensor, step_lag: int, sample_lag: int, position_lag: int) -> None:
+def test_masks_of_neighbors_are_independent(masks: Tensor, step_lag: int, sample_lag: int, position_lag: int) -> None:
     share = COUNT / SEQ_LEN
     other = masks.roll((step_lag, sample_lag, position_lag), dims=(0, 1, 2))
     correlation = (masks * other).mean().item() / (share * (1 - share))

@@ -65,7 +65,7 @@ def test_documents_that_do_not_make_up_a_row_are_refused(row: list[int]) -> None
         [[12], [12]],
         [[1, 4, 2], [5, 7]],
         [[3, 3, 3], [3, 3, 1]],
-        [[2, 10], [10, 2]],  # equal neighbours in different rows
+        [[2, 10], [10, 2]],  # equal neighbors in different rows
         [[1] * 12, [12]],
     ],
 )
@@ -94,7 +94,7 @@ def test_whole_rows_as_documents_are_plain_causal_attention() -> None:
 
 
 def test_scores_are_formed_within_documents_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And equal neighbours share a call."""
+    """And equal neighbors share a call."""
     shapes: list[tuple[int, int]] = []
 
     def recorded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

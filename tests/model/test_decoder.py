@@ -363,7 +363,7 @@ def test_cache_under_bf16_autocast_stays_close_to_float32() -> None:
     assert F.cosine_similarity(hidden.float(), expected, dim=-1).min() > 0.999
 
 
-# ------------------------------------------------------------------------------------------------ initialisation
+# ------------------------------------------------------------------------------------------------ initialization
 
 
 def measured_std(parameter: Tensor) -> float:
@@ -394,7 +394,7 @@ def test_initial_weights_are_those_of_tinyllama() -> None:
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 def test_meta_device_start_gives_the_same_weights(tie_embeddings: bool) -> None:
-    """As large models begin: built without memory, then allocated, then initialised; ties must survive."""
+    """As large models begin: built without memory, then allocated, then initialized; ties must survive."""
     config = toy(tie_embeddings=tie_embeddings)
     with torch.device("meta"):
         model = Decoder(config)
@@ -408,7 +408,7 @@ def test_meta_device_start_gives_the_same_weights(tie_embeddings: bool) -> None:
     assert model.state_dict().keys() == direct.state_dict().keys()
     for name, tensor in direct.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
-    assert not list(model.buffers()), "a buffer would stay uninitialised"
+    assert not list(model.buffers()), "a buffer would stay uninitialized"
 
 
 def test_untrained_model_is_near_the_uniform_guess() -> None:

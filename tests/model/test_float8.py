@@ -262,7 +262,7 @@ def test_without_torchao_the_extra_is_named(monkeypatch):
         ),
         (["--model.decoder.intermediate_size", "72"], "got decoder.intermediate_size 72; change it"),
         (["--model.decoder.num_heads", "4"], "got decoder.num_kv_heads x head width 8; change it"),
-        (["--model.lora.rank", "4"], "model.float8 does not go with model.lora; leave one of the two out"),
+        (["--model.lora.rank", "4"], "model.float8 cannot be combined with model.lora; leave one of the two out"),
         (
             ["--data.seq_len", "30", "--data.micro_batch_size", "4"],
             "micro-batches of a multiple of 16 tokens, got data.micro_batch_size 4 x data.seq_len 30; change one",
@@ -279,6 +279,6 @@ def test_what_does_not_go_with_it_is_said_in_one_line(toy_recipe, capsys, emulat
 def test_tensor_parallelism_is_refused():
     module = MEAPPretraining(0.15, optimizer=AdamW(lr=1e-3), decoder=TOY, mask_token_id=1, float8=True)
     module._trainer = SimpleNamespace(strategy=Sharded(tensor_parallel_size=2))
-    message = "model.float8 does not go with trainer.strategy.tensor_parallel_size 2; set that to 1 or leave"
+    message = "model.float8 cannot be combined with trainer.strategy.tensor_parallel_size 2; set that to 1 or leave"
     with pytest.raises(UserError, match=message):
         module.configure_model()

@@ -121,7 +121,7 @@ def test_a_larger_budget_stretches_the_schedule_from_the_first_resumed_step_on(a
 def test_a_run_of_another_kind_is_not_resumed(toy_recipe, toy_sft_recipe, tmp_path):
     run(toy_recipe, "--budget.max_steps", "1")
     checkpoint = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "last.ckpt"
-    message = r"last.ckpt \(--ckpt_path\) is not of a run on FineTuningData .*, name it as model.init_from"
+    message = r"last.ckpt \(--ckpt_path\) was not written by a run on FineTuningData, .*, set model.init_from"
     with pytest.raises(UserError, match=message):
         run(toy_sft_recipe, "--ckpt_path", str(checkpoint))
 
@@ -239,7 +239,7 @@ def test_shards_of_another_model_are_refused(toy_recipe):
         for change in ([], ["--budget.max_steps", "3", "--model.decoder.num_layers", "1"])
     )
     assert first.returncode == 0, first.stderr
-    assert "checkpoint: none yet in " in first.stdout
+    assert "checkpoint: none in " in first.stdout
     assert again.returncode == 2
     assert "decoder.num_layers 2, that of the recipe 1; leave it as it was" in again.stderr.splitlines()[-1]
 

@@ -277,7 +277,7 @@ def test_weights_are_kept_in_the_precision_of_the_trainer(prepared, chat, tmp_pa
             r"model.lora.targets \[q_proj, v_proj\], those of the recipe \[q_proj\]; leave it",
         ),
         ({"targets": ["q_proj", "k_proj"]}, r"lora.targets \[q_proj, v_proj\], those of the recipe \[k_proj, q_proj\]"),
-        (None, r"the checkpoint has adapters, and the recipe has no model.lora; give it as it was: .*'rank': 8"),
+        (None, r"the checkpoint has adapters, and the recipe has no model.lora; set it as it was: .*'rank': 8"),
     ],
 )
 def test_other_adapters_than_the_checkpoint_has_are_refused(prepared, chat, tmp_path, source_folder, change, message):
@@ -372,7 +372,7 @@ def test_text_is_no_chat(prepared, chat, tmp_path):
 
 def test_one_of_decoder_and_init_from_is_stated():
     for arguments in ({}, {"decoder": TOY, "init_from": "x"}):
-        with pytest.raises(UserError, match=r"state one of model.decoder .* and model.init_from"):
+        with pytest.raises(UserError, match=r"set one of model.decoder .* and model.init_from"):
             MEAPFineTuning(optimizer=OPTIMIZER, **arguments)
 
 

@@ -313,5 +313,5 @@ def test_a_context_is_extended_and_goes_out_with_the_model(toy_recipe, source_fo
 
 
 def test_a_context_of_random_weights_is_refused(toy_recipe):
-    with pytest.raises(UserError, match=r"^model.context goes with model.init_from; of random weights"):
+    with pytest.raises(UserError, match=r"^model.context needs model.init_from; for random weights"):
         RecipeCLI.run(["fit", "--config", str(toy_recipe), "--model.context.max_seq_len", "512"])

@@ -1,7 +1,7 @@
-"""A short run on a CPU against losses that were stored: an optimisation that changes numbers is seen here.
+"""A short run on a CPU against losses that were stored: an optimization that changes numbers is seen here.
 
 The bound leaves room for another order of summation and no more. A change that is meant to alter the numbers, such as
-of the initialisation, the masks, the order of samples or the loss, stores them anew and says so.
+of the initialization, the masks, the order of samples or the loss, stores them anew and says so.
 """
 
 import lightning as L

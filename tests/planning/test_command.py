@@ -63,7 +63,7 @@ def test_what_does_not_fit_comes_with_the_smallest_changes(capsys):
     assert "  --data.micro_batch_size 2: " in out
     assert "  --model.activation_checkpointing selective: " in out
     none = plan(capsys, "--config", RECIPE, "--devices", 1, "--device_memory", 1)
-    assert "nothing that the plan knows makes it fit" in none
+    assert "no change that plan knows makes it fit" in none
 
 
 def test_a_prepared_recipe_is_planned_with_its_own_vocabulary_and_data(capsys, toy_sft_recipe):
@@ -152,7 +152,7 @@ def test_70b_takes_32_devices():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say how many devices a node has with --devices; trainer.devices is auto"),
+        ([], "set the devices of a node with --devices; trainer.devices is auto"),
         (["--devices", "0"], "--devices must be at least 1, got 0"),
         (["--devices", "8", "--nodes", "0"], "--nodes must be at least 1, got 0"),
         (["--devices", "8", "--utilisation", "40"], "--utilisation must be in (0, 1], got 40; write 0.4 for 40%"),
@@ -162,7 +162,7 @@ def test_70b_takes_32_devices():
         (["--devices", "8", "--device", "4"], "unrecognized arguments: --device 4"),
         (["--devices", "8", "--trainer.strategy", "deepspeed"], "trainer.strategy deepspeed is not known to plan"),
         (["--devices", "8", "--trainer.precision", "16-mixed"], "trainer.precision 16-mixed is not known to plan"),
-        (["--devices", "8", "--model.init_from", "nowhere"], "state one of model.decoder"),
+        (["--devices", "8", "--model.init_from", "nowhere"], "set one of model.decoder"),
     ],
 )
 def test_wrong_options_are_named(capsys, arguments, message):

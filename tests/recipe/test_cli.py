@@ -385,7 +385,7 @@ def test_a_last_checkpoint_that_is_not_there_is_named_but_by_fit(toy_recipe, tmp
         RecipeCLI.run(["validate", "--config", str(toy_recipe), "--ckpt_path", "last"])
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "step=5.ckpt").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"cut \(--ckpt_path last\) holds no whole checkpoint \(step=N.ckpt\); name"):
+    with pytest.raises(UserError, match=r"cut \(--ckpt_path last\) has no complete checkpoint \(step=N.ckpt\); name"):
         RecipeCLI.run(
             ["fit", "--config", str(toy_recipe), "--checkpoint.dirpath", str(tmp_path / "cut"), "--ckpt_path", "last"]
         )
@@ -406,10 +406,10 @@ def leaves_no_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        ({"max_steps": 6}, "budget.max_steps 6 pays for 6"),
-        ({"max_steps": 4}, "budget.max_steps 4 pays for 4"),
-        ({"max_tokens": 1800}, "budget.max_tokens 1800 pays for 7"),
-        ({"max_epochs": 1}, r"budget.max_epochs 1 pays for \d+"),
+        ({"max_steps": 6}, "budget.max_steps 6 ends at step 6"),
+        ({"max_steps": 4}, "budget.max_steps 4 ends at step 4"),
+        ({"max_tokens": 1800}, "budget.max_tokens 1800 ends at step 7"),
+        ({"max_epochs": 1}, r"budget.max_epochs 1 ends at step \d+"),
     ],
 )
 def test_a_spent_budget_is_said_in_a_line_and_leaves_nothing(toy_recipe, tmp_path, capsys, budget, said, request):
@@ -424,8 +424,8 @@ def test_a_spent_budget_is_said_in_a_line_and_leaves_nothing(toy_recipe, tmp_pat
         RecipeCLI.run([*fit, "--ckpt_path", "last"])
     assert ended.value.code == 0
     *_, line = capsys.readouterr().out.splitlines()
-    step = r"checkpoint \S+step=(\d+).ckpt is of optimizer step \1"
-    assert re.fullmatch(rf"the budget is spent: {step}, and {said}; raise it to go on", line), line
+    step = r"checkpoint \S+step=(\d+).ckpt is at optimizer step \1"
+    assert re.fullmatch(rf"the budget is spent: {step}, and {said}; raise it to continue", line), line
 
 
 def test_validate_prints_what_it_finds_and_leaves_nothing(runs, toy_recipe, capsys, leaves_no_folder):

@@ -44,9 +44,9 @@ def test_a_complaint_in_one_line(message, line):
     [
         ("--hng.timeout_minutes", "; did you mean '--hang'?"),
         ("--budget.stps", "; did you mean '--budget.steps'?"),
-        ("--budget.zzz", "; there are --budget.steps, --budget.every"),
+        ("--budget.zzz", "; choose from --budget.steps, --budget.every"),
         ("--budget.steps.first", ""),
-        ("--zzz", "; there are --model, "),
+        ("--zzz", "; choose from --model, "),
     ],
 )
 def test_an_unknown_option_of_a_recipe(given, hint):

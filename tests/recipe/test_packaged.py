@@ -10,8 +10,8 @@ import pytest
 
 from meap_lit.cli import main
 from meap_lit.recipe import packaged
-from meap_lit.recipe.cli import RecipeParser
-from meap_lit.recipe.file import RecipeFile, lineage
+from meap_lit.recipe.file import lineage
+from meap_lit.recipe.parser import Parser, RecipeFile
 
 PROJECT = Path(__file__).parents[2]
 
@@ -65,7 +65,7 @@ def test_a_local_recipe_starts_from_a_packaged_one(elsewhere, file, base):
 
 
 def test_sample_inputs_are_found_and_saved_by_name(elsewhere):
-    parser = RecipeParser(parser_mode="omegaconf+", exit_on_error=False)
+    parser = Parser(parser_mode="omegaconf+", exit_on_error=False)
     parser.add_argument("--config", action=RecipeFile)
     parser.add_argument("--input", type=list[str])
     parser.add_argument("--options", type=dict)

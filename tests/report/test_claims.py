@@ -69,7 +69,7 @@ def test_retrieval_that_never_emerges_where_that_of_the_baseline_does_is_a_verdi
         write_run(tmp_path / f"{arm}_{seed}", recipe(arm, seed, ratio), accuracies=values)
     found = {finding.claim: finding for finding in find(CLAIMS, find_studies(find_runs([str(tmp_path)])), {})}
     emergence = found["retrieval emerges after fewer tokens"]
-    assert emergence.verdict == "not supported: where the baseline did, this arm never reached half in seed 1"
+    assert emergence.verdict == "not supported: this arm never reached half in seed 1, where the baseline did"
 
 
 def test_without_claims_there_are_no_findings(tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def cut_recipe(folder):
         (lambda folder: folder.rmdir(), "is not a folder"),
         (lambda folder: None, "no run found under"),
         (no_validation, "a has no validation yet (val/loss); let it finish"),
-        (no_checkpoint, "a has neither a whole checkpoint (checkpoints/step=N.ckpt) nor a summary.json"),
+        (no_checkpoint, "a has neither a complete checkpoint (checkpoints/step=N.ckpt) nor a summary.json"),
         (no_recipe, "is not the recipe of a run"),
         (damaged_table, "a/curves.csv is damaged (could not convert string to float: 'low'); restore it, or move it"),
         (cut_recipe, "a/config.yaml is damaged or cut short (while scanning a quoted scalar"),

@@ -205,7 +205,7 @@ def test_chatml_where_its_token_is_the_beginning(byte_tokenizer):
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_only_the_turns_to_be_learnt_are_answers(byte_tokenizer, name):
+def test_only_the_turns_to_be_learned_are_answers(byte_tokenizer, name):
     template = ChatTemplate.load(name, byte_tokenizer)
     source = template.source.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
     for chosen in (template, ChatTemplate("plain", source, byte_tokenizer)):
@@ -315,7 +315,7 @@ MARKED = """\
 
 
 @pytest.mark.parametrize(("before", "answer"), [("fox q", "uick jumps"), ("the ", "quick fox"), ("the ", "quick")])
-def test_the_token_that_covers_the_first_character_is_learnt(tokenizer, tokenizer_folder, before, answer):
+def test_the_token_that_covers_the_first_character_is_learned(tokenizer, tokenizer_folder, before, answer):
     whole = tokenizer.encode(before + answer)
     first = tokenizer.encode("fox" if before == "fox q" else "the")
     assert whole != tokenizer.encode(before) + tokenizer.encode(answer)  # a token crosses over
@@ -333,7 +333,7 @@ def test_the_token_that_covers_the_first_character_is_learnt(tokenizer, tokenize
     assert mask_of(chat) == theirs.apply_chat_template(messages, **options)["assistant_masks"]
 
 
-def test_a_special_token_that_swallows_a_space_is_not_learnt(byte_tokenizer):
+def test_a_special_token_that_swallows_a_space_is_not_learned(byte_tokenizer):
     backend = byte_tokenizer.copy_backend()
     backend.add_special_tokens([tokenizers.AddedToken("<|ask|>", rstrip=True, special=True)])
     tokenizer = Tokenizer(backend, {"eos_token": "</s>"})
@@ -349,7 +349,7 @@ def test_a_special_token_that_swallows_a_space_is_not_learnt(byte_tokenizer):
     assert chat.answers == [(2, 3, 3)]
 
 
-def test_what_a_template_puts_outside_its_block_is_not_learnt(byte_tokenizer):
+def test_what_a_template_puts_outside_its_block_is_not_learned(byte_tokenizer):
     chat = ChatTemplate("marked", MARKED, byte_tokenizer).encode(CHAT[1:3])
     assert chat.input_ids == token_ids("uA1</s>")
     assert chat.answers == [(1, 3, 3)]
@@ -454,7 +454,7 @@ def test_a_file(byte_tokenizer, tmp_path):
 
 def test_no_such_template(byte_tokenizer, tokenizer):
     with pytest.raises(
-        UserError, match=r"^unknown template 'vicuna'; there are tokenizer \(its own chat_template\), alp"
+        UserError, match=r"^unknown template 'vicuna'; choose from tokenizer \(its own chat_template\), alp"
     ):
         ChatTemplate.load("vicuna", byte_tokenizer)
     with pytest.raises(

@@ -356,7 +356,7 @@ def test_too_little_text_is_said(tmp_path, capsys):
     TrainTokenizer(**options, output=str(tmp_path / "out")).run()
     size = Tokenizer.load(str(tmp_path / "out")).vocab_size
     assert 258 < size < 400
-    assert f"{size} tokens (400 asked: too little text) from 2 documents, 0.0 MB" in capsys.readouterr().out
+    assert f"{size} tokens (400 requested: too little text) from 2 documents, 0.0 MB" in capsys.readouterr().out
 
 
 def test_training_input_errors(tmp_path):

@@ -174,7 +174,7 @@ TWICE = [
 ]
 
 # What of the conversation is learned, turn by turn.
-LEARNT = {
+LEARNED = {
     ("qwen2.5", "asked"): [
         '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call><|im_end|>',
         "No.<|im_end|>",
@@ -208,12 +208,12 @@ LEARNT = {
 CHATS = {"asked": ASKED, "reasoned": REASONED, "twice": TWICE}
 
 
-def learnt(tokenizer, chat):
+def learned(tokenizer, chat):
     return [tokenizer.decode(chat.input_ids[start:end]) for start, _, end in chat.answers]
 
 
 @pytest.mark.parametrize("tools", [TOOLS, None], ids=["tools", "no tools"])
-@pytest.mark.parametrize(("name", "chat"), LEARNT)
+@pytest.mark.parametrize(("name", "chat"), LEARNED)
 def test_like_transformers(ours, theirs, name, chat, tools):
     template, messages = ChatTemplate(name, TEMPLATES[name], ours), CHATS[chat]
     encoded = template.encode(messages, tools)
@@ -223,13 +223,13 @@ def test_like_transformers(ours, theirs, name, chat, tools):
         if message["role"] == "assistant":
             expected = theirs.apply_chat_template(messages[:turn], add_generation_prompt=True, **options)
             assert template.encode_prompt(messages[:turn], tools) == expected
-    assert learnt(ours, encoded) == LEARNT[name, chat]
+    assert learned(ours, encoded) == LEARNED[name, chat]
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    for chosen, text in zip(turns, LEARNT[name, chat], strict=True):
+    for chosen, text in zip(turns, LEARNED[name, chat], strict=True):
         trained = [turn == chosen for turn in range(len(messages))]
         one = template.encode(messages, tools, trained)
         assert one.input_ids == encoded.input_ids
-        assert learnt(ours, one) == [text]
+        assert learned(ours, one) == [text]
 
 
 def with_arguments_as_text(messages, text):
@@ -269,7 +269,7 @@ def test_arguments_as_json_text_stay_as_they_are(ours, theirs, written):
     encoded = template.encode(to_conversation({"messages": messages}).messages, TOOLS)
     options = {"chat_template": source, "tools": TOOLS, "return_dict": False}
     assert encoded.input_ids == theirs.apply_chat_template(messages, **options)
-    assert '{"city":"Oslo" ,  "days":2}' in learnt(ours, encoded)[0]
+    assert '{"city":"Oslo" ,  "days":2}' in learned(ours, encoded)[0]
     prompt = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
     assert template.encode_prompt(messages[:-1], TOOLS) == prompt
 
@@ -312,9 +312,9 @@ def test_blocks_and_turns_agree(ours, theirs, name):
     ]
     assert mask == expected["assistant_masks"]
     closing = CLOSING[name]
-    assert learnt(ours, encoded) == [f"No.{closing}", f"Yes.{closing}"]  # calls are not in blocks of this template
+    assert learned(ours, encoded) == [f"No.{closing}", f"Yes.{closing}"]  # calls are not in blocks of this template
     trained = [message["role"] == "assistant" and message["content"] != "No." for message in ASKED]
-    assert learnt(ours, template.encode(ASKED, TOOLS, trained)) == [f"Yes.{closing}"]
+    assert learned(ours, template.encode(ASKED, TOOLS, trained)) == [f"Yes.{closing}"]
 
 
 WRITTEN = """\

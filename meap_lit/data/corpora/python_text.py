@@ -94,7 +94,7 @@ def documentation(source: str) -> str:
     """Return the documentation strings of a module, its classes and functions, with blank lines between them."""
     try:
         tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):  # templates and old syntax lie among installed packages
+    except (SyntaxError, ValueError, RecursionError):  # installed packages contain templates and old syntax
         return ""
     found = [
         ast.get_docstring(node)

@@ -131,7 +131,7 @@ def _all_of_them(parts: Sequence[_Part]) -> list[_Part]:
     found: dict[int, _Part] = {}
     for part in parts:
         if part.details.count != count:
-            raise UserError(f"{part} and {parts[0]} do not belong together: name the parts of one n")
+            raise UserError(f"{part} and {parts[0]} are parts of different datasets: name parts of the same n")
         other = found.setdefault(part.details.index, part)
         if other is not part:
             raise UserError(f"{other} appears twice, the second time in {part.folder}; name one of the two")
@@ -139,7 +139,7 @@ def _all_of_them(parts: Sequence[_Part]) -> list[_Part]:
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         raise UserError(
-            f"of {count} parts {len(missing)} missing: {', '.join(missing[:8])}{more}; "
+            f"{len(missing)} of {count} parts missing: {', '.join(missing[:8])}{more}; "
             f"prepare each with its --shard and name its folder too"
         )
     return [found[index] for index in range(count)]
@@ -154,7 +154,7 @@ def _check_alike(parts: Sequence[_Part]) -> None:
         for source, first in zip_longest(part.manifest.sources, parts[0].manifest.sources):
             if source != first:
                 raise UserError(
-                    f"{part} was made of other input than {parts[0]}: "
+                    f"{part} was made from other input than {parts[0]}: "
                     f"{_describe(source)} where that has {_describe(first)}; prepare one of the two again"
                 )
     for name in sorted({name for part in parts for name in part.options} - _NOT_COMPARED):
@@ -182,7 +182,7 @@ def _template(chat: ChatDetails | None) -> str | None:
 
 
 def _describe(source: Source | None) -> str:
-    return "no more file" if source is None else f"{source.path} of {source.bytes} bytes"
+    return "no further file" if source is None else f"{source.path} of {source.bytes} bytes"
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class TrainTokenizer(Preparation):
             raise UserError(f"no text to train on in {', '.join(self.input)} ({skipped})")
         tokenizer = Tokenizer(backend, {"eos_token": END_OF_TEXT, "mask_token": MASK_TOKEN})
         tokenizer.save(folder)
-        short = "" if tokenizer.vocab_size == self.vocab_size else f" ({self.vocab_size} asked: too little text)"
+        short = "" if tokenizer.vocab_size == self.vocab_size else f" ({self.vocab_size} requested: too little text)"
         return (
             f"tokenizer {self.output}: {tokenizer.vocab_size} tokens{short} from {texts.num_documents} documents, "
             f"{texts.num_bytes / 1e6:.1f} MB, {reader.num_skipped} lines skipped"

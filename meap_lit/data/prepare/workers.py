@@ -52,7 +52,7 @@ def map_in_order(
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, most often because memory ran out; try fewer with --num_workers"
+            "a worker process was killed, usually because memory ran out; try fewer with --num_workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

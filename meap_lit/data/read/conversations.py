@@ -96,8 +96,8 @@ def to_conversation(record: Mapping[str, Any], system: str | None = None) -> Con
         messages = [question, _answer(fields, "completion")]
     else:
         raise UserError(
-            f"unknown format with {', '.join(map(repr, fields)) or 'no fields'}; known are Alpaca (instruction, "
-            f"output), ShareGPT (conversations), OpenAI (messages) and prompt with completion"
+            f"unknown format with {', '.join(map(repr, fields)) or 'no fields'}; known formats are Alpaca "
+            f"(instruction, output), ShareGPT (conversations), OpenAI (messages) and prompt with completion"
         )
     for name in (*_REFUSED_FIELDS, *(() if "instruction" in fields else ("history",))):
         if fields.get(name):
@@ -144,7 +144,7 @@ def _from_list(name: str, turns: Any, role: str, content: str) -> tuple[list[Mes
             raise UserError(f"{where} has no {role!r}")
         kind = check_text(f"{where}.{role}", fields.pop(role))
         if kind not in _ROLES:
-            raise UserError(f"{where} has the unknown role {kind!r}; known are {', '.join(_ROLES)}")
+            raise UserError(f"{where} has the unknown role {kind!r}; known roles are {', '.join(_ROLES)}")
         trained.append(_is_trained(where, fields, _ROLES[kind]))
         messages.append(_message(where, fields, kind, content))
     return messages, trained
@@ -308,7 +308,7 @@ def _check_json(where: str, value: Any, depth: int) -> None:
         for entry in value:
             _check_json(where, entry, depth + 1)
     elif not isinstance(value, (bool, int, float, type(None))):
-        raise UserError(f"{where} holds a value that JSON does not know, of type {type(value).__name__}")
+        raise UserError(f"{where} holds a value that JSON cannot hold, of type {type(value).__name__}")
 
 
 def _short(value: Any) -> str:

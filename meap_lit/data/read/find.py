@@ -76,7 +76,7 @@ def _expand(name: str, wanted: Sequence[str], formats: Mapping[str, Format]) -> 
     for file in named:
         if not has_suffix(file, [*formats, *wanted]):
             hint = "; name its ending in --suffixes to read it as plain text" if formats is FORMATS else ""
-            raise UserError(f"input file {file} ends in none of {', '.join(formats)}{hint}")
+            raise UserError(f"input file {file} must end in one of {', '.join(formats)}{hint}")
     files = named + [file for file in inside if has_suffix(file, wanted)]
     if not files:
         raise UserError(f"input {name} holds no file that ends in {', '.join(wanted)}")

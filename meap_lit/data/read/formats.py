@@ -199,7 +199,7 @@ def _lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
 
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
-        raise UserError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; divide it, a document is a line")
+        raise UserError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; divide it; each line is a document")
     try:
         text = line.strip().decode("utf-8")
     except UnicodeDecodeError:

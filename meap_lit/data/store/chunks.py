@@ -102,7 +102,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 def check_hash(content: bytes, files: Mapping[str, str], file: str) -> None:
     """Raise `UserError` unless the content of `file` has the hash that `files`, of a `Split`, have for its name."""
     if files and hashlib.sha256(content).hexdigest() != files.get(file.rpartition("/")[2]):
-        raise UserError(f"{file} is damaged: it has another SHA-256 than the manifest says; {MEND}")
+        raise UserError(f"{file} is damaged: its SHA-256 differs from that in the manifest; {MEND}")
 
 
 def parse_description(content: bytes, where: str) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def chunk_problem(content: io.BufferedIOBase, chunk: dict[str, Any]) -> str | No
         return f"has {size} bytes instead of {chunk['chunk_bytes']}"
     content.seek(0)
     if SHA256 in chunk and hashlib.file_digest(content, "sha256").hexdigest() != chunk[SHA256]:
-        return f"has another SHA-256 than {INDEX_FILE} says"
+        return f"differs from its SHA-256 in {INDEX_FILE}"
     return None
 
 

@@ -132,7 +132,7 @@ class Manifest:
         if manifest.kind != kind:
             found = _CONTENT.get(manifest.kind, manifest.kind)
             raise UserError(
-                f"dataset {location} holds {found}, made by prepare {manifest.kind}; wanted are {_CONTENT[kind]}, "
+                f"dataset {location} holds {found}, made by prepare {manifest.kind}; needed are {_CONTENT[kind]}, "
                 f"which are made with: {_command('DIR', kind)}"
             )
         for name, split in manifest.splits.items():
@@ -243,7 +243,7 @@ def _check_own_hash(text: bytes, content: dict[str, Any], location: str) -> None
         return
     found = _OWN_HASH.fullmatch(text)
     if found is None or hashlib.sha256(found[1]).hexdigest() != stated:
-        raise UserError(f"{location}/{MANIFEST_FILE} is damaged: it has another SHA-256 than it says; {MEND}")
+        raise UserError(f"{location}/{MANIFEST_FILE} is damaged: its SHA-256 differs from that at its end; {MEND}")
 
 
 def _check_types(entry: Any) -> None:

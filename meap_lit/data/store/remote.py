@@ -152,7 +152,7 @@ def _get(address: str, file: IO[bytes], storage: Storage) -> None:
             received += len(piece)
             seconds = time.monotonic() - start
             if seconds > storage.timeout + (size or received) / _SLOWEST:
-                raise Passing(f"only {received} of {size} bytes came in {seconds:.0f} seconds")
+                raise Passing(f"only {received} of {size} bytes arrived in {seconds:.0f} seconds")
         if size not in (None, received):
             raise Passing(f"it ended after {received} of {size} bytes")
 
@@ -184,7 +184,7 @@ def _find(address: str, storage: Storage) -> list[RemoteFile]:
     files = []
     for name, size in sizes.items():
         if size is None:
-            raise UserError(f"cannot read {name}: the server does not tell its size; download it first")
+            raise UserError(f"cannot read {name}: the server does not report its size; download it first")
         files.append(RemoteFile(name, size, storage))
     return files
 

@@ -81,7 +81,7 @@ def test_samples_are_what_the_template_says(tmp_path, tokenizer, tokenizer_folde
     ]
     lengths = [len(ids) for ids, _ in samples]
     answers = [answer for _, answers in samples for answer in answers]
-    learnt = sum(end - start for start, _, end in answers)
+    learned = sum(end - start for start, _, end in answers)
     long = sum(stop - start > 50 for start, stop, _ in answers)
     assert long > 0
     printed = capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_samples_are_what_the_template_says(tmp_path, tokenizer, tokenizer_folde
     assert "  template alpaca\n" in printed
     assert f"train    9 conversations, {sum(lengths)} tokens\n" in printed
     assert f"longest {max(lengths)}, mean {sum(lengths) / 9:.1f} tokens; 0 truncated\n" in printed
-    assert f"answers  9, {long} over 50 tokens; {learnt} tokens, those that close them included\n" in printed
+    assert f"answers  9, {long} over 50 tokens; {learned} tokens, those that close them included\n" in printed
     assert "left out 0 too long for max_tokens, 0 without a turn to learn, 0 unreadable\n" in printed
     assert "unknown" not in printed
     assert "prompts" not in printed
@@ -230,10 +230,10 @@ def test_unknown_tokens_are_counted(tmp_path, capsys):
     assert "\n  unknown  2 tokens (9.09%) of text outside the vocabulary\n" in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------------------- what is learnt
+# ----------------------------------------------------------------------------------------- what is learned
 
 
-def test_turns_that_are_not_learnt_have_no_answer(tmp_path, tokenizer, tokenizer_folder, capsys):
+def test_turns_that_are_not_learned_have_no_answer(tmp_path, tokenizer, tokenizer_folder, capsys):
     texts = [("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two")]
     messages = [{"role": role, "content": text} for role, text in texts]
     ids, answers = encode(tokenizer, messages, "mistral")
@@ -255,7 +255,7 @@ def test_turns_that_are_not_learnt_have_no_answer(tmp_path, tokenizer, tokenizer
         prepare(tmp_path / "none", none, tokenizer_folder, template="mistral")
 
 
-def test_labels_and_copies_follow_the_turns_that_are_learnt(tmp_path, tokenizer, tokenizer_folder):
+def test_labels_and_copies_follow_the_turns_that_are_learned(tmp_path, tokenizer, tokenizer_folder):
     long = "How vexingly quick daft zebras jump! " * 4
     texts = [("user", "q"), ("assistant", long), ("user", "r"), ("assistant", long)]
     messages = [{"role": role, "content": text} for role, text in texts]
@@ -265,9 +265,9 @@ def test_labels_and_copies_follow_the_turns_that_are_learnt(tmp_path, tokenizer,
     )
     [(ids, [answer])] = read_samples(tmp_path / "out" / "train")
     input_ids, answers = torch.tensor(ids), [Answer(*answer)]
-    learnt = torch.zeros(len(ids), dtype=torch.bool)
-    learnt[answer[0] - 1 : answer[2] - 1] = True
-    assert torch.equal(original(input_ids, answers).labels != IGNORE_INDEX, learnt)
+    learned = torch.zeros(len(ids), dtype=torch.bool)
+    learned[answer[0] - 1 : answer[2] - 1] = True
+    assert torch.equal(original(input_ids, answers).labels != IGNORE_INDEX, learned)
     copy = masked_copy(input_ids, answers, Duplication(), mask_token_id=1, seed=0, sample_id=0, visit=0)
     masked = (copy.input_ids != input_ids).nonzero().flatten()
     assert len(masked) == (answer[1] - answer[0]) // 10 > 0
@@ -395,7 +395,7 @@ def test_a_conversation_cut_before_its_answer_is_dropped(tmp_path, tokenizer, to
         ({"system": "\udce9"}, r"field 'system' holds a broken character \(half of a surrogate pair\)"),
         ({"shard": "3/3"}, "shard must be i/n with i from 0 to n - 1, such as 0/8 .*, got '3/3'"),
         ({"tokenizer": "nowhere"}, "tokenizer folder nowhere does not exist"),
-        ({"template": "vicuna"}, "unknown template 'vicuna'; there are tokenizer"),
+        ({"template": "vicuna"}, "unknown template 'vicuna'; choose from tokenizer"),
         ({"template": "tokenizer"}, "tokenizer .* has no chat_template; name a template: alpaca"),
         ({"template": "llama3"}, r"template llama3 writes <\|start_header_id\|>, .* name alpaca or mistral"),
         ({"input": ["nowhere.json"]}, "input nowhere.json does not exist"),
@@ -421,7 +421,7 @@ ANSWERED = {"prompt": "q", "completion": "a"}
         ({"prompt": "q"}, "no answer: field 'completion' is missing"),
         ({"prompt": "q", "completion": " "}, "empty answer"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "roles out of order: message 1 is of the assistant"),
-        ({"text": "t"}, "unknown format with 'text'; known are Alpaca"),
+        ({"text": "t"}, "unknown format with 'text'; known formats are Alpaca"),
         (
             {"prompt": "q", "completion": "refuse"},
             "chat template tokenizer does not take this conversation: I do not do",

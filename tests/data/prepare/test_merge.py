@@ -375,7 +375,7 @@ def test_parts_by_processes_of_which_one_is_killed(tmp_path, tokenizer_folder, c
     assert len(list(parts.iterdir())) == 2  # what was left behind is no part
     assert main(arguments) == 2
     assert capsys.readouterr().err == (
-        "error: of 2 parts 1 missing: 1/2; prepare each with its --shard and name its folder too\n"
+        "error: 1 of 2 parts missing: 1/2; prepare each with its --shard and name its folder too\n"
     )
     again = start_part(parts, source, tokenizer_folder, 1)
     prepare_text(tmp_path / "one", source, tokenizer_folder, val_share=0.01, chunk_bytes="100KB")
@@ -428,13 +428,16 @@ def parts(tmp_path_factory, tokenizer, tokenizer_folder):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("0", r"of 2 parts 1 missing: 1/2; prepare each with its --shard and name its folder too"),
+        ("0", r"1 of 2 parts missing: 1/2; prepare each with its --shard and name its folder too"),
         ("0 1 0", r"part 0/2 in \S+/0 appears twice, the second time in \S+/0; name one of the two"),
         (
             "0 other_share 1",
             r"part 1/2 in \S+/other_share appears twice, the second time in \S+/1; name one",
         ),
-        ("0 of_three", r"part 1/3 in \S+/of_three and part 0/2 in \S+/0 do not belong together: name the parts of"),
+        (
+            "0 of_three",
+            r"part 1/3 in \S+/of_three and part 0/2 in \S+/0 are parts of different datasets: name parts of",
+        ),
         (
             "0 other_tokenizer",
             r"part 1/2 in \S+ was made with tokenizer \w{8}, part 0/2 in \S+/0 with tokenizer \w{8};",
@@ -449,7 +452,7 @@ def parts(tmp_path_factory, tokenizer, tokenizer_folder):
         ),
         (
             "0 longer_input",
-            r"part 1/2 in \S+/longer_input was made of other input than part 0/2 in \S+/0: "
+            r"part 1/2 in \S+/longer_input was made from other input than part 0/2 in \S+/0: "
             r"\S+/in.jsonl of \d+ bytes where that has \S+/in.jsonl of \d+ bytes; prepare one of the two again",
         ),
         (
@@ -489,14 +492,14 @@ def test_a_missing_file_of_the_input_is_named(tmp_path, sources, tokenizer_folde
     prepare_text(tmp_path / "0", sources, tokenizer_folder, shard="0/2")
     prepare_text(tmp_path / "1", sources / "[ab].*", tokenizer_folder, shard="1/2")
     with pytest.raises(
-        UserError, match=r"made of other input .*: no more file where that has \S+/c.jsonl of \d+ bytes;"
+        UserError, match=r"made from other input .*: no further file where that has \S+/c.jsonl of \d+ bytes;"
     ):
         merge(tmp_path / "merged", tmp_path / "0", tmp_path / "1")
 
 
 def test_many_missing_parts_are_counted(tmp_path, sources, tokenizer_folder):
     prepare_text(tmp_path / "3", sources, tokenizer_folder, shard="3/100")
-    with pytest.raises(UserError, match=r"^of 100 parts 99 missing: 0/100, .*8/100 and 91 more; prepare each"):
+    with pytest.raises(UserError, match=r"^99 of 100 parts missing: 0/100, .*8/100 and 91 more; prepare each"):
         merge(tmp_path / "merged", tmp_path / "3")
 
 
@@ -520,7 +523,7 @@ def test_a_damaged_or_missing_chunk_is_found(tmp_path, parts):
     content = json.loads(index.read_text())
     content["chunks"][0]["sha256"] = "0" * 64
     index.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"^chunk \S+/1/train/chunk-0-0.bin has another SHA-256 than index.json says"):
+    with pytest.raises(UserError, match=r"^chunk \S+/1/train/chunk-0-0.bin differs from its SHA-256 in index.json"):
         merge(tmp_path / "merged", tmp_path / "0", tmp_path / "1")
     (tmp_path / "1" / "train" / "chunk-0-0.bin").unlink()
     with pytest.raises(UserError, match=r"^chunk \S+/1/train/chunk-0-0.bin is missing; the dataset is incomplete"):

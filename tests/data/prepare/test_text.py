@@ -211,7 +211,10 @@ def test_remote_input_makes_the_same_dataset(tmp_path, store, tokenizer_folder, 
     ("name", "message"),
     [
         ("s3://bucket/none", "^input s3://bucket/none does not exist$"),
-        ("s3://bucket/a.csv", "^input file s3://bucket/a.csv ends in none of .txt, .*; name its ending in --suffixes"),
+        (
+            "s3://bucket/a.csv",
+            "^input file s3://bucket/a.csv must end in one of .txt, .*; name its ending in --suffixes",
+        ),
         ("s3://bucket", "^input s3://bucket holds no file that ends in .txt"),
         ("s3://other/a.txt", "^cannot read s3://other/a.txt at http://.*: NoSuchBucket .*; check the name of the buck"),
         ("ftp://host/a.txt", "^address ftp://host/a.txt must begin with one of s3, "),

@@ -20,7 +20,7 @@ def test_an_exception_of_the_function_is_raised_here(num_workers):
 
 
 def test_a_killed_worker_is_reported():
-    with pytest.raises(UserError, match="a worker process was killed, most often because memory ran out"):
+    with pytest.raises(UserError, match="a worker process was killed, usually because memory ran out"):
         list(map_in_order(os._exit, [1, 1], num_workers=2))
 
 

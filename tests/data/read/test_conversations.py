@@ -112,7 +112,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {
         ({"weight": None}, True),
     ],
 )
-def test_turns_that_are_not_learnt(fields, trained):
+def test_turns_that_are_not_learned(fields, trained):
     conversation = to_conversation(turn(**fields))
     assert conversation.trained == [False, trained]
     assert conversation.messages == [user("q"), assistant("a")]
@@ -126,7 +126,7 @@ def test_messages_as_prompt_and_completion():
         to_conversation({"prompt": turns[:3], "completion": "a"})
 
 
-def test_of_what_is_not_learnt_nothing_is_asked():
+def test_of_what_is_not_learned_nothing_is_asked():
     record = {
         "system": "s",
         "conversations": [
@@ -261,9 +261,9 @@ def test_real_calls(shared_data):
     [
         (
             {"text": "t", "id": 1},
-            r"unknown format with 'text', 'id'; known are Alpaca \(instruction, output\), ShareGPT",
+            r"unknown format with 'text', 'id'; known formats are Alpaca \(instruction, output\), ShareGPT",
         ),
-        ({}, "unknown format with no fields; known are Alpaca"),
+        ({}, "unknown format with no fields; known formats are Alpaca"),
         ({"instruction": "i"}, "no answer: field 'output' is missing"),
         ({"instruction": "i", "output": None}, "no answer: field 'output' is missing"),
         ({"prompt": "p"}, "no answer: field 'completion' is missing"),
@@ -279,7 +279,7 @@ def test_real_calls(shared_data):
         ),
         (
             openai("user", "critic"),
-            r"messages\[1\] has the unknown role 'critic'; known are system, user, human, assistant, gpt, funct",
+            r"messages\[1\] has the unknown role 'critic'; known roles are system, user, human, assistant, gpt, funct",
         ),
         (openai("user", "tool"), "no answer: the assistant says nothing"),
         (openai("user", "tool", "assistant"), "roles out of order: message 2 is of the tool instead of the assistant"),
@@ -339,7 +339,7 @@ def test_real_calls(shared_data):
         (turn(tool_calls=[{"name": "a\ud800"}]), r"field 'messages\[1\].tool_calls\[0\]' holds a broken character"),
         (
             turn(tool_calls=[{"name": b"f"}]),
-            r"messages\[1\].tool_calls\[0\] holds a value that JSON does not know, of ",
+            r"messages\[1\].tool_calls\[0\] holds a value that JSON cannot hold, of ",
         ),
         (turn(tool_calls=[{"name": nested(200)}]), r"messages\[1\].tool_calls\[0\] is nested too deeply"),
         (turn(reasoning_content=["x"]), r"field 'messages\[1\].reasoning_content' is not a string but list"),

@@ -83,7 +83,7 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch, locked)
 
 def test_named_file_of_unknown_ending(tmp_path):
     file = write(tmp_path / "table.csv", b"a,b\n")
-    expected = r"input file \S+/table.csv ends in none of .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; name"
+    expected = r"input file \S+/table.csv must end in one of .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; name"
     with pytest.raises(UserError, match=expected):
         find_files([str(file)])
     assert find_files([str(file)], [".csv"]) == [file]
@@ -238,7 +238,7 @@ def test_utf16_is_named_with_the_fix(tmp_path, encoding, order, name):
 
 def test_a_nul_byte_is_no_text(tmp_path):
     file = write(tmp_path / "a.txt", b"one\ntwo \0" + b"three " * 200)
-    with pytest.raises(UserError, match=r"a.txt, line 2: holds NUL bytes, which no text has"):
+    with pytest.raises(UserError, match=r"a.txt, line 2: holds NUL bytes, which text never has"):
         read(file)
 
 
@@ -252,7 +252,9 @@ def test_a_line_has_a_limit(tmp_path, monkeypatch, name, place):
     content = b"".join(lines)
     compress = {"d.jsonl": bytes, "d.jsonl.gz": gzip.compress, "d.jsonl.zst": zstandard.ZstdCompressor().compress}
     file = write(tmp_path / name, compress[name](content))
-    message = rf"^\S+/{name}, line {place + 1}: longer than 1,000 bytes; divide it, a document is a line; {SKIP_HINT}$"
+    message = (
+        rf"^\S+/{name}, line {place + 1}: longer than 1,000 bytes; divide it; each line is a document; {SKIP_HINT}$"
+    )
     with pytest.raises(UserError, match=message):
         read(file)
     reader = DocumentReader([file], on_error="skip")
@@ -398,10 +400,10 @@ def test_bad_json_file(tmp_path, content, message, left):
 
 def test_text_is_no_record_and_json_is_plain_text(tmp_path):
     text, records = write(tmp_path / "a.txt", b"text"), write(tmp_path / "b.json", b'{"text": "t"}')
-    with pytest.raises(UserError, match=r"a.txt ends in none of .json, .jsonl, .jsonl.gz, .jsonl.zst, .parquet$"):
+    with pytest.raises(UserError, match=r"a.txt must end in one of .json, .jsonl, .jsonl.gz, .jsonl.zst, .parquet$"):
         find_input([str(text)], formats=RECORD_FORMATS)
     with pytest.raises(
-        UserError, match=r"b.json ends in none of .txt, .*; name its ending in --suffixes to read it as"
+        UserError, match=r"b.json must end in one of .txt, .*; name its ending in --suffixes to read it as"
     ):
         find_files([str(records)])
     assert read(*find_files([str(records)], [".json"])) == ['{"text": "t"}']

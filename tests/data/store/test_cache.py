@@ -145,7 +145,7 @@ def test_forked_workers_read_by_fsspec_after_their_parent_did(bucket, tmp_path):
 def test_a_chunk_that_stays_wrong_is_named(bucket, tmp_path):
     remote = TokenBlocks(ADDRESS, SEQ_LEN, bucket.storage(tmp_path))
     bucket.fault = lambda key, number: "flip" if key.endswith("-3.bin") else None
-    message = rf"cannot read {ADDRESS}/chunk-0-3.bin \(tries: 3\): has another SHA-256 than index.json says"
+    message = rf"cannot read {ADDRESS}/chunk-0-3.bin \(tries: 3\): differs from its SHA-256 in index.json"
     with pytest.raises(UserError, match=message):
         rows(train_stream(remote))
     (folder,) = (path for path in tmp_path.iterdir() if len(path.name) == 32)
@@ -205,7 +205,7 @@ def test_a_damaged_local_chunk_is_named(tmp_path, kind):
     whole = file.read_bytes()
     assert first() is not None
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"chunk .*chunk-0-0.bin has another SHA-256 than index.json says; the dataset"):
+    with pytest.raises(UserError, match=r"chunk .*chunk-0-0.bin differs from its SHA-256 in index.json; the dataset"):
         first()
     file.unlink()
     with pytest.raises(UserError, match=r"cannot read chunk .*chunk-0-0.bin: No such file"):

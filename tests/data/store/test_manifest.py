@@ -97,7 +97,7 @@ def test_index_missing_damaged_or_of_other_data(dataset):
     content = json.loads(index.read_text())
     edit(index, updated_at="now")
     with pytest.raises(
-        UserError, match=r"val/index.json is damaged: it has another SHA-256 than the manifest says; copy"
+        UserError, match=r"val/index.json is damaged: its SHA-256 differs from that in the manifest; copy"
     ):
         Manifest.load(str(dataset))
     make_older(dataset)
@@ -222,13 +222,13 @@ def test_round_trip_of_chat(chat_dataset, tmp_path):
 
 def test_one_kind_is_not_taken_for_the_other(dataset, chat_dataset):
     expected = (
-        r"^dataset \S+/set holds documents of text, made by prepare text; wanted are conversations, which are made "
+        r"^dataset \S+/set holds documents of text, made by prepare text; needed are conversations, which are made "
         r"with: python -m meap_lit prepare chat --input FILES --tokenizer DIR --output DIR$"
     )
     with pytest.raises(UserError, match=expected):
         Manifest.load(str(dataset), kind="chat")
     expected = (
-        r"^dataset \S+/chat holds conversations, made by prepare chat; wanted are documents of text, which are made "
+        r"^dataset \S+/chat holds conversations, made by prepare chat; needed are documents of text, which are made "
         r"with: python -m meap_lit prepare text --input FILES --tokenizer DIR --output DIR$"
     )
     with pytest.raises(UserError, match=expected):

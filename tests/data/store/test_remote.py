@@ -30,7 +30,7 @@ FAULTS = {
     "500": r"InternalError \(status 500\): told to",
     "503": r"SlowDown \(status 503\): told to",
     "stall": "Read timeout on endpoint URL",
-    "trickle": r"only \d+ of 5120 bytes came in [12] seconds",
+    "trickle": r"only \d+ of 5120 bytes arrived in [12] seconds",
     "truncate": "2560 of 5120 bytes|2560 bytes read, 2560 more expected",
 }
 
@@ -155,7 +155,7 @@ WEB_FAULTS = {
     "reset": "ServerDisconnectedError|ClientOSError|Server disconnected",
     "500": "ClientResponseError: 500",
     "stall": "Timeout",
-    "trickle": r"only \d+ of None bytes came in [12] seconds",
+    "trickle": r"only \d+ of None bytes arrived in [12] seconds",
     "truncate": "ClientPayloadError",
 }
 

@@ -155,7 +155,7 @@ def test_a_dataset_without_a_validation_split_is_named(toy_recipe, prepared, tmp
     with caplog.at_level("INFO"):
         cli = fit(toy_recipe, {prepared.dataset: 1.0, output: 3.0})
     said = [message for message in caplog.messages if "validation split" in message]
-    assert said == [f"dataset {output} has no validation split; val/loss says nothing of it"]
+    assert said == [f"dataset {output} has no validation split; val/loss does not include it"]
     metrics = cli.trainer.callback_metrics
     assert metrics["val/loss"] == metrics["val/loss/dataset"], "the loss of what there is"
     assert "val/loss/unseen" not in metrics

@@ -46,8 +46,8 @@ def test_a_killed_worker_is_named(toy_recipe, tmp_path):
     [line] = [line for line in log.splitlines() if line.startswith("error: ")]
     # torch learns of it by a signal or by looking
     assert re.match(
-        r"error: a worker that reads data \(pid.*?\) (is killed by signal: Killed|exited unexpectedly): most often "
-        r"memory ran out; free some or lower data.num_workers \(0 reads within the training\), then resume",
+        r"error: a worker that reads data \(pid.*?\) (is killed by signal: Killed|exited unexpectedly): usually "
+        r"because memory ran out; free some or lower data.num_workers \(0 reads within the training\), then resume",
         line,
     )
     assert "Traceback" not in log
@@ -68,7 +68,7 @@ def test_workers_that_cannot_start(toy_recipe, monkeypatch, capsys):
 def test_the_loss_of_another_rank_is_one_line():
     error = RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:13988. This is")
     assert str(_as_user_error(error)) == (
-        "another process of this run is gone (Connection closed by peer [10.0.0.2]); its own output says what ended it"
+        "another process of this run has ended (Connection closed by peer [10.0.0.2]); its own output has the reason"
     )
 
 

@@ -12,7 +12,7 @@ from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.hallucination import Hallucination, until_stop
 
 DOCUMENTS = [
-    f"The {colour} lantern hangs near {number} stones. It is {{old}}." for number, colour in enumerate("abcdefgh")
+    f"The {color} lantern hangs near {number} stones. It is {{old}}." for number, color in enumerate("abcdefgh")
 ]
 
 

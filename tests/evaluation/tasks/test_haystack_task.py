@@ -71,7 +71,7 @@ def test_prompt_and_answer_fill_the_length(kind, model, haystack) -> None:
         assert item.num_tokens == len(item.input_ids) + 7 == item.cell["length"]
         assert item.fields["num_prompt_tokens"] == len(item.input_ids)
         assert item.input_ids[0] == model.tokenizer.eos_token_id
-        assert item.input_ids == model.encode(text_of(model, item.input_ids)), "as the whole prompt is tokenised"
+        assert item.input_ids == model.encode(text_of(model, item.input_ids)), "as the whole prompt is tokenized"
         before, after = parts(model, item)
         if item.cell["depth"] == 0:
             assert (before, item.fields["true_depths"]) == ("", [0])
