@@ -43,4 +43,6 @@ def check_range(name: str, value: float | None, bounds: str, hint: str = "") -> 
         return
     wanted = f"in {bounds}" if high != "inf" else f"at least {low}" if bounds[0] == "[" else f"above {low}"
     finite = " and finite" if high == "inf" and value == math.inf else ""
-    raise UserError(f"{name} must be {wanted}{finite}, got {value if isinstance(value, int) else format(value, 'g')}{hint}")
+    raise UserError(
+        f"{name} must be {wanted}{finite}, got {value if isinstance(value, int) else format(value, 'g')}{hint}"
+    )
