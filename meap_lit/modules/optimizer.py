@@ -30,15 +30,19 @@ class AdamW:
     weight_decay: float = 0.05
 
     def __post_init__(self) -> None:
-        check_range("optimizer.lr", self.lr, "(0, 1]")  # Adam moves every weight by about so much
+        check_range("model.optimizer.lr", self.lr, "(0, 1]")  # Adam moves every weight by about so much
         if not 0 <= self.final_lr <= self.lr:
-            raise UserError(f"optimizer.final_lr must be in [0, optimizer.lr = {self.lr:g}], got {self.final_lr:g}")
-        check_range("optimizer.warmup_share", self.warmup_share, "[0, 1]")
+            raise UserError(
+                f"model.optimizer.final_lr must be in [0, model.optimizer.lr = {self.lr:g}], got {self.final_lr:g}"
+            )
+        check_range("model.optimizer.warmup_share", self.warmup_share, "[0, 1]")
         for beta in self.betas:
-            check_range("optimizer.betas", beta, "[0, 1)")
-        check_range("optimizer.eps", self.eps, "(0, 1)")
+            check_range("model.optimizer.betas", beta, "[0, 1)")
+        check_range("model.optimizer.eps", self.eps, "(0, 1)")
         if not 0 <= self.weight_decay * self.lr < 1:  # a step takes this share of every weight
-            raise UserError(f"optimizer.weight_decay must be in [0, 1 / optimizer.lr), got {self.weight_decay:g}")
+            raise UserError(
+                f"model.optimizer.weight_decay must be in [0, 1 / model.optimizer.lr), got {self.weight_decay:g}"
+            )
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
         """Return the optimizer of the trained parameters of `model`; matrices decay, vectors do not."""

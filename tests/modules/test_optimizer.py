@@ -66,9 +66,9 @@ def test_options_override_those_of_a_restored_state():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lr": 0.0}, r"optimizer.lr must be in \(0, 1\], got 0"),
-        ({"lr": 1e-4, "final_lr": 1e-3}, r"optimizer.final_lr must be in \[0, optimizer.lr = 0.0001\], got 0.001"),
-        ({"warmup_share": 2.0}, r"optimizer.warmup_share must be in \[0, 1\], got 2"),
+        ({"lr": 0.0}, r"model.optimizer.lr must be in \(0, 1\], got 0"),
+        ({"lr": 1e-4, "final_lr": 1e-3}, r"final_lr must be in \[0, model.optimizer.lr = 0.0001\], got 0.001"),
+        ({"warmup_share": 2.0}, r"model.optimizer.warmup_share must be in \[0, 1\], got 2"),
     ],
 )
 def test_wrong_values_are_named(values, message):
