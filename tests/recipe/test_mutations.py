@@ -158,7 +158,7 @@ BOMB = "bomb:\n- &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         (
             "lr: 3.0e-3",
             "weight_decay: -1.0, lr: 3.0e-3",
-            "model.optimizer.weight_decay must be in [0, 1 / model.optimizer",
+            "model.optimizer.weight_decay must be in [0, 1 / ",
         ),
         ("lr: 3.0e-3", f"lr: {'x' * 10_000}", "got xxx"),
         ("class_path: meap_lit.data.pretraining.PretrainingData", "class_path: [a]", "a class_path must be text, not"),
