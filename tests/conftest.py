@@ -58,11 +58,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_environment() -> Iterator[None]:
-    """Undo what a test or a fixture sets, as Lightning sets MASTER_PORT: later tests start processes of their own."""
+    """Undo what a test sets, such as Lightning's MASTER_PORT and process group: later tests start their own processes."""
     yield
     for name in os.environ.keys() - _ENVIRONMENT.keys() - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update(_ENVIRONMENT)
+    if torch.distributed.is_initialized():  # a forked process would take the group for its own and wait in it for good
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
