@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_environment() -> Iterator[None]:
-    """Undo what a test sets, such as Lightning's MASTER_PORT and process group: later tests start their own processes."""
+    """Undo what a test sets, such as MASTER_PORT and a process group: later tests start processes of their own."""
     yield
     for name in os.environ.keys() - _ENVIRONMENT.keys() - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
