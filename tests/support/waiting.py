@@ -64,6 +64,7 @@ class Steps(L.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         global kind
+        trainer.checkpoint_callback.on_train_batch_start(trainer)  # a checkpoint of the step before is written now
         number = trainer.global_step + 1
         kind = LOGGED if number % trainer.log_every_n_steps == 0 or number == trainer.max_steps else UNLOGGED
         steps[kind] += batch_idx % trainer.accumulate_grad_batches == 0
