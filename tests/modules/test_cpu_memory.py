@@ -9,7 +9,7 @@ import pytest
 
 PAGES = """
 import resource
-from meap_lit.host import keep_freed_memory
+from meap_lit.modules.cpu_memory import keep_freed_memory
 keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 import ctypes
