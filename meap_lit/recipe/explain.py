@@ -28,6 +28,8 @@ None for a single value, and for a class that the recipe itself names.
 
 _KEY = re.compile(r'Parser key "([^"]+)": ')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)': ")
+# of a value that may be of several types, each with its error, the one that a class of ours raised for the given value
+_OWN = re.compile(r"^\s*- (model\.[\w.]+ must .*)$", re.MULTILINE)
 # for an optional class, jsonargparse adds that the value is not null either, and prints all of it
 _TAIL = re.compile(r"(\s*- Expected a <class 'NoneType'>| Given value type: ).*")
 _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ")
@@ -130,6 +132,8 @@ def explain(message: str, known: Known) -> str:
     'global_batch' is not accepted - Expected ...` becomes `data: m.Data has no option 'global_batch'; did you mean
     'global_batch_size'?`.
     """
+    if own := _OWN.search(message):
+        return own[1]
     text = _UNION.sub("", _TAIL.sub("", " ".join(message.split())))
     keys, classes = _KEY.findall(text), _CLASS.findall(text)
     where = ".".join(keys)

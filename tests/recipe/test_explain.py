@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.recipe.explain import check_values, explain
 
@@ -134,3 +135,16 @@ def test_a_value_that_the_parser_lets_pass_is_named(path, value, message):
 )
 def test_null_is_taken_where_it_means_something(path, value):
     check_values(changed(value, path), KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model.mask_ratio.hold_off", "-3"), "model.mask_ratio.hold_off must be at least 0, got -3"),
+        (("--model.mask_ratio.mask_ratio", "15"), "model.mask_ratio.mask_ratio must be in [0, 1), got 15; write 0.15"),
+    ],
+)
+def test_a_wrong_value_of_a_schedule_is_named_though_a_number_would_do(toy_recipe, capsys, words, message):
+    schedule = ["--model.mask_ratio", "meap_lit.masking.WarmupHold"]
+    assert main(["fit", "--config", str(toy_recipe), *schedule, *words]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
