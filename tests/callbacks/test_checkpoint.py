@@ -23,6 +23,8 @@ from meap_lit.errors import UserError
 from tests.support.checkpoints import read
 from tests.support.toy_module import fork, kill_at, train
 
+pytestmark = pytest.mark.slow
+
 
 def visible(folder):
     return sorted(path.name for path in folder.glob("*.ckpt"))

@@ -16,6 +16,8 @@ from meap_lit.errors import UserError
 from meap_lit.recipe.cli import RecipeCLI
 from tests.support.object_store import one_store, store  # noqa: F401  fixtures
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def text_dataset(prepared, tmp_path_factory):

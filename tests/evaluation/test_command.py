@@ -15,6 +15,8 @@ from meap_lit.evaluation import command as evaluate
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.recipe.file import lineage
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes" / "eval").glob("*.yaml"))
 RECORDS = json.loads((ROOT / "data" / "eval" / "reasoning.json").read_text())

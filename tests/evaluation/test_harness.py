@@ -27,6 +27,8 @@ from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.commonsense import Commonsense
 from meap_lit.inference.language_model import LanguageModel
 
+pytestmark = pytest.mark.slow
+
 ARC = [
     ("What keeps the old river near the market?", ["a stone", "the bright lantern of every garden", "new"], "B"),
     ("Which lantern is quiet? ", ["every one", "none", "the old"], "A"),

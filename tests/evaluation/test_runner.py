@@ -23,6 +23,8 @@ from meap_lit.evaluation.tasks.key_value import KeyValueRetrieval
 from meap_lit.inference.language_model import LanguageModel
 from tests.support.toy_task import CountLetters
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def recipe(tmp_path):

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PAGES = """
 import resource
 from meap_lit.modules.cpu_memory import keep_freed_memory

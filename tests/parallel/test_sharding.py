@@ -11,6 +11,8 @@ from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
 from meap_lit.model.attention import Documents
 from meap_lit.model.recompute import checkpoint_and_compile
 
+pytestmark = pytest.mark.slow
+
 TOY = DecoderConfig(
     num_layers=10,  # more than torch.compile would compile one function for
     num_heads=4,

@@ -8,6 +8,8 @@ import pytest
 from meap_lit.cli import main
 from meap_lit.planning.command import PlanCLI
 
+pytestmark = pytest.mark.slow
+
 RECIPE = "recipes/pretrain/meap_1.1b.yaml"
 
 

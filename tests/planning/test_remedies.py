@@ -7,6 +7,8 @@ from meap_lit.planning.devices import Devices
 from meap_lit.planning.memory import Step, memory_of
 from meap_lit.planning.remedies import smallest_changes
 
+pytestmark = pytest.mark.slow
+
 SMALL = DecoderConfig(
     num_layers=8, num_heads=8, num_kv_heads=8, hidden_size=512, intermediate_size=1408, vocab_size=32_064
 )

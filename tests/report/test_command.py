@@ -10,6 +10,8 @@ from meap_lit.cli import main
 from tests.conftest import TOY_RECIPE
 from tests.support.toy_study import recipe, write_run
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Trained:

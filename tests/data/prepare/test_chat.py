@@ -24,6 +24,8 @@ from meap_lit.tokenizer.builtin_templates import NAMED
 from meap_lit.tokenizer.chat_template import ChatTemplate
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def records(number):
     return [

@@ -23,6 +23,8 @@ from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.support.object_store import one_store, store  # noqa: F401  fixtures
 from tests.support.word_tokenizer import save_word_level
 
+pytestmark = pytest.mark.slow
+
 
 def write_jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -23,6 +23,8 @@ from meap_lit.data.stream.text import BlockReader, TokenBlocks
 from meap_lit.errors import UserError
 from tests.support.object_store import one_store, store  # noqa: F401  fixtures
 
+pytestmark = pytest.mark.slow
+
 SEQ_LEN = 7
 NUM_CHUNKS = 24
 ADDRESS = "s3://bucket/train"

@@ -8,6 +8,8 @@ from meap_lit.data.store.remote import Storage
 from meap_lit.errors import UserError
 from tests.support.object_store import one_store, store  # noqa: F401  fixtures
 
+pytestmark = pytest.mark.slow
+
 CONTENT = bytes(range(256)) * 20
 ADDRESS = "s3://bucket/folder/object"
 
