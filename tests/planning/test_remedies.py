@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from meap_lit.model import DecoderConfig
 from meap_lit.planning.devices import Devices
 from meap_lit.planning.memory import Step, memory_of
