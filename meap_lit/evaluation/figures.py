@@ -1,6 +1,6 @@
 """Figures of results.
 
-pyplot is not used, so there is no global state. matplotlib is imported when the first figure is drawn.
+The figures do not use pyplot, which keeps global state. matplotlib is imported when the first figure is drawn.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

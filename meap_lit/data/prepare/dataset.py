@@ -102,7 +102,7 @@ class PrepareDataset(Preparation, ABC):
         input: Files, folders and glob patterns, local or remote such as s3://bucket/folder.
         tokenizer: Folder with a tokenizer.json.
         val_share: Share of the documents or conversations held out for validation, at least one, chosen by a hash of
-            their text; in [0, 1). With 0 there is no val split.
+            their text; in [0, 1). 0 makes only the train split.
         on_error: What to do at a line or record that cannot be read: stop, or skip it and report how many were skipped.
         chunk_bytes: Size of a chunk file.
         shard: Part i of n of the input to prepare, such as 3/8, i from 0 to n - 1 as SLURM_ARRAY_TASK_ID of

@@ -30,7 +30,7 @@ class SplitWriter:
         self._writers = {name: new_writer(name) for name in (("train", "val") if val_share > 0 else ("train",))}
         self._val_share = val_share
         self.reserve_draw: float | None = None
-        """Draw of the document in the split `reserve`; None if there is no such split."""
+        """Draw of the document in the split `reserve`; None without such a split."""
         self._reserve: Any = None
         self._reserve_draw = 1.0 if val_share > 0 else 0.0
 

@@ -125,7 +125,7 @@ class Manifest:
         and have its size; what chunks hold is compared when they are first read.
 
         Raises:
-            UserError: If there is no whole dataset, or one of another kind than is wanted.
+            UserError: If the folder holds no complete dataset, or a dataset of another kind.
         """
         read = _reader(location, storage, kind)
         manifest = cls._parse(read(MANIFEST_FILE), location)
