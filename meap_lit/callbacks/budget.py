@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
@@ -27,6 +27,9 @@ _WITHOUT_EFFECT = {
     "val_check_interval": (1.0,),
 }
 """Values of some of these, besides the Trainer's defaults, that have no effect."""
+
+TRAINER_OPTIONS = ("precision", "gradient_clip_val")
+"""Options of the Trainer that decide what a run learns."""
 
 
 def check_trainer(options: Mapping[str, Any]) -> None:
@@ -70,6 +73,9 @@ class Budget(L.Callback):
     Raises:
         UserError: If not exactly one of the three is set, or a number is below 1.
     """
+
+    incidental: ClassVar = ("val_every_n_steps",)
+    """Options that do not decide what a run learns; runs that differ in them alone compare as equal in a report."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 import time
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import lightning as L
 import numpy as np
@@ -36,6 +37,9 @@ class RetrievalProbe(L.Callback):
     Raises:
         UserError: If `max_share` is not in (0, 1].
     """
+
+    incidental: ClassVar = ("batch_size", "max_share")
+    """Options that do not decide an accuracy, see `Budget.incidental`."""
 
     def __init__(
         self,

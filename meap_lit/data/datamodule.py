@@ -49,6 +49,11 @@ class StreamingData(L.LightningDataModule, ABC):
 
     kind: ClassVar[Kind]
     """Kind of samples in the datasets."""
+    incidental: ClassVar[tuple[str, ...]] = (
+        *("seed", "micro_batch_size", "num_workers", "preparation"),
+        *("cache_dir", "cache_bytes", "storage_options", "storage_tries", "storage_timeout"),
+    )
+    """Options that do not decide what a run learns, beside a seed."""
 
     def __init__(
         self,

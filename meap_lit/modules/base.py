@@ -4,7 +4,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -46,6 +46,9 @@ class DecoderModule(L.LightningModule, ABC):
             do not change, so a resume may switch it on or off. Needs torchao and a GPU of compute capability 8.9 or
             newer; faster only with `compile: true` and trainer.precision bf16-mixed.
     """
+
+    incidental: ClassVar[tuple[str, ...]] = ("activation_checkpointing", "compile")
+    """Options of a class that do not decide what a run learns, see `Budget.incidental`; a seed is one."""
 
     def __init__(
         self,

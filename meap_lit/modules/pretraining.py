@@ -36,6 +36,8 @@ class MEAPPretraining(DecoderModule):
         **kwargs: As for `DecoderModule`.
     """
 
+    incidental = (*DecoderModule.incidental, "seed")
+
     def __init__(
         self,
         mask_ratio: float | MaskSchedule,

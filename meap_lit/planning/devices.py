@@ -1,13 +1,17 @@
 """The devices of a run, and how a recipe's strategy divides the model among them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pydoc import locate
+from typing import Any, Literal, cast
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from meap_lit.errors import UserError
 from meap_lit.parallel.strategies import Sharded, gathered_dtype, shard_size_of
+from meap_lit.recipe import packaged
 
 
 @dataclass(frozen=True)
@@ -73,20 +77,18 @@ def devices_of(trainer: Namespace, devices: int | None = None, nodes: int | None
     nodes = trainer.num_nodes if nodes is None else nodes
     if not str(devices).isdigit() or int(devices) < 1:
         raise UserError(f"set the devices of a node with --devices; trainer.devices is {devices}")
-    number, strategy = int(devices) * nodes, trainer.strategy
-    name, options = (strategy, {}) if isinstance(strategy, str) else (strategy.class_path, strategy.get("init_args"))
-    name, options = name.rsplit(".", 1)[-1], vars(options) if options else {}
-    if name == "SingleDeviceStrategy" and number > 1:
-        raise UserError(f"trainer.strategy SingleDeviceStrategy is for one device, not for {number}")
-    if name == "SingleDeviceStrategy" or (name == "auto" and number == 1):
+    number = int(devices) * nodes
+    kind, options = _strategy(trainer.strategy, number)
+    if issubclass(kind, SingleDeviceStrategy):
+        if number > 1:
+            raise UserError(f"trainer.strategy {kind.__name__} is for one device, not for {number}")
         return Devices()
-    if name in ("auto", "ddp", "DDPStrategy"):
+    if issubclass(kind, DDPStrategy):
         return Devices(number, buckets="view" if options.get("gradient_as_bucket_view") else "copy")
-    if name != Sharded.__name__:
-        raise UserError(
-            f"trainer.strategy {name} is not known to plan; it knows auto, ddp, SingleDeviceStrategy and "
-            f"meap_lit.parallel.strategies.Sharded"
-        )
+    if not issubclass(kind, Sharded):
+        given = trainer.strategy if isinstance(trainer.strategy, str) else kind.__name__
+        overlays = ", ".join(name for name in packaged.names() if name.startswith("recipes/strategy/"))
+        raise UserError(f"trainer.strategy {given} is not known to plan; use one of {overlays}")
     tensor_parallel_size = options["tensor_parallel_size"]
     return Devices(
         number,
@@ -98,6 +100,14 @@ def devices_of(trainer: Namespace, devices: int | None = None, nodes: int | None
         reduce_dtype=getattr(torch, options["reduce_dtype"] or "float32"),
         cpu_offload=options["cpu_offload"],
     )
+
+
+def _strategy(given: str | Namespace, number: int) -> tuple[type, Mapping[str, Any]]:
+    """Return class and options of a recipe's strategy; Lightning registers the names."""
+    if isinstance(given, Namespace):
+        return cast(type, locate(given.class_path)), given.get("init_args") or {}
+    name = given if given != "auto" else "single_device" if number == 1 else "ddp"
+    return (StrategyRegistry[name]["strategy"], {}) if name in StrategyRegistry else (object, {})
 
 
 def precision(given: str | int | None) -> str:

@@ -8,24 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meap_lit.callbacks import Budget, RetrievalProbe
+from meap_lit.callbacks.budget import TRAINER_OPTIONS
+from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import UserError
+from meap_lit.modules.base import DecoderModule
 from meap_lit.report.runs import Kind, Run, shown
 
-_KEPT = {
-    "trainer": {"precision", "gradient_clip_val"},
-    "probe": {"lengths", "depths", "num_items", "num_options", "seed", "filler"},
-    "budget": {"max_tokens", "max_steps", "max_epochs"},
-}
-"""Keys of these parts that decide a result; the others concern the machine or what is written."""
-_IGNORED = {
-    "model": {"seed", "activation_checkpointing", "compile"},
-    "data": {
-        *("seed", "micro_batch_size", "num_workers", "preparation", "cache_dir", "cache_bytes"),
-        *("storage_options", "storage_tries", "storage_timeout"),
-    },
-}
-"""Keys of these parts that do not decide a result."""
-_RATIOS = ("mask_ratio", "mask_ratios", "start", "end")
+_PARTS = {"model": DecoderModule, "data": StreamingData, "budget": Budget, "probe": RetrievalProbe}
+"""Parts of a recipe besides `trainer`, and the classes that take them; `incidental` are options without influence."""
 
 
 @dataclass(eq=False)
@@ -63,10 +54,7 @@ class Arm:
         """Whether nothing was masked, neither in these runs nor in the pretraining that they started from."""
         if self.origin is not None and self.kind == "pretraining" and not self.origin.is_plain:
             return False
-        if not isinstance(self.recipe.get(self.ratio_key), str):
-            return not self.ratio
-        ratios = [self.recipe.get(f"{self.ratio_key}.{name}") for name in _RATIOS]
-        return not any(any(ratio) if isinstance(ratio, list) else ratio for ratio in ratios)
+        return not self.recipe.get(self.ratio_key)  # 0 or nothing; a schedule masks
 
     @property
     def ratio_key(self) -> str:
@@ -210,13 +198,14 @@ def _origin(run: Run, runs: Sequence[Run]) -> Run | None:
 def recipe_of(run: Run) -> dict[str, Any]:
     """Return the values of a recipe that decide the result, by dotted key, without seeds and nulls."""
     values: dict[str, Any] = {}
-    for part in ("model", "data", "budget", "probe", "trainer"):
-        _flatten(part, run.config.get(part), values)
-    return {key: value for key, value in values.items() if _decides(*f"{key}.".split(".")[:2])}
-
-
-def _decides(part: str, name: str) -> bool:
-    return name in _KEPT.get(part, {name}) and name not in _IGNORED.get(part, ())
+    for part, kind in _PARTS.items():
+        found: dict[str, Any] = {}
+        _flatten(part, run.config.get(part), found)
+        ignored = {f"{part}.{name}" for one in (kind, *kind.__subclasses__()) for name in one.incidental}
+        values |= {key: value for key, value in found.items() if ".".join(key.split(".")[:2]) not in ignored}
+    for name in TRAINER_OPTIONS:
+        _flatten(f"trainer.{name}", run.config["trainer"].get(name), values)
+    return values
 
 
 def _flatten(key: str, value: Any, values: dict[str, Any]) -> None:
