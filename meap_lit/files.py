@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import socket
-import uuid
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any
 
 from meap_lit.errors import UserError
 
-_OWNER_FILE = ".owner.json"
+_PARTIAL = re.compile(r"\.partial-(?:(?P<pid>\d+)@(?P<host>.+)|[0-9a-f]{8})$")  # eight digits: of version 0.1
+_SECONDS_PER_DAY = 86_400
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some Windows programs begin a file with it
 
 
@@ -86,12 +87,12 @@ def why_no_text(raw: bytes) -> str:
 
 def write_file(file: Path, content: str | bytes) -> None:
     """Write a file in one step: readers see its old content or the new, and a killed process leaves no half of it."""
-    aside = file.with_name(f"{file.name}.partial-{os.getpid()}")
+    partial = partial_path(file)
     try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(aside, file)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, file)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
@@ -99,22 +100,18 @@ def write_file(file: Path, content: str | bytes) -> None:
 def new_folder(output: Path) -> Iterator[Path]:
     """Provide an empty folder beside `output` that takes its name when the block ends well, and goes when it fails.
 
-    What a killed run left behind is removed, recognized by its name and by the record of its process; a folder
-    whose process still lives is left alone.
+    What killed runs left behind is removed, see `is_abandoned`.
     """
+    folder = partial_path(output)
     for old in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
-        if _is_abandoned(old):
-            shutil.rmtree(old)
-    folder = output.parent / f"{output.name}.partial-{uuid.uuid4().hex[:8]}"
+        if old == folder or is_abandoned(old):  # a container that starts again has the same host and process id
+            remove(old)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot make folder {output}: {error.strerror}") from error
-    owner = folder / _OWNER_FILE
     try:
-        owner.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         yield folder
-        owner.unlink()
         try:
             os.rename(folder, output)
         except OSError as error:
@@ -126,31 +123,39 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Return whether a folder is one that `new_folder` has not renamed: being made, or left by a killed run."""
-    return re.search(r"\.partial-[0-9a-f]{8}$", folder.name) is not None
+def partial_path(path: Path) -> Path:
+    """Return the name beside `path` under which this process writes it before it is whole, or removes it."""
+    return path.parent / f"{path.name}.partial-{os.getpid()}@{socket.gethostname()}"
 
 
-def _is_abandoned(folder: Path) -> bool:
-    if folder.is_symlink():  # somebody else's: what a run makes is a folder
+def is_partial(path: Path) -> bool:
+    """Return whether a name is one of `partial_path`, which a kill may leave."""
+    return _PARTIAL.search(path.name) is not None
+
+
+def is_abandoned(path: Path) -> bool:
+    """Return whether the process that wrote such a file or folder has ended; on another host, after a silent day."""
+    match = _PARTIAL.search(path.name)
+    if match is None or match["pid"] is None:
         return False
+    if match["host"] != socket.gethostname():
+        newest = max(file.lstat().st_mtime for file in (path, *path.rglob("*")))
+        return time.time() - newest > _SECONDS_PER_DAY
     try:
-        owner = json.loads((folder / _OWNER_FILE).read_text())
-        host, pid = owner["host"], int(owner["pid"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return host == socket.gethostname() and pid > 0 and has_ended(pid)
-
-
-def has_ended(pid: int) -> bool:
-    """Return whether no process of this machine has an id."""
-    try:
-        os.kill(pid, 0)
+        os.kill(int(match["pid"]), 0)
     except ProcessLookupError:
         return True
     except (PermissionError, OverflowError):
         pass
     return False
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

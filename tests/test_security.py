@@ -524,14 +524,14 @@ def test_answers_of_an_evaluation_are_json_and_damage_is_named(tmp_path):
         Records(tmp_path / "out", {"task": "x"})
 
 
-def test_a_link_beside_an_output_is_left_alone(tmp_path):
+def test_nothing_behind_a_link_beside_an_output_is_removed(tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / ".owner.json").write_text(json.dumps({"host": os.uname().nodename, "pid": 4194304}))
-    (tmp_path / "out.partial-x").symlink_to(tmp_path / "mine")
+    (tmp_path / "mine" / "file").touch()
+    (tmp_path / f"out.partial-4194304@{os.uname().nodename}").symlink_to(tmp_path / "mine")
     with new_folder(tmp_path / "out"):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "out.partial-x"]
-    assert (tmp_path / "mine" / ".owner.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+    assert (tmp_path / "mine" / "file").is_file()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"step": "PrepareText"}', "[" * 100_000])

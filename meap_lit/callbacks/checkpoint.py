@@ -2,9 +2,6 @@
 
 import itertools
 import os
-import shutil
-import socket
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -22,16 +19,12 @@ from meap_lit.callbacks.budget import Budget
 from meap_lit.checkpoint.checksums import check, checksums, seal, to_disk
 from meap_lit.checkpoint.folder import StoredCheckpoint, write
 from meap_lit.errors import UserError, check_range
-from meap_lit.files import has_ended
+from meap_lit.files import is_abandoned, partial_path, remove
 from meap_lit.modules.log_steps import ends_step
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
 
 LAST = "last.ckpt"
-_ASIDE = ".partial-"
-"""In the name of a checkpoint that is being written or removed; such a name does not end in .ckpt."""
-
-_SECONDS_PER_DAY = 86_400
 
 
 class Checkpoint(callbacks.Checkpoint):
@@ -203,7 +196,7 @@ class Checkpoint(callbacks.Checkpoint):
         if trainer.is_global_zero:  # before another rank can begin
             self._remove_leftovers(trainer)
         path = self._free_name()
-        path, aside = trainer.strategy.broadcast((path, _aside(path)))
+        path, aside = trainer.strategy.broadcast((path, partial_path(path)))
         old = sorted(self.best_k_models, key=lambda kept: self.best_k_models[kept])
         old = old[: max(0, len(old) + 1 - self.save_top_k)] if self.save_top_k > 0 else []
         removed = [Path(kept) for kept in old if self._may_remove(self.best_k_models.pop(kept), kept, trainer)]
@@ -242,7 +235,7 @@ class Checkpoint(callbacks.Checkpoint):
             ranks.do(lambda: _publish(aside, path, found) if is_first else None)
         except BaseException as error:
             if is_first:
-                _remove(aside)
+                remove(aside)
             if not isinstance(error, OSError):
                 raise
             raise UserError(
@@ -266,14 +259,10 @@ class Checkpoint(callbacks.Checkpoint):
         here = Path(self.dirpath)
         resumed_from = Path(trainer.ckpt_path).absolute().parent if trainer.ckpt_path else here
         for folder in (here, resumed_from):
-            versions = folder.parent.parent.glob(f"version_*/{folder.name}/*{_ASIDE}*")
-            for old in {*folder.glob(f"*{_ASIDE}*"), *versions}:
-                if old.parent == here or _is_abandoned(old):
-                    _remove(old)
-
-
-def _aside(path: Path) -> Path:
-    return Path(f"{path}{_ASIDE}{os.getpid()}@{socket.gethostname()}")
+            versions = folder.parent.parent.glob(f"version_*/{folder.name}/*.partial-*")
+            for old in {*folder.glob("*.partial-*"), *versions}:
+                if old.parent == here or is_abandoned(old):
+                    remove(old)
 
 
 def _folder_of(trainer: L.Trainer) -> str:
@@ -290,20 +279,11 @@ def _refuse_remote(dirpath: Any) -> None:
         raise UserError(f"checkpoint.dirpath must be a folder of this machine or its network, got {dirpath}")
 
 
-def _is_abandoned(path: Path) -> bool:
-    """Return whether the process that wrote it has ended; on another host, after a day of silence."""
-    pid, _, host = path.name.rpartition(_ASIDE)[2].partition("@")
-    if host == socket.gethostname() and pid.isdigit():
-        return has_ended(int(pid))
-    files = [path, *path.iterdir()] if path.is_dir() else [path]
-    return time.time() - max(file.lstat().st_mtime for file in files) > _SECONDS_PER_DAY
-
-
 def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
     """Give a written checkpoint its checksums and its name, and move the link `last.ckpt` to it."""
     seal(aside, found)
     os.rename(aside, path)
-    link = _aside(path.with_name(LAST))
+    link = partial_path(path.with_name(LAST))
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
     os.replace(link, path.with_name(LAST))
@@ -312,16 +292,9 @@ def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
 
 def _take_away(path: Path) -> None:
     if path.exists():
-        aside = _aside(path)
+        aside = partial_path(path)
         os.rename(path, aside)  # part of a folder must not look like a checkpoint
-        _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        path.unlink()
+        remove(aside)
 
 
 def on_host(state: Any) -> Any:
@@ -352,7 +325,7 @@ class FolderIO(CheckpointIO):
         return StoredCheckpoint(Path(path)).read_all()
 
     def remove_checkpoint(self, path: Any) -> None:
-        _remove(Path(path))
+        remove(Path(path))
 
 
 def _use_folders(strategy: Strategy) -> None:

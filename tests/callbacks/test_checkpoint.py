@@ -45,7 +45,7 @@ KILLS = [
     ("pathlib.Path.symlink_to", 2, ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]),
     ("os.replace", 2, ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]),
     ("os.rename", 5, ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]),  # of the old one, to remove it
-    ("meap_lit.callbacks.checkpoint._remove", 1, ["last.ckpt", "step=4.ckpt"]),
+    ("meap_lit.callbacks.checkpoint.remove", 1, ["last.ckpt", "step=4.ckpt"]),
 ]
 
 

@@ -29,7 +29,7 @@ from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.data.store.chunks import INDEX_FILE, SAMPLES_FILE, ChatSplit, Split, check_chunk, check_index, hash_files
 from meap_lit.data.store.manifest import VERSION, ChatDetails, Kind, Manifest, PartDetails, Source, load_samples
 from meap_lit.errors import UserError
-from meap_lit.files import is_unfinished, read_json
+from meap_lit.files import is_partial, read_json
 
 _KINDS: dict[str, Kind] = {"PrepareText": "text", "PrepareChat": "chat"}
 
@@ -119,7 +119,7 @@ def _find_folders(inputs: Sequence[str]) -> list[Path]:
         named = [match for match in matches if match.is_dir()]
         if not named:
             raise UserError(f"input {name} is not a folder; {_HINT}")
-        folders += [folder for folder in named if not is_unfinished(folder)]
+        folders += [folder for folder in named if not is_partial(folder)]
     return folders
 
 

@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import socket
 from dataclasses import dataclass, field
@@ -8,7 +7,7 @@ import pytest
 
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.errors import UserError
-from meap_lit.files import is_unfinished, new_folder
+from meap_lit.files import is_partial, new_folder
 
 
 @dataclass(kw_only=True)
@@ -81,28 +80,25 @@ def dead_process():
     return pid
 
 
-def partial(tmp_path, name, pid, host=None):
-    folder = tmp_path / name
-    folder.mkdir()
-    (folder / ".owner.json").write_text(json.dumps({"host": host or socket.gethostname(), "pid": pid}))
-
-
 def test_only_what_an_ended_run_left_behind_is_removed(tmp_path):
-    dead = dead_process()
-    partial(tmp_path, "out.partial-0001", dead)
-    partial(tmp_path, "out.partial-0002", os.getpid())
-    partial(tmp_path, "out.partial-0003", dead, host="elsewhere")
-    partial(tmp_path, "other.partial-0004", dead)
-    (tmp_path / "out.partial-mine").mkdir()
+    dead, host = dead_process(), socket.gethostname()
+    kept = [f"out.partial-{os.getppid()}@{host}", f"out.partial-{dead}@elsewhere", "out.partial-mine"]
+    kept.append(f"other.partial-{dead}@{host}")
+    old = f"out.partial-{dead}@elsewhere.org"
+    for name in (*kept, f"out.partial-{dead}@{host}", f"out.partial-{os.getpid()}@{host}", old):
+        (tmp_path / name / "train").mkdir(parents=True)
+    for folder in (tmp_path / old / "train", tmp_path / old):
+        os.utime(folder, (0, 0))
     Write(output=str(tmp_path / "out"), text="hello").run()
-    assert names(tmp_path) == ["other.partial-0004", "out", *[f"out.partial-{n}" for n in ("0002", "0003", "mine")]]
+    assert names(tmp_path) == sorted([*kept, "out"])
 
 
-def test_a_folder_is_unfinished_until_it_has_its_name(tmp_path):
+def test_a_folder_is_partial_until_it_has_its_name(tmp_path):
     with new_folder(tmp_path / "out") as folder:
-        assert is_unfinished(folder)
-    assert not is_unfinished(tmp_path / "out")
-    assert not is_unfinished(tmp_path / "my.partial-results")
+        assert is_partial(folder)
+    assert not is_partial(tmp_path / "out")
+    assert not is_partial(tmp_path / "my.partial-results")
+    assert is_partial(tmp_path / "out.partial-0123abcd")  # of version 0.1
 
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
@@ -124,7 +120,7 @@ def test_a_disk_that_is_full_from_the_start_keeps_nothing(tmp_path, monkeypatch)
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full)
-    with pytest.raises(UserError, match="no space left to make"), new_folder(tmp_path / "out"):
+    monkeypatch.setattr("pathlib.Path.mkdir", full)
+    with pytest.raises(UserError, match=r"cannot make folder .*out: No space left"), new_folder(tmp_path / "out"):
         pass
     assert not list(tmp_path.iterdir())
