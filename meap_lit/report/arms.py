@@ -15,7 +15,7 @@ from meap_lit.errors import UserError
 from meap_lit.modules.base import DecoderModule
 from meap_lit.report.runs import Kind, Run, shown
 
-_PARTS = {"model": DecoderModule, "data": StreamingData, "budget": Budget, "probe": RetrievalProbe}
+_PARTS: dict[str, Any] = {"model": DecoderModule, "data": StreamingData, "budget": Budget, "probe": RetrievalProbe}
 """Parts of a recipe besides `trainer`, and the classes that take them; `incidental` are options without influence."""
 
 
