@@ -349,6 +349,21 @@ def test_vocabulary_below_the_bytes(tmp_path):
     assert Tokenizer.load(str(tmp_path / "out")).vocab_size == 258
 
 
+def test_files_that_are_passed_over_are_said(tmp_path, capsys):
+    texts = tmp_path / "in"
+    texts.mkdir()
+    for name in ("a.txt", "b.py", "c.py"):
+        (texts / name).write_text("abc")
+    TrainTokenizer(input=[str(texts)], vocab_size=258, output=str(tmp_path / "out")).run()
+    assert " 1 documents, " in (printed := capsys.readouterr().out)
+    line = "  skipped  files in the folders, 2 .py; to read those that are text too: --suffixes .txt .py"
+    assert printed.splitlines()[1:] == [line]
+    words = {"suffixes": [".txt", ".py"], "vocab_size": 258, "output": str(tmp_path / "again")}
+    TrainTokenizer(input=[str(texts)], **words).run()
+    assert " 3 documents, " in (printed := capsys.readouterr().out)
+    assert "skipped  " not in printed
+
+
 def test_too_little_text_is_said(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("abc abc")
     (tmp_path / "b.txt").write_text("x" * 100)

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from meap_lit.data.prepare.step import Preparation
-from meap_lit.data.read.find import find_files
+from meap_lit.data.read.find import find_input
 from meap_lit.data.read.readers import DocumentReader
 from meap_lit.errors import UserError, check_range
 from meap_lit.tokenizer.tokenizer import END_OF_TEXT, MASK_TOKEN, Tokenizer
@@ -47,7 +47,8 @@ class TrainTokenizer(Preparation):
                 f"{len(special)} special tokens), got {self.vocab_size}"
             )
         check_range("max_megabytes", self.max_megabytes, "(0, inf)")
-        reader = DocumentReader(find_files(self.input, self.suffixes), self.text_field, self.on_error)
+        found = find_input(self.input, self.suffixes)
+        reader = DocumentReader(found.files, self.text_field, self.on_error)
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -66,10 +67,11 @@ class TrainTokenizer(Preparation):
         tokenizer = Tokenizer(backend, {"eos_token": END_OF_TEXT, "mask_token": MASK_TOKEN})
         tokenizer.save(folder)
         short = "" if tokenizer.vocab_size == self.vocab_size else f" ({self.vocab_size} requested: too little text)"
-        return (
+        line = (
             f"tokenizer {self.output}: {tokenizer.vocab_size} tokens{short} from {texts.num_documents} documents, "
             f"{texts.num_bytes / 1e6:.1f} MB, {reader.num_skipped} lines skipped"
         )
+        return "\n".join([line, *found.lines_of_summary()])
 
 
 class _Counted:

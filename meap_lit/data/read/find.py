@@ -19,17 +19,27 @@ RECORD_FILE = "preparation.json"
 
 @dataclass(frozen=True)
 class Input:
-    """The files to read, sorted, each once, and the number of files in folders that have other endings, by ending."""
+    """The files to read, and those of the folders that have other endings."""
 
     files: list[InputFile]
+    """Sorted, each once."""
     passed_over: Counter[str]
+    """Number of files in the folders that are not read, by ending."""
+    suffixes: list[str] | None
+    """Endings for `--suffixes` that take from the folders what was read; None for input without that option."""
 
     def lines_of_summary(self) -> list[str]:
-        """Return the line that says what was passed over; none if nothing was."""
+        """Return the line that says which files were passed over, and how to read them; none if none were."""
         counts = sorted(self.passed_over.items(), key=lambda entry: (-entry[1], entry[0]))
         kinds = [f"{count} {ending or 'without an ending'}" for ending, count in counts[:8]]
         kinds += [f"{sum(count for _, count in counts[8:])} others"] if len(counts) > 8 else []
-        return [f"  not read {', '.join(kinds)} in the folders"] if kinds else []
+        if not kinds:
+            return []
+        endings = [ending for ending, _ in counts[:8] if ending]
+        hint = ""
+        if endings and self.suffixes is not None:
+            hint = f"; to read those that are text too: --suffixes {' '.join([*self.suffixes, *endings])}"
+        return [f"  skipped  files in the folders, {', '.join(kinds)}{hint}"]
 
 
 def find_files(inputs: Sequence[str], suffixes: Sequence[str] | None = None) -> list[InputFile]:
@@ -60,7 +70,8 @@ def find_input(
     if not found:
         raise UserError("no input named; give files, folders or patterns with --input")
     endings = Counter(os.path.splitext(file.name)[1].lower() for key, file in others.items() if key not in found)
-    return Input(sorted(found.values(), key=str), endings)
+    taken = [suffix for suffix in wanted if any(has_suffix(file, [suffix]) for file in found.values())]
+    return Input(sorted(found.values(), key=str), endings, taken if formats is FORMATS else None)
 
 
 def _identity(file: InputFile) -> str:

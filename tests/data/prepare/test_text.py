@@ -313,7 +313,8 @@ def test_the_summary_says_what_was_skipped_and_passed_over(tmp_path, tokenizer_f
     prepare(tmp_path / "out", folder, tokenizer_folder, on_error="skip")
     printed = capsys.readouterr().out
     assert f"left out 0 empty, 1 unreadable, first: {folder}/a.jsonl, line 2: field 'text' is " in printed
-    assert "not read 1 .csv in the folders\n" in printed
+    assert "  skipped  files in the folders, 1 .csv; to read " in printed
+    assert "text too: --suffixes .jsonl .csv\n" in printed
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

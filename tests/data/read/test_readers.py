@@ -118,13 +118,26 @@ def test_what_is_passed_over_is_counted_by_ending(tmp_path):
         (tmp_path / name).touch()
     found = find_input([str(tmp_path), str(tmp_path / "b")])
     assert found.passed_over == {".csv": 2, "": 1, ".docx": 1}
-    assert found.lines_of_summary() == ["  not read 2 .csv, 1 without an ending, 1 .docx in the folders"]
+    assert found.lines_of_summary() == [
+        "  skipped  files in the folders, 2 .csv, 1 without an ending, 1 .docx; "
+        "to read those that are text too: --suffixes .txt .md .csv .docx"
+    ]
     assert find_input([str(tmp_path), str(tmp_path / "b")], [".csv", "txt"]).passed_over == {
         ".md": 1,
         "": 1,
         ".docx": 1,
     }
     assert find_input([str(tmp_path / "a.txt")]).lines_of_summary() == []
+
+
+def test_the_hint_on_what_is_passed_over_reads_all_of_it(tmp_path):
+    for name in ("a.jsonl.gz", "b.py", "c.rst"):
+        (tmp_path / name).touch()
+    (line,) = find_input([str(tmp_path)]).lines_of_summary()
+    suffixes = line.split("--suffixes ")[1].split()
+    assert [file.name for file in find_files([str(tmp_path)], suffixes)] == ["a.jsonl.gz", "b.py", "c.rst"]
+    (line,) = find_input([str(tmp_path)], formats=RECORD_FORMATS).lines_of_summary()
+    assert line == "  skipped  files in the folders, 1 .py, 1 .rst"  # records are read in their formats only
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
