@@ -28,6 +28,7 @@ from a recipe (--config FILE, may be given several times; any value can follow a
   fit               train a model
   validate          print the clean validation loss of a checkpoint (--ckpt_path)
   test, predict     Lightning's test and predict loops, for modules that define them
+  preview           show the first rows of training as the model gets them, with masks and labels
   plan              memory and time that a recipe needs on given devices
 
 data:
@@ -58,7 +59,7 @@ COMMAND --help lists the options of a command. To begin:
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-RECIPE_COMMANDS = (*TRAINER_COMMANDS, "plan")
+RECIPE_COMMANDS = (*TRAINER_COMMANDS, "preview", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -201,6 +202,10 @@ def _run_trainer(arguments: list[str]) -> None:
         from meap_lit.planning.command import PlanCLI
 
         print(PlanCLI.read(arguments[1:]).plan.report())
+    elif arguments[0] == "preview":
+        from meap_lit.recipe.preview import PreviewCLI
+
+        PreviewCLI.read(arguments[1:])
     else:
         RecipeCLI.run(arguments)
 

@@ -282,15 +282,19 @@ class StreamingData(L.LightningDataModule, ABC):
         kwargs = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {}
         return Slice(rank=kwargs.get("rank", 0), num_replicas=kwargs.get("num_replicas", 1))
 
-    def train_dataloader(self) -> DataLoader:
-        stream = TrainStream(
+    def train_stream(self, rank_slice: Slice, start: int) -> TrainStream:
+        """Return the micro-batches of training that a rank reads after the first `start` rows of the run."""
+        return TrainStream(
             self.order(),
             self._reader("train"),
-            rank_slice=self.rank_slice,
+            rank_slice=rank_slice,
             global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size,
-            start=self.samples_seen,
+            start=start,
         )
+
+    def train_dataloader(self) -> DataLoader:
+        stream = self.train_stream(self.rank_slice, start=self.samples_seen)
         return Loader(stream, self.num_workers, pin_memory=self._on_gpu)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:

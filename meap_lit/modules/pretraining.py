@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from meap_lit.data.datamodule import StreamingData
 from meap_lit.data.stream.text import TextBatch
 from meap_lit.errors import UserError, check_range
 from meap_lit.masking import check_ratio, mask_inputs, rare_ids
@@ -71,7 +72,16 @@ class MEAPPretraining(DecoderModule):
         return "--model.mask_ratio 0" if getattr(self.mask_ratio, "mask_ratio", 1) > 0 else None
 
     def on_fit_start(self) -> None:
-        data = self.trainer.datamodule
+        self.prepare_masks(self.trainer.datamodule)
+
+    def prepare_masks(self, data: StreamingData | None) -> None:
+        """Take from the data, after its `setup`, the mask token and the tokens that are never masked.
+
+        Raises:
+            UserError: If tokens are to be protected, and there is no datamodule.
+        """
+        if self.mask_token_id is None and data is not None:
+            self.mask_token_id = data.tokenizer.mask_token_id
         tokens = [name for name in self.protect if name != "last"]
         if not (tokens or self.protect_rare):
             return
@@ -85,24 +95,29 @@ class MEAPPretraining(DecoderModule):
         self.protected = protected.to(self.device)
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
-        input_ids, input_mask = self.mask_batch(batch)
+        input_ids, input_mask = self.mask_batch(batch, self.global_step, self.trainer.max_steps)
+        self.masks_drawn |= self.mask_ratio(self.global_step, self.trainer.max_steps) > 0
         with self.dropout_of(batch_idx):
             # every row supervises all its T labels, so a mean over equal micro-batches is the mean over the step
             loss = self._summed_loss(input_ids, batch["labels"]) / batch["labels"].numel()
         self._log_step(loss, input_mask, batch_idx)
         return loss
 
-    def mask_batch(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
-        """Return the masked input ids and the input mask of a training batch at the current step, each [B, T]."""
+    def mask_batch(self, batch: TextBatch, step: int, max_steps: int) -> tuple[Tensor, Tensor]:
+        """Return the masked input ids and the input mask, each [B, T], of a training batch.
+
+        Args:
+            batch: Rows of text.
+            step: Optimizer step that trains on them, counted from 0.
+            max_steps: Optimizer steps of the run.
+        """
         assert self.mask_token_id is not None
-        step, sample_ids = self.global_step, batch["sample_ids"]
-        mask_ratio = self.mask_ratio(step, self.trainer.max_steps)
-        self.masks_drawn |= mask_ratio > 0
+        sample_ids = batch["sample_ids"]
         return mask_inputs(
             batch["input_ids"],
             torch.zeros_like(sample_ids) if self.mask_scope == "batch" else sample_ids,
             mask_token_id=self.mask_token_id,
-            mask_ratio=mask_ratio,
+            mask_ratio=self.mask_ratio(step, max_steps),
             seed=self.seed,
             step=step % self.mask_cycle if self.mask_cycle else step,
             span_len=self.span_len,

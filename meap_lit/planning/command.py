@@ -25,7 +25,7 @@ from meap_lit.modules.base import DecoderModule, with_vocabulary
 from meap_lit.planning.devices import Devices, devices_of, precision
 from meap_lit.planning.memory import Memory, Step, memory_of, parameters_of
 from meap_lit.planning.remedies import smallest_changes
-from meap_lit.recipe.cli import RecipeCLI
+from meap_lit.recipe.cli import KEYS, RecipeCLI
 from meap_lit.recipe.parser import Parser
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -69,6 +69,7 @@ class Hardware:
 class PlanCLI(RecipeCLI):
     """Read a recipe as `fit` does, with the options of `Hardware`, and plan for it."""
 
+    keys = {**KEYS, **dict.fromkeys(f.name for f in dataclasses.fields(Hardware))}
     plan: "Plan"
 
     @classmethod

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import lightning as L
 import torch
@@ -76,6 +76,9 @@ class RecipeCLI:
         words: What follows it on the command line.
     """
 
+    keys: ClassVar[Known] = KEYS
+    """The top-level keys that the command takes."""
+
     model: L.LightningModule
     datamodule: L.LightningDataModule | None
     trainer: L.Trainer
@@ -144,9 +147,9 @@ class RecipeCLI:
         unprinted = [word for word in words if word.partition("=")[0] != "--print_config"]
         if any(word.partition("=")[0] in ("-c", "--config") for word in words) and unprinted != words:
             self.parse(unprinted)  # jsonargparse prints before the values could be checked
-        with input_errors(KEYS):
+        with input_errors(self.keys):
             config = self.parser.parse_args(words)
-        check_values(config.as_dict(), KEYS)
+        check_values(config.as_dict(), self.keys)
         return config
 
     def build(self) -> None:
@@ -171,7 +174,7 @@ class RecipeCLI:
             built = self.parser.instantiate(config)
             self.model, self.datamodule = built.model, built.data
             self.trainer = self.make_trainer(dict(vars(built.trainer)), [built[key] for key in CALLBACKS])
-        _check_pair(self.model, self.datamodule)
+        check_pair(self.model, self.datamodule)
         if isinstance(self.trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
 
@@ -313,7 +316,7 @@ def _make_log_folder(options: Namespace) -> None:
         raise UserError(f"cannot write into the folder of logs {folder}; name another as {key}")
 
 
-def _check_pair(model: L.LightningModule, data: L.LightningDataModule | None) -> None:
+def check_pair(model: L.LightningModule, data: L.LightningDataModule | None) -> None:
     """Raise `UserError` if model or data is not of this package, or they do not fit, before any data is prepared."""
     for key, value, fits, example in (
         ("model", model, type(model) is not L.LightningModule, "meap_lit.modules.MEAPPretraining"),

@@ -260,6 +260,23 @@ class Tokenizer:
         """Return the text of `ids`."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def text_of(self, token_id: int) -> str:
+        """Return the text that a token adds to the text before it, for a person to read.
+
+        A token that only decodes together with others, a part of a character, is its entry in the vocabulary. An id
+        without a token is written as `<id N>`.
+        """
+        piece = self._backend.id_to_token(token_id)
+        if piece is None or self.is_special(token_id):
+            return piece or f"<id {token_id}>"
+        # some decoders drop a space at the beginning, so the token follows itself
+        text = self.decode([token_id, token_id])[len(self.decode([token_id])) :]
+        return text if text and "\N{REPLACEMENT CHARACTER}" not in text else piece
+
+    def is_special(self, token_id: int) -> bool:
+        """Return whether a token controls the model, and no text becomes it."""
+        return token_id in self._control_ids
+
     @property
     def chat_template(self) -> Any:
         """Jinja source of the tokenizer's chat template, a list of named ones, or None."""

@@ -125,7 +125,7 @@ def test_inputs_are_masked_and_labels_stay_clean(prepared, tmp_path):
         "sample_ids": torch.arange(4),
     }
     before = copy.deepcopy(batch)
-    input_ids, input_mask = module.mask_batch(batch)
+    input_ids, input_mask = module.mask_batch(batch, step=0, max_steps=1)
     assert (input_mask.sum(dim=1) == num_masked(0.15, 32)).all()
     assert (input_ids[input_mask] == module.mask_token_id).all()
     assert (input_ids[~input_mask] == 7).all()
@@ -135,19 +135,18 @@ def test_inputs_are_masked_and_labels_stay_clean(prepared, tmp_path):
 def test_one_set_of_positions_for_the_batch_and_a_cycle_of_steps(prepared, tmp_path):
     module, _ = fit(prepared, mask_ratio=0.15, max_steps=1, mask_scope="batch", mask_cycle=1, tmp_path=tmp_path)
     batch = {"input_ids": torch.full((4, 32), 7), "sample_ids": torch.arange(4)}
-    _, first = module.mask_batch(batch)
+    _, first = module.mask_batch(batch, step=0, max_steps=2)
     assert first.any()
     assert (first == first[0]).all()
-    module.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed += 1
-    assert module.global_step == 2
-    _, second = module.mask_batch(batch)
+    _, second = module.mask_batch(batch, step=1, max_steps=2)
     assert torch.equal(first, second)
 
 
 def test_the_last_position_is_never_masked_as_in_the_released_code(prepared, tmp_path):
     options = {"mask_scope": "batch", "protect": ["last"]}
     module, _ = fit(prepared, mask_ratio=0.9, max_steps=1, tmp_path=tmp_path, **options)
-    _, input_mask = module.mask_batch({"input_ids": torch.full((4, 32), 7), "sample_ids": torch.arange(4)})
+    batch = {"input_ids": torch.full((4, 32), 7), "sample_ids": torch.arange(4)}
+    _, input_mask = module.mask_batch(batch, step=0, max_steps=1)
     assert (input_mask.sum(dim=1) == num_masked(0.9, 32)).all()
     assert not input_mask[:, -1].any()
 
@@ -161,7 +160,8 @@ def test_the_schedule_is_followed_by_optimizer_step(prepared, tmp_path):
 
 def test_spans_are_masked(prepared, tmp_path):
     module, _ = fit(prepared, mask_ratio=0.25, max_steps=1, span_len=4, tmp_path=tmp_path)
-    _, input_mask = module.mask_batch({"input_ids": torch.full((50, 32), 7), "sample_ids": torch.arange(50)})
+    batch = {"input_ids": torch.full((50, 32), 7), "sample_ids": torch.arange(50)}
+    _, input_mask = module.mask_batch(batch, step=0, max_steps=1)
     assert input_mask.sum(dim=1).tolist() == [8] * 50
     starts = (input_mask & ~input_mask.roll(1, dims=1)).sum(dim=1)
     assert starts.max() == 2, "two spans of 4, or one of 8"
@@ -179,7 +179,7 @@ def test_special_and_rare_tokens_are_never_masked(prepared, tmp_path):
     next_share = min(counts[token] for token in counts.keys() - protected) / rows.numel()
     assert 0.02 < share < 0.11, "the run counts a few epochs and a part of one"
     assert share + next_share > 0.09
-    _, input_mask = module.mask_batch({"input_ids": rows, "sample_ids": torch.arange(len(rows))})
+    _, input_mask = module.mask_batch({"input_ids": rows, "sample_ids": torch.arange(len(rows))}, step=0, max_steps=1)
     assert input_mask.any()
     assert not protected & set(rows[input_mask].tolist())
     module.protect_rare = 0.0

@@ -400,3 +400,32 @@ def test_llama2(shared_data, tmp_path):
     assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
     assert theirs.encode("[MASK]", add_special_tokens=False)[-1] == theirs.mask_token_id == 32_000
     assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+
+
+def test_the_text_of_a_token_is_what_it_adds_to_a_text(tokenizer):
+    text = "The quick brown\n\tfox"
+    ids = tokenizer.encode(text)
+    assert "".join(map(tokenizer.text_of, ids)) == text
+    assert any(tokenizer.text_of(token_id).startswith(" ") for token_id in ids)
+    assert tokenizer.text_of(tokenizer.mask_token_id) == "[MASK]"
+    assert tokenizer.text_of(10**6) == "<id 1000000>"
+    part_of_a_character = tokenizer.encode("é")[0]
+    assert tokenizer.text_of(part_of_a_character) == tokenizer.copy_backend().id_to_token(part_of_a_character)
+
+
+def test_the_text_of_a_token_keeps_the_space_that_a_decoder_drops_at_the_beginning():
+    pieces = {"<unk>": 0, "</s>": 1, "▁the": 2, "<0x0A>": 3, "<0xC3>": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer = Tokenizer(backend, {"eos_token": "</s>"})
+    assert tokenizer.decode([2]) == "the"
+    assert [tokenizer.text_of(token_id) for token_id in range(1, 5)] == ["</s>", " the", "\n", "<0xC3>"]
+    assert tokenizer.is_special(1)
+    assert not tokenizer.is_special(2)
