@@ -1,8 +1,8 @@
 """The command `preview`: rows in a terminal, in a pipe and as a page, and wrong input in one line."""
 
 import re
-from pathlib import Path
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
