@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from meap_lit.errors import UserError
 from meap_lit.evaluation import attention, tasks
 from meap_lit.evaluation.figures import draw
-from meap_lit.evaluation.statistics import Difference, Mean
+from meap_lit.evaluation.statistics import Mean
 from meap_lit.evaluation.task import Result, Task, difference
 from meap_lit.files import read_json, write_file
 
@@ -85,7 +85,7 @@ def save(results: list[Result], folder: Path) -> None:
     drawn = figures(results)
     for name, figure in drawn.items():
         if len(results) == 2:
-            change = _change(difference(results[0], results[1]), task.unit)
+            change = difference(results[0], results[1]).text(num_digits(task.unit))
             figure.supxlabel(f"{task.metrics[0]}, difference: {change}", fontsize=9)
         figure.savefig(folder / f"{name}.png", dpi=120)
     _log(folder, content, drawn)
@@ -158,7 +158,7 @@ def report(results: list[Result]) -> str:
     rows = [["", *(result.label for result in results), *(["difference"] if len(results) == 2 else [])]]
     for metric in results[0].metrics:
         unit = results[0].unit_of(metric)
-        changes = [_change(difference(results[0], other, metric), unit) for other in results[1:]]
+        changes = [difference(results[0], other, metric).text(num_digits(unit)) for other in results[1:]]
         rows.append([metric, *(_text(result.mean(metric), unit) for result in results), *changes])
     for metric in (results[0].headline, *results[0].task.by_key):
         unit = results[0].unit_of(metric)
@@ -168,9 +168,10 @@ def report(results: list[Result]) -> str:
                 rows.append([f"{metric} by {key}"])
             for group in alongs[0] if len(alongs[0]) > 1 else ():
                 means = [along.get(group, Mean.of([])) for along in alongs]
-                deltas = [_change(difference(results[0], other, metric, {key: group}), unit) for other in results[1:]]
+                deltas = [difference(results[0], other, metric, {key: group}) for other in results[1:]]
                 name = f"{group:g}" if isinstance(group, float) else str(group)
-                rows.append([f"  {name}", *(_text(mean, unit) for mean in means), *deltas])
+                changes = [delta.text(num_digits(unit)) for delta in deltas]
+                rows.append([f"  {name}", *(_text(mean, unit) for mean in means), *changes])
     rows += [[name, f"{value:.4g}"] for name, value in extras(results).items()]
     widths = [max(len(row[n]) for row in rows if n < len(row) and len(row) > 1) for n in range(len(rows[0]))]
     widths[0] = max(len(row[0]) for row in rows)
@@ -182,14 +183,10 @@ def report(results: list[Result]) -> str:
 
 
 def _text(mean: Mean, unit: str) -> str:
-    digits = _num_digits(unit)
+    digits = num_digits(unit)
     return f"{mean.value:.{digits}f} ± {mean.error:.{digits}f} {unit}".rstrip()
 
 
-def _change(change: Difference, unit: str) -> str:
-    digits = _num_digits(unit)
-    return f"{change.value:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
-
-
-def _num_digits(unit: str) -> int:
+def num_digits(unit: str) -> int:
+    """Return the number of decimals in tables."""
     return 2 if unit == "%" else 4

@@ -42,9 +42,9 @@ def t_interval(deltas: Sequence[float]) -> "Difference":
     values = np.asarray(deltas, dtype=np.float64)
     mean, n = float(values.mean()), len(values)
     if n < 2:
-        return Difference(mean, math.nan, math.nan, n)
+        return Difference(mean, math.nan, math.nan, n, n)
     half = float(student().t.ppf(0.975, n - 1) * values.std(ddof=1)) / math.sqrt(n)
-    return Difference(mean, mean - half, mean + half, n)
+    return Difference(mean, mean - half, mean + half, n, n)
 
 
 Groups = Sequence[Sequence[float]]
@@ -68,12 +68,17 @@ class Mean(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean of n paired differences, second minus first, with its 95% interval."""
+    """Mean of n paired differences of `num_seeds` pairs of runs, second minus first, with its 95% interval."""
 
     value: float
     low: float
     high: float
     n: int
+    num_seeds: int = 1
+
+    def text(self, digits: int) -> str:
+        """Return mean and interval for a cell of a table."""
+        return f"{self.value:+,.{digits}f} [{self.low:+,.{digits}f}, {self.high:+,.{digits}f}]"
 
 
 def bootstrap(seeds: Sequence[Groups], num_draws: int = 10_000) -> Difference:
@@ -98,7 +103,7 @@ def bootstrap(seeds: Sequence[Groups], num_draws: int = 10_000) -> Difference:
         np.add.at(totals, draws, _sample_means(sums, sizes, len(draws), generator))
     low, high = np.quantile(totals / num_seeds, [0.025, 0.975])
     value = np.mean([sums.sum() / sizes.sum() for sums, sizes in tables])
-    return Difference(float(value), float(low), float(high), sum(int(sizes.sum()) for _, sizes in tables))
+    return Difference(float(value), float(low), float(high), sum(int(sizes.sum()) for _, sizes in tables), num_seeds)
 
 
 def _sums_and_sizes(groups: Sequence[Sequence[float]]) -> np.ndarray:

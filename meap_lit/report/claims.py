@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from meap_lit.errors import UserError
+from meap_lit.evaluation.statistics import Difference, t_interval
 from meap_lit.report.arms import Arm, Study
 from meap_lit.report.blocks import Block, Heading, Paragraph, Table
 from meap_lit.report.evaluations import Evaluations
-from meap_lit.report.measures import Change, Results, Score, over_seeds
+from meap_lit.report.measures import Results, Score, in_words
 from meap_lit.report.runs import Kind
 from meap_lit.report.tasks import attention_change
 from meap_lit.report.training import emergence, emergence_difference, ratios
@@ -120,7 +121,7 @@ def count(findings: Sequence[Finding]) -> dict[str, int]:
     return {word: found[word] for word in reversed(words)}
 
 
-def verdict(change: Change, margin: float = 0.0) -> str:
+def verdict(change: Difference, margin: float = 0.0) -> str:
     """Return what the interval of a change says about a claim that it is above 0, or at most `margin` below."""
     bound = f"-{margin:g}" if margin else "0"
     if math.isnan(change.low):
@@ -167,7 +168,11 @@ def _score(case: Case) -> Iterator[Tested]:
         if change is not None:
             note = case.claims.note(score.result.task.name, score.result.options)
             before, after = (score.format(score.mean(arm)) for arm in (case.baseline, case.arm))
-            yield f"{name}{note}: {before} to {after}", change.text(score.digits), verdict(change, case.claim.margin)
+            yield (
+                f"{name}{note}: {before} to {after}",
+                in_words(change, score.digits),
+                verdict(change, case.claim.margin),
+            )
 
 
 def _attention(case: Case) -> Iterator[Tested]:
@@ -177,7 +182,7 @@ def _attention(case: Case) -> Iterator[Tested]:
         if decay is not None and variance is not None:
             yield (
                 f"{name}: {decay.value:.2f}%; {variance.value:.2f}%",
-                f"decay {decay.text(2)}; variance {variance.text(2)}",
+                f"decay {in_words(decay, 2)}; variance {in_words(variance, 2)}",
                 f"decay {verdict(decay)}; variance {verdict(variance)}",
             )
 
@@ -189,7 +194,7 @@ def _mask_ratio(case: Case) -> Iterator[Tested]:
         changes = [(other, change) for other, change in found if change is not None]
         if len(changes) > 1:
             worst = min((change for _, change in changes), key=lambda change: change.low)
-            texts = [f"against P = {other.ratio:g} {change.text(2)}" for other, change in changes]
+            texts = [f"against P = {other.ratio:g} {in_words(change, 2)}" for other, change in changes]
             yield name, "; ".join(texts), verdict(worst)
 
 
@@ -210,14 +215,15 @@ def _emergence(case: Case) -> Iterator[Tested]:
     elif change is None:
         yield ours, "", f"{NOT_TESTED}: a run never reached half, or no seed is in common"
     else:  # the claim is that tokens are fewer
-        yield ours, change.text(0), verdict(Change(-change.value, -change.high, -change.low, change.num_seeds))
+        yield ours, in_words(change, 0), verdict(change._replace(low=-change.high, high=-change.low))
 
 
 def _speed(case: Case) -> Iterator[Tested]:
-    change = over_seeds([100 * (ratio - 1) for ratio in ratios(case.arm, lambda run: run.tokens_per_second)])
-    if change is not None:
+    found = [100 * (ratio - 1) for ratio in ratios(case.arm, lambda run: run.tokens_per_second)]
+    if found:
+        change = t_interval(found)
         ours = "tokens per second, in percent of the baseline's"
-        yield ours, change.text(1), verdict(change, case.claim.margin)
+        yield ours, in_words(change, 1), verdict(change, case.claim.margin)
 
 
 TESTS: Mapping[str, Callable[[Case], Iterator[Tested]]] = {

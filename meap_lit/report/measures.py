@@ -3,12 +3,13 @@
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from meap_lit.evaluation.statistics import bootstrap, t_interval
+from meap_lit.evaluation.results import num_digits
+from meap_lit.evaluation.statistics import Difference, bootstrap, t_interval
 from meap_lit.evaluation.task import Result, paired_deltas
 from meap_lit.report.arms import Arm
 from meap_lit.report.runs import Run
@@ -18,31 +19,11 @@ Results = Mapping[Path, Result]
 ONE_SEED = " (one seed: over items only)"
 
 
-class Change(NamedTuple):
-    """Mean difference of an arm to another over paired seeds, with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-    num_seeds: int
-
-    def text(self, digits: int) -> str:
-        """Return the difference for a cell of a table."""
-        if math.isnan(self.low):
-            return f"{self.value:+,.{digits}f} (one seed, no interval)"
-        text = f"{self.value:+,.{digits}f} [{self.low:+,.{digits}f}, {self.high:+,.{digits}f}]"
-        return text if self.num_seeds > 1 else f"{text}{ONE_SEED}"
-
-
-def over_seeds(deltas: Sequence[float]) -> Change | None:
-    """Return the t interval of one difference for each seed; None without one."""
-    return Change(*t_interval(deltas)) if deltas else None
-
-
-def over_items(seeds: Sequence[Sequence[Sequence[float]]]) -> Change | None:
-    """Return the bootstrap interval over seeds, and over groups of items within each; None without one."""
-    seeds = [groups for groups in seeds if groups]
-    return Change(*bootstrap(seeds)[:3], len(seeds)) if seeds else None
+def in_words(change: Difference, digits: int) -> str:
+    """Return a difference for a cell of a table, with a note if it is of one seed."""
+    if math.isnan(change.low):
+        return f"{change.value:+,.{digits}f} (one seed, no interval)"
+    return change.text(digits) + ("" if change.num_seeds > 1 else ONE_SEED)
 
 
 class Measure(ABC):
@@ -58,7 +39,7 @@ class Measure(ABC):
         """Return the number of a run; None if it has none."""
 
     @abstractmethod
-    def change(self, arm: Arm, baseline: Arm) -> Change | None:
+    def change(self, arm: Arm, baseline: Arm) -> Difference | None:
         """Return arm minus baseline over the seeds of both; None if they have no seed in common."""
 
     def by_seed(self, arm: Arm) -> dict[str, float]:
@@ -88,7 +69,7 @@ class Measure(ABC):
 
     def change_text(self, arm: Arm, baseline: Arm) -> str:
         change = self.change(arm, baseline)
-        return "no seed in common" if change is None else change.text(self.digits)
+        return "no seed in common" if change is None else in_words(change, self.digits)
 
 
 @dataclass(frozen=True)
@@ -103,9 +84,10 @@ class Logged(Measure):
         value = run.final(self.name)
         return None if value is None else self.scale * value
 
-    def change(self, arm: Arm, baseline: Arm) -> Change | None:
+    def change(self, arm: Arm, baseline: Arm) -> Difference | None:
         values, others = self.by_seed(arm), self.by_seed(baseline)
-        return over_seeds([values[seed] - others[seed] for seed in values if seed in others])
+        deltas = [values[seed] - others[seed] for seed in values if seed in others]
+        return t_interval(deltas) if deltas else None
 
 
 @dataclass(frozen=True)
@@ -129,7 +111,7 @@ class Score(Measure):
 
     @property
     def digits(self) -> int:
-        return 2 if self.result.unit_of(self.metric or self.result.headline) == "%" else 4
+        return num_digits(self.result.unit_of(self.metric or self.result.headline))
 
     def of_run(self, run: Run) -> float | None:
         wanted = (self.cell or {}).items()
@@ -138,11 +120,10 @@ class Score(Measure):
         scores = [score for record, score in scored if wanted <= record["cell"].items()]
         return statistics.mean(scores) if scores else None
 
-    def change(self, arm: Arm, baseline: Arm) -> Change | None:
-        return over_items(
-            [
-                paired_deltas(self.results[first.path], self.results[second.path], self.metric, self.cell)
-                for _, first, second in arm.pairs(baseline)
-                if first.path in self.results and second.path in self.results
-            ]
-        )
+    def change(self, arm: Arm, baseline: Arm) -> Difference | None:
+        seeds = [
+            paired_deltas(self.results[first.path], self.results[second.path], self.metric, self.cell)
+            for _, first, second in arm.pairs(baseline)
+            if first.path in self.results and second.path in self.results
+        ]
+        return bootstrap(seeds) if any(seeds) else None

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from meap_lit.evaluation.figures import curves, draw
+from meap_lit.evaluation.statistics import Difference, bootstrap
 from meap_lit.evaluation.task import Plot, Result
 from meap_lit.report.arms import Arm, Study, describe
 from meap_lit.report.blocks import Block, Heading, Paragraph, Picture, Table
 from meap_lit.report.evaluations import Evaluations, check_items
-from meap_lit.report.measures import ONE_SEED, Change, Logged, Results, Score, over_items
+from meap_lit.report.measures import ONE_SEED, Logged, Results, Score, in_words
 from meap_lit.report.runs import LOSS
 from meap_lit.report.training import PROBE
 
@@ -92,7 +93,7 @@ ATTENTION = (("attention", "decay", -1), ("variance", "variance increase", 1))
 """Statistic of a record, name of its change, and the sign of the paper's direction."""
 
 
-def attention_change(arm: Arm, baseline: Arm, results: Results, statistic: str, sign: int) -> Change | None:
+def attention_change(arm: Arm, baseline: Arm, results: Results, statistic: str, sign: int) -> Difference | None:
     """Return the change in percent from the baseline on clean sequences to an arm on masked ones, as in the paper.
 
     The changes of all sequences are divided by the mean of the baseline, which is taken as known.
@@ -105,7 +106,7 @@ def attention_change(arm: Arm, baseline: Arm, results: Results, statistic: str, 
             shared = [id for id in clean if id in masked]
             mean = np.mean([clean[id] for id in shared])
             seeds.append([[float(100 * sign * (masked[id] - clean[id]) / mean)] for id in shared])
-    return over_items(seeds)
+    return bootstrap(seeds) if any(seeds) else None
 
 
 def _attention_table(arms: Sequence[Arm], results: Results) -> Iterator[Block]:
@@ -121,7 +122,7 @@ def _attention_table(arms: Sequence[Arm], results: Results) -> Iterator[Block]:
                 attention_change(arm, other, results, statistic, sign) if other else None
                 for other in (arm.baseline, arm)
             ]
-            rows.append([arm.name, name, *("" if change is None else change.text(2) for change in changes)])
+            rows.append([arm.name, name, *("" if change is None else in_words(change, 2) for change in changes)])
     header = ["arm", "change", "baseline clean to arm masked, 95%", "control: arm clean to arm masked, 95%"]
     yield Table(header, rows)
 

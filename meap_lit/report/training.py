@@ -11,11 +11,12 @@ from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.data.store.manifest import MANIFEST_FILE
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import curves
+from meap_lit.evaluation.statistics import Difference, t_interval
 from meap_lit.files import parse_json
 from meap_lit.report.arms import Arm, Study, describe
 from meap_lit.report.blocks import Block, Code, Heading, Paragraph, Picture, Table
 from meap_lit.report.evaluations import Evaluations
-from meap_lit.report.measures import Change, Logged, over_seeds
+from meap_lit.report.measures import Logged, in_words
 from meap_lit.report.runs import ACCURACY, LOSS, Run, shown
 
 HALF = 0.5
@@ -182,7 +183,7 @@ def emergence(arm: Arm) -> dict[str, float | None]:
     return found
 
 
-def emergence_difference(arm: Arm) -> Change | None:
+def emergence_difference(arm: Arm) -> Difference | None:
     """Return tokens more than the baseline; None without a pair of seeds, or if one of a pair never reached `HALF`."""
     assert arm.baseline is not None
     found, baseline = emergence(arm), emergence(arm.baseline)
@@ -192,7 +193,7 @@ def emergence_difference(arm: Arm) -> Change | None:
         if before is None or after is None:
             return None
         deltas.append(after - before)
-    return over_seeds(deltas)
+    return t_interval(deltas) if deltas else None
 
 
 def emergence_section(study: Study) -> list[Block]:
@@ -224,7 +225,7 @@ def _emergence_row(arm: Arm) -> list[str]:
     difference = ""
     if arm.baseline is not None:
         change = emergence_difference(arm)
-        difference = "no pair of seeds, or one that never did" if change is None else change.text(0)
+        difference = "no pair of seeds, or one that never did" if change is None else in_words(change, 0)
     return [arm.name, ", ".join(texts), mean, difference, PROBE.text(arm, None)]
 
 

@@ -68,7 +68,7 @@ def test_a_sample_worked_out_by_hand():
 def test_interval_is_that_of_the_t_distribution(deltas, half):
     change = t_interval(deltas)
     mean = sum(deltas) / len(deltas)
-    assert (change.value, change.n) == (mean, len(deltas))
+    assert (change.value, change.n, change.num_seeds) == (mean, len(deltas), len(deltas))
     assert change.low == pytest.approx(mean - half, abs=1e-4)
     assert change.high == pytest.approx(mean + half, abs=1e-4)
 

@@ -3,10 +3,10 @@ import math
 import pytest
 
 from meap_lit.errors import UserError
+from meap_lit.evaluation.statistics import Difference
 from meap_lit.report.arms import find_studies
 from meap_lit.report.claims import CLAIMS_FILE, find, read, verdict
 from meap_lit.report.evaluations import find_evaluations
-from meap_lit.report.measures import Change
 from meap_lit.report.runs import find_runs
 from tests.support.toy_study import recipe, write_result, write_run
 
@@ -28,7 +28,7 @@ CLAIMS = read(CLAIMS_FILE)
     ],
 )
 def test_verdicts(low, high, num_seeds, margin, says):
-    assert verdict(Change(0.0, low, high, num_seeds), margin) == says
+    assert verdict(Difference(0.0, low, high, num_seeds, num_seeds), margin) == says
 
 
 def test_findings_of_a_study(tmp_path):
