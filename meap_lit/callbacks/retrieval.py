@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import lightning as L
-import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from meap_lit.errors import check_range
+from meap_lit.evaluation.figures import draw
 from meap_lit.evaluation.task import Item
-from meap_lit.evaluation.tasks.facts import FactRetrieval, plot_grid, score_items
+from meap_lit.evaluation.tasks.facts import FactRetrieval
 
 
 class RetrievalProbe(L.Callback):
@@ -67,7 +67,7 @@ class RetrievalProbe(L.Callback):
         )
         self._began: float | None = None
         self._spent_s = self._last_s = 0.0
-        self.accuracy: np.ndarray | None = None
+        self.accuracy: float | None = None
         self.figure_path: Path | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -98,11 +98,14 @@ class RetrievalProbe(L.Callback):
 
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with trainer.precision_plugin.forward_context():
-            self.accuracy = score_items(pl_module.decoder, self._items, self.task, batch_size=self.batch_size)
-        pl_module.log("val/retrieval_accuracy", float(self.accuracy.mean()), prog_bar=True, sync_dist=True)
+            label = f"Retrieval at step {trainer.global_step}"
+            result = self.task.result(pl_module.decoder, self._items, label, self.batch_size)
+        self.accuracy = result.mean().value / 100
+        pl_module.log("val/retrieval_accuracy", self.accuracy, prog_bar=True, sync_dist=True)
         log_dir = trainer.log_dir  # on every rank, since Lightning broadcasts it
         if trainer.is_global_zero and trainer.loggers and log_dir:  # without loggers it is the current folder
-            figure = plot_grid(self.accuracy, self.task, title=f"Retrieval at step {trainer.global_step}")
+            figure = draw(self.task.plots[0], {label: [result]})
+            assert figure is not None, "every item has a score"
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure("retrieval", figure, trainer.global_step)

@@ -105,7 +105,7 @@ def summarize(trainer: L.Trainer, log_dir: str | None) -> list[str]:
             rows.append(("validation loss by dataset", of_each))
     probe = _callback(trainer, RetrievalProbe)
     if probe is not None and probe.accuracy is not None:
-        rows.append(("retrieval accuracy", f"{probe.accuracy.mean():.1%} (chance {1 / probe.num_options:.1%})"))
+        rows.append(("retrieval accuracy", f"{probe.accuracy:.1%} (chance {1 / probe.num_options:.1%})"))
     mixture = _callback(trainer, Mixture)
     if mixture is not None and mixture.shares:
         total = sum(data.datasets.values())

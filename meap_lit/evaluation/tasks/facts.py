@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, takewhile
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -21,13 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from meap_lit.data.corpora.facts import NAMES, OPENING, Filler, draw_facts
 from meap_lit.data.read.find import find_files
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.figures import heat_maps
-from meap_lit.evaluation.task import Item, Plot, Record, Task
+from meap_lit.evaluation.task import Item, Plot, Record, Result, Task
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(kw_only=True)
@@ -112,6 +106,14 @@ class FactRetrieval(Task):
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
         return [{"option_scores": row} for row in option_scores(model.decoder, items, len(items))]
 
+    def result(self, decoder: nn.Module, items: Sequence[Item], label: str, batch_size: int = 32) -> Result:
+        """Return the result of a decoder that is in training, for items that `build` returned."""
+        records = [
+            {"id": item.id, "cell": item.cell, "answer": item.fields["answer"], "option_scores": row}
+            for item, row in zip(items, option_scores(decoder, items, batch_size), strict=True)
+        ]
+        return Result(self, label, [{**record, "scores": self.score(record)} for record in records])
+
     def score(self, record: Record) -> dict[str, float]:
         scores = record["option_scores"]
         return {"accuracy": 100.0 * (scores.index(max(scores)) == record["answer"])}
@@ -183,17 +185,6 @@ def _encode_options(text: str, options: list[str], tokenizer: Tokenizer) -> tupl
     return context_ids, [row[len(context_ids) :] for row in rows[1:]]
 
 
-def score_items(decoder: nn.Module, items: Sequence[Item], task: FactRetrieval, batch_size: int = 32) -> np.ndarray:
-    """Return the share of `task`'s items whose right option has the highest summed log-likelihood.
-
-    Returns:
-        Accuracy in [0, 1], [num_lengths, num_depths].
-    """
-    scores = option_scores(decoder, items, batch_size)
-    correct = [row.index(max(row)) == item.fields["answer"] for row, item in zip(scores, items, strict=True)]
-    return np.array(correct, dtype=float).reshape(len(task.lengths), len(task.depths), task.num_items).mean(axis=2)
-
-
 @torch.no_grad()
 def option_scores(decoder: nn.Module, items: Sequence[Item], batch_size: int) -> list[list[float]]:
     """Return the summed log-likelihood of each option of each item.
@@ -228,17 +219,3 @@ def option_scores(decoder: nn.Module, items: Sequence[Item], batch_size: int) ->
         for (*_, i, j), log_prob in zip(read, log_probs.gather(1, targets[:, None])[:, 0].tolist(), strict=True):
             scores[i][j] += log_prob
     return scores
-
-
-def plot_grid(accuracy: np.ndarray, task: FactRetrieval, title: str) -> "Figure":
-    """Draw accuracy in percent: length from left to right, depth from top to bottom.
-
-    Args:
-        accuracy: Accuracy in [0, 1], [num_lengths, num_depths].
-        task: The task that it was measured on.
-        title: First line of the title; the second gives mean and chance.
-    """
-    title = f"{title}\nmean {100 * accuracy.mean():.1f}%, chance {100 / task.num_options:.1f}%"
-    depths = [100 * depth for depth in task.depths]
-    labels = {"x_label": "context length (tokens)", "y_label": "depth of the fact (%)"}
-    return heat_maps({title: 100 * accuracy.T}, task.lengths, depths, **labels)

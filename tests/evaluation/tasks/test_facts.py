@@ -1,9 +1,8 @@
 import json
 import re
 from dataclasses import replace
-from itertools import takewhile
+from itertools import product, takewhile
 
-import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 from meap_lit.cli import main
 from meap_lit.data.corpora.facts import NAMES, OPENING, PLACES, FactCorpus
 from meap_lit.errors import UserError
-from meap_lit.evaluation.tasks.facts import FactRetrieval, option_scores, plot_grid, score_items
+from meap_lit.evaluation.figures import draw
+from meap_lit.evaluation.task import Result
+from meap_lit.evaluation.tasks.facts import FactRetrieval, option_scores
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -161,8 +162,8 @@ def test_bos_is_used_where_the_tokenizer_writes_one(tokenizer, writes):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_a_reader_scores_all(tokenizer, items, batch_size):
-    accuracy = score_items(Reader(tokenizer), items, GRID, batch_size=batch_size)
-    assert accuracy.tolist() == [[1.0] * 3] * 2
+    table = GRID.result(Reader(tokenizer), items, "reader", batch_size).table()
+    assert {cell: mean.value for cell, mean in table.items()} == dict.fromkeys(product(GRID.lengths, GRID.depths), 100)
 
 
 def test_accuracy_lands_in_its_cell(tokenizer, items):
@@ -177,9 +178,10 @@ def test_accuracy_lands_in_its_cell(tokenizer, items):
                     hidden[row] *= -1
             return hidden
 
-    accuracy = score_items(HalfBlind(tokenizer), items, GRID)
-    assert accuracy[1, 1] == 0
-    assert accuracy.sum() == 5
+    table = GRID.result(HalfBlind(tokenizer), items, "half blind").table()
+    wrong = [cell for cell, mean in table.items() if mean.value < 100]
+    assert wrong == [(400, 0.5)]
+    assert table[400, 0.5].value == 0
 
 
 def test_scores_are_those_of_one_sequence_at_a_time(tokenizer, items):
@@ -197,8 +199,8 @@ def test_scores_are_those_of_one_sequence_at_a_time(tokenizer, items):
 
 def test_random_weights_guess(tokenizer):
     grid = FactRetrieval(lengths=(200,), depths=(0.0, 1.0), num_items=200, seed=0)
-    accuracy = score_items(make_decoder(tokenizer), grid.build(tokenizer), grid, batch_size=100)
-    assert accuracy.mean() == pytest.approx(0.25, abs=0.09)  # four standard deviations of 400 guesses
+    result = grid.result(make_decoder(tokenizer), grid.build(tokenizer), "random", batch_size=100)
+    assert result.mean().value == pytest.approx(25, abs=9)  # four standard deviations of 400 guesses
 
 
 def make_decoder(tokenizer: Tokenizer) -> Decoder:
@@ -239,18 +241,20 @@ def test_wrong_grid_is_named(changes, message):
 
 
 def test_figure_shows_length_across_and_depth_down():
-    accuracy = np.array([[1.0, 0.5, 0.0], [0.25, 0.75, 0.9]])
-    figure = plot_grid(accuracy, GRID, title="Retrieval")
+    scores = {(200, 0.0): 100, (200, 0.5): 50, (200, 1.0): 0, (400, 0.0): 25, (400, 0.5): 75, (400, 1.0): 90}
+    cells = [({"length": length, "depth": depth}, score) for (length, depth), score in scores.items()]
+    records = [{"id": str(cell), "cell": cell, "scores": {"accuracy": score}} for cell, score in cells]
+    figure = draw(GRID.plots[0], {"Retrieval": [Result(GRID, "Retrieval", records)]})
     axes = figure.axes[0]
     (image,) = axes.images
     assert image.get_array().shape == (3, 2)
     assert image.get_clim() == (0, 100)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["200", "400"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "50", "100"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "0.5", "1"]
     assert axes.yaxis_inverted()  # depth 0 on top
     cells = {text.get_position(): text.get_text() for text in axes.texts}
     assert cells == {(0, 0): "100", (0, 1): "50", (0, 2): "0", (1, 0): "25", (1, 1): "75", (1, 2): "90"}
-    assert axes.get_title() == "Retrieval\nmean 56.7%, chance 25.0%"
+    assert axes.get_title() == "Retrieval: 56.7%"
     assert [to_hex(image.cmap(share)).upper() for share in (0.0, 1.0)] == ["#F0496E", "#0CD79F"]
 
 
