@@ -3,7 +3,6 @@ import random
 import re
 import uuid
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,44 +11,12 @@ from meap_lit.evaluation.results import figures
 from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.key_value import KeyValueRetrieval, quarter_ends
 from meap_lit.inference.language_model import LanguageModel
+from tests.support.reader import Reader, ask, write_rows
 
 FOLDER = Path(__file__).parents[3].parent / "shared" / "data" / "kv_retrieval_data"
 
 PAIRS = [["k1", "v1"], ["k2", "V2"], ["k3", "v3"], ["k4", "v4"]]
 GOOD = {"ordered_kv_records": PAIRS, "key": "k2", "value": "V2"}
-
-
-class Reader:
-    """A model of one token a character that answers by a function of the prompt."""
-
-    config = SimpleNamespace(max_seq_len=100_000)
-
-    def __init__(self, answer):
-        self.reply = answer
-
-    def encode(self, text):
-        return [ord(character) for character in text]
-
-    def continue_texts(self, prompts, *, max_new_tokens, stop_token_ids=()):
-        return [self.reply("".join(map(chr, prompt))) for prompt in prompts]
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def ask(task, model=None):
-    """The prompts of a task and its scored records."""
-    model = model or Reader(lambda prompt: "no idea")
-    items = task.items(model)
-    records = [
-        {"id": item.id, "cell": dict(item.cell), **item.fields, **answer}
-        for item, answer in zip(items, task.answer(model, items), strict=True)
-    ]
-    for record in records:
-        record["scores"] = task.score(record)
-    return ["".join(map(chr, item.input_ids)) for item in items], records
 
 
 def parse(prompt: str) -> tuple[dict, str]:
@@ -67,7 +34,7 @@ def looked_up(prompt: str) -> str:
 
 
 def test_prompts_word_for_word(tmp_path):
-    task = KeyValueRetrieval(file=write(tmp_path / "a.jsonl", [GOOD]), gold=(0, 3))
+    task = KeyValueRetrieval(file=write_rows(tmp_path / "a.jsonl", [GOOD]), gold=(0, 3))
     prompts, records = ask(task)
     assert prompts == [
         "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
@@ -128,7 +95,7 @@ def test_positions_of_small_sets():
 
 
 def test_only_the_first_sets_of_a_file(tmp_path):
-    file = write(tmp_path / "a.jsonl", [GOOD, {**GOOD, "key": "k4", "value": "v4"}, {}])
+    file = write_rows(tmp_path / "a.jsonl", [GOOD, {**GOOD, "key": "k4", "value": "v4"}, {}])
     _, records = ask(KeyValueRetrieval(file=file, gold=(0,), num_sets=2))
     assert [record["key"] for record in records] == ["k2", "k4"]
 
@@ -239,7 +206,7 @@ def test_wrong_options(options, message):
     ],
 )
 def test_a_wrong_row_is_named(tmp_path, bad, message):
-    file = write(tmp_path / "a.jsonl", [GOOD, bad])
+    file = write_rows(tmp_path / "a.jsonl", [GOOD, bad])
     with pytest.raises(UserError, match=message):
         KeyValueRetrieval(file=file, gold=(3,)).items(Reader(str))
 

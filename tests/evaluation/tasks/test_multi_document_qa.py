@@ -1,8 +1,6 @@
-import json
 import random
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,26 +9,12 @@ from meap_lit.evaluation.results import extras, figures
 from meap_lit.evaluation.task import Result, difference
 from meap_lit.evaluation.tasks.multi_document_qa import MultiDocumentQA, best_subspan_em, normalize_answer
 from meap_lit.inference.language_model import LanguageModel
+from tests.support.reader import Reader, ask, write_rows
 
 ORACLE_FILE = Path(__file__).parents[3].parent / "shared" / "data" / "qa_data" / "nq-open-oracle.jsonl.gz"
 needs_oracle_file = pytest.mark.skipif(not ORACLE_FILE.is_file(), reason=f"no real data: {ORACLE_FILE} does not exist")
 
 PEOPLE = ("Anna", "Bruno", "Clara", "David", "Emil", "Frida")
-
-
-class Reader:
-    """A model of one token a character that answers by a function of the prompt."""
-
-    config = SimpleNamespace(max_seq_len=100_000)
-
-    def __init__(self, answer):
-        self.reply = answer
-
-    def encode(self, text):
-        return [ord(character) for character in text]
-
-    def continue_texts(self, prompts, *, max_new_tokens, stop_token_ids=()):
-        return [self.reply("".join(map(chr, prompt))) for prompt in prompts]
 
 
 def documents(prompt: str) -> list[tuple[int, str, str]]:
@@ -52,14 +36,9 @@ def row(person: str, distractors=(), gold: int = 0, **changes) -> dict:
     return {"question": question, "answers": [f"{person}-Town"], "ctxs": passages, **changes}
 
 
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture
 def oracle_file(tmp_path) -> str:
-    return write(tmp_path / "oracle.jsonl", [row(person) for person in PEOPLE])
+    return write_rows(tmp_path / "oracle.jsonl", [row(person) for person in PEOPLE])
 
 
 def retrieved(person: str, gold: int = 0) -> dict:
@@ -68,21 +47,7 @@ def retrieved(person: str, gold: int = 0) -> dict:
 
 @pytest.fixture
 def retrieved_file(tmp_path) -> str:
-    return write(tmp_path / "gold_at_0.jsonl", [retrieved(person) for person in PEOPLE])
-
-
-def ask(task, model=None):
-    """The items of a task, their prompts and scored records."""
-    model = model or Reader(lambda prompt: "no idea")
-    items = task.items(model)
-    records = [
-        {"id": item.id, "cell": dict(item.cell), **item.fields, **answer}
-        for item, answer in zip(items, task.answer(model, items), strict=True)
-    ]
-    records = json.loads(json.dumps(records))  # they go through a file
-    for record in records:
-        record["scores"] = task.score(record)
-    return ["".join(map(chr, item.input_ids)) for item in items], records
+    return write_rows(tmp_path / "gold_at_0.jsonl", [retrieved(person) for person in PEOPLE])
 
 
 # ------------------------------------------------------------------------------------------------------ prompts
@@ -122,7 +87,7 @@ def test_room_for_the_answer_is_counted(retrieved_file):
 
 def test_one_file_for_all_positions_gives_the_prompts_of_a_file_for_each(tmp_path, retrieved_file):
     for gold in (1, 3):
-        write(tmp_path / f"gold_at_{gold}.jsonl", [retrieved(person, gold) for person in PEOPLE])
+        write_rows(tmp_path / f"gold_at_{gold}.jsonl", [retrieved(person, gold) for person in PEOPLE])
     options = {"num_documents": 4, "gold": (0, 1, 3)}
     one = MultiDocumentQA(file=retrieved_file, **options)
     each = MultiDocumentQA(file=str(tmp_path / "gold_at_{gold}.jsonl"), **options)
@@ -175,7 +140,7 @@ def test_synthetic_distractors_follow_the_seed_and_nest(oracle_file):
 def test_no_synthetic_distractor_holds_an_answer_or_repeats(tmp_path):
     rows = [row(person) for person in PEOPLE]
     rows += [row("Anna", question="where is Anna"), row("Gina", answers=["the BRUNOTOWN!", "the *"])]
-    file = write(tmp_path / "oracle.jsonl", rows)
+    file = write_rows(tmp_path / "oracle.jsonl", rows)
     task = MultiDocumentQA(file=file, num_documents=6, gold=(0,), distractors="synthetic", bounds=())
     titles = [[title for _, title, _ in documents(prompt)] for prompt in ask(task)[0]]
     assert all(len(set(found)) == 6 for found in titles)
@@ -420,7 +385,7 @@ GOOD = retrieved("Anna")
     ],
 )
 def test_a_wrong_row_is_named(tmp_path, bad, message):
-    file = write(tmp_path / "a.jsonl", [GOOD, bad])
+    file = write_rows(tmp_path / "a.jsonl", [GOOD, bad])
     with pytest.raises(UserError, match=message):
         MultiDocumentQA(file=file, num_documents=4, gold=(0,)).items(Reader(str))
 
@@ -433,8 +398,8 @@ def test_a_wrong_row_is_named(tmp_path, bad, message):
     ],
 )
 def test_files_for_positions_must_agree(tmp_path, people, message):
-    write(tmp_path / "gold_at_0.jsonl", [retrieved("Anna"), retrieved("Bruno")])
-    write(tmp_path / "gold_at_1.jsonl", [retrieved(person, 1) for person in people])
+    write_rows(tmp_path / "gold_at_0.jsonl", [retrieved("Anna"), retrieved("Bruno")])
+    write_rows(tmp_path / "gold_at_1.jsonl", [retrieved(person, 1) for person in people])
     with pytest.raises(UserError, match=message):
         MultiDocumentQA(file=str(tmp_path / "gold_at_{gold}.jsonl"), num_documents=4, gold=(0, 1)).items(Reader(str))
 
