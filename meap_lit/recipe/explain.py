@@ -32,6 +32,8 @@ _CLASS = re.compile(r"Problem with given class_path '([^']+)': ")
 _OWN = re.compile(r"^\s*- (model\.[\w.]+ must .*)$", re.MULTILINE)
 # for an optional class, jsonargparse adds that the value is not null either, and prints all of it
 _TAIL = re.compile(r"(\s*- Expected a <class 'NoneType'>| Given value type: ).*")
+_NO_MODULE = re.compile(r"Problem with given class_path '([^']+)': (No module named '[^']+')")
+_NO_SUBCLASS = re.compile(r"Import path (?:\S+ )?does not correspond to a subclass of (\w+)")
 _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ")
 _EXPECTED = re.compile(r"Expected (?:a )?(?:typing\.Literal\[([^]]*)\]|<class '([^']+)'>)(\. Got value)?")
 _NOT_A_CLASS = r"(?:Expected (?:a )?dot import path string|Unexpected import path format|Not a valid subclass of \w+)"
@@ -86,9 +88,9 @@ def _line(error: Exception, known: Known) -> str:
     if str(error).startswith("dictionary changed size"):  # jsonargparse (4.53), if a recipe has several unknown keys
         return "the recipe has keys that this command does not know; recipes of `fit` are not those of `evaluate`"
     first = _raised_from(error)[-1]
-    if isinstance(first, ModuleNotFoundError):  # the package of a logger
-        return " ".join(str(first).split())
     line = explain(str(error), known)
+    if isinstance(first, ModuleNotFoundError) and str(first) not in line:  # the package of a logger
+        return " ".join(str(first).split())
     is_complaint = type(error).__name__ in _COMPLAINTS or str(error).startswith(("Parser key", "Does not validate"))
     return line if is_complaint else f"cannot build what the recipe names ({type(error).__name__}): {line}"
 
@@ -135,8 +137,12 @@ def explain(message: str, known: Known) -> str:
     if own := _OWN.search(message):
         return own[1]
     text = _UNION.sub("", _TAIL.sub("", " ".join(message.split())))
-    keys, classes = _KEY.findall(text), _CLASS.findall(text)
+    missing = _NO_MODULE.search(text)  # of a value that may be of several types, each with its error
+    keys = _KEY.findall(text[: missing.start()] if missing else text)
+    classes = _CLASS.findall(text)
     where = ".".join(keys)
+    if missing:
+        return f"{where}: class_path {missing[1]} cannot be imported: {missing[2]}"
     core = text[max((match.end() for kind in (_KEY, _CLASS) for match in kind.finditer(text)), default=0) :]
 
     if match := re.match(r"Option '([^']+)' is not accepted", core):
@@ -159,6 +165,9 @@ def explain(message: str, known: Known) -> str:
     elif match := re.search(r"module '([^']+)' has no attribute '([^']+)'", core):
         names = [name for name, value in vars(importlib.import_module(match[1])).items() if inspect.isclass(value)]
         core = f"class_path {match[1]}.{match[2]} does not exist{_hint(match[2], names)}"
+    elif match := _NO_SUBCLASS.search(core):
+        given = _GIVEN.search(message)
+        core = f"a class_path must name a subclass of {match[1]}, got {shorten(given[1] if given else 'another')}"
     elif match := re.search(r"does not accept option '([^']+)'", core):
         core = f"there is no key '{match[1]}'{_key_hint(match[1], known)}"
     elif match := re.match(r"Exceeds the limit \((\d+) digits\)", core):

@@ -148,3 +148,29 @@ def test_a_wrong_value_of_a_schedule_is_named_though_a_number_would_do(toy_recip
     schedule = ["--model.mask_ratio", "meap_lit.masking.WarmupHold"]
     assert main(["fit", "--config", str(toy_recipe), *schedule, *words]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("--trainer.callbacks+=nothing.Here", "trainer.callbacks: class_path nothing.Here cannot be imported"),
+        ("--trainer.callbacks=[nothing.Here]", "trainer.callbacks: class_path nothing.Here cannot be imported"),
+        ("--trainer.logger=[{class_path: nothing.Here}]", "trainer.logger: class_path nothing.Here cannot be imported"),
+        ("--trainer.profiler.class_path=nothing.Here", "trainer.profiler: class_path nothing.Here cannot be imported"),
+        ("--model=nothing.Here", "model: class_path nothing.Here cannot be imported: No module named 'nothing'"),
+        ("--model.mask_ratio=nothing.Here", "model.mask_ratio: class_path nothing.Here cannot be imported"),
+        ("--data.preparation+=nothing.Here", "data.preparation: class_path nothing.Here cannot be imported"),
+        (
+            "--trainer.callbacks+=meap_lit.callbacks.Budge",
+            "trainer.callbacks: class_path meap_lit.callbacks.Budge",
+        ),
+        (
+            "--trainer.callbacks+=torch.nn.Linear",
+            "trainer.callbacks: a class_path must name a subclass of Callback",
+        ),
+        ("--model=torch.nn.Linear", "model: a class_path must name a subclass of LightningModule, got torch.nn.Linear"),
+    ],
+)
+def test_a_class_path_that_names_no_fitting_class_is_named_with_its_key(capsys, override, line):
+    assert main(["fit", "--config", "recipes/quickstart.yaml", override, "--print_config"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {line}")
