@@ -121,6 +121,15 @@ def test_a_checkpoint_resumes_on_other_devices(toy_recipe, tmp_path):
     assert_close(weights_of(runs / "version_4"), alone)
 
 
+def test_a_checkpoint_of_replicated_shards_resumes_with_tensor_parallelism(toy_recipe, tmp_path):
+    runs = tmp_path / "runs" / "toy"
+    alone = train(toy_recipe, *MODEL)
+    train_forked(4, toy_recipe, *MODEL, "--trainer.strategy.shard_size", "2", overlay="hsdp")
+    checkpoint = runs / "version_1" / "checkpoints" / "step=5.ckpt"
+    train_forked(4, toy_recipe, *MODEL, "--ckpt_path", str(checkpoint), overlay="fsdp_tp")
+    assert_close(weights_of(runs / "version_2"), alone)
+
+
 @pytest.mark.parametrize("words", [[], ["--config", "recipes/strategy/ddp.yaml", "--trainer.devices", "1"]])
 def test_a_checkpoint_of_version_0_1_goes_on_to_the_bit(toy_recipe, tmp_path, words):
     alone = train(toy_recipe)

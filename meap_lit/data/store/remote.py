@@ -2,13 +2,15 @@
 
 `s3.py` reads S3, and fsspec reads everything else. There is one loop of tries, and the retries of botocore
 are off: botocore repeats a request that failed, but not a body that broke off or came with a flipped byte, and a
-loop in a loop would multiply the waiting.
+loop in a loop would multiply the waiting. The file systems of gs:// and az:// repeat requests themselves and cannot be
+told not to, so an error of theirs is final.
 """
 
 import contextlib
 import dataclasses
 import glob
 import io
+import logging
 import random
 import tempfile
 import time
@@ -196,7 +198,8 @@ def _scheme(address: str) -> str:
         raise UserError(
             f"address {address} must begin with one of {', '.join(REMOTE_SCHEMES)} and ://, then name a bucket or host"
         )
-    if "@" in url.netloc:
+    # an address of Azure may name its container in front of the host
+    if "@" in url.netloc and (":" in url.netloc or _EXTRAS.get(url.scheme) != "az"):
         raise UserError(
             f"the address of {url.path.strip('/')} must not hold credentials; put them into the environment"
         )
@@ -216,7 +219,8 @@ def _faults(address: str) -> Iterator[None]:
         fault = f"{type(cause).__name__}: {in_one_line(cause)}"
         stated = (getattr(cause, name, None) for name in ("status", "code", "status_code"))
         status = next((value for value in stated if isinstance(value, int)), 500)
-        if isinstance(cause, (FileNotFoundError, PermissionError, TypeError)):
+        tried = urlsplit(address).scheme in _EXTRAS
+        if tried or isinstance(cause, (FileNotFoundError, PermissionError, TypeError)):
             status = 400
         raise fault_of_status(status, address, fault, "check the address and the credentials") from error
 
@@ -226,6 +230,8 @@ def _file_system(address: str, storage: Storage) -> Any:
     import fsspec
 
     scheme = urlsplit(address).scheme
+    for name in ("gcsfs", "adlfs", "azure"):  # they log what they also raise, gcsfs with a traceback for each try
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     options: dict[str, Any] = {"use_listings_cache": False}
     try:
         if scheme in ("https", "http"):

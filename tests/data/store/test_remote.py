@@ -1,8 +1,11 @@
 import dataclasses
+import logging
+import re
 import socket
 import time
 
 import pytest
+from fsspec import AbstractFileSystem
 
 from meap_lit.data.store.remote import Storage
 from meap_lit.errors import UserError
@@ -187,6 +190,39 @@ def test_a_file_system_that_is_not_installed():
         UserError, match=r"^reading gs://bucket/x needs a package: pip install 'meap-lit\[gs\]' \(.*gcsfs"
     ):
         Storage(tries=1).read("gs://bucket/x")
+
+
+class Unreachable(AbstractFileSystem):
+    """Fails as gcsfs and adlfs do: it tries again by itself, then logs what it raises."""
+
+    requests = 0
+
+    def info(self, path, **options):
+        type(self).requests += 1
+        try:
+            raise OSError("Cannot connect\nto host")
+        except OSError:
+            logging.getLogger("gcsfs").exception("out of retries")
+            raise
+
+    open = info
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/x.txt", "abfs://container@account.dfs.core.windows.net/x.txt"])
+@pytest.mark.parametrize("method", ["find", "read"])
+def test_a_file_system_that_tries_by_itself_is_asked_once_and_logs_nothing(monkeypatch, caplog, address, method):
+    monkeypatch.setattr("fsspec.filesystem", lambda scheme, **options: Unreachable())
+    monkeypatch.setattr(Unreachable, "requests", 0)
+    message = f"cannot read {address}: OSError: Cannot connect to host; check the address and the credentials"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        getattr(Storage(), method)(address)
+    assert Unreachable.requests == 1
+    assert not caplog.records
+
+
+def test_credentials_in_an_address_of_azure_are_refused():
+    with pytest.raises(UserError, match=r"^the address of x must not hold credentials"):
+        Storage().read("az://name:secret@host/x")
 
 
 # ---------------------------------------------------------------------------------------------- what is there
