@@ -16,13 +16,15 @@ from meap_lit.errors import UserError
 from meap_lit.files import read_json, read_text, run_versions
 
 MASK_TOKEN = "[MASK]"
+MASK_TOKENS = (MASK_TOKEN, "<mask>")
+"""Names under which a vocabulary may have a mask token; the first is added where it has none."""
 END_OF_TEXT = "<|endoftext|>"
 
 # Used where neither tokenizer_config.json nor special_tokens_map.json names the token; the first that exists.
 _WELL_KNOWN = {
     "eos": ("</s>", END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "<eos>"),
     "bos": ("<s>", "<|begin_of_text|>", "<bos>"),
-    "mask": (MASK_TOKEN, "<mask>"),
+    "mask": MASK_TOKENS,
 }
 _TOKEN_SETTINGS = ("bos_token", "eos_token", "mask_token", "pad_token", "unk_token")
 # Settings of tokenizer_config.json that `save` keeps; the others name classes and files that `save` does not write.

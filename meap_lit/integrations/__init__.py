@@ -1,0 +1,1 @@
+"""The method in trainers of others."""
