@@ -1,8 +1,11 @@
-"""The processor and the commit of a run."""
+"""The hardware, the versions and the commit of a run or an evaluation."""
 
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 import meap_lit
 
@@ -13,6 +16,21 @@ def processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of this machine's processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions that decide a result, by name."""
+    return {
+        "meap_lit": meap_lit.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "lightning", "litdata", "tokenizers", "numpy")},
+        "cuda": torch.version.cuda,
+    }
 
 
 def git_commit() -> str | None:

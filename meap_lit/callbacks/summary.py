@@ -7,20 +7,18 @@ import platform
 import shlex
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
 import torch
 
-import meap_lit
 from meap_lit.callbacks.budget import Budget
 from meap_lit.callbacks.metrics import MetricsTable
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.callbacks.throughput import Throughput
-from meap_lit.provenance import git_commit, processor
+from meap_lit.provenance import device_name, git_commit, versions
 from meap_lit.secrets import hide_in_words
 
 C = TypeVar("C", bound=L.Callback)
@@ -68,18 +66,13 @@ def measure(trainer: L.Trainer, seconds: float, first_step: int) -> dict[str, An
         "tokens": (trainer.global_step - first_step) * data.tokens_per_step,
         "tokens_per_second": throughput.tokens_per_second(data.tokens_per_step) if throughput is not None else None,
         "peak_memory_bytes": None if memory is None else round(float(memory) * 1e9),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "device": device_name(device),
         "devices": trainer.world_size,
         "nodes": trainer.num_nodes,
         "threads": torch.get_num_threads(),
         "cpu_cores": os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": {
-            "meap_lit": meap_lit.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "lightning", "litdata", "tokenizers", "numpy")},
-            "cuda": torch.version.cuda,
-        },
+        "versions": versions(),
         "command": shlex.join(["python", "-m", "meap_lit", *hide_in_words(sys.argv[1:])]),
         "git_commit": git_commit(),
         # also in the checkpoints, which are large: a run can be reported without them

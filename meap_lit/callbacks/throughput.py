@@ -1,7 +1,6 @@
 """Log tokens per second, model FLOPs utilization, tokens seen and memory."""
 
 import resource
-import sys
 import time
 from typing import Any
 
@@ -82,5 +81,4 @@ def _memory(trainer: L.Trainer) -> float:
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -2,17 +2,14 @@
 
 import dataclasses
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from meap_lit import __version__
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.results import report, save
 from meap_lit.evaluation.runner import (
@@ -29,7 +26,7 @@ from meap_lit.evaluation.runner import (
 )
 from meap_lit.evaluation.task import Item, Result, Task
 from meap_lit.inference.language_model import Device, Dtype, LanguageModel, choose_device
-from meap_lit.provenance import processor
+from meap_lit.provenance import device_name, versions
 from meap_lit.secrets import without_secrets
 
 _WEIGHTS = (".safetensors", ".distcp")
@@ -153,13 +150,9 @@ class Evaluate:
             "model": dataclasses.asdict(model.config),
             "tokens_seen": model.source.tokens_seen,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else processor(),
+            "device": device_name(model.device),
             "processes": num_ranks(),
-            "versions": {
-                "meap_lit": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "tokenizers")},
-            },
+            "versions": versions(),
         }
         return Result(self.task, label, records, num_skipped, about)
 

@@ -139,7 +139,7 @@ def _same_everywhere(plot: Plot, result: Result, metric: str) -> str:
     others = {key: {cell[key] for cell in cells} for key in result.cell_keys if key not in (plot.x, plot.y)}
     found = {key: next(iter(values)) for key, values in others.items() if len(values) == 1}
     found |= {name: result.options[name] for name in plot.options if name in result.options}
-    return ", ".join(f"{key} {_label(value)}" for key, value in found.items())
+    return ", ".join(f"{key} {label(value)}" for key, value in found.items())
 
 
 def heat_maps(
@@ -177,8 +177,8 @@ def heat_maps(
         image = axes.imshow(values, vmin=0, vmax=100, cmap=colors, aspect="auto")
         for row, column in np.argwhere(~np.isnan(values)):
             axes.text(column, row, f"{values[row, column]:.0f}", ha="center", va="center")
-        axes.set_xticks(range(len(columns)), [_label(column) for column in columns])
-        axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
+        axes.set_xticks(range(len(columns)), [label(column) for column in columns])
+        axes.set_yticks(range(len(rows)), [label(row) for row in rows])
         axes.set_xlabel(x_label)
         if number % across == 0:
             axes.set_ylabel(y_label)
@@ -260,7 +260,7 @@ def bars(
             label=name,
             color=LINE_COLORS[number % len(LINE_COLORS)],
         )
-    axes.set_xticks(range(len(places)), [_label(place) for place in places])
+    axes.set_xticks(range(len(places)), [label(place) for place in places])
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -276,5 +276,6 @@ def _one_panel(width: float, x_label: str, y_label: str, title: str) -> "tuple[F
     return figure, axes
 
 
-def _label(value: Any) -> str:
+def label(value: Any) -> str:
+    """Return the value of a key of the cells as text."""
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)

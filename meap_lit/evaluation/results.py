@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation import attention, tasks
-from meap_lit.evaluation.figures import draw
+from meap_lit.evaluation.figures import draw, label
 from meap_lit.evaluation.statistics import Mean
 from meap_lit.evaluation.task import Result, Task, difference
 from meap_lit.files import read_json, write_file
@@ -169,9 +169,8 @@ def report(results: list[Result]) -> str:
             for group in alongs[0] if len(alongs[0]) > 1 else ():
                 means = [along.get(group, Mean.of([])) for along in alongs]
                 deltas = [difference(results[0], other, metric, {key: group}) for other in results[1:]]
-                name = f"{group:g}" if isinstance(group, float) else str(group)
                 changes = [delta.text(num_digits(unit)) for delta in deltas]
-                rows.append([f"  {name}", *(_text(mean, unit) for mean in means), *changes])
+                rows.append([f"  {label(group)}", *(_text(mean, unit) for mean in means), *changes])
     rows += [[name, f"{value:.4g}"] for name, value in extras(results).items()]
     widths = [max(len(row[n]) for row in rows if n < len(row) and len(row) > 1) for n in range(len(rows[0]))]
     widths[0] = max(len(row[0]) for row in rows)

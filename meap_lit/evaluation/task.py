@@ -83,16 +83,13 @@ class Plot:
     options: tuple[str, ...] = ()
 
 
-Topic = Literal["retrieval", "reasoning", "knowledge", "summaries", "loss", "attention"]
-
-
 class Task(ABC):
     """Base class of tasks. Subclasses are dataclasses; their fields are the options of a recipe."""
 
     name: ClassVar[str]
     """Name in files and figures."""
-    topic: ClassVar[Topic] = "retrieval"
-    """Subject of the task. Reports put attention last."""
+    is_analysis: ClassVar[bool] = False
+    """Whether it tells how a model works instead of how well; reports put such tasks last."""
     metrics: ClassVar[tuple[str, ...]]
     """Names of the scores of an item; the first is the headline."""
     unit: ClassVar[str] = "%"

@@ -45,10 +45,6 @@ class StepBytes:
     blocks: int
     embedding: int
 
-    def more_layers(self, one_more: "StepBytes", number: int) -> "StepBytes":
-        """Return the bytes with `number` more layers, given those with one more."""
-        return StepBytes(*(a + number * (b - a) for a, b in zip(vars(self).values(), vars(one_more).values())))
-
 
 @cache
 def step_bytes(config: DecoderConfig, **options: Any) -> StepBytes:
@@ -60,7 +56,8 @@ def step_bytes(config: DecoderConfig, **options: Any) -> StepBytes:
     if config.num_layers <= more:
         return run_step(config, **options)
     small, large = (run_step(replace(config, num_layers=number), **options) for number in _MEASURED_LAYERS)
-    return small.more_layers(large, config.num_layers - few)
+    number = config.num_layers - few
+    return StepBytes(*(a + number * (b - a) for a, b in zip(vars(small).values(), vars(large).values())))
 
 
 def run_step(

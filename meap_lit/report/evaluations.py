@@ -42,7 +42,7 @@ def find_evaluations(folders: Sequence[str] | None, runs: Sequence[Run]) -> tupl
         of_name = found[_name(result)]
         if run.path not in of_name or _age(result) > _age(of_name[run.path]):
             of_name[run.path] = result
-    ordered = sorted(found, key=lambda name: (next(iter(found[name].values())).task.topic == "attention", name))
+    ordered = sorted(found, key=lambda name: (next(iter(found[name].values())).task.is_analysis, name))
     return {name: found[name] for name in ordered}, num_others
 
 

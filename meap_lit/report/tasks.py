@@ -1,11 +1,11 @@
 """Sections on the evaluations: each task arm by arm, the ablation of the mask ratio, variants."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from meap_lit.evaluation.figures import curves, draw
+from meap_lit.evaluation.attention.masked import STATISTICS
+from meap_lit.evaluation.figures import curves, draw, label
 from meap_lit.evaluation.statistics import Difference, bootstrap
 from meap_lit.evaluation.task import Plot, Result
 from meap_lit.report.arms import Arm, Study, describe
@@ -79,18 +79,10 @@ def _table_along(key: str, arms: Sequence[Arm], results: Results) -> Iterator[Bl
         yield Paragraph(f"By {key}: means over seeds, and in brackets differences to the baseline.")
         scores = {group: Score(results, cell={key: group}) for group in groups}
         rows = [
-            [_text(group), *(score.text(arm, arm.baseline).replace(ONE_SEED, "") for arm in arms)]
+            [label(group), *(score.text(arm, arm.baseline).replace(ONE_SEED, "") for arm in arms)]
             for group, score in scores.items()
         ]
         yield Table([key, *(arm.name for arm in arms)], rows)
-
-
-def _text(group: Any) -> str:
-    return f"{group:g}" if isinstance(group, float) else str(group)
-
-
-ATTENTION = (("attention", "decay", -1), ("variance", "variance increase", 1))
-"""Statistic of a record, name of its change, and the sign of the paper's direction."""
 
 
 def attention_change(arm: Arm, baseline: Arm, results: Results, statistic: str, sign: int) -> Difference | None:
@@ -117,7 +109,7 @@ def _attention_table(arms: Sequence[Arm], results: Results) -> Iterator[Block]:
     )
     rows = []
     for arm in arms:
-        for statistic, name, sign in ATTENTION:
+        for statistic, name, sign in STATISTICS:
             changes = [
                 attention_change(arm, other, results, statistic, sign) if other else None
                 for other in (arm.baseline, arm)
@@ -137,14 +129,14 @@ def ablation_section(study: Study, evaluations: Evaluations) -> Iterator[Block]:
     rows = []
     for arm in arms:
         cells = [score.text(arm, arm.baseline) for score in scores.values()]
-        rows.append([_text(arm.ratio), arm.name, loss.text(arm, arm.baseline), PROBE.text(arm, None), *cells])
+        rows.append([label(arm.ratio), arm.name, loss.text(arm, arm.baseline), PROBE.text(arm, None), *cells])
     yield Heading("Mask ratio", 3)
     yield Paragraph(
         "Arms that differ from the baseline in P only. Means over seeds, in brackets differences to the baseline."
     )
     yield Table(["P", "arm", "clean validation loss", "probe, %", *scores], rows)
     tasks = {name: score.result.task for name, score in scores.items()}
-    drawn = [name for name, task in tasks.items() if task.unit == "%" and task.topic != "attention"]
+    drawn = [name for name, task in tasks.items() if task.unit == "%" and not task.is_analysis]
     measures = {"accuracy of the probe": PROBE, **{name: scores[name] for name in drawn}}
     lines = {
         name: {arm.ratio: measure.mean(arm) for arm in arms if measure.by_seed(arm)}

@@ -22,6 +22,9 @@ from meap_lit.inference.language_model import LanguageModel
 from meap_lit.masking import mask_inputs, num_masked
 from meap_lit.model import Decoder
 
+STATISTICS = (("attention", "decay", -1), ("variance", "variance increase", 1))
+"""Statistic of a record, name of its change, and the sign of the paper's direction."""
+
 
 def by_layer(reading: str, statistic: str) -> Callable[[Sequence[Record]], dict[int, Mean]]:
     """Return a function of records that gives the mean over sequences and heads, by the number of the layer from 1."""
@@ -63,7 +66,7 @@ class MaskedAttention(SequenceTask):
     """
 
     name = "attention"
-    topic = "attention"
+    is_analysis = True
     metrics = ("decay", "variance_increase")
     plots = (
         _layer_plot("attention_masked", "attention", "mean weight of a masked position"),
@@ -129,10 +132,8 @@ class MaskedAttention(SequenceTask):
 
     def score(self, record: Record) -> dict[str, float]:
         return {
-            "decay": -_percent_change(_mean(record, "clean", "attention"), _mean(record, "masked", "attention")),
-            "variance_increase": _percent_change(
-                _mean(record, "clean", "variance"), _mean(record, "masked", "variance")
-            ),
+            metric: sign * _percent_change(_mean(record, "clean", statistic), _mean(record, "masked", statistic))
+            for metric, (statistic, _, sign) in zip(self.metrics, STATISTICS, strict=True)
         }
 
     @classmethod
@@ -212,7 +213,7 @@ def changes(clean: Sequence[Record], masked: Sequence[Record]) -> dict[str, floa
         masked: Records of the same sequences whose masked reading counts.
     """
     found = {}
-    for statistic, name, sign in (("attention", "decay", -1), ("variance", "variance increase", 1)):
+    for statistic, name, sign in STATISTICS:
         before = np.array([_mean(record, "clean", statistic) for record in clean])
         after = np.array([_mean(record, "masked", statistic) for record in masked])
         t, p = paired_t_test(sign * (after - before))

@@ -51,7 +51,7 @@ class AttentionSegments(Task):
     """
 
     name = "attention_segments"
-    topic = "attention"
+    is_analysis = True
     metrics = ("answer", "context_before", "context_after", "query", "eos", "bos")
     plots = (
         Plot("attention_segments", "segment", lines={"": share_by_segment}, value_label="attention of EOS (%)"),

@@ -81,18 +81,26 @@ class JudgeSummaries:
 
 def report(records: Sequence[Record], judges: Sequence[str]) -> str:
     """Return the share of each judge and the agreement of each pair, as lines."""
-    verdicts = {name: [record["verdicts"][name] for record in records] for name in judges}
     lines = []
-    for name, given in verdicts.items():
-        free = Mean.of(100.0 * (verdict is True) for verdict in given)
+    for name, free in free_by_judge(records, judges).items():
+        undecided = sum(record["verdicts"][name] is None for record in records)
         lines.append(
-            f"  {name}: {free.value:.2f} ± {free.error:.2f} % free of hallucination, {given.count(None)} of "
-            f"{free.n} undecided"
+            f"  {name}: {free.value:.2f} ± {free.error:.2f} % free of hallucination, {undecided} of {free.n} undecided"
         )
-    for first, second in combinations(judges, 2):
-        equal, kappa = agreement(verdicts[first], verdicts[second])
-        lines.append(f"  {first} and {second}: {equal:.2f} % equal, kappa {kappa:.3f}")
+    for pair, (equal, kappa) in agreements(records, judges).items():
+        lines.append(f"  {pair}: {equal:.2f} % equal, kappa {kappa:.3f}")
     return "\n".join(lines)
+
+
+def free_by_judge(records: Sequence[Record], judges: Sequence[str]) -> dict[str, Mean]:
+    """Return the percentage of summaries that each judge found free of hallucination."""
+    return {judge: Mean.of(100.0 * (record["verdicts"][judge] is True) for record in records) for judge in judges}
+
+
+def agreements(records: Sequence[Record], judges: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Return `agreement` of each pair of judges, by their names."""
+    verdicts = {judge: [record["verdicts"][judge] for record in records] for judge in judges}
+    return {f"{a} and {b}": agreement(verdicts[a], verdicts[b]) for a, b in combinations(judges, 2)}
 
 
 def read_summaries(file: Path) -> list[Record]:

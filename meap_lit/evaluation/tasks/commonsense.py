@@ -5,7 +5,7 @@ choice. It needs pip install 'meap-lit[harness]'.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,6 @@ class Commonsense(Task):
     """
 
     name = "commonsense"
-    topic = "knowledge"
     metrics = ("accuracy", "acc", "acc_norm")
     by_key = ("acc",)
     plots = (Plot("tasks", "task"),)
@@ -99,7 +98,10 @@ class Commonsense(Task):
     @classmethod
     def extra(cls, result: Result) -> dict[str, float]:
         """Return means in which every task has the same weight, and the number of questions that were cut."""
-        found = {f"{metric}, mean of tasks": _mean(result.along("task", metric)) for metric in result.metrics}
+        found = {
+            f"{metric}, mean of tasks": Mean.of(mean.value for mean in result.along("task", metric).values()).value
+            for metric in result.metrics
+        }
         num_cut = sum(record["is_cut"] for record in result.records)
         return found | ({"questions that lost their beginning": num_cut} if num_cut else {})
 
@@ -135,7 +137,3 @@ def _gold(task: Any, doc: Any, choices: Sequence[str]) -> list[int]:
     return [
         choices.index(one) if isinstance(one, str) else int(one) for one in (gold if isinstance(gold, list) else [gold])
     ]
-
-
-def _mean(table: Mapping[Any, Mean]) -> float:
-    return sum(mean.value for mean in table.values()) / len(table)

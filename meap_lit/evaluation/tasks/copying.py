@@ -39,7 +39,6 @@ class Copying(SequenceTask):
     """
 
     name = "copying"
-    topic = "loss"
     metrics = ("copy_loss", "first_loss", "gain", "copy_accuracy")
     unit = "nats"
     other_units = {"copy_accuracy": "%"}

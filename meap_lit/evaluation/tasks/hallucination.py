@@ -7,12 +7,11 @@ summary with its document. The score is the share of summaries that are judged f
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
 from meap_lit.errors import check_range
-from meap_lit.evaluation.judging.command import agreement
+from meap_lit.evaluation.judging.command import agreements, free_by_judge
 from meap_lit.evaluation.rows import read_rows
 from meap_lit.evaluation.statistics import Mean
 from meap_lit.evaluation.task import Item, Plot, Prompt, PromptTask, Record, Result
@@ -30,11 +29,8 @@ STOPS = ("#Document#:", "#Article#:")
 """Beginnings of a further example, which ends the summary."""
 
 
-def free_by_judge(records: Sequence[Record]) -> dict[str, Mean]:
-    """Return the percentage of summaries that each judge found free of hallucination."""
-    return {
-        judge: Mean.of(100.0 * (record["verdicts"][judge] is True) for record in records) for judge in _judges(records)
-    }
+def _free(records: Sequence[Record]) -> dict[str, Mean]:
+    return free_by_judge(records, _judges(records))
 
 
 def _judges(records: Sequence[Record]) -> list[str]:
@@ -55,9 +51,8 @@ class Hallucination(PromptTask):
     """
 
     name = "hallucination"
-    topic = "summaries"
     metrics = ("free", "undecided")
-    plots = (Plot("judges", "judge", lines={"": free_by_judge}, value_label="free of hallucination (%)"),)
+    plots = (Plot("judges", "judge", lines={"": _free}, value_label="free of hallucination (%)"),)
 
     file: str
     prompt: Literal["one_sentence", "document"]
@@ -95,11 +90,9 @@ class Hallucination(PromptTask):
         num_open = sum(not record.get("verdicts") for record in result.records)
         if num_open:
             return {"not judged yet (python -m meap_lit judge)": num_open}
-        found = {f"free by {judge}": mean.value for judge, mean in free_by_judge(result.records).items()}
-        for first, second in combinations(_judges(result.records), 2):
-            verdicts = ([record["verdicts"][judge] for record in result.records] for judge in (first, second))
-            equal, kappa = agreement(*verdicts)
-            found |= {f"{first} and {second} equal": equal, f"{first} and {second} kappa": kappa}
+        found = {f"free by {judge}": mean.value for judge, mean in _free(result.records).items()}
+        for pair, (equal, kappa) in agreements(result.records, _judges(result.records)).items():
+            found |= {f"{pair} equal": equal, f"{pair} kappa": kappa}
         return found
 
 

@@ -27,7 +27,6 @@ class Perplexity(SequenceTask):
     """
 
     name = "perplexity"
-    topic = "loss"
     metrics = ("nll",)
     unit = "nats"
     higher_is_better = False

@@ -30,7 +30,6 @@ class Reasoning(HaystackTask):
     """
 
     name = "reasoning"
-    topic = "reasoning"
     metrics = ("word_recall",)
     plots = (
         Plot("reasoning_by_length", "length", x_label="length (tokens)"),
