@@ -54,6 +54,7 @@ def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
     metric = next((source or first.headline for source in plot.lines.values() if isinstance(source, str)), None)
     name = metric or first.headline
     value_label = plot.value_label or f"{name} ({first.unit_of(name)})"
+    levels = _levels(plot, groups)
     if len(kept) == 2:
         columns, rows = places
         panels = {
@@ -62,7 +63,8 @@ def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
             )
             for label, line in means.items()
         }
-        return heat_maps(panels, columns, rows, x_label=labels[0], y_label=labels[1], title=value_label)
+        title = ", ".join([value_label, *(f"{name} {level:.4g}" for name, level in levels.items())])
+        return heat_maps(panels, columns, rows, x_label=labels[0], y_label=labels[1], title=title)
 
     def project(line: Line) -> dict[Any, Mean]:
         values = {at[kept[0]]: mean for at, mean in line.items()}
@@ -75,14 +77,13 @@ def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
     how: dict[str, Any] = {"x_label": labels[0], "y_label": value_label, "title": title, "errors": errors}
     if not _are_numbers(places[0]):
         return bars(heights, **how)
-    how["levels"] = _levels(plot, groups)
     how["faint"] = {
         label: [{x: mean.value for x, mean in project(line).items()} for line in lines]
         for label, lines in seeds.items()
         if len(lines) > 1
     }
     how["y_range"] = (0, 102) if metric is not None and first.unit_of(metric) == "%" else None
-    figure = curves(heights, log_x=plot.log_x, **how)
+    figure = curves(heights, levels=levels, log_x=plot.log_x, **how)
     if not plot.log_x and len(places[0]) <= _MAX_TICKS:
         figure.axes[0].set_xticks(places[0])
     return figure
@@ -99,7 +100,7 @@ def _line(plot: Plot, source: str | Callable[[Sequence[Record]], Values], result
 
 
 def _levels(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> dict[str, float]:
-    """Return the dashed lines by name: bounds, and guessing."""
+    """Return the values to compare with by name: bounds, and guessing."""
     found = {
         f"{level.replace('_', ' ')}, {label}": _mean(results, level)
         for label, results in groups.items()

@@ -66,7 +66,7 @@ class Plot:
         value_label: Label of the values; the metric and its unit by default.
         log_x: Use a logarithmic x axis, linear from 0 to 1.
         levels: Metrics whose means are dashed lines.
-        choices: Option of the task that counts the choices of an answer; guessing is then a dashed line.
+        choices: Option of the task that counts the choices of an answer; guessing is then a dashed line, or named.
         options: Options of the task that the title gives.
     """
 

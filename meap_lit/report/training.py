@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from meap_lit.data.corpora.python_text import FILES_FILE
 from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.data.store.manifest import MANIFEST_FILE
 from meap_lit.errors import UserError
@@ -23,8 +24,6 @@ HALF = 0.5
 """Accuracy of the probe at which retrieval has emerged."""
 PROBE = Logged(ACCURACY, digits=1, scale=100)
 """Accuracy of the probe in percent."""
-FILES_FILE = "files.json"
-"""List of {file, bytes, sha256, ...} that a step of the preparation writes about its input."""
 
 
 def setup(studies: Sequence[Study], evaluations: Evaluations) -> list[Block]:

@@ -8,7 +8,7 @@ do. `RetrievalProbe` runs the same task during training.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import accumulate, takewhile
 
@@ -112,7 +112,8 @@ class FactRetrieval(Task):
             {"id": item.id, "cell": item.cell, "answer": item.fields["answer"], "option_scores": row}
             for item, row in zip(items, option_scores(decoder, items, batch_size), strict=True)
         ]
-        return Result(self, label, [{**record, "scores": self.score(record)} for record in records])
+        scored = [{**record, "scores": self.score(record)} for record in records]
+        return Result(self, label, scored, about={"task": {"init_args": asdict(self)}})
 
     def score(self, record: Record) -> dict[str, float]:
         scores = record["option_scores"]

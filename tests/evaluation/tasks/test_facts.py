@@ -1,6 +1,6 @@
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product, takewhile
 
 import pytest
@@ -244,7 +244,9 @@ def test_figure_shows_length_across_and_depth_down():
     scores = {(200, 0.0): 100, (200, 0.5): 50, (200, 1.0): 0, (400, 0.0): 25, (400, 0.5): 75, (400, 1.0): 90}
     cells = [({"length": length, "depth": depth}, score) for (length, depth), score in scores.items()]
     records = [{"id": str(cell), "cell": cell, "scores": {"accuracy": score}} for cell, score in cells]
-    figure = draw(GRID.plots[0], {"Retrieval": [Result(GRID, "Retrieval", records)]})
+    figure = draw(
+        GRID.plots[0], {"Retrieval": [Result(GRID, "Retrieval", records, about={"task": {"init_args": asdict(GRID)}})]}
+    )
     axes = figure.axes[0]
     (image,) = axes.images
     assert image.get_array().shape == (3, 2)
@@ -255,6 +257,7 @@ def test_figure_shows_length_across_and_depth_down():
     cells = {text.get_position(): text.get_text() for text in axes.texts}
     assert cells == {(0, 0): "100", (0, 1): "50", (0, 2): "0", (1, 0): "25", (1, 1): "75", (1, 2): "90"}
     assert axes.get_title() == "Retrieval: 56.7%"
+    assert figure.get_suptitle() == "accuracy (%), guessing 25"
     assert [to_hex(image.cmap(share)).upper() for share in (0.0, 1.0)] == ["#F0496E", "#0CD79F"]
 
 
