@@ -1,6 +1,12 @@
+import inspect
+
 import pytest
 
+from meap_lit.callbacks import Budget, RetrievalProbe
+from meap_lit.data.finetuning import FineTuningData
+from meap_lit.data.pretraining import PretrainingData
 from meap_lit.errors import UserError
+from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.report.arms import describe, find_studies
 from meap_lit.report.runs import find_runs
 from tests.support.toy_study import recipe, write_run
@@ -30,6 +36,15 @@ def test_runs_that_differ_in_seed_and_machine_are_one_arm(tmp_path):
     assert describe(meap.differs_from(ntp)) == "mask_ratio 0.15"
     assert [seed for seed, _, _ in meap.pairs(ntp)] == ["1", "2"]
     assert study.title == "Pretraining, 66 parameters"
+
+
+@pytest.mark.parametrize(
+    "kind", [MEAPPretraining, MEAPFineTuning, PretrainingData, FineTuningData, Budget, RetrievalProbe]
+)
+def test_what_does_not_decide_a_result_is_an_option(kind):
+    options = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+    assert kind.incidental
+    assert set(kind.incidental) <= options
 
 
 def test_a_run_of_an_earlier_version_is_one_of_its_arm(tmp_path):
