@@ -74,9 +74,9 @@ def save(results: list[Result], folder: Path) -> None:
     content["results"] = [_summary(result) for result in results]
     if len(results) == 2:
         first, second = results
-        content["difference"] = {metric: difference(first, second, metric)._asdict() for metric in first.metrics}
+        content["difference"] = {metric: difference(first, second, metric).record() for metric in first.metrics}
         content["differences"] = [
-            {key: group, **difference(first, second, cell={key: group})._asdict()}
+            {key: group, **difference(first, second, cell={key: group}).record()}
             for key in first.cell_keys
             for group in first.along(key)
         ]

@@ -76,6 +76,10 @@ class Difference(NamedTuple):
     n: int
     num_seeds: int = 1
 
+    def record(self) -> dict[str, float]:
+        """Return the values for result.json, which compares one pair of checkpoints."""
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
     def text(self, digits: int) -> str:
         """Return mean and interval for a cell of a table."""
         return f"{self.value:+,.{digits}f} [{self.low:+,.{digits}f}, {self.high:+,.{digits}f}]"
