@@ -195,8 +195,9 @@ class ChatTemplate:
                 missing.append("messages of the role tool")
         if missing:
             raise UserError(
-                f"chat template {self.name} does not write {' or '.join(missing)}, which this conversation has; name a "
-                f"template that does, such as the tokenizer's own or a .jinja file, or take them out of the data"
+                f"chat template {self.name} does not write {' or '.join(missing)}, which this conversation has; name "
+                f"a template that does (chatml, llama3, the tokenizer's own or a .jinja file), or take them out of the "
+                f"data"
             )
 
     def render_prompt(self, messages: Sequence[Message], *, continue_last: bool = False) -> str:

@@ -104,6 +104,7 @@ LLAMA31 = """\
 """
 
 TEMPLATES = {"qwen2.5": QWEN25, "qwen3": QWEN3, "llama3.1": LLAMA31}
+TEMPLATES |= {name: NAMED[name] for name in ("chatml", "llama3")}
 CLOSING = {"qwen2.5": "<|im_end|>", "qwen3": "<|im_end|>", "llama3.1": "<|eot_id|>"}
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"]
 SPECIAL += ["<|eot_id|>", "<|eom_id|>"]
@@ -180,6 +181,27 @@ LEARNED = {
         "No.<|im_end|>",
         'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rom\u00e9"}}\n</tool_call><|im_end|>',
         "Yes.<|im_end|>",
+    ],
+    ("chatml", "asked"): [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call><|im_end|>',
+        "No.<|im_end|>",
+        'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rom\u00e9"}}\n</tool_call><|im_end|>',
+        "Yes.<|im_end|>",
+    ],
+    ("llama3", "asked"): [
+        '{"name": "weather", "parameters": {"city": "Oslo", "days": 2}}<|eot_id|>',
+        "No.<|eot_id|>",
+        'Let me see.\n{"name": "weather", "parameters": {"city": "Rom\u00e9"}}<|eot_id|>',
+        "Yes.<|eot_id|>",
+    ],
+    ("chatml", "twice"): [
+        '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+        '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Lima"}}\n</tool_call><|im_end|>',
+        "Noon, rain.<|im_end|>",
+    ],
+    ("llama3", "twice"): [
+        '{"name": "time", "parameters": {}}\n{"name": "weather", "parameters": {"city": "Lima"}}<|eot_id|>',
+        "Noon, rain.<|eot_id|>",
     ],
     ("llama3.1", "asked"): [
         '{"name": "weather", "parameters": {"city": "Oslo", "days": 2}}<|eom_id|>',
@@ -344,21 +366,20 @@ def test_special_tokens_anywhere_stay_characters(ours):
 # ---------------------------------------------------------------------------- templates that know too little
 
 
-@pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize(
-    ("messages", "tools", "missing"),
+    ("name", "messages", "tools", "missing"),
     [
-        (ASKED[:2] + ASKED[4:5], TOOLS, "tools"),
-        (ASKED[:5], TOOLS, "tools or tool_calls"),
-        (ASKED[:5], None, "tool_calls"),
-        (REASONED[:2], None, "reasoning_content"),
+        *((name, ASKED[:2] + ASKED[4:5], TOOLS, "tools") for name in ("alpaca", "mistral")),
+        *((name, ASKED[:5], TOOLS, "tools or tool_calls") for name in ("alpaca", "mistral")),
+        *((name, ASKED[:5], None, "tool_calls") for name in ("alpaca", "mistral")),
+        *((name, REASONED[:2], None, "reasoning_content") for name in NAMED),
     ],
 )
 def test_named_templates_refuse_what_they_do_not_write(ours, name, messages, tools, missing):
     template = ChatTemplate.load(name, ours)
     expected = (
-        rf"^chat template {name} does not write {missing}, which this conversation has; name a template that does, "
-        rf"such as the tokenizer's own or a .jinja file, or take them out of the data$"
+        rf"^chat template {name} does not write {missing}, which this conversation has; name a template that does "
+        rf"\(chatml, llama3, the tokenizer's own or a .jinja file\), or take them out of the data$"
     )
     for encode in (template.encode, template.encode_prompt):
         with pytest.raises(UserError, match=expected):
@@ -372,7 +393,94 @@ def test_a_template_that_leaves_out_what_tools_return(ours):
         with pytest.raises(UserError, match=f"^chat template {name} does not write messages of the role tool, which"):
             ChatTemplate.load(name, ours).encode(messages)
     chat = ChatTemplate.load("chatml", ours).encode(messages)
-    assert '<|im_start|>tool\n{"degrees": -3}<|im_end|>' in ours.decode(chat.input_ids)
+    expected = '<|im_start|>user\n<tool_response>\n{"degrees": -3}\n</tool_response><|im_end|>\n<|im_start|>assistant'
+    assert expected in ours.decode(chat.input_ids)
+
+
+# ---------------------------------------------------------------------------- named templates that know tools
+
+FUNCTION = {"name": "now", "parameters": {"type": "object", "properties": {}}}
+CALLED = {
+    "conversations": [
+        {"from": "human", "value": "How late is it?"},
+        {"from": "function_call", "value": '{"name": "now", "arguments": {"zone": "UTC"}}'},
+        {"from": "observation", "value": '{"time": "12:05"}'},
+        {"from": "gpt", "value": "Five past twelve."},
+    ],
+    "tools": json.dumps([FUNCTION]),
+}
+CHATML_CALLED = """\
+<|im_start|>system
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call><|im_end|>
+<|im_start|>user
+How late is it?<|im_end|>
+<|im_start|>assistant
+[<tool_call>
+{"name": "now", "arguments": {"zone": "UTC"}}
+</tool_call><|im_end|>]
+<|im_start|>user
+<tool_response>
+{"time": "12:05"}
+</tool_response><|im_end|>
+<|im_start|>assistant
+[Five past twelve.<|im_end|>]
+"""
+LLAMA3_CALLED = """\
+<|start_header_id|>user<|end_header_id|>
+
+Given the following functions, please respond with a JSON for a function call with its proper arguments that best \
+answers the given prompt.
+
+Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}. Do not use \
+variables.
+
+{
+    "type": "function",
+    "function": {
+        "name": "now",
+        "parameters": {
+            "type": "object",
+            "properties": {}
+        }
+    }
+}
+
+How late is it?<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+[{"name": "now", "parameters": {"zone": "UTC"}}<|eot_id|>]<|start_header_id|>ipython<|end_header_id|>
+
+{"time": "12:05"}<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+[Five past twelve.<|eot_id|>]"""
+
+
+@pytest.mark.parametrize(("name", "text"), [("chatml", CHATML_CALLED), ("llama3", LLAMA3_CALLED)])
+def test_a_record_of_sharegpt_with_a_call(ours, name, text):
+    """In the text, what is learned is in brackets."""
+    chat = to_conversation(CALLED)
+    encoded = ChatTemplate(name, NAMED[name], ours).encode(chat.messages, chat.tools, chat.trained)
+    assert ours.decode(encoded.input_ids) == text.replace("[", "").replace("]", "")
+    assert learned(ours, encoded) == [part.split("]")[0] for part in text.split("[")[1:]]
+
+
+def test_chatml_writes_tools_after_the_system_message(ours):
+    """As the template of Qwen2.5, whose description of the tools is shortened here."""
+    encoded = [ChatTemplate("x", source, ours).encode(ASKED, TOOLS) for source in (NAMED["chatml"], QWEN25)]
+    texts = [ours.decode(chat.input_ids) for chat in encoded]
+    assert texts[0].startswith("<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call")
+    assert texts[0].partition("<|im_end|>")[2] == texts[1].partition("<|im_end|>")[2]
 
 
 # ------------------------------------------------------------------------------------------------ real data

@@ -542,3 +542,17 @@ def test_real_files_are_read_whole(shared_data, tmp_path, name, count, tools):
             UserError, match=r"element 1: chat template mistral does not write tools or tool_calls, which "
         ):
             prepare(tmp_path / "named", file, str(tmp_path / "tokenizer"), template="mistral")
+        add_special_tokens(tmp_path / "tokenizer", *(f"<|{name}|>" for name in MARKERS))
+        for template in ("chatml", "llama3"):
+            prepare(tmp_path / template, file, str(tmp_path / "tokenizer"), template=template)
+            split = Manifest.load(str(tmp_path / template), kind="chat").splits["train"]
+            assert (split.documents, split.answers) == (count, 957)
+
+
+MARKERS = ("im_start", "im_end", "start_header_id", "end_header_id", "eot_id")
+
+
+def add_special_tokens(folder, *tokens):
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(list(tokens))
+    backend.save(str(folder / "tokenizer.json"))
