@@ -11,6 +11,8 @@ import pytest
 
 # before torch: two workers share two cores, and a fork of a process with OpenMP threads would wait for them for good
 os.environ["OMP_NUM_THREADS"] = "1"
+# before huggingface_hub: a mistyped path must not be looked for in the network
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 

@@ -18,6 +18,7 @@ from meap_lit.files import parse_bytes
 from meap_lit.hf.config import family, hf_name, write_config
 from meap_lit.hf.folder import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE
 from meap_lit.hf.weights import WeightSource, check_weights
+from meap_lit.hub import is_pinned
 from meap_lit.model.decoder import Decoder
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -34,9 +35,9 @@ class Export(Preparation):
 
     Args:
         output: Folder to make.
-        checkpoint: A run (runs/NAME or runs/NAME/version_0), a .ckpt file, or a Hugging Face folder; adapters are
-            merged.
-        tokenizer: Folder with the tokenizer.json of training, where the checkpoint's run keeps none.
+        checkpoint: A run (runs/NAME or runs/NAME/version_0), a .ckpt file, a Hugging Face folder, or a Hub id (ORG/NAME
+            or ORG/NAME@REVISION); adapters are merged.
+        tokenizer: Folder or Hub id of the tokenizer of training, where the checkpoint's run keeps none.
         dtype: Dtype of the weights; if not given, that of the model it was fine-tuned from, and float32 after
             pretraining and for adapters alone.
         max_shard_size: Size of a weight file, such as 5GB; a whole file is in memory while it is written.
@@ -81,7 +82,7 @@ class Export(Preparation):
         if is_unused or is_known:
             tokenizer.save(folder, with_mask=not is_unused)
         else:  # the model has no row for the mask token: copy the tokenizer as it is
-            Tokenizer.copy_files(Path(tokenizer.path), folder)
+            Tokenizer.copy_files(tokenizer.path, folder)
         what = f"{source.config.num_parameters():,} parameters, {model_type}"
         summary = self._summary(folder, source, files, what, dtype)
         prompt = "--chat --prompt 'Name three rivers.'" if tokenizer.chat_template else "--prompt 'Once upon a time'"
@@ -115,6 +116,8 @@ class Export(Preparation):
                 f"{source.path} has adapters for a model that no other folder holds; leave out --adapter_only"
             )
         _refuse_other_training(source)
+        assert source.init_from is not None
+        from_hub = is_pinned(source.init_from)
         adapters = {_peft_name(name): tensor.to(dtype) for name, tensor in source.adapters().items()}
         _save(adapters, folder / "adapter_model.safetensors")
         _write_json(
@@ -122,7 +125,8 @@ class Export(Preparation):
             {
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": source.init_from,
+                "base_model_name_or_path": source.init_from.partition("@")[0] if from_hub else source.init_from,
+                "revision": source.init_from.partition("@")[2] if from_hub else None,
                 "r": source.lora.rank,
                 "lora_alpha": source.lora.alpha,
                 "target_modules": source.lora.targets,

@@ -20,6 +20,7 @@ from meap_lit.errors import UserError
 from meap_lit.hf.config import family
 from meap_lit.hf.folder import CONFIG_FILE, PICKLED, WEIGHTS_FILE, HFFolder, foreign_format, pickle_refusal
 from meap_lit.hf.weights import EMBEDDING, HEAD, WeightSource, copy_rows
+from meap_lit.hub import is_pinned, local_folder
 from meap_lit.model.config import DecoderConfig, RopeScaling, vocab_rows
 from meap_lit.model.lora import LoRA, is_adapter
 from meap_lit.tokenizer.tokenizer import MASK_TOKEN, Tokenizer, id_of_token
@@ -32,19 +33,19 @@ def open_source(path: str | Path, verify: bool = True) -> WeightSource:
     """Open the weights under `path`.
 
     Args:
-        path: A Hugging Face folder (config.json and safetensors), a checkpoint (.ckpt), the folder of a run
-            (`runs/NAME/version_0`), or the folder above (`runs/NAME`) for its newest run with a checkpoint.
+        path: A Hugging Face folder (config.json and safetensors), the id of a repository on the Hub, a checkpoint
+            (.ckpt), the folder of a run (`runs/NAME/version_0`), or the folder above (`runs/NAME`) for its newest run
+            with a checkpoint.
         verify: Compare a checkpoint of a run with the hashes that it carries; if false, with the sizes only. Hugging
             Face folders carry no hashes.
 
     Raises:
-        UserError: If `path` holds no weights, is damaged, or holds a model that the decoder does not support.
+        UserError: If `path` does not exist or cannot be downloaded, holds no weights, is damaged, or holds a model that
+            the decoder does not support.
     """
-    path = Path(path).expanduser()
+    path = local_folder(path, "checkpoint")
     if path.is_file() or (path / INDEX).is_file():
         return CheckpointSource.open(_behind_link(path), verify)
-    if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist")
     if (path / CONFIG_FILE).is_file():
         return HFFolder.open(path)
     newest = newest_checkpoint(path)
@@ -121,7 +122,7 @@ class CheckpointSource(WeightSource):
         mask_token_id: Id of the mask token in training.
         rows_without_mask: Vocabulary rows that the model would have without the mask token, if that was added to the
             tokenizer and no input was masked; None otherwise.
-        init_from: Path of the model that training started from.
+        init_from: Path of the model that training started from, or its Hub id with the commit.
         base: That model, if its weights are needed.
         lora: The adapters' rank, scale and targets.
         first_new_token: As `load_weights` got it when training started.
@@ -243,6 +244,9 @@ def _decoder_config(content: Mapping[str, Any]) -> DecoderConfig:
 
 def _open_base(file: Path, init_from: str, verify: bool) -> WeightSource:
     try:
+        if not Path(init_from).expanduser().exists() and not is_pinned(init_from):
+            # a path like ORG/NAME that is gone: anybody may have made a repository of that name
+            raise UserError(f"checkpoint {init_from} does not exist")
         return open_source(init_from, verify)
     except UserError as error:
         raise UserError(

@@ -11,6 +11,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
+from meap_lit import hub
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.store.manifest import Kind, Manifest
 from meap_lit.data.store.remote import Storage
@@ -29,7 +30,8 @@ class StreamingData(L.LightningDataModule, ABC):
     Args:
         datasets: Prepared folder or s3:// address (made by `python -m meap_lit prepare ...`), or several with the
             weight of each.
-        tokenizer: Folder of the tokenizer that the datasets were prepared with, or of a run, which keeps its own.
+        tokenizer: Folder of the tokenizer that the datasets were prepared with, or of a run, which keeps its own; or a
+            Hub id (ORG/NAME or ORG/NAME@REVISION).
         seq_len: Tokens in a row of input.
         global_batch_size: Rows in one optimizer step, over all devices.
         micro_batch_size: Rows in one forward pass of one device.
@@ -157,8 +159,11 @@ class StreamingData(L.LightningDataModule, ABC):
     def prepare_data(self) -> None:
         for step in self.preparation:
             step.ensure()
+        hub.download(self.tokenizer_folder, "tokenizer", hub.TOKENIZER_FILES)
 
     def setup(self, stage: str) -> None:
+        if self.trainer is not None:  # all ranks read the revisions that the first one found
+            hub.remember(self.trainer.strategy.broadcast(hub.commits()))
         self.manifests = {path: Manifest.load(path, self.storage, kind=self.kind) for path in self.datasets}
         for path, manifest in self.manifests.items():
             if manifest.part is not None:

@@ -18,6 +18,7 @@ from meap_lit.evaluation.runner import (
     check_task,
     check_writable,
     choose_items,
+    download,
     fingerprint,
     num_ranks,
     predict,
@@ -51,13 +52,14 @@ class Evaluate:
 
     Args:
         task: Task to run.
-        checkpoint: A Hugging Face folder, a .ckpt, or the folder of a run; or two of them, the baseline first.
+        checkpoint: A Hugging Face folder, a Hub id (ORG/NAME or ORG/NAME@REVISION), a .ckpt, or the folder of a run; or
+            two of them, the baseline first.
         label: Name of each checkpoint in tables and figures; derived from its path by default.
         output: Folder for results.
         name: Name of this evaluation; the task's own by default.
         batch_tokens: Maximum number of positions in a batch; a longer item is a batch of its own. Memory limits it.
         on_overflow: Stop if items are longer than the model's context, or skip and count them.
-        tokenizer: Folder of the tokenizer; the checkpoint's own by default.
+        tokenizer: Folder or Hub id of the tokenizer; the checkpoint's own by default.
         dtype: Dtype of the weights; by default bfloat16 on a GPU, and the checkpoint's own on a CPU.
         device: Device to compute on; auto takes a GPU if there is one.
         verify: Hash the checkpoint of a run and compare it with its checksums; false compares sizes only.
@@ -113,6 +115,7 @@ class Evaluate:
 
     def _prepare(self, labels: Sequence[str]) -> list[_Prepared]:
         """Open the checkpoints, run the cheap checks for all of them, and then make the items of each."""
+        download(self.checkpoint, self.tokenizer)
         verify = self.verify and rank() == 0
         models = [LanguageModel(path, self.tokenizer, self.dtype, self._device(), verify) for path in self.checkpoint]
         for model in models:

@@ -48,8 +48,8 @@ class HarnessModel(TemplateLM):
     message wrote them, as in the `hf` model.
 
     Args:
-        checkpoint: A Hugging Face folder, a .ckpt file or folder, or the folder of a run; or a loaded model.
-        tokenizer: Folder of the tokenizer; the checkpoint's own by default.
+        checkpoint: A Hugging Face folder, a Hub id, a .ckpt file or folder, or the folder of a run; or a loaded model.
+        tokenizer: Folder or Hub id of the tokenizer; the checkpoint's own by default.
         dtype: Dtype of the weights, float32 or bfloat16; by default and with auto bfloat16 on a GPU, and the
             checkpoint's own on a CPU.
         device: Device such as cpu or cuda:1; auto takes a GPU if there is one. Without a GPU cuda:0, the default of the

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 from tqdm import tqdm
 
+from meap_lit import hub
 from meap_lit.errors import UserError
 from meap_lit.evaluation.rows import append_records, json_line, read_records
 from meap_lit.evaluation.task import GenerationTask, Item, Record, Task
@@ -259,6 +260,23 @@ def start_ranks() -> None:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not dist.is_initialized():
         raise UserError("srun started several processes that are not connected; start torchrun on each node")
+
+
+def download(checkpoints: Sequence[str], tokenizer: str | None) -> None:
+    """Download what Hub ids name, once on each node; all ranks then read the revisions that the first one found.
+
+    Raises:
+        UserError: If something cannot be downloaded.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for checkpoint in checkpoints:
+            hub.download(checkpoint, "checkpoint")
+        hub.download(tokenizer, "tokenizer", hub.TOKENIZER_FILES)
+    if dist.is_initialized():
+        found = [hub.commits()]
+        dist.broadcast_object_list(found)
+        hub.remember(found[0])
+    _wait_for_all()
 
 
 def rank() -> int:

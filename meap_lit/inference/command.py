@@ -15,13 +15,14 @@ class Generate:
     """Continue prompts with a checkpoint. The text of a single prompt is printed as it grows.
 
     Args:
-        checkpoint: A Hugging Face folder, a .ckpt file, or the folder of a run.
+        checkpoint: A Hugging Face folder, a Hub id (ORG/NAME or ORG/NAME@REVISION), a .ckpt file, or the folder of a
+            run.
         prompt: One prompt or several.
         prompt_file: Text file that holds one more prompt; a newline at its end is left out.
         chat: Make each prompt a user's message in the chat template.
         system: System message before each prompt; needs `chat`.
         template: Chat template, as for `prepare chat`; the tokenizer's own by default; needs `chat`.
-        tokenizer: Folder of the tokenizer; the checkpoint's own by default.
+        tokenizer: Folder or Hub id of the tokenizer; the checkpoint's own by default.
         max_new_tokens: Maximum number of tokens to add to a prompt; by default 128, or less if the context is full.
         temperature: Divides the logits before a token is drawn; 0 takes the most likely token.
         top_k: Draw among this many most likely tokens; 0 and -1 set no limit.

@@ -25,8 +25,8 @@ class LanguageModel:
     """A decoder with its tokenizer. The weights are read at their first use.
 
     Args:
-        checkpoint: A Hugging Face folder, a .ckpt file or folder, or the folder of a run.
-        tokenizer: Folder of the tokenizer; the checkpoint's own by default.
+        checkpoint: A Hugging Face folder, a Hub id, a .ckpt file or folder, or the folder of a run.
+        tokenizer: Folder or Hub id of the tokenizer; the checkpoint's own by default.
         dtype: Dtype of the weights; by default bfloat16 on a GPU, and the checkpoint's own on a CPU.
         device: Device to compute on; auto takes a GPU if there is one.
         verify: Compare the checkpoint of a run with its checksums; False compares file sizes only.

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from meap_lit import hub
 from meap_lit.checkpoint.source import CheckpointSource, new_mask_token, open_source, vocab_size_for
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import UserError
@@ -35,8 +36,8 @@ class DecoderModule(L.LightningModule, ABC):
     Args:
         optimizer: AdamW and its learning-rate schedule.
         decoder: The model, with random weights.
-        init_from: Start from these weights instead: a Hugging Face folder, a checkpoint or a run's folder. The
-            vocabulary grows by the mask token if it has none.
+        init_from: Start from these weights instead: a Hugging Face folder, a Hub id (ORG/NAME or ORG/NAME@REVISION), a
+            checkpoint or a run's folder. The vocabulary grows by the mask token if it has none.
         context: Longer context or other rotary frequencies than those weights were trained with.
         lora: Train low-rank adapters on these projections and nothing else.
         activation_checkpointing: Keep fewer activations for the backward pass and recompute the others: `full` keeps
@@ -98,6 +99,10 @@ class DecoderModule(L.LightningModule, ABC):
 
     # ---------------------------------------------------------------------------------------------- model
 
+    def prepare_data(self) -> None:
+        """Download the model of a Hub id, once on each node."""
+        hub.download(self.init_from, "checkpoint")
+
     def setup(self, stage: str) -> None:
         if self.trainer.precision == "16-mixed":
             raise UserError("trainer.precision 16-mixed is not supported: small gradients underflow; use bf16-mixed")
@@ -147,7 +152,7 @@ class DecoderModule(L.LightningModule, ABC):
         """Open the source of the weights after the first rank has verified it for all."""
         if self.init_from is None or self._trainer is None:
             return None if self.init_from is None else open_source(self.init_from)
-        path, ranks = self.init_from, Ranks(self._trainer)
+        path, ranks = hub.pinned(self.init_from), Ranks(self._trainer)
         verify = getattr(self._trainer.checkpoint_callback, "verify", True) and ranks.rank == 0
         ranks.do(lambda: bool(open_source(path, verify)))
         return open_source(path, verify=False)
@@ -183,7 +188,7 @@ class DecoderModule(L.LightningModule, ABC):
         new_mask = None if tokenizer is None else new_mask_token(source, tokenizer)
         rows_before = None if new_mask is None else source.config.vocab_size
         self.origin = {
-            "init_from": str(source.path),
+            "init_from": self._init_from_of(source),
             "first_new_token": new_mask,
             "rows": source.rows_without_mask if isinstance(source, CheckpointSource) else rows_before,
             "model_type": source.model_type,
@@ -194,6 +199,11 @@ class DecoderModule(L.LightningModule, ABC):
         rows = source.config.vocab_size if tokenizer is None else vocab_size_for(source, tokenizer)
         config = dataclasses.replace(source.config, vocab_size=rows)
         return config if self.context is None else self.context.of(config)
+
+    def _init_from_of(self, source: WeightSource) -> str:
+        """Return the name by which `source` is found again: its path, or its Hub id with the commit."""
+        name = hub.pinned(self.init_from or "")
+        return name if hub.is_pinned(name) else str(source.path)
 
     def _check_context(self, source: WeightSource | None) -> None:
         data = self.data
@@ -338,6 +348,7 @@ class DecoderModule(L.LightningModule, ABC):
             "rows_without_mask": None if self.masks_drawn else self._rows_without_mask(),
             **self.origin,
         }
+        checkpoint["hub"] = hub.commits()
 
 
 def with_vocabulary(config: DecoderConfig, tokenizer: Tokenizer | None) -> DecoderConfig:

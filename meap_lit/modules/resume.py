@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from meap_lit.errors import UserError
+from meap_lit.hub import is_pinned
 from meap_lit.model import DecoderConfig
 from meap_lit.model.lora import LoRA
 
@@ -28,7 +29,8 @@ def check_same_model(about: dict[str, Any], config: DecoderConfig, lora: LoRA | 
             )
     _check_adapters(about.get("lora"), lora)
     trained_on = about.get("init_from")
-    if lora is not None and trained_on and trained_on != init_from and Path(trained_on).exists():
+    is_there = trained_on and (Path(trained_on).exists() or is_pinned(trained_on))
+    if lora is not None and is_there and trained_on != init_from:
         raise UserError(
             f"the checkpoint's adapters were trained on {trained_on}, model.init_from is {init_from} now; "
             f"set model.init_from to {trained_on}"

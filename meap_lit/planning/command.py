@@ -1,6 +1,7 @@
 """`python -m meap_lit plan`: print the memory and time that a recipe needs on given devices.
 
-The recipe is read as `fit` reads it, but nothing is trained, downloaded or written.
+The recipe is read as `fit` reads it, but nothing is trained or written, and of a Hub id only
+configuration and tokenizer are downloaded.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from meap_lit.errors import UserError, check_range
 from meap_lit.files import read_json
 from meap_lit.hf.config import read_config
 from meap_lit.hf.folder import CONFIG_FILE
+from meap_lit.hub import CONFIG_FILES, TOKENIZER_FILES, local_folder
 from meap_lit.model.config import DecoderConfig, vocab_rows
 from meap_lit.modules.base import DecoderModule, with_vocabulary
 from meap_lit.planning.devices import Devices, devices_of, precision
@@ -277,8 +279,8 @@ def decoder_config(module: DecoderModule, data: StreamingData, stand_in: str | N
     if module.context is not None:
         config = module.context.of(config)
     is_new = module.init_from is None and stand_in is None
-    if Path(data.tokenizer_folder).expanduser().is_dir():  # else preparation makes it
-        tokenizer = Tokenizer.load(data.tokenizer_folder)
+    tokenizer = _tokenizer_of(data)
+    if tokenizer is not None:
         if is_new:
             return with_vocabulary(config, tokenizer), []
         rows = vocab_rows(tokenizer.vocab_size, config.vocab_size, new_tokens=tokenizer.vocab_size)
@@ -291,6 +293,15 @@ def decoder_config(module: DecoderModule, data: StreamingData, stand_in: str | N
     return config, [] if is_new else [taken]
 
 
+def _tokenizer_of(data: StreamingData) -> Tokenizer | None:
+    """Return the tokenizer of the data; None if there is none yet, so that preparation has to make it."""
+    try:
+        local_folder(data.tokenizer_folder, "tokenizer", TOKENIZER_FILES)
+    except UserError:
+        return None
+    return Tokenizer.load(data.tokenizer_folder)
+
+
 def _stated_config(module: DecoderModule, stand_in: str | None) -> DecoderConfig:
     if stand_in is not None:
         if not Path(stand_in).is_file():
@@ -300,12 +311,10 @@ def _stated_config(module: DecoderModule, stand_in: str | None) -> DecoderConfig
         return read_config(read_json(Path(stand_in)), stand_in)[0]
     if module.initial_config is not None:
         return module.initial_config
-    folder = Path(module.init_from or "").expanduser()
+    try:
+        folder = local_folder(module.init_from or "", "model.init_from", CONFIG_FILES)
+    except UserError as error:
+        raise UserError(f"{error}; or name its {CONFIG_FILE}, or a recipe of its shape, with --decoder FILE") from error
     if (folder / CONFIG_FILE).is_file():
         return read_config(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))[0]
-    if not folder.exists():
-        raise UserError(
-            f"model.init_from {folder} does not exist; name its {CONFIG_FILE}, or a recipe of its shape, with "
-            f"--decoder FILE"
-        )
     return open_source(folder, verify=False).config

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from meap_lit import hub
 from meap_lit.callbacks import (
     Budget,
     Checkpoint,
@@ -32,6 +33,7 @@ from meap_lit.callbacks.checkpoint import VerifyCheckpoint
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.stopping import StopOnSignal
 from meap_lit.checkpoint.find import find_checkpoint
+from meap_lit.checkpoint.folder import StoredCheckpoint
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import NO_SPACE, UserError
 from meap_lit.files import write_file
@@ -168,6 +170,9 @@ class RecipeCLI:
             raise UserError("weights_only false would run code from a checkpoint, which is never done; leave it out")
         config.weights_only = True
         config.ckpt_path = _resolve_checkpoint(config, starts_anew=self.command == "fit")
+        if config.ckpt_path not in (None, "best") and any(hub.is_hub_id(name) for _, name in _hub_names(config)):
+            # the revisions with which the run of the checkpoint began
+            hub.remember(StoredCheckpoint(Path(config.ckpt_path)).trainer_state.get("hub", {}))
         for options in _options_of_loggers(config) if self.command == "fit" else ():
             _make_log_folder(options)
         with input_errors(KEYS):
@@ -297,6 +302,12 @@ def _options_of_loggers(config: Namespace) -> list[Namespace]:
     return [getattr(logger, "init_args", None) or Namespace() for logger in loggers]
 
 
+def _hub_names(config: Namespace) -> list[tuple[str, str]]:
+    """Return key and value of the options of a recipe that may be Hub ids, where they are set."""
+    values = ((key, config.get(key)) for key in ("model.init_args.init_from", "data.init_args.tokenizer"))
+    return [(key, value) for key, value in values if isinstance(value, str)]
+
+
 def _make_log_folder(options: Namespace) -> None:
     """Make the folder of a logger, before any data is prepared; refuse an address."""
     if not options.get("save_dir"):
@@ -383,6 +394,8 @@ class SaveRecipe(L.Callback):
         log_dir = trainer.log_dir  # called on every rank, since Lightning broadcasts it
         if not trainer.is_global_zero or log_dir is None:
             return
+        for key, name in _hub_names(self.config):
+            self.config[key] = hub.pinned(name)
         recipe = self.parser.dump(self.config, skip_none=False)
         Path(log_dir).mkdir(parents=True, exist_ok=True)
         write_file(Path(log_dir, "config.yaml"), recipe)

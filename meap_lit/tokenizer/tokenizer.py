@@ -14,6 +14,7 @@ from tokenizers import AddedToken, models
 
 from meap_lit.errors import UserError
 from meap_lit.files import read_json, read_text, run_versions
+from meap_lit.hub import TOKENIZER_FILES, local_folder
 
 MASK_TOKEN = "[MASK]"
 MASK_TOKENS = (MASK_TOKEN, "<mask>")
@@ -89,17 +90,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
-        """Read a folder with a tokenizer.json, or the folder of a run, which keeps its own.
+        """Read a folder with a tokenizer.json, a repository of the Hub, or the folder of a run, which keeps its own.
 
         The files that name its special tokens are optional.
+
+        Raises:
+            UserError: If there is none of that name, it cannot be downloaded, or it is damaged.
         """
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"tokenizer folder {path} does not exist")
-        folder = _of_run(folder)
+        folder = _of_run(local_folder(path, "tokenizer", TOKENIZER_FILES))
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise UserError(f"tokenizer folder {path} has no tokenizer.json; save the tokenizer in the fast format")
+            raise UserError(f"tokenizer {path} has no tokenizer.json; save the tokenizer in the fast format")
         read_json(file)  # the library's own message does not say where it is wrong
         try:
             backend = tokenizers.Tokenizer.from_str(read_text(file))
@@ -326,8 +327,9 @@ class Tokenizer:
         (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     @staticmethod
-    def copy_files(source: Path, folder: Path) -> None:
-        """Copy a tokenizer's files as they are, from one folder to another."""
+    def copy_files(path: str, folder: Path) -> None:
+        """Copy a tokenizer's files into a folder as they are; `path` as for `load`."""
+        source = _of_run(local_folder(path, "tokenizer", TOKENIZER_FILES))
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE_FILE):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)

@@ -227,7 +227,7 @@ def complaint(capsys, *arguments: str) -> str:
             "system and template do nothing without chat; add --chat or leave them out",
         ),
         (["--prompt", "a", "--device", "cuda"], "device cuda is not available; use --device cpu"),
-        (["--prompt", "a", "--tokenizer", "nowhere"], "tokenizer folder nowhere does not exist"),
+        (["--prompt", "a", "--tokenizer", "nowhere"], "tokenizer nowhere does not exist"),
         (
             ["--prompt", "caf\udce9"],
             r"prompt 'caf\udce9' is not valid UTF-8; write it to a file in UTF-8 for --prompt_file",

@@ -191,7 +191,5 @@ def test_a_wrong_config_file_is_named(capsys, tmp_path, toy_sft_recipe, content,
 
 def test_a_model_that_is_not_there_is_asked_for(capsys, toy_sft_recipe):
     line = complain(capsys, "--config", toy_sft_recipe, "--devices", 1, "--model.init_from", "nowhere")
-    assert (
-        "model.init_from nowhere does not exist; name its config.json, or a recipe of its shape, with --decoder FILE"
-        in line
-    )
+    assert "model.init_from nowhere does not exist, and is not the id of a repository on the Hugging Face Hub" in line
+    assert line.endswith("; or name its config.json, or a recipe of its shape, with --decoder FILE")

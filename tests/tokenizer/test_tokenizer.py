@@ -31,9 +31,9 @@ def word_level(folder, vocab, special=(), settings=None):
 
 
 def test_missing_folder_and_files(tmp_path):
-    with pytest.raises(UserError, match=r"^tokenizer folder \S+/none does not exist$"):
+    with pytest.raises(UserError, match=r"^tokenizer \S+/none does not exist, and is not the id of a repo"):
         Tokenizer.load(str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"^tokenizer folder \S+ has no tokenizer.json; save the tokenizer in the fast"):
+    with pytest.raises(UserError, match=r"^tokenizer \S+ has no tokenizer.json; save the tokenizer in the fast"):
         Tokenizer.load(str(tmp_path))
 
 
@@ -106,7 +106,7 @@ def test_copied_files_are_those_of_the_folder(tmp_path):
     (folder / "chat_template.jinja").write_text("{{ 1 }}")
     (folder / "model.safetensors").write_text("x")
     (tmp_path / "copy").mkdir()
-    Tokenizer.copy_files(folder, tmp_path / "copy")
+    Tokenizer.copy_files(str(folder), tmp_path / "copy")
     names = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
     assert sorted(file.name for file in (tmp_path / "copy").iterdir()) == list(names)
     assert all((tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes() for name in names)

@@ -100,7 +100,7 @@ class PrepareDataset(Preparation, ABC):
 
     Args:
         input: Files, folders and glob patterns, local or remote such as s3://bucket/folder.
-        tokenizer: Folder with a tokenizer.json.
+        tokenizer: Folder with a tokenizer.json, or a Hub id (ORG/NAME or ORG/NAME@REVISION).
         val_share: Share of the documents or conversations held out for validation, at least one, chosen by a hash of
             their text; in [0, 1). 0 makes only the train split.
         on_error: What to do at a line or record that cannot be read: stop, or skip it and report how many were skipped.

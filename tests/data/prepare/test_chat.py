@@ -396,7 +396,7 @@ def test_a_conversation_cut_before_its_answer_is_dropped(tmp_path, tokenizer, to
         ({"chunk_bytes": "infMB"}, "chunk_bytes must be a size in KB, MB, GB, TB such as 64MB, got 'infMB'"),
         ({"system": "\udce9"}, r"field 'system' holds a broken character \(half of a surrogate pair\)"),
         ({"shard": "3/3"}, "shard must be i/n with i from 0 to n - 1, such as 0/8 .*, got '3/3'"),
-        ({"tokenizer": "nowhere"}, "tokenizer folder nowhere does not exist"),
+        ({"tokenizer": "nowhere"}, "tokenizer nowhere does not exist"),
         ({"template": "vicuna"}, "unknown template 'vicuna'; choose from tokenizer"),
         ({"template": "tokenizer"}, "tokenizer .* has no chat_template; name a template: alpaca"),
         ({"template": "llama3"}, r"template llama3 writes <\|start_header_id\|>, .* name alpaca or mistral"),

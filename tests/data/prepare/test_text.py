@@ -279,7 +279,7 @@ def test_nothing_left_to_train_on(tmp_path, tokenizer_folder):
         ({"chunk_bytes": "64 apples"}, "chunk_bytes must be a size in KB, MB, GB, TB such as 64MB, got '64 apples'"),
         ({"chunk_bytes": "0MB"}, "chunk_bytes must be a size in KB, MB, GB, TB such as 64MB, got '0MB'"),
         ({"shard": "3/3"}, "shard must be i/n with i from 0 to n - 1, such as 0/8 .*, got '3/3'"),
-        ({"tokenizer": "nowhere"}, "tokenizer folder nowhere does not exist"),
+        ({"tokenizer": "nowhere"}, "tokenizer nowhere does not exist"),
         ({"text_field": "body"}, "in.jsonl, line 1: no field 'body', only 'text'; use --on_error skip"),
     ],
 )
