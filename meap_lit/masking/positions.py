@@ -87,7 +87,9 @@ def sample_positions(
     Args:
         eligible: Positions that may be drawn, [B, T], bool.
         counts: How many to draw in each row, [B], int64; capped at the row's eligible positions.
-        sample_ids, seed, step: As for `mask_inputs`.
+        sample_ids: As for `mask_inputs`.
+        seed: As for `mask_inputs`.
+        step: As for `mask_inputs`.
         span_len: Length of the spans, at least 1. The last one that a row draws is taken in part.
 
     Returns:

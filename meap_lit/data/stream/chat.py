@@ -18,7 +18,7 @@ from meap_lit.model.loss import IGNORE_INDEX
 class PackedBatch(TypedDict):
     """Packed rows; tensors are [B, T].
 
-    Args:
+    Attributes:
         input_ids: Token ids, int64.
         labels: Target of each position, int64; `IGNORE_INDEX` where nothing is learned.
         position_ids: Positions within each document, int64.

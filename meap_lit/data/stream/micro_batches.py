@@ -24,7 +24,7 @@ class Slice:
         """Deal rows out to the ranks, `size` at a time, and return this rank's.
 
         Every rank gets equally many micro-batches; where the rows run out, some are short or empty. Example: of rows
-        0 to 6, dealt out to two ranks in micro-batches of two, rank 0 gets [0 1] [4 5] and rank 1 [2 3] [6].
+        0 to 6, dealt out to two ranks in micro-batches of two, rank 0 gets `[0, 1] [4, 5]` and rank 1 `[2, 3] [6]`.
         """
         starts = range(self.rank * size, len(rows) + self.rank * size, size * self.num_replicas)
         return [rows[start : start + size] for start in starts]

@@ -17,7 +17,7 @@ from meap_lit.model.loss import IGNORE_INDEX
 class TextBatch(TypedDict):
     """Rows of text; tensors are int64.
 
-    Args:
+    Attributes:
         input_ids: Token ids, [B, T].
         labels: Target of each position, [B, T]; `IGNORE_INDEX` in an empty row.
         sample_ids: Global index of each row's sample, [B].
