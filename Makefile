@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-fast lint install install-dev clean
+.PHONY: quickstart test test-fast lint docs install install-dev clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m meap_lit fit --config recipes/quickstart.yaml
@@ -19,6 +19,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the site, into site/; a broken link is an error
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 install: $(VENV)/installed
 
