@@ -32,7 +32,7 @@ def checkpoint_and_compile(
     state of the first, for the dropout of adapters.
     """
     selective = partial(create_selective_checkpoint_contexts, list(_SAVED))
-    for block in _blocks(decoder):
+    for block in blocks_of(decoder):
         if activation_checkpointing == "selective":  # inside of what is compiled: it chooses among operations
             block.forward = _checkpointed(block.forward, context_fn=selective)  # type: ignore[method-assign]
         if compile:
@@ -48,7 +48,7 @@ def _checkpointed(forward: Callable[..., Tensor], **options: Any) -> Callable[..
     return run
 
 
-def _blocks(decoder: Decoder) -> Iterator[Block]:
+def blocks_of(decoder: Decoder) -> Iterator[Block]:
     for block in decoder.layers:
         assert isinstance(block, Block)
         yield block

@@ -24,7 +24,7 @@ from meap_lit.model.config import DecoderConfig
 from meap_lit.model.decoder import Decoder
 from meap_lit.model.lora import LoRALinear
 from meap_lit.model.norm import RMSNorm, rms_norm
-from meap_lit.model.recompute import _blocks
+from meap_lit.model.recompute import blocks_of
 
 
 def shard(
@@ -60,7 +60,7 @@ def shard(
     }
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=data_mesh.device_type == "cuda")
-    for block in _blocks(decoder):
+    for block in blocks_of(decoder):
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
     # the loss reads the head after the forward has ended, so what is left to the root stays gathered until the backward
     fully_shard(decoder, reshard_after_forward=False, **options)
@@ -74,7 +74,7 @@ def _split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
     """
     part_of(decoder.config, mesh.size(), adapted=any(isinstance(module, LoRALinear) for module in decoder.modules()))
     by_output, by_input = ColwiseParallel, RowwiseParallel
-    for block in _blocks(decoder):
+    for block in blocks_of(decoder):
         plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": by_output() for name in "qkv"}
         plan |= {f"mlp.{name}_proj": by_output() for name in ("gate", "up")}
         plan |= {"self_attn.o_proj": by_input(), "mlp.down_proj": by_input()}
