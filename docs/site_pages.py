@@ -1,8 +1,8 @@
 """Pages of the site that follow from the code, and links from a page to a file of the repository.
 
-MkDocs calls `on_files` and `on_page_markdown` (https://www.mkdocs.org/user-guide/plugins/#events). Generated are the keys
-of recipes, the help of every command, the list of recipes, the Python reference, the home page (README.md), and a page for
-each file of the repository that a page links to.
+MkDocs calls `on_files` and `on_page_markdown` (https://www.mkdocs.org/user-guide/plugins/#events). Generated are the
+keys of recipes, the help of every command, the list of recipes, the Python reference, the home page (README.md), and a
+page for each file of the repository that a page links to.
 """
 
 import contextlib
@@ -121,8 +121,8 @@ def keys_page() -> Iterator[str]:
         "Types, defaults and meanings come from the classes. In a recipe, the arguments of a class are under "
         "`init_args`; on the command line that word is left out: `--model.mask_ratio 0.1`. A key without a default must "
         "be given. `trainer` takes the arguments of "
-        "[Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html), except those that `budget` "
-        "decides. [Recipes](../recipes.md) explains `base`, references and overrides.\n"
+        "[Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html), except those that "
+        "`budget` decides. [Recipes](../recipes.md) explains `base`, references and overrides.\n"
     )
     chosen = "`class_path` names one of these.\n"
     yield f"## model\n\n{chosen}"
@@ -198,7 +198,8 @@ def parameters(described: type) -> Iterator[tuple[str, str, str, str]]:
             if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.name in given:
                 continue
             given.add(parameter.name)
-            yield parameter.name, type_name(parameter.annotation), default_of(parameter), meanings.get(parameter.name, "")
+            meaning = meanings.get(parameter.name, "")
+            yield parameter.name, type_name(parameter.annotation), default_of(parameter), meaning
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
             return
 
