@@ -119,8 +119,8 @@ def keys_page() -> Iterator[str]:
     yield "# Keys of recipes\n"
     yield (
         "Types, defaults and meanings come from the classes. In a recipe, the arguments of a class are under "
-        "`init_args`; on the command line that word is left out: `--model.mask_ratio 0.1`. A key without a default must "
-        "be given. `trainer` takes the arguments of "
+        "`init_args`; on the command line that word is left out: `--model.mask_ratio 0.1`. A key without a default "
+        "must be given. `trainer` takes the arguments of "
         "[Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html), except those that "
         "`budget` decides. [Recipes](../recipes.md) explains `base`, references and overrides.\n"
     )
