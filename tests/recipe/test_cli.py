@@ -21,6 +21,7 @@ RUNNABLE = [
     path for path in RECIPES if path.name not in ("base.yaml", "claims.yaml") and path not in (*OVERLAYS, *EVALUATIONS)
 ]
 EXTENSIONS = [path for path in RUNNABLE if path.name.startswith("extend_")]
+CONTINUATIONS = [path for path in RUNNABLE if path.name.startswith("continue_")]
 
 TOY = [
     *("--data.global_batch_size", "4"),
@@ -81,14 +82,15 @@ def test_a_pretraining_recipe_runs_at_toy_size(recipe, prepared, source_folder, 
         *("--data.tokenizer", prepared.tokenizer),
         *("--trainer.logger.init_args.save_dir", str(tmp_path)),
     ]
-    extends = recipe in EXTENSIONS
-    model = ["--model.init_from", str(source_folder)] if extends else TOY_DECODER
+    continues = recipe in (*EXTENSIONS, *CONTINUATIONS)
+    model = ["--model.init_from", str(source_folder)] if continues else TOY_DECODER
     cli = RecipeCLI.run(["fit", "--config", str(recipe), *TOY, *TOY_PRETRAINING, *model, *data])
     assert cli.trainer.global_step == 2
     assert {"val/loss", "val/retrieval_accuracy"} <= cli.trainer.callback_metrics.keys()
     config = cli.model.decoder.config
-    assert (config.num_layers, config.max_seq_len) == (2 if extends else 1, 192)
-    assert config.rope_theta == 640_000 or not extends
+    context = 400 if recipe in CONTINUATIONS else 192  # that of the source, or the length of a row
+    assert (config.num_layers, config.max_seq_len) == (2 if continues else 1, context)
+    assert config.rope_theta == 640_000 or recipe not in EXTENSIONS
 
 
 @pytest.mark.parametrize("recipe", VARIANTS, ids=str)
@@ -130,6 +132,9 @@ def test_a_fine_tuning_recipe_runs_at_toy_size(recipe, prepared, chat, source_fo
         ("meap_llama3.2_3b", 0.10, "concat"),
         ("meap_mistral_7b", 0.10, "concat"),
         ("meap_qwen2.5_14b", 0.10, "concat"),
+        ("meap_smollm2_135m", 0.10, "concat"),
+        ("ntp_smollm2_135m", 0.0, "concat"),
+        ("lora_smollm2_135m", 0.10, "concat"),
     ],
 )
 def test_fine_tuning_recipes_are_the_papers(name, mask_ratio, layout):
