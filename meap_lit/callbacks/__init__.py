@@ -6,6 +6,7 @@ from meap_lit.callbacks.hang import StopOnHang
 from meap_lit.callbacks.nonfinite import StopOnNonFiniteLoss
 from meap_lit.callbacks.progress import StepProgressBar
 from meap_lit.callbacks.retrieval import RetrievalProbe
+from meap_lit.callbacks.samples import Samples
 from meap_lit.callbacks.summary import RunSummary
 from meap_lit.callbacks.throughput import Throughput
 
@@ -14,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "RetrievalProbe",
     "RunSummary",
+    "Samples",
     "StepProgressBar",
     "StopOnHang",
     "StopOnNonFiniteLoss",

@@ -119,11 +119,8 @@ class LanguageModel:
         ]
 
     def text_after(self, prompt: Sequence[int], continuation: Sequence[int]) -> str:
-        """Return the text that `continuation` adds to `prompt`; decoded alone it may lose a space or a character."""
-        # the end of a long prompt is enough context
-        known = list(prompt[-16:])
-        before = self.tokenizer.decode(known, skip_special_tokens=True)
-        return self.tokenizer.decode([*known, *continuation], skip_special_tokens=True)[len(before) :]
+        """Return the text that `continuation` adds to `prompt`, without special tokens."""
+        return self.tokenizer.text_after(prompt, continuation)
 
     @torch.no_grad()
     def log_probs(self, rows: Sequence[Sequence[int]], first: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ here masks, packs or tokenizes.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice, pairwise
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from meap_lit.data.stream.chat import RowReader
 from meap_lit.data.stream.micro_batches import Slice, TrainStream
 from meap_lit.data.stream.order import MixedOrder
 from meap_lit.data.stream.packing import DocumentKey, PackedOrder
+from meap_lit.data.stream.text import TextBatch
 from meap_lit.model import IGNORE_INDEX
 from meap_lit.modules import MEAPPretraining
 from meap_lit.modules.base import DecoderModule
@@ -103,7 +105,7 @@ def rows_of_step(module: DecoderModule, data: StreamingData, *, step: int, max_s
     """Return the first rows that a run trains on at an optimizer step; those of the next steps follow them.
 
     Args:
-        module: The module of a recipe, which needs no decoder.
+        module: The module of a recipe, after `prepare_masks` in pretraining; it needs no decoder.
         data: Its datamodule, after `setup`.
         step: Optimizer step, counted from 0.
         max_steps: Optimizer steps of the run.
@@ -146,13 +148,13 @@ def why_unmasked(module: DecoderModule, data: StreamingData, step: int, max_step
 
 
 def _text_rows(module: MEAPPretraining, data: StreamingData, stream: TrainStream, max_steps: int) -> Iterator[Row]:
-    module.prepare_masks(data)
     paths, tokenizer = list(data.datasets), data.tokenizer
     assert isinstance(stream.order, MixedOrder)
     visits = stream.order.iterate(stream.start)
     for first, batch in zip(count(stream.start, data.micro_batch_size), stream):
         step = first // data.global_batch_size
-        input_ids, input_mask = module.mask_batch(batch, step, max_steps)
+        on_device = cast(TextBatch, {name: value.to(module.device) for name, value in batch.items()})
+        input_ids, input_mask = (value.cpu() for value in module.mask_batch(on_device, step, max_steps))
         for row, clean in enumerate(batch["input_ids"]):
             visit = next(visits)
             positions = torch.arange(len(clean))  # what the decoder takes if it is given none

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -64,6 +65,14 @@ def positions_of(document: Document) -> str:
     if not document.copy:
         return f"positions {span(document.tokens)}"
     return f"positions {span(document.tokens)}, masked copy at positions {span(document.copy)}"
+
+
+def text_of_rows(rows: Sequence[Row], width: int) -> str:
+    """Return rows as plain text for a log."""
+    lines = wrap(LEGEND, width)
+    for row in rows:
+        lines += ["", *(line.plain for line in lines_of_row(row, width))]
+    return "\n".join(lines)
 
 
 def lines_of_row(row: Row, width: int) -> Iterator[Text]:

@@ -23,6 +23,7 @@ from meap_lit.callbacks import (
     Checkpoint,
     RetrievalProbe,
     RunSummary,
+    Samples,
     StepProgressBar,
     StopOnHang,
     StopOnNonFiniteLoss,
@@ -46,7 +47,9 @@ from meap_lit.recipe.parser import Parser, add_recipe_option
 
 register_unresolvable_import_paths(torch)  # functions that do not know their module: pytorch/pytorch#74483
 
-CALLBACKS: dict[str, type] = {"budget": Budget, "checkpoint": Checkpoint, "probe": RetrievalProbe, "hang": StopOnHang}
+CALLBACKS: dict[str, type] = {
+    **{"budget": Budget, "checkpoint": Checkpoint, "probe": RetrievalProbe, "samples": Samples, "hang": StopOnHang}
+}
 """Callbacks whose options are under a top-level key of the recipe."""
 
 KEYS: Known = {

@@ -11,10 +11,11 @@ from rich.console import Console
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import NO_SPACE, UserError, check_range
 from meap_lit.files import write_file
+from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.preview.page import page
 from meap_lit.preview.rows import rows_of_step, why_unmasked
 from meap_lit.preview.text import LEGEND, lines_of_row
-from meap_lit.recipe.cli import KEYS, RecipeCLI, check_pair
+from meap_lit.recipe.cli import KEYS, MODULES, RecipeCLI, check_pair
 from meap_lit.recipe.parser import Parser
 
 
@@ -83,6 +84,13 @@ class PreviewCLI(RecipeCLI):
         assert isinstance(data, StreamingData)
         data.prepare_data()
         data.setup("fit")
+        if isinstance(self.model, MEAPPretraining):
+            self.model.prepare_masks(data)
+        elif not isinstance(self.model, MEAPFineTuning):
+            raise UserError(
+                f"model.class_path {type(self.model).__name__}: preview knows the masks of "
+                f"{' and '.join(kind.__name__ for kind in MODULES.values())} only"
+            )
         max_steps = self.budget.steps(data)
         if options.step >= max_steps:
             raise UserError(f"--step must be below the {max_steps:,} steps of the run, got {options.step}")

@@ -263,6 +263,15 @@ class Tokenizer:
         """Return the text of `ids`."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def text_after(self, ids: Sequence[int], new_ids: Sequence[int]) -> str:
+        """Return the text that `new_ids` add to `ids`, without special tokens.
+
+        Decoded alone they may lose a space or a character.
+        """
+        known = list(ids[-16:])  # the end of a long text is enough context
+        before = self.decode(known, skip_special_tokens=True)
+        return self.decode([*known, *new_ids], skip_special_tokens=True)[len(before) :]
+
     def text_of(self, token_id: int) -> str:
         """Return the text that a token adds to the text before it, for a person to read.
 
