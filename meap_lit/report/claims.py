@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from meap_lit.errors import UserError
+from meap_lit.evaluation.attention.masked import STATISTICS
 from meap_lit.evaluation.statistics import Difference, t_interval
 from meap_lit.report.arms import Arm, Study
 from meap_lit.report.blocks import Block, Heading, Paragraph, Table
@@ -177,8 +178,9 @@ def _score(case: Case) -> Iterator[Tested]:
 
 def _attention(case: Case) -> Iterator[Tested]:
     for name, results in case.results():
-        decay = attention_change(case.arm, case.baseline, results, "attention", -1)
-        variance = attention_change(case.arm, case.baseline, results, "variance", 1)
+        decay, variance = (
+            attention_change(case.arm, case.baseline, results, statistic, sign) for statistic, _, sign in STATISTICS
+        )
         if decay is not None and variance is not None:
             yield (
                 f"{name}: {decay.value:.2f}%; {variance.value:.2f}%",
