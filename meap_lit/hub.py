@@ -98,6 +98,56 @@ def download(name: str | None, what: str, files: tuple[str, ...] = MODEL_FILES) 
         local_folder(name, what, files)
 
 
+def check_push(name: str) -> None:
+    """Refuse, before any work, a push that cannot succeed.
+
+    Raises:
+        UserError: If the name is no id without a revision, there is no token, or HF_HUB_OFFLINE is set.
+    """
+    from huggingface_hub import constants, get_token
+
+    match = _HUB_ID.fullmatch(name)
+    if match is None or match["revision"] is not None:
+        raise UserError(f"--push must name a repository on the Hugging Face Hub as ORG/NAME, got {name!r}")
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"--push {name} needs the Hugging Face Hub, and HF_HUB_OFFLINE is set; unset it")
+    if get_token() is None:
+        raise UserError(f"--push {name} needs a token with write access; set HF_TOKEN, or run: hf auth login")
+
+
+def push(folder: Path, name: str, *, private: bool, ignore: tuple[str, ...]) -> str:
+    """Upload a folder as one commit to a repository of a model, which is made if there is none; return its address.
+
+    Args:
+        folder: The folder.
+        name: The repository, as ORG/NAME.
+        private: Make it private; one that is public already is refused.
+        ignore: Patterns of files to leave out.
+
+    Raises:
+        UserError: If it cannot be uploaded.
+    """
+    from huggingface_hub import HfApi, constants
+
+    api, failure = HfApi(), f"{folder} is whole, but was not pushed to {name}"
+    try:
+        url = api.create_repo(name, private=True if private else None, exist_ok=True)
+        if private and not api.model_info(name, timeout=_TIMEOUT).private:
+            raise UserError(f"{failure}: the repository is public; make it private there, or leave out --private")
+        api.upload_folder(
+            repo_id=name, folder_path=folder, ignore_patterns=[*ignore], commit_message="Upload an export of meap_lit"
+        )
+    except (PermissionError, UserError):
+        raise
+    except Exception as error:  # the library's HTTP client has its own exceptions
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"({_in_one_line(error)})" if status is None else f"with status {status}"
+        verb = "cannot be reached" if status is None else "answered"
+        hint = "set HF_TOKEN to one that may write there" if status in (401, 403, 404) else "run the command again"
+        raise UserError(f"{failure}: {constants.ENDPOINT} {verb} {reason}; {hint}") from error
+    return str(url)
+
+
 def _download(name: str, files: tuple[str, ...]) -> Path:
     """Return the folder of a repository in the cache, with the newest commit of its revision if the Hub answers."""
     import huggingface_hub  # takes half a second

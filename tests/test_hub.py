@@ -4,11 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
 
 from meap_lit import hub
+from meap_lit.checkpoint.card import model_card
 from meap_lit.checkpoint.source import open_source
 from meap_lit.cli import main
 from meap_lit.data.store.manifest import Manifest
@@ -33,6 +37,7 @@ def server(source_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(hub, "_commits", {})
@@ -334,6 +339,109 @@ def test_processes_that_evaluate_download_once(server, tmp_path):
     assert_downloaded_once(server)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_documents"),
+    [("texts/data/1.parquet", 10), ("texts@v1.0/data", 20), ("texts@v1.0/data/*.parquet", 20)],
+)
+def test_prepare_reads_a_dataset_of_the_hub(server, prepared, tmp_path, name, num_documents):
+    folder = tmp_path / "parquet"
+    (folder / "data").mkdir(parents=True)
+    for number in (1, 2):
+        texts = [file.read_text() for file in sorted(prepared.texts.glob(f"{number}?.txt"))]
+        pq.write_table(pa.table({"text": texts}), folder / "data" / f"{number}.parquet")
+    server.add("org/texts", folder, kind="datasets", branch="v1.0" if "@" in name else "main")
+    result = prepare_text(server, prepared, tmp_path, f"hf://datasets/org/{name}")
+    assert result.returncode == 0, result.stderr
+    assert f"in all   {num_documents} documents" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_dataset_that_the_hub_does_not_have(server, prepared, tmp_path):
+    address = "hf://datasets/org/none/1.parquet"
+    result = prepare_text(server, prepared, tmp_path, address)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: cannot read {address}: RepositoryNotFoundError: 401 Client Error.")
+    assert line.endswith("; check the address and the credentials")
+
+
+def prepare_text(server, prepared, tmp_path, address):
+    """Prepare a remote input in a process of its own, since the file system of the Hub remembers its endpoint."""
+    command = [sys.executable, "-m", "meap_lit", "prepare", "text", "--tokenizer", prepared.tokenizer]
+    command += ["--input", address, "--output", str(tmp_path / "out")]
+    options = {"env": server.environment(tmp_path / "home"), "cwd": ROOT, "timeout": 120, "check": False}
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+# ------------------------------------------------------------------------------------------- push
+
+
+def test_an_export_is_pushed(server, source_folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    export = ["export", "--checkpoint", str(source_folder), "--output", "exported", "--push", "org/new"]
+    assert main(export) == 0
+    output = capsys.readouterr()
+    assert f"pushed exported to {server.endpoint}/org/new" in output.out
+    assert TOKEN not in str(output)
+    before, after = open_source(str(source_folder)), open_source("org/new")
+    assert all(torch.equal(before.read(name), after.read(name)) for name in before.names())
+    _, repository = server.repositories["models", "org/new"].folder("main")
+    assert {file.name for file in repository.iterdir()} == MODEL | {"README.md"}
+    assert not server.repositories["models", "org/new"].private
+    about = yaml.safe_load((repository / "README.md").read_text().split("---\n")[1])
+    assert about == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["meap"]}
+
+
+def test_a_push_that_failed_is_repeated_by_the_same_command(server, source_folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    export = ["export", "--checkpoint", str(source_folder), "--output", "exported", "--push", "closed/new"]
+    server.closed.add("closed")
+    line = complain(capsys, *export)
+    assert line.startswith(
+        f"error: exported is whole, but was not pushed to closed/new: {server.endpoint} answered with"
+    )
+    assert "status 403; set HF_TOKEN to one that may write there" in line
+    server.closed.clear()
+    Path("exported/README.md").write_text("# Our own card\n")
+    assert main(export) == 0
+    assert "exported exists already and is pushed as it is" in capsys.readouterr().out
+    _, repository = server.repositories["models", "closed/new"].folder("main")
+    assert (repository / "README.md").read_text() == "# Our own card\n"
+    line = complain(capsys, *export, "--dtype", "bfloat16")
+    assert "was made with dtype = None, the recipe says 'bfloat16'" in line
+
+
+def test_a_private_repository(server, source_folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    export = ["export", "--checkpoint", str(source_folder), "--output", "exported", "--private"]
+    assert main([*export, "--push", "org/secret"]) == 0
+    assert server.repositories["models", "org/secret"].private
+    line = complain(capsys, *export, "--push", NAME)
+    assert "the repository is public; make it private there, or leave out --private" in line
+    assert len(server.repositories["models", NAME].commits) == 1
+
+
+@pytest.mark.parametrize(
+    ("token", "options", "message"),
+    [
+        (TOKEN, ["--push", "new"], "--push must name a repository on the Hugging Face Hub as ORG/NAME, got 'new'"),
+        (TOKEN, ["--push", "org/new@v1"], "--push must name a repository on the Hugging Face Hub as ORG/NAME, got"),
+        (None, ["--push", "org/new"], "--push org/new needs a token with write access; set HF_TOKEN"),
+        (TOKEN, ["--private"], "--private does nothing without --push ORG/NAME"),
+    ],
+)
+def test_a_push_that_cannot_succeed_is_refused_before_the_export(
+    server, source_folder, monkeypatch, capsys, token, options, message
+):
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    line = complain(capsys, "export", "--checkpoint", source_folder, "--output", "exported", *options)
+    assert line.startswith(f"error: {message}")
+    assert not Path("exported").exists()
+    assert not server.requests
+
+
 # ------------------------------------------------------------------------------------------- runs
 
 
@@ -377,6 +485,11 @@ def test_a_resume_uses_the_revision_that_the_run_began_with(
     assert main([*adapter, "--output", "adapter"]) == 0
     settings = json.loads(Path("adapter/adapter_config.json").read_text())
     assert (settings["base_model_name_or_path"], settings["revision"]) == (NAME, commit)
+    card = model_card(open_source(checkpoints / "step=12.ckpt"), "org/tuned", adapter_only=True)
+    about, recipe = yaml.safe_load(card.split("---\n")[1]), yaml.safe_load(card.split("```")[1].removeprefix("yaml"))
+    assert (about["base_model"], about["library_name"]) == (NAME, "peft")
+    assert recipe["model"]["init_args"]["init_from"] == f"{NAME}@{commit}"
+    assert "of a copied answer that were masked (mask_ratio): 0.2\n" in card
 
 
 def test_the_base_of_adapters_is_not_looked_up_without_its_commit(server, toy_sft_recipe, source_folder, capsys):

@@ -11,14 +11,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from meap_lit.checkpoint.card import model_card
 from meap_lit.checkpoint.source import DTYPES, CheckpointSource, open_source, vocab_size_for
 from meap_lit.data.prepare.step import Preparation
+from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.errors import UserError
-from meap_lit.files import parse_bytes
+from meap_lit.files import parse_bytes, write_file
 from meap_lit.hf.config import family, hf_name, write_config
 from meap_lit.hf.folder import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE
 from meap_lit.hf.weights import WeightSource, check_weights
-from meap_lit.hub import is_pinned
+from meap_lit.hub import check_push, is_pinned, push
 from meap_lit.model.decoder import Decoder
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -43,6 +45,10 @@ class Export(Preparation):
         max_shard_size: Size of a weight file, such as 5GB; a whole file is in memory while it is written.
         adapter_only: Write only the LoRA adapters, in the format of PEFT.
         verify: Hash the checkpoint of a run and compare it with its checksums; false compares sizes only.
+        push: Upload the folder to this repository (ORG/NAME) of the Hugging Face Hub, which is made if there is none.
+            A README.md (model card) is added if the folder has none. Needs HF_TOKEN. After a failure, the same command
+            uploads the folder that exists.
+        private: Make that repository private.
     """
 
     checkpoint: str
@@ -51,6 +57,27 @@ class Export(Preparation):
     max_shard_size: str = "5GB"
     adapter_only: bool = False
     verify: bool = field(default=True, compare=False)
+    push: str | None = field(default=None, compare=False)
+    private: bool = field(default=False, compare=False)
+
+    def run(self) -> None:
+        if self.push is None:
+            if self.private:
+                raise UserError("--private does nothing without --push ORG/NAME; leave it out")
+            super().run()
+            return
+        check_push(self.push)
+        output = Path(self.output)
+        if output.exists():
+            self.ensure()  # refuses what another export made
+            print(f"{output} exists already and is pushed as it is")
+        else:
+            super().run()
+        card = output / "README.md"
+        if not card.exists():
+            write_file(card, model_card(open_source(self.checkpoint, verify=False), self.push, self.adapter_only))
+        address = push(output, self.push, private=self.private, ignore=(RECORD_FILE,))
+        print(f"pushed {output} to {address}")
 
     def make(self, folder: Path) -> str:
         max_bytes = parse_bytes(self.max_shard_size, "max_shard_size")

@@ -1,13 +1,17 @@
 """A small server that speaks the part of the Hugging Face Hub's protocol that huggingface_hub 2.4 uses here.
 
-It serves folders as repositories: information on a revision, listings, files (HEAD, GET, ranges). The library's own
-source states what it asks for (`hf_api.py`, `file_download.py`, `hf_file_system.py`). Xet storage is not spoken.
+It serves folders as repositories: information on a revision, listings, files (HEAD, GET, ranges). It takes commits,
+with large files by way of LFS. The library's own source states what it asks for (`hf_api.py`, `file_download.py`,
+`hf_file_system.py`, `lfs.py`). Xet storage is not spoken.
 """
 
+import base64
 import hashlib
 import json
 import os
 import re
+import shutil
+import tempfile
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,6 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 TOKEN = "hf_of_the_tests"
 _KINDS = ("models", "datasets")
 _API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)(?:/(?P<rest>.*))?")
+_WRITE = re.compile(r"^/lfs/|/(?:preupload|commit)/[^/]+$|\.git/info/lfs/objects/batch$")
 _RESOLVE = re.compile(r"/(?P<datasets>datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
@@ -44,8 +49,12 @@ class Hub:
         """How often each method and path was asked for."""
         self.tokens: set[str | None] = set()
         """What came as credentials."""
+        self.closed: set[str] = set()
+        """Organizations in which nobody may create a repository."""
         self.slow = threading.Event()
         """While it is set, a file stops after its first 100,000 bytes, or its first half, until the server closes."""
+        self.uploaded: dict[str, bytes] = {}
+        """Large files that came, by their SHA-256."""
         self.closing = threading.Event()
         self.stalled = threading.Event()
         """Set once a file has stopped."""
@@ -73,6 +82,26 @@ class Hub:
             "NO_PROXY": "127.0.0.1",
         }
 
+    def create(self, name: str, *, private: bool) -> bool:
+        """Make an empty repository of a model; return whether there was none."""
+        if ("models", name) in self.repositories:
+            return False
+        self.add(name, Path(tempfile.mkdtemp(prefix="hub-")), private=private)
+        return True
+
+    def commit(self, name: str, operations: list[dict]) -> str:
+        """Apply the operations of a commit to the main branch, and return the new commit."""
+        _, before = self.repositories["models", name].folder("main")
+        folder = Path(tempfile.mkdtemp(prefix="hub-"))
+        shutil.copytree(before, folder, dirs_exist_ok=True)
+        for operation in operations:
+            value = operation["value"]
+            if operation["key"] == "file":
+                (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif operation["key"] == "lfsFile":
+                (folder / value["path"]).write_bytes(self.uploaded[value["oid"]])
+        return self.add(name, folder)
+
     def close(self) -> None:
         self.closing.set()
         self._server.shutdown()
@@ -92,14 +121,31 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
     def _answer(self) -> None:
         url = urlsplit(self.path)
         self.hub.requests[f"{self.command} {url.path}"] += 1
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         token = self.headers.get("Authorization")
         self.hub.tokens.add(token)
         if token not in (None, f"Bearer {TOKEN}"):
             self._refuse(401, "", "Invalid credentials in Authorization header")
+        elif url.path == "/api/repos/create" or _WRITE.search(url.path):
+            self._write(url.path, token, body)
+        elif url.path == "/api/validate-yaml":
+            self._send_json({})
         elif match := _API.fullmatch(url.path):
             self._api(match["kind"], match["repo"], match["rest"] or "revision/main", parse_qs(url.query), body)
         elif match := _RESOLVE.fullmatch(url.path):
@@ -131,7 +177,15 @@ class _Handler(BaseHTTPRequestHandler):
         commit, folder = found
         if action == "revision":
             siblings = [{"rfilename": file} for file in sorted(_files(folder))]
-            self._send_json({"id": name, "sha": commit, "private": False, "tags": [], "siblings": siblings})
+            self._send_json(
+                {
+                    "id": name,
+                    "sha": commit,
+                    "private": self.hub.repositories[kind, name].private,
+                    "tags": [],
+                    "siblings": siblings,
+                }
+            )
         elif action == "tree":
             entries = _entries(folder, unquote(path), query.get("recursive") == ["true"])
             if path and not entries:
@@ -143,6 +197,37 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json([entry for entry in _entries(folder, "", True) if entry["path"] in wanted])
         else:
             self._refuse(404, "", f"no such action: {action}")
+
+    def _write(self, path: str, token: str | None, body: bytes) -> None:
+        """Take a part of an upload: the repository, the way of each file, a large file, or the commit."""
+        if path.startswith("/lfs/"):
+            self.hub.uploaded[hashlib.sha256(body).hexdigest()] = body
+            self._send_json({})
+        elif token is None:
+            self._refuse(401, "", "Invalid username or password.")
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            if asked["organization"] in self.hub.closed:
+                self._refuse(403, "", "You don't have the rights to create a model under this namespace")
+            else:
+                is_new = self.hub.create(name, private=asked.get("visibility") == "private")
+                self._send_json({"url": f"{self.hub.endpoint}/{name}"}, 200 if is_new else 409)
+        elif "/preupload/" in path:
+            modes = ((file["path"], _is_large(Path(file["path"]))) for file in json.loads(body)["files"])
+            files = [
+                {"path": p, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False} for p, large in modes
+            ]
+            self._send_json({"files": files})
+        elif path.endswith("/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for entry in objects:
+                entry["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{entry['oid']}", "header": {}}}
+            self._send_json({"transfer": "basic", "objects": objects})
+        else:
+            name = "/".join(path.split("/")[3:5])
+            commit = self.hub.commit(name, [json.loads(line) for line in body.splitlines()])
+            self._send_json({"commitOid": commit, "commitUrl": f"{self.hub.endpoint}/{name}/commit/{commit}"})
 
     def _resolve(self, kind: str, name: str, revision: str, path: str) -> None:
         found = self._folder(kind, name, revision, content=True)

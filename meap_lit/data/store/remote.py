@@ -217,7 +217,8 @@ def _faults(address: str) -> Iterator[None]:
         # the HTTP file system calls whatever goes wrong a missing file
         cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
         fault = f"{type(cause).__name__}: {in_one_line(cause)}"
-        stated = (getattr(cause, name, None) for name in ("status", "code", "status_code"))
+        answer = getattr(cause, "response", None)  # of the Hub
+        stated = (getattr(at, name, None) for at in (cause, answer) for name in ("status", "code", "status_code"))
         status = next((value for value in stated if isinstance(value, int)), 500)
         tried = urlsplit(address).scheme in _EXTRAS
         if tried or isinstance(cause, (FileNotFoundError, PermissionError, TypeError)):
