@@ -4,8 +4,10 @@ Only the standard library is imported at the top, so that `--help` is fast.
 """
 
 import dataclasses
+import difflib
 import errno
 import importlib
+import inspect
 import logging
 import os
 import re
@@ -16,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from meap_lit import __version__
 from meap_lit.errors import NO_SPACE, UserError, shorten
 from meap_lit.secrets import hide_in_text
 
@@ -54,9 +57,28 @@ checkpoints of runs:
   checkpoint verify       compare its files with their checksums
   checkpoint consolidate  copy a checkpoint into one part, with checksums
 
-COMMAND --help lists the options of a command. To begin:
+COMMAND --help describes a command, and --version prints the version. To begin:
   python -m meap_lit fit --config recipes/quickstart.yaml
 """
+
+EXAMPLES = {
+    "tokenizer train": "--input my_texts --vocab_size 16384 --output data/tokenizer",
+    "prepare text": "--input my_texts --tokenizer data/tokenizer --output data/pretrain",
+    "prepare chat": "--input chats.jsonl --tokenizer data/tokenizer --template llama3 --output data/chat",
+    "prepare merge": "--input data/part-* --output data/pretrain",
+    "prepare facts": "--output data/facts --num_documents 8000",
+    "export": "--checkpoint runs/quickstart --output exported",
+    "generate": '--checkpoint runs/quickstart --prompt "In Oslo Anna sings. Who sings in Oslo? In Oslo"',
+    "evaluate": "--config recipes/eval/needle.yaml --checkpoint runs/ntp_1.1b runs/meap_1.1b",
+    "judge": "--config recipes/eval/judge.yaml --predictions evaluations/hallucination_xsum/meap",
+    "report": "--runs runs --evaluations evaluations --output report",
+    "recipes": "",
+    "recipes copy": "recipes/quickstart.yaml recipes/eval",
+    "checkpoint inspect": "--checkpoint runs/quickstart",
+    "checkpoint verify": "--checkpoint runs/quickstart",
+    "checkpoint consolidate": "--checkpoint runs/quickstart --output whole.ckpt",
+}
+"""Options of an example of each command, for its help."""
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 RECIPE_COMMANDS = (*TRAINER_COMMANDS, "preview", "plan")
@@ -66,8 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 after wrong input (one line on stderr), or 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(USAGE, end="")
+        elif arguments[0] == "--version":
+            print(f"meap_lit {__version__}")
+        elif " ".join(arguments) in (f"{group} {word}" for group in _groups() for word in ("-h", "--help")):
+            print(_help_of_group(arguments[0]), end="")
         elif arguments[0] in RECIPE_COMMANDS:
             _run_trainer(arguments)
         else:
@@ -159,17 +185,56 @@ def read_command(arguments: list[str]) -> Any:
     check_words(arguments)
     words = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
     if words not in COMMANDS:
-        known = ", ".join((*RECIPE_COMMANDS, *COMMANDS))
-        raise UserError(f"no command '{' '.join(arguments[:2])}'; choose from {known}")
+        raise UserError(_no_command(arguments))
     module, name = COMMANDS[words].rsplit(".", 1)
     command = getattr(importlib.import_module(module), name)
-    parser = command_parser(command, prog=f"python -m meap_lit {words}")
-    with input_errors(dict.fromkeys(field.name for field in dataclasses.fields(command))):
-        options = arguments[len(words.split()) :]
+    prog = f"python -m meap_lit {words}"
+    parser = command_parser(command, prog)
+    options = arguments[len(words.split()) :]
+    if {"-h", "--help"} & {*options}:
+        print(f"{parser.format_help()}\nexample:\n  {prog} {EXAMPLES[words]}")
+        raise SystemExit(0)
+    known = {field.name: field.type if inspect.isclass(field.type) else None for field in dataclasses.fields(command)}
+    with input_errors(known):
         namespace = parser.parse_args(recipe_words(options) if reads_recipes(command) else options)
         namespace.pop("config", None)
         check_value(namespace.as_dict(), command)
         return command(**vars(parser.instantiate_classes(namespace)))
+
+
+def _groups() -> list[str]:
+    """Return the first words of the commands that have two."""
+    return sorted({words.split()[0] for words in COMMANDS if " " in words})
+
+
+def _help_of_group(group: str) -> str:
+    """Return the commands that begin with a word, each with its line of `USAGE` and an example."""
+    lines = [f"usage: python -m meap_lit {group} COMMAND [options]", ""]
+    for words in COMMANDS:
+        if words.split()[0] == group:
+            meaning = re.search(rf"^  {words} {{2,}}(.*)$", USAGE, re.MULTILINE)
+            assert meaning is not None, f"USAGE leaves out {words}"
+            lines += [f"  {words:<24}{meaning[1]}", f"      python -m meap_lit {words} {EXAMPLES[words]}".rstrip()]
+    return "\n".join([*lines, "", f"{group} COMMAND --help lists the options of a command.", ""])
+
+
+def _no_command(arguments: list[str]) -> str:
+    """Return what is wrong with the words of a command, and the nearest command."""
+    known = [*RECIPE_COMMANDS, *COMMANDS]
+    if arguments[0] in _groups():
+        parts = [words.split()[1] for words in COMMANDS if words.startswith(f"{arguments[0]} ")]
+        given = arguments[1] if len(arguments) > 1 and not arguments[1].startswith("-") else "nothing"
+        near = difflib.get_close_matches(given, parts, n=1)
+        return f"{arguments[0]} needs one of {', '.join(parts)} after it, got {given}" + (
+            f"; did you mean '{arguments[0]} {near[0]}'?" if near else ""
+        )
+    if arguments[0].endswith((".yaml", ".yml")):
+        return f"{arguments[0]} is a recipe, not a command; write fit --config {arguments[0]}"
+    near = difflib.get_close_matches(" ".join(arguments[:2]), known, n=1) or difflib.get_close_matches(
+        arguments[0], known, n=1
+    )
+    hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
+    return f"no command '{arguments[0]}'; {hint}"
 
 
 def _run_command(command: Any) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from meap_lit.cli import main
+from meap_lit import __version__
+from meap_lit.cli import COMMANDS, EXAMPLES, main, read_command
 
 
 def complain(capsys, *arguments):
@@ -19,11 +20,30 @@ def complain(capsys, *arguments):
 
 
 def test_help_names_every_command_without_loading_torch():
-    code = "import sys; from meap_lit.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = "import sys; from meap_lit.cli import main; [main(words.split()) for words in sys.argv[1:]]; "
+    pages = ["--help", "--version", "prepare --help", "checkpoint -h", "tokenizer --help", "recipes --help"]
+    result = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit('torch' in sys.modules)", *pages],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    for command in ("fit", "validate", "tokenizer train", "prepare text", "prepare facts"):
-        assert command in result.stdout
+    whole, version, groups = result.stdout.partition(f"meap_lit {__version__}\n")
+    assert version
+    for command in ("fit", "validate", *COMMANDS):
+        assert f"\n  {command}  " in whole
+    for command in COMMANDS:
+        if " " in command:
+            assert f"\n  {command}  " in groups
+            assert f"\n      python -m meap_lit {command} " in groups
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_a_command_is_one(command, capsys):
+    assert read_command([*command.split(), *shlex.split(EXAMPLES[command])])
+    if command != "recipes":  # has a page of its group
+        with pytest.raises(SystemExit):
+            main([*command.split(), "--help"])
+        assert capsys.readouterr().out.endswith(f"\nexample:\n  python -m meap_lit {command} {EXAMPLES[command]}\n")
 
 
 def test_help_of_a_preparation_describes_its_options(capsys):
@@ -90,10 +110,41 @@ def test_a_torchvision_that_does_not_fit_is_named(tmp_path, toy_recipe):
     assert "pip uninstall torchvision" in result.stderr
 
 
-def test_an_unknown_command_is_named(capsys):
-    line = complain(capsys, "fitt", "--config", "x")
-    assert "no command 'fitt" in line
-    assert "prepare text" in line
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("fitt --config x", "no command 'fitt'; did you mean 'fit'?"),
+        ("evalute", "no command 'evalute'; did you mean 'evaluate'?"),
+        ("prepare", "prepare needs one of text, chat, merge, facts after it, got nothing"),
+        ("prepare txt --input a", "got txt; did you mean 'prepare text'?"),
+        ("checkpoint --output a", "checkpoint needs one of inspect, verify, consolidate after it, got nothing"),
+        ("recipes/quickstart.yaml", "is a recipe, not a command; write fit --config recipes/quickstart.yaml"),
+        ("fit", "the following arguments are required: --data, --model; name a recipe with --config FILE"),
+        ("fit --config", "--config needs a value after it; --help describes the options"),
+        ("fit --config recipes/quickstart.yaml --model.mask_ratio", "--model.mask_ratio needs a value after it; "),
+        ("fit --config quickstart", "recipe quickstart does not exist; did you mean recipes/quickstart.yaml?"),
+        ("fit --config recipes/pretrain/meap_1b.yaml", "did you mean recipes/pretrain/meap_1.1b.yaml?"),
+        ("fit recipes/quickstart.yaml", "options begin with two dashes, such as --config"),
+        ("fit -config recipes/quickstart.yaml", "options begin with two dashes; write --config"),
+        ("fit --config recipes/quickstart.yaml model.mask_ratio=0", "two dashes, such as --model.mask_ratio"),
+        ("fit --config recipes/quickstart.yaml --mask_ratio 0.1", "0.1; did you mean '--model.mask_ratio'?"),
+        ("fit --config recipes/quickstart.yaml --lr 0.1", "0.1; did you mean '--model.optimizer.lr'?"),
+        ("fit --config recipes/quickstart.yaml --seq-len 8", "8; did you mean '--data.seq_len'?"),
+        ("fit --config recipes/quickstart.yaml --max_steps 8", "8; did you mean '--budget.max_steps'?"),
+        ("fit --config recipes/quickstart.yaml --device 8", "8; did you mean '--devices'?"),
+        ("fit --config recipes/quickstart.yaml --model.lr 8", "no option 'lr'; did you mean 'optimizer.lr'?"),
+        ("fit --config recipes/eval/needle.yaml", "it is for `evaluate`, not for this command"),
+        ("generate", "the following arguments are required: --checkpoint"),
+        ("generate runs/x", "unrecognized arguments: runs/x; options begin with two dashes, such as --checkpoint"),
+        ("validate --config recipes/quickstart.yaml", "name a checkpoint with --ckpt_path, such as last"),
+    ],
+)
+def test_words_of_a_newcomer_get_a_line_with_a_fix(capsys, words, message):
+    assert message in complain(capsys, *words.split())
+
+
+def test_an_unknown_command_gets_the_list(capsys):
+    assert "choose from fit, validate, test, predict, " in complain(capsys, "frobnicate")
 
 
 MASKS = "mask_ratio: {class_path: meap_lit.masking.Linear, init_args: {end: 0.15}}"
@@ -134,7 +185,12 @@ def test_what_is_misspelt_in_a_recipe_is_named_with_what_was_meant(capsys, toy_r
         ("fit --config {} --model.protect eos", "model.protect must be a list ([...]), got eos"),
         (
             "fit --config {} --model.mask_ratio a",
-            "model.mask_ratio must be a number, a mapping ({{key: value}}) or a class_path, got a",
+            "model.mask_ratio must be a number or a class (Constant, Cosine, Linear, Piecewise, WarmupHold), got a",
+        ),
+        (
+            "fit --config {} --data PretrainingDta",
+            "data must be a class (FineTuningData, PretrainingData), got PretrainingDta; "
+            "did you mean 'PretrainingData'?",
         ),
         (
             "fit --config {} --model.mask_ratio.hold_off 3",

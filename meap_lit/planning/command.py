@@ -43,8 +43,6 @@ class Hardware:
     """The devices to plan for.
 
     Args:
-        devices: Devices of a node; trainer.devices if not given.
-        nodes: Nodes; trainer.num_nodes if not given.
         device_memory: Memory of a device in GB (10^9 bytes).
         utilisation: Share of the peak that the model's own FLOPs reach (MFU); recomputation does not count.
         peak_teraflops: Dense peak of a device at the precision of its products; 989 is an H100's in bfloat16.
@@ -52,17 +50,12 @@ class Hardware:
             (.yaml) of the same shape.
     """
 
-    devices: int | None = None
-    nodes: int | None = None
     device_memory: float = 80.0
     utilisation: float = 0.4
     peak_teraflops: float = 989.0
     decoder: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("devices", "nodes"):
-            value = getattr(self, name)
-            check_range(f"--{name}", value, "[1, inf)")
         for name in ("device_memory", "peak_teraflops"):
             check_range(f"--{name}", getattr(self, name), "(0, inf)")
         check_range("--utilisation", self.utilisation, "(0, 1]", "; write 0.4 for 40%")
@@ -90,7 +83,7 @@ class PlanCLI(RecipeCLI):
         parser.prog = "python -m meap_lit plan"
         parser.description = "Print the memory and time that a recipe needs on given devices, without running it."
         parser.usage = "python -m meap_lit plan --config RECIPE [--config OVERLAY ...] --devices N [--KEY VALUE ...]"
-        parser.add_class_arguments(Hardware)
+        parser.add_class_arguments(Hardware, as_group=False)  # among the first options of the help
         return parser
 
     def build(self) -> None:
@@ -136,7 +129,7 @@ class Plan:
             UserError: If the devices do not divide as strategy and batch require, `plan` does not know the strategy or
                 the precision, or the model's configuration does not exist.
         """
-        devices = devices_of(trainer, hardware.devices, hardware.nodes)
+        devices = devices_of(trainer)
         decoder, notes = decoder_config(module, data, hardware.decoder)
         step = Step(
             decoder=decoder,

@@ -62,19 +62,13 @@ PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true"
 # ------------------------------------------------------------------------------------------------ from a recipe
 
 
-def devices_of(trainer: Namespace, devices: int | None = None, nodes: int | None = None) -> Devices:
-    """Return the devices of a recipe.
-
-    Args:
-        trainer: The recipe's `trainer`.
-        devices: Devices of a node; the recipe's if not given.
-        nodes: Nodes; the recipe's if not given.
+def devices_of(trainer: Namespace) -> Devices:
+    """Return the devices of a recipe, from its `trainer`.
 
     Raises:
         UserError: If the number of devices is not stated, the strategy is not known here, or they do not fit.
     """
-    devices = trainer.devices if devices is None else devices
-    nodes = trainer.num_nodes if nodes is None else nodes
+    devices, nodes = trainer.devices, trainer.num_nodes
     if not str(devices).isdigit() or int(devices) < 1:
         raise UserError(f"set the devices of a node with --devices; trainer.devices is {devices}")
     number = int(devices) * nodes

@@ -36,6 +36,8 @@ from meap_lit.callbacks.stopping import StopOnSignal
 from meap_lit.checkpoint.find import find_checkpoint
 from meap_lit.checkpoint.folder import StoredCheckpoint
 from meap_lit.data.datamodule import StreamingData
+from meap_lit.data.finetuning import FineTuningData
+from meap_lit.data.pretraining import PretrainingData
 from meap_lit.errors import NO_SPACE, UserError
 from meap_lit.files import write_file
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
@@ -43,7 +45,8 @@ from meap_lit.modules.cpu_memory import keep_freed_memory
 from meap_lit.parallel.strategies import follow_launcher
 from meap_lit.recipe.explain import Known, causes, check_values, explain, find_user_error, input_errors, raised_by
 from meap_lit.recipe.file import recipe_words
-from meap_lit.recipe.parser import Parser, add_recipe_option
+from meap_lit.recipe.help import help_page
+from meap_lit.recipe.parser import Parser, add_recipe_option, import_choices
 
 register_unresolvable_import_paths(torch)  # functions that do not know their module: pytorch/pytorch#74483
 
@@ -52,14 +55,20 @@ CALLBACKS: dict[str, type] = {
 }
 """Callbacks whose options are under a top-level key of the recipe."""
 
+MODULES = {"text": MEAPPretraining, "chat": MEAPFineTuning}
+"""The module that trains on datasets of each kind."""
+
+CLASSES = {"model": tuple(MODULES.values()), "data": (PretrainingData, FineTuningData)}
+"""The classes that a recipe names under each key; help and suggestions know their options."""
+
 KEYS: Known = {
-    **{"model": None, "data": None, "trainer": L.Trainer, **CALLBACKS},
+    **{**CLASSES, **CALLBACKS, "trainer": L.Trainer},
     **{"seed_everything": None, "base": None, "ckpt_path": None},
 }
 """The top-level keys of a recipe."""
 
-MODULES = {"text": MEAPPretraining, "chat": MEAPFineTuning}
-"""The module that trains on datasets of each kind."""
+SHORT = {"--devices": "--trainer.devices", "--nodes": "--trainer.num_nodes"}
+"""Short spellings of options. They win over every recipe, wherever they are among the words."""
 
 DESCRIPTIONS = {
     "fit": "Train the model of a recipe.",
@@ -91,7 +100,11 @@ class RecipeCLI:
     def __init__(self, command: str, words: Sequence[str]) -> None:
         self.command = command
         self.parser = self.make_parser()
-        self.config = self.parse(recipe_words(words))
+        self._add_trainer(self.parser)
+        if {"-h", "--help"} & {*words}:
+            print(help_page(self.parser, CLASSES), end="")
+            raise SystemExit(0)
+        self.config = self.parse(recipe_words(_long_words(words)))
 
     @classmethod
     def run(cls, arguments: list[str]) -> Self:
@@ -112,15 +125,41 @@ class RecipeCLI:
 
     def make_parser(self) -> Parser:
         """Return the parser of the command."""
+        prog = f"python -m meap_lit {self.command}"
         parser = Parser(
-            prog=f"python -m meap_lit {self.command}",
-            usage=f"python -m meap_lit {self.command} --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...]",
+            prog=prog,
+            usage=f"{prog} --config RECIPE [--config OVERLAY ...] [--devices N] [--KEY VALUE ...]",
             description=DESCRIPTIONS[self.command],
-            epilog="Options of a class: --model.help meap_lit.modules.MEAPPretraining, "
-            "--data.help meap_lit.data.pretraining.PretrainingData",
         )
         add_recipe_option(parser)
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Checkpoint, or the folder of a run for its newest checkpoint. `last` is the newest checkpoint of the "
+            "runs of this recipe; with `fit`, a new run starts where there is none.",
+        )
+        parser.add_argument(
+            "--weights_only", type=bool | None, default=None, help="A checkpoint never runs code; false is refused."
+        )
         parser.add_argument("--seed_everything", type=bool | int, default=0, help="Seed; true draws one.")
+        parser.add_argument(
+            "--base", type=str | None, default=None, help="Recipe that this one starts from, relative to its folder."
+        )
+        import_choices("meap_lit.data")
+        parser.add_subclass_arguments(L.LightningModule, "model", fail_untyped=False, required=True)
+        parser.add_subclass_arguments(L.LightningDataModule, "data", fail_untyped=False, required=True)
+        for key, callback in CALLBACKS.items():
+            parser.add_class_arguments(callback, key, fail_untyped=False, sub_configs=True)
+        return parser
+
+    def _add_trainer(self, parser: Parser) -> None:
+        """Add the arguments of the Trainer and of its method that the command calls, after all others."""
+        method = inspect.signature(getattr(L.Trainer, self.command)).parameters
+        given = {name for name in method if name in ("self", "model", "datamodule") or name.endswith("dataloaders")}
+        self._arguments = parser.add_method_arguments(
+            L.Trainer, self.command, as_group=False, skip={*given, "ckpt_path", "weights_only"} - {"self"}
+        )
         parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True)
         parser.set_defaults(
             {
@@ -131,17 +170,6 @@ class RecipeCLI:
                 "trainer.enable_model_summary": False,
             }
         )
-        parser.add_subclass_arguments(L.LightningModule, "model", fail_untyped=False, required=True)
-        parser.add_subclass_arguments(L.LightningDataModule, "data", fail_untyped=False, required=True)
-        parser.add_argument(
-            "--base", type=str | None, default=None, help="Recipe that this one starts from, relative to its folder."
-        )
-        for key, callback in CALLBACKS.items():
-            parser.add_class_arguments(callback, key, fail_untyped=False, sub_configs=True)
-        method = inspect.signature(getattr(L.Trainer, self.command)).parameters
-        given = {name for name in method if name in ("self", "model", "datamodule") or name.endswith("dataloaders")}
-        self._arguments = parser.add_method_arguments(L.Trainer, self.command, skip=given - {"self"})
-        return parser
 
     def parse(self, words: list[str]) -> Namespace:
         """Return the values that the words give to the keys of a recipe.
@@ -172,6 +200,8 @@ class RecipeCLI:
         if config.weights_only is False:
             raise UserError("weights_only false would run code from a checkpoint, which is never done; leave it out")
         config.weights_only = True
+        if self.command == "validate" and config.ckpt_path is None and not config.model.init_args.get("init_from"):
+            raise UserError("the weights of this recipe are random; name a checkpoint with --ckpt_path, such as last")
         config.ckpt_path = _resolve_checkpoint(config, starts_anew=self.command == "fit")
         if config.ckpt_path not in (None, "best") and any(hub.is_hub_id(name) for _, name in _hub_names(config)):
             # the revisions with which the run of the checkpoint began
@@ -233,7 +263,7 @@ class RecipeCLI:
         Raises:
             UserError: If the disk is full.
         """
-        arguments = {name: self.config[name] for name in self._arguments}
+        arguments = {name: self.config[name] for name in ("ckpt_path", "weights_only", *self._arguments)}
         try:
             getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **arguments)
         except (OSError, RuntimeError) as error:  # Lightning's teardown may fail after the first error
@@ -246,6 +276,19 @@ class RecipeCLI:
                 f"cannot write into {where}: {full.strerror}; free some space or name another folder, such as "
                 f"trainer.logger.save_dir; last good checkpoint: {saved or 'none was saved yet'}"
             ) from error
+
+
+def _long_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command with the options of `SHORT` spelled out, after all others."""
+    others: list[str] = []
+    spelled: list[str] = []
+    taken = others
+    for word in words:
+        option, equals, value = word.partition("=")
+        if word.startswith("--") or word == "-c":
+            taken = spelled if option in SHORT else others
+        taken.append(SHORT.get(option, option) + equals + value)
+    return [*others, *spelled]
 
 
 def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:

@@ -13,17 +13,17 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 from meap_lit.errors import UserError, check_range, shorten
 
-Known = Mapping[str, type | None]
+Known = Mapping[str, type | tuple[type, ...] | None]
 """The top-level keys of a recipe, or the options of a command, and the class that takes the values below each.
 
-None for a single value, and for a class that the recipe itself names.
+Several where the recipe names one of them; None for a single value.
 """
 
 _KEY = re.compile(r'Parser key "([^"]+)": ')
@@ -36,6 +36,10 @@ _NO_MODULE = re.compile(r"Problem with given class_path '([^']+)': (No module na
 _NO_SUBCLASS = re.compile(r"Import path (?:\S+ )?does not correspond to a subclass of (\w+)")
 _UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ")
 _EXPECTED = re.compile(r"Expected (?:a )?(?:typing\.Literal\[([^]]*)\]|<class '([^']+)'>)(\. Got value)?")
+_BASES = re.compile(r"Subtypes: \[(.*?)\]\s+Errors:")
+_AMBIGUOUS = re.compile(
+    r"Multiple subclasses with name (\w+)\. Give the full class path to avoid ambiguity: (.*?)\.(?:\s|$)"
+)
 _NOT_A_CLASS = r"(?:Expected (?:a )?dot import path string|Unexpected import path format|Not a valid subclass of \w+)"
 _GIVEN = re.compile(rf"(?:Got value|{_NOT_A_CLASS}|Given value): ([^\n]*)")
 _NO_CLASS = re.compile(r"is abstract\s+Given value type: .*\s+Given value: NestedArg\(key='([^']+)'")
@@ -147,6 +151,8 @@ def explain(message: str, known: Known) -> str:
 
     if match := re.match(r"Option '([^']+)' is not accepted", core):
         if not classes:
+            if match[1].startswith("task.") and "model" in known:
+                return f"the recipe has the key '{match[1]}': it is for `evaluate`, not for this command"
             return f"there is no key '{match[1]}'{_key_hint(match[1], known)}"
         kind = _class(classes[-1])
         decided_by = dict(getattr(kind, "decided_by", {}))
@@ -154,9 +160,9 @@ def explain(message: str, known: Known) -> str:
         # the config.yaml of an older run has all of them, and one line should name them
         likewise = ", ".join(f"{name} ({other} decides it)" for name, other in decided_by.items())
         hint = f"; leave it out: {decides} decides it; likewise {likewise}"
-        core = f"{classes[-1]} has no option '{match[1]}'{hint if decides else _hint(match[1], _parameters(kind))}"
+        core = f"{classes[-1]} has no option '{match[1]}'{hint if decides else _option_hint(match[1], [kind])}"
     elif match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", core):
-        group = _parameters(_class(classes[-1])).get(match[1]) if classes else None
+        group = parameters_of(_class(classes[-1])).get(match[1]) if classes else None
         taken = inspect.signature(group.annotation).parameters if group else ()
         key = f"{match[1]}.{match[2]}"
         core = f"{match[1]} has no option '{match[2]}'{_hint(match[2], taken)}"
@@ -180,20 +186,29 @@ def explain(message: str, known: Known) -> str:
         core = f"init_args must be {_IN_WORDS['dict']}, not a {match[1]}"
     elif match := re.match(r"Expected a tuple with (\d+) elements\. Got value: (.*)", core):
         return f"{where} must be a list of {match[1]} values, got {shorten(match[2])}"
-    elif re.match(r"the following arguments are required: (\w+, )*model\b", core):
-        core += "; name a recipe with --config"
-    elif match := re.match(r"the following arguments are required: [\w., ]+\w", core):
-        core = match[0]  # of a class; the rest says that the value is of no other type either
+    elif match := re.match(r"(the following arguments are required: )([\w., ]+\w)", core):
+        core = match[0]  # of a class, the rest says that the value is of no other type either
+        if not where:
+            core = match[1] + ", ".join(f"--{name}" for name in match[2].split(", "))
+            core += "; name a recipe with --config FILE" if "base" in known else ""
     elif match := re.match(r"Unable to load config \"([^\"]*)\"", core):
         where = re.sub(r"\b(\w+)\.\1$", r"\1", where)  # jsonargparse names a group twice
         return f"{where} must be {_IN_WORDS['dict']}, got {shorten(match[1])}"
     elif match := re.match(r"unrecognized arguments: --([^\s=]+)", core):
         core += _key_hint(match[1], known, "--")
+    elif match := re.match(r"unrecognized arguments: (\S+)", core):
+        is_recipe = "base" in known and match[1].endswith((".yaml", ".yml"))
+        option = "config" if is_recipe else match[1].partition("=")[0] if "=" in match[1] else next(iter(known))
+        core += f"; options begin with two dashes, such as --{option}"
     elif match := _NO_CLASS.search(message):
         return f"{where}.{match[1]} is an option of a class, and {where} names none; name one with --{where} CLASS_PATH"
-    elif wanted := _wanted(core):
+    elif match := _AMBIGUOUS.search(message):
+        return f"{where}: several classes are called {match[1]}; name one of {match[2]}"
+    elif wanted := _wanted(core, classes := _choices(message, where, known)):
         given = _GIVEN.search(message)  # the innermost value comes first
-        return f"{where} must be {wanted}, got {shorten((given and given[1]) or 'nothing')}"
+        value = (given and given[1]) or "nothing"
+        close = difflib.get_close_matches(value.rpartition(".")[2], classes, n=1, cutoff=0.55)
+        return f"{where} must be {wanted}, got {shorten(value)}" + (f"; did you mean '{close[0]}'?" if close else "")
     return f"{where}: {core}" if where else core
 
 
@@ -204,7 +219,7 @@ def check_values(recipe: Mapping[str, Any], known: Known) -> None:
         UserError: If a value is null where null is not allowed, not finite, not a mapping where one is needed, or out
             of the range of an option of Lightning.
     """
-    for key in (key for key, kind in known.items() if kind is not None):
+    for key in (key for key, kind in known.items() if inspect.isclass(kind)):
         if not isinstance(recipe.get(key, {}), Mapping):
             raise UserError(f"{key} must be {_IN_WORDS['dict']}, got {shorten(str(recipe[key]))}")
     for key, value in recipe.items():
@@ -240,7 +255,7 @@ def check_value(value: Any, kind: Any, where: str = "") -> None:
         return
     if "class_path" in value:
         value, kind = value.get("init_args") or {}, _class(value["class_path"])
-    parameters = _parameters(kind) if inspect.isclass(kind) else {}  # a class_path may name a function
+    parameters = parameters_of(kind) if inspect.isclass(kind) else {}  # a class_path may name a function
     for name, entry in value.items():
         place = f"{where}.{name}" if where else name
         parameter = parameters.get(name, _UNKNOWN)
@@ -272,8 +287,26 @@ def _takes_only_mappings(annotation: Any) -> bool:
     return all(kind is NoneType or dataclasses.is_dataclass(kind) for kind in kinds)
 
 
-def _wanted(core: str) -> str:
-    """Return the expected type in words; empty if the message is not about a type."""
+def _choices(message: str, where: str, known: Known) -> list[str]:
+    """Return the names of the classes that a value may name, by the types in the message or that of the option."""
+    listed = _BASES.findall(message)
+    paths = re.findall(r"[a-z_]\w*(?:\.\w+)+", listed[-1]) if listed else []
+    bases: list[Any] = [_class(path) for path in paths if path.startswith(("meap_lit.", "lightning."))]
+    found = {kind for base in (*bases, known.get(where)) if inspect.isclass(base) for kind in subclasses_of(base)}
+    return sorted(kind.__name__ for kind in found)
+
+
+def subclasses_of(base: type) -> Iterator[type]:
+    """Yield the classes known by now that derive from `base` and that a recipe can name."""
+    derived: list[type] = base.__subclasses__()
+    for kind in derived:
+        if not (inspect.isabstract(kind) or kind.__name__.startswith("_") or "<locals>" in kind.__qualname__):
+            yield kind
+        yield from subclasses_of(kind)
+
+
+def _wanted(core: str, classes: Sequence[str]) -> str:
+    """Return the expected type in words, with the classes to choose from; empty if the message is not about a type."""
     found = _EXPECTED.findall(core)
     # a message with a value of its own is about something inside a list or mapping, and is more precise
     found = [entry for entry in found if entry[2]] or found
@@ -283,7 +316,7 @@ def _wanted(core: str) -> str:
         for word in (choices.replace("'", "").split(", ") if choices else [_IN_WORDS.get(kind, kind)])
     ]
     if re.search(_NOT_A_CLASS, core):
-        kinds += [_IN_WORDS["dict"], "a class_path"]
+        kinds.append(f"a class ({', '.join(classes)})" if classes else "a class_path")
     *others, last = dict.fromkeys(kinds) or [""]
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -293,7 +326,7 @@ def _class(class_path: str) -> type:
     return getattr(importlib.import_module(module), name)
 
 
-def _parameters(kind: type) -> dict[str, inspect.Parameter]:
+def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
     """Return the parameters of a class, including those that it passes to its bases by `**kwargs`."""
     parameters: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
@@ -307,13 +340,46 @@ def _parameters(kind: type) -> dict[str, inspect.Parameter]:
     }
 
 
+def option_keys(kind: type) -> Iterator[str]:
+    """Yield the options of a class, and those of the dataclasses among them: `optimizer`, `optimizer.lr`, ..."""
+    for name, parameter in parameters_of(kind).items():
+        yield name
+        if (group := group_of(parameter)) is not None:
+            yield from (f"{name}.{key}" for key in option_keys(group))
+
+
+def group_of(parameter: inspect.Parameter) -> type | None:
+    """Return the dataclass whose fields are options below an argument, such as `decoder`."""
+    kinds = (parameter.annotation, *get_args(parameter.annotation))
+    return next((kind for kind in kinds if inspect.isclass(kind) and dataclasses.is_dataclass(kind)), None)
+
+
 def _key_hint(key: str, known: Known, dashes: str = "") -> str:
-    """Return a suggestion for an unknown key of a recipe, such as `trainer.devics`."""
+    """Return a suggestion for an unknown key of a recipe, such as `trainer.devics` or `mask_ratio`."""
     first, _, rest = key.partition(".")
-    if first not in known:
-        return _hint(first, known, dashes)
-    name, parameters = rest.partition(".")[0], _parameters(known[first] or object)
-    return "" if name in parameters else _hint(name, parameters, f"{dashes}{first}.")
+    classes = {name: kind if isinstance(kind, tuple) else (kind,) if kind else () for name, kind in known.items()}
+    if first in known:
+        return _option_hint(rest, classes[first], f"{dashes}{first}.")
+    for name, kinds in classes.items():
+        if same := _named_alike(key, kinds):
+            return f"; did you mean '{dashes}{name}.{same}'?"
+    return _hint(first, (*known, "config", "devices", "nodes") if dashes and "model" in known else known, dashes)
+
+
+def _option_hint(key: str, kinds: Sequence[type], before: str = "") -> str:
+    """Return a suggestion for an unknown option of classes; empty if the first part of its key is known."""
+    known = list(dict.fromkeys(name for kind in kinds for name in parameters_of(kind)))
+    if key.partition(".")[0] in known:
+        return ""
+    same = _named_alike(key, kinds)
+    return f"; did you mean '{before}{same}'?" if same else _hint(key.partition(".")[0], known, before)
+
+
+def _named_alike(key: str, kinds: Sequence[type]) -> str | None:
+    """Return the option of a class whose key ends with `key`, with hyphens for underscores or without."""
+    wanted = key.replace("-", "_")
+    keys = (option for kind in kinds for option in option_keys(kind))
+    return next((option for option in keys if f".{option}".endswith(f".{wanted}")), None)
 
 
 def _hint(given: str, known: Iterable[str], before: str = "") -> str:

@@ -43,7 +43,9 @@ def lineage(path: Path) -> list[Path]:
                 files = sorted(path.glob("*.yaml"))
                 inside = f"name a file in it, such as {files[0]}" if files else "it has no .yaml file"
                 raise UserError(f"recipe {path} is a folder{named_by}; {inside}")
-            raise UserError(f"recipe {path} does not exist{named_by}; `meap-lit recipes` lists those of this package")
+            near = packaged.nearest(str(name))
+            hint = f"did you mean {near}?" if near else "`meap-lit recipes` lists those of this package"
+            raise UserError(f"recipe {path} does not exist{named_by}; {hint}")
         if path.resolve() in (other.resolve() for other in chain):
             raise UserError(f"recipe {path} is based on itself")
         chain.insert(0, path)
@@ -53,6 +55,8 @@ def lineage(path: Path) -> list[Path]:
         if not isinstance(base, str):
             raise UserError(f"base of recipe {path} must be the path of a recipe, got {base}")
         path = name.parent / base
+        if not path.exists() and packaged.is_packaged(base):
+            path = Path(base)  # of a recipe outside the folder that the command runs in
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -91,6 +95,9 @@ def check_words(words: Sequence[str]) -> None:
     Raises:
         UserError: Names the option.
     """
+    for word in words:
+        if re.fullmatch(r"-[a-z_]{3,}", word):  # argparse would take -config for -c onfig
+            raise UserError(f"options begin with two dashes; write -{word}")
     for before, word in pairwise(("", *words)):
         option, equals, value = word.partition("=")
         name, text = (option, value) if option.startswith("--") and equals else (before, word)

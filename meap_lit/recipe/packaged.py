@@ -4,6 +4,7 @@ A wheel holds them in `meap_lit/packaged/`; a checkout has them beside the packa
 folder takes precedence.
 """
 
+import difflib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -37,16 +38,28 @@ def find(path: Path) -> Path:
     if path.exists():
         return path
     name = os.path.relpath(path)  # also of what a `base` such as ../pretrain/base.yaml leads to
-    return root() / name if _is_packaged(name) else path
+    return root() / name if is_packaged(name) else path
 
 
-def _is_packaged(name: str) -> bool:
+def is_packaged(name: str) -> bool:
+    """Return whether the package has a recipe or sample input of this name."""
     return (name.startswith("recipes/") or name in SAMPLES) and (root() / name).is_file()
+
+
+def nearest(name: str) -> str | None:
+    """Return the packaged recipe that a name without folder or ending means, or that is spelled alike."""
+    recipes = [file for file in names() if file.endswith(".yaml")]
+    stem = Path(name).name.removesuffix(".yaml").removesuffix(".yml")
+    same = [file for file in recipes if Path(file).name.removesuffix(".yaml") == stem]
+    close = difflib.get_close_matches(name, recipes, n=1, cutoff=0.75)
+    return next(iter(same or close), None)
 
 
 def with_paths(options: Any) -> Any:
     """Return a copy of parsed options in which the name of a packaged file is its path, see `find`."""
-    return _replace(options, lambda text: str(find(Path(text))) if text.startswith(("recipes/", "data/")) else text)
+    return replace_texts(
+        options, lambda text: str(find(Path(text))) if text.startswith(("recipes/", "data/")) else text
+    )
 
 
 def with_names(options: Any) -> Any:
@@ -54,19 +67,20 @@ def with_names(options: Any) -> Any:
 
     def name_of(text: str) -> str:
         name = text.removeprefix(f"{root()}/")
-        return name if _is_packaged(name) else text
+        return name if is_packaged(name) else text
 
-    return _replace(options, name_of)
+    return replace_texts(options, name_of)
 
 
-def _replace(value: Any, replacement: Callable[[str], str]) -> Any:
+def replace_texts(value: Any, replacement: Callable[[str], str]) -> Any:
     """Return a copy of nested values with `replacement` applied to each text."""
     if isinstance(value, Namespace):
-        return Namespace(**{key: _replace(part, replacement) for key, part in vars(value).items()})
+        return Namespace(**{key: replace_texts(part, replacement) for key, part in vars(value).items()})
     if isinstance(value, dict):
-        return {key: _replace(part, replacement) for key, part in value.items()}
+        # keys too: those of `datasets` are folders
+        return {replace_texts(key, replacement): replace_texts(part, replacement) for key, part in value.items()}
     if isinstance(value, list):
-        return [_replace(part, replacement) for part in value]
+        return [replace_texts(part, replacement) for part in value]
     return replacement(value) if isinstance(value, str) else value
 
 

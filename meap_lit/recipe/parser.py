@@ -1,16 +1,21 @@
 """The parser of every command: recipes with their bases, `${...}` references, old names, and no secret printed."""
 
 import dataclasses
+import importlib
 import json
+import os
+import pkgutil
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from contextvars import ContextVar
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import docstring_parser
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, get_loader
 from omegaconf.errors import InterpolationResolutionError
 
 from meap_lit.errors import UserError
@@ -29,6 +34,7 @@ class Parser(ArgumentParser):
         # `--budget.max_step` is a mistake, not short for `--budget.max_steps`
         options = {"exit_on_error": False, "allow_abbrev": False, **kwargs}  # jsonargparse copies a parser with its own
         super().__init__(parser_mode=parser_mode, **options)
+        self._prints = False
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse as jsonargparse does.
@@ -36,8 +42,19 @@ class Parser(ArgumentParser):
         Raises:
             UserError: If a value is read from a variable of the environment that is not set.
         """
+        if args and args[0] is not None:  # jsonargparse prints what it has read when it meets the option
+            words = sorted(args[0], key=lambda word: word.partition("=")[0] == "--print_config")
+            self._prints = bool(words) and words[-1].partition("=")[0] == "--print_config"
+            args = (words, *args[1:])
         try:
             return packaged.with_paths(super().parse_args(*args, **kwargs))
+        except ArgumentError as error:
+            if "expected" not in str(error):
+                raise
+            option = _without_value(args[0] if args else None)
+            if option is None:
+                raise
+            raise UserError(f"{option} needs a value after it; --help describes the options") from error
         except InterpolationResolutionError as error:
             variable = re.search(r"Environment variable '(.+?)' not found", str(error))
             if variable is None:
@@ -66,11 +83,34 @@ class Parser(ArgumentParser):
                 self.validate(namespace)
             # a reference to the environment would not validate
             shown, kwargs["skip_validation"] = packaged.with_names(without_secrets(namespace)), True
+            if self._prints:
+                shown = _from_anywhere(shown)
         before = _is_dumping.set(True)
         try:
             return super().dump(shown, *args, skip_link_targets=skip_link_targets, **kwargs)
         finally:
             _is_dumping.reset(before)
+
+
+def _without_value(words: Sequence[str] | None) -> str | None:
+    """Return the first option among the words of a command that no value follows."""
+    for word, following in pairwise([*(words or ()), "--"]):
+        if word.startswith("--") and "=" not in word and following.startswith("--"):
+            return word
+    return None
+
+
+def _from_anywhere(recipe: Namespace) -> Namespace:
+    """Return a recipe that runs in any folder: without `base`, which it contains, and with existing paths absolute."""
+
+    def absolute(text: str) -> str:
+        is_relative = "/" in text and "://" not in text and not packaged.is_packaged(text)
+        return os.path.abspath(text) if is_relative and os.path.exists(text) else text
+
+    found = packaged.replace_texts(recipe, absolute)
+    if "base" in found:
+        found.base = None
+    return found
 
 
 class RecipeFile(ActionConfigFile):
@@ -80,6 +120,12 @@ class RecipeFile(ActionConfigFile):
     def apply_config(parser: Any, cfg: Namespace, dest: str, value: str) -> None:
         for path in lineage(Path(value)):
             ActionConfigFile.apply_config(parser, cfg, dest, str(path))
+
+
+def import_choices(package: str) -> None:
+    """Import all modules of a package, so that a recipe may name their classes without the path."""
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+        importlib.import_module(module.name)
 
 
 def add_recipe_option(parser: Parser) -> None:
@@ -102,6 +148,7 @@ def command_parser(command: type, prog: str) -> Parser:
     mode = "omegaconf+" if reads_recipes(command) else "yaml"  # `${` in a prompt is no reference
     parser = Parser(prog=prog, description=doc.short_description, parser_mode=mode)
     if reads_recipes(command):
+        import_choices("meap_lit.evaluation")
         add_recipe_option(parser)
     lists = [field for field in dataclasses.fields(command) if "list" in str(field.type)]
     for field in lists:

@@ -26,11 +26,11 @@ SHARDED_DEFAULTS = {
 }
 
 
-def trainer(strategy="auto", given="32-true", **options) -> Namespace:
+def trainer(strategy="auto", given="32-true", devices="auto", num_nodes=1, **options) -> Namespace:
     if options or strategy == SHARDED:
         defaults = SHARDED_DEFAULTS if strategy == SHARDED else {}
         strategy = Namespace(class_path=strategy, init_args=Namespace(**{**defaults, **options}))
-    return Namespace(strategy=strategy, devices="auto", num_nodes=1, precision=given)
+    return Namespace(strategy=strategy, devices=devices, num_nodes=num_nodes, precision=given)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def trainer(strategy="auto", given="32-true", **options) -> Namespace:
     ],
 )
 def test_strategies(strategy, options, devices):
-    assert devices_of(trainer(strategy, **options), 8, 2) == devices
+    assert devices_of(trainer(strategy, devices=8, num_nodes=2, **options)) == devices
 
 
 # ------------------------------------------------------------------------- against what the strategy really does
@@ -109,7 +109,7 @@ def test_a_large_model_is_split_as_planned(first_rank_of, decoder, nodes, option
     strategy.setup_environment()
     model = meta_decoder(decoder, torch.float32)  # no memory
     strategy.shard(model)
-    devices = devices_of(sharded(**options), 8, nodes)
+    devices = devices_of(sharded(devices=8, num_nodes=nodes, **options))
     assert strategy.distributed_sampler_kwargs == {"num_replicas": devices.num_replicas, "rank": 0}
     parameters = parameters_of(Step(decoder, num_tokens=1, seq_len=1, precision="32-true", devices=devices))
     assert sum(p.to_local().nbytes for p in model.parameters()) == sharded_bytes(
@@ -125,8 +125,8 @@ def sharded(**options) -> Namespace:
 
 
 def test_one_device_needs_no_strategy_and_two_that_share_products_read_the_same():
-    assert devices_of(trainer(), 1) == Devices()
-    assert devices_of(trainer(SHARDED, tensor_parallel_size=2), 4).num_replicas == 2
+    assert devices_of(trainer(devices=1)) == Devices()
+    assert devices_of(trainer(SHARDED, devices=4, tensor_parallel_size=2)).num_replicas == 2
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_precisions(given, name):
 )
 def test_devices_that_do_not_divide_are_named(options, message):
     with pytest.raises(UserError) as error:
-        devices_of(trainer(SHARDED, **options), 8)
+        devices_of(trainer(SHARDED, devices=8, **options))
     assert message in str(error.value)
 
 
 def test_a_strategy_for_one_device_is_refused_on_several():
     with pytest.raises(UserError, match="SingleDeviceStrategy is for one device, not for 8"):
-        devices_of(trainer("lightning.pytorch.strategies.SingleDeviceStrategy", device="cpu"), 8)
+        devices_of(trainer("lightning.pytorch.strategies.SingleDeviceStrategy", devices=8, device="cpu"))

@@ -254,6 +254,74 @@ def test_where_logs_cannot_be_written_is_named_before_anything_is_made(
         RecipeCLI.run(["fit", "--config", str(toy_recipe), *words])
 
 
+def test_a_class_is_found_by_its_name(tmp_path):
+    names = tmp_path / "names.yaml"
+    paths = tmp_path / "paths.yaml"
+    recipe = """
+        model: {{class_path: {modules}MEAPPretraining, init_args: {{mask_ratio: {{class_path: {masking}Linear}}}}}}
+        data:
+          class_path: {pretraining}PretrainingData
+          init_args: {{preparation: [{{class_path: {facts}FactCorpus, init_args: {{output: x}}}}]}}
+        trainer: {{strategy: {{class_path: {strategies}Sharded}}, logger: {{class_path: {loggers}CSVLogger}}}}
+    """
+    folders = {
+        "modules": "meap_lit.modules.",
+        "masking": "meap_lit.masking.",
+        "pretraining": "meap_lit.data.pretraining.",
+        "facts": "meap_lit.data.corpora.facts.",
+        "strategies": "meap_lit.parallel.strategies.",
+        "loggers": "lightning.pytorch.loggers.",
+    }
+    names.write_text(recipe.format(**dict.fromkeys(folders, "")))
+    paths.write_text(recipe.format(**folders))
+    quickstart = ("--config", "recipes/quickstart.yaml")
+    by_name, by_path = (resolve(*quickstart, "--config", str(file)) for file in (names, paths))
+    assert by_name == by_path
+    assert by_name["trainer"]["strategy"]["class_path"] == "meap_lit.parallel.strategies.Sharded"
+    # the options that the recipe states for the same class are kept
+    assert by_name["data"]["init_args"]["seq_len"] == 64
+    words = ("--model", "MEAPPretraining", "--model.mask_ratio", "WarmupHold", "--data", "PretrainingData")
+    ramp = resolve(*quickstart, *words)["model"]["init_args"]["mask_ratio"]
+    assert ramp["class_path"] == "meap_lit.masking.WarmupHold"
+
+
+@pytest.mark.parametrize("words", ["--devices 2 --nodes 3", "--devices=2 --nodes=3"])
+def test_devices_win_over_every_recipe(words):
+    overlay = ("--config", "recipes/strategy/ddp.yaml")
+    trainer = resolve(*words.split(), "--config", "recipes/pretrain/meap_0.1b.yaml", *overlay)["trainer"]
+    assert (str(trainer["devices"]), trainer["num_nodes"]) == ("2", 3)
+
+
+def test_a_printed_recipe_runs_from_any_folder(toy_recipe, tmp_path, monkeypatch, capsys):
+    here = tmp_path / "here"
+    here.mkdir()
+    overlay = here / "mine.yaml"
+    overlay.write_text("base: ../toy.yaml\ndata: {init_args: {datasets: {../prepared: 1.0}}}\n")
+    dataset = yaml.safe_load(toy_recipe.read_text())["data"]["init_args"]["datasets"]
+    (tmp_path / "prepared").symlink_to(dataset)
+    monkeypatch.chdir(here)
+    with pytest.raises(SystemExit):  # the option may be anywhere among the words
+        RecipeCLI.run(["fit", "--print_config", "--config", "mine.yaml", "--model.mask_ratio", "0.1"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    recipe = yaml.safe_load(printed.read_text())
+    assert recipe["base"] is None
+    assert recipe["model"]["init_args"]["mask_ratio"] == 0.1
+    assert recipe["data"]["init_args"]["datasets"] == {str(tmp_path / "prepared"): 1.0}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    cli = RecipeCLI.run(["fit", "--config", str(printed)])
+    assert cli.trainer.global_step == 12
+
+
+def test_a_printed_recipe_names_packaged_files_as_any_machine_finds_them(capsys):
+    with pytest.raises(SystemExit):
+        RecipeCLI.run(["fit", "--config", "recipes/sft/quickstart.yaml", "--print_config"])
+    preparation = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["preparation"]
+    assert preparation[0]["init_args"]["input"] == ["data/instructions.jsonl"]
+
+
 def test_a_second_recipe_overrides_the_first(tmp_path):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("trainer: {devices: 4}\nmodel: {init_args: {mask_ratio: 0.1}}\n")

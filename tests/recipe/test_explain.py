@@ -28,6 +28,11 @@ KNOWN = {"model": None, "budget": Group, "hang": None}
             'Parser key "budget.budget": Unable to load config "null"',
             "budget must be a mapping ({key: value}), got null",
         ),
+        (
+            "Parser key \"model\": Errors: - Expected a <class 'float'> - Multiple subclasses with name Linear. "
+            "Give the full class path to avoid ambiguity: meap_lit.masking.Linear, other.Linear. Given value: Linear",
+            "model: several classes are called Linear; name one of meap_lit.masking.Linear, other.Linear",
+        ),
         ("unrecognized arguments: --outptu x", "unrecognized arguments: --outptu x; did you mean '--output'?"),
         (
             "Parser key \"trainer.logger\": Errors: - Problem with given class_path 'm.Logger': the following "
