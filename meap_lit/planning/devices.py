@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from meap_lit.errors import UserError
 from meap_lit.parallel.strategies import Sharded, gathered_dtype, shard_size_of
@@ -77,7 +77,7 @@ def devices_of(trainer: Namespace) -> Devices:
         if number > 1:
             raise UserError(f"trainer.strategy {kind.__name__} is for one device, not for {number}")
         return Devices()
-    if issubclass(kind, DDPStrategy):
+    if issubclass(kind, DDPStrategy) and not issubclass(kind, DeepSpeedStrategy):
         return Devices(number, buckets="view" if options.get("gradient_as_bucket_view") else "copy")
     if not issubclass(kind, Sharded):
         given = trainer.strategy if isinstance(trainer.strategy, str) else kind.__name__

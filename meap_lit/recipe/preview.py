@@ -63,7 +63,7 @@ class PreviewCLI(RecipeCLI):
             "python -m meap_lit preview --config RECIPE [--config OVERLAY ...] [--rows N] [--step S] [--html FILE] "
             "[--KEY VALUE ...]"
         )
-        parser.add_class_arguments(PreviewOptions)
+        parser.add_class_arguments(PreviewOptions, as_group=False)
         return parser
 
     def build(self) -> None:
