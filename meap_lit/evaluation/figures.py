@@ -3,7 +3,9 @@
 The figures do not use pyplot, which keeps global state. matplotlib is imported when the first figure is drawn.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +23,7 @@ COLORS = ("#F0496E", "#EBB839", "#0CD79F")
 LINE_COLORS = ("#4C6EF5", "#F76707", "#2F9E44", "#9C36B5", "#E03131", "#0C8599", "#868E96", "#5F3DC4")
 
 _PANELS_IN_A_ROW = 3
-_MAX_TICKS = 12
+_MIN_TICKS, _MAX_TICKS = 3, 12
 """Above this number of x values, matplotlib chooses the ticks."""
 
 Line = dict[tuple[Any, ...], Mean]
@@ -63,7 +65,8 @@ def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
             )
             for label, line in means.items()
         }
-        title = ", ".join([value_label, *(f"{name} {level:.4g}" for name, level in levels.items())])
+        about = ", ".join([value_label, *(f"{name} {level:.4g}" for name, level in levels.items())])
+        title = f"{_title(first)}: {about}"
         return heat_maps(panels, columns, rows, x_label=labels[0], y_label=labels[1], title=title)
 
     def project(line: Line) -> dict[Any, Mean]:
@@ -73,7 +76,7 @@ def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
     lines = {label: project(line) for label, line in means.items()}
     heights = {label: {x: mean.value for x, mean in line.items()} for label, line in lines.items()}
     errors = {label: {x: mean.error for x, mean in line.items()} for label, line in lines.items()}
-    title = _same_everywhere(plot, first, name)
+    title = ": ".join(filter(None, [_title(first), _same_everywhere(plot, first, name)]))
     how: dict[str, Any] = {"x_label": labels[0], "y_label": value_label, "title": title, "errors": errors}
     if not _are_numbers(places[0]):
         return bars(heights, **how)
@@ -87,6 +90,11 @@ def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
     if not plot.log_x and len(places[0]) <= _MAX_TICKS:
         figure.axes[0].set_xticks(places[0])
     return figure
+
+
+def _title(result: Result) -> str:
+    """Return the name of a task in words."""
+    return result.task.name.replace("_", " ").capitalize()
 
 
 def _line(plot: Plot, source: str | Callable[[Sequence[Record]], Values], result: Result) -> Line:
@@ -150,7 +158,7 @@ def heat_maps(
     *,
     x_label: str,
     y_label: str,
-    title: str = "",
+    title: str,
 ) -> "Figure":
     """Draw heat maps of percentages, three in a row, with one color scale from 0 to 100.
 
@@ -195,7 +203,7 @@ def curves(
     *,
     x_label: str,
     y_label: str,
-    title: str = "",
+    title: str,
     levels: Mapping[str, float] | None = None,
     log_x: bool = False,
     y_range: tuple[float, float] | None = None,
@@ -227,8 +235,12 @@ def curves(
     for name, level in (levels or {}).items():
         axes.axhline(level, linestyle="--", linewidth=1, color="grey")
         axes.annotate(name, (1.0, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    places = sorted({x for points in lines.values() for x in points})
     if log_x:
         axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set_xticks(log_ticks(places))
+        axes.minorticks_off()
+    axes.xaxis.set_major_formatter(_tick_label)
     if y_range is not None:
         axes.set_ylim(*y_range)
     axes.legend()
@@ -236,12 +248,42 @@ def curves(
     return figure
 
 
+def log_ticks(values: Sequence[float]) -> list[float]:
+    """Return ticks of a logarithmic axis: the values, if they are far enough apart, else round numbers among them.
+
+    `values` are ascending and not negative.
+    """
+    positive = [value for value in values if value > 0]
+    zero = [value for value in values if value == 0]
+    if not positive:
+        return zero
+    if all(second >= 1.4 * first for first, second in pairwise(positive)):
+        return zero + positive[:: -(-len(positive) // _MAX_TICKS)]
+    low, high = positive[0], positive[-1]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1,), (1, 2, 5), range(1, 10), range(10, 100, 5)):
+        scale = 10 if max(digits) > 9 else 1
+        ticks = [digit / scale * 10.0**decade for decade in decades for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= _MIN_TICKS:
+            break
+    return zero + ticks
+
+
+def _tick_label(value: float, _: float) -> str:
+    """Return a number as a person writes it: 0.15, 4,096, 65.5k, 6.1M."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(unit, 10_000):
+            return f"{value / unit:.4g}{name}"
+    return f"{value:,.10g}"
+
+
 def bars(
     groups: Mapping[str, Mapping[Any, float]],
     *,
     x_label: str,
     y_label: str,
-    title: str = "",
+    title: str,
     errors: Mapping[str, Mapping[Any, float]] | None = None,
 ) -> "Figure":
     """Draw bars: one color for each key of `groups` (heights, x to y), side by side at each x.

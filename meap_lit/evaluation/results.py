@@ -7,6 +7,7 @@ import math
 import pkgutil
 from functools import cache
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from meap_lit.errors import UserError
@@ -83,10 +84,14 @@ def save(results: list[Result], folder: Path) -> None:
     text = json.dumps(_without_nan(content), indent=1, allow_nan=False, default=str)
     write_file(folder / RESULT_FILE, text + "\n")
     drawn = figures(results)
+    captions = {plot.name: plot.caption for plot in task.plots}
     for name, figure in drawn.items():
+        below = wrap(captions[name], width=90)
         if len(results) == 2:
             change = difference(results[0], results[1]).text(num_digits(task.unit))
-            figure.supxlabel(f"{task.metrics[0]}, difference: {change}", fontsize=9)
+            below.insert(0, f"{task.metrics[0]}, difference: {change}")
+        if below:
+            figure.supxlabel("\n".join(below), fontsize=9)
         figure.savefig(folder / f"{name}.png", dpi=120)
     _log(folder, content, drawn)
 

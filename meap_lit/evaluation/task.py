@@ -68,6 +68,7 @@ class Plot:
         levels: Metrics whose means are dashed lines.
         choices: Option of the task that counts the choices of an answer; guessing is then a dashed line, or named.
         options: Options of the task that the title gives.
+        caption: How to read the figure, in a sentence or two; written below it.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Plot:
     levels: tuple[str, ...] = ()
     choices: str | None = None
     options: tuple[str, ...] = ()
+    caption: str = ""
 
 
 class Task(ABC):

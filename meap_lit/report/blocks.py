@@ -90,6 +90,7 @@ def write(blocks: Sequence[Block], folder: Path) -> None:
         trim_blocks=True,
     )
     environment.filters["md"] = _escape_markdown
+    environment.filters["longest_word"] = lambda text: max(map(len, text.split()), default=0)
     title = next((block.text for block in blocks if isinstance(block, Heading)), "Report")
     for name in ("report.md", "report.html"):
         text = environment.get_template(f"{name}.jinja").render(title=title, blocks=blocks, images=images)

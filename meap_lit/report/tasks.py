@@ -65,11 +65,12 @@ def _picture(study: Study, name: str, groups: Mapping[str, Sequence[Result]]) ->
     longest = max(result.cell_keys, key=lambda key: len(result.along(key)), default="")
     plot = next(iter(result.task.plots), Plot("headline", longest))
     if len(plot.lines) > 1:
-        plot = Plot("headline", longest, log_x=plot.log_x)
+        plot = Plot("headline", longest, x_label=plot.x_label, log_x=plot.log_x, caption=plot.caption)
     figure = draw(plot, groups)
     if figure is not None:
         what = plot.value_label or f"{result.headline} ({result.task.unit})"
-        yield Picture(study.file_name(name), figure, f"{what}, means over seeds with standard errors: {name}")
+        caption = f"{what}, means over seeds with standard errors: {name}. {plot.caption}"
+        yield Picture(study.file_name(name), figure, caption.strip())
 
 
 def _table_along(key: str, arms: Sequence[Arm], results: Results) -> Iterator[Block]:
@@ -143,10 +144,20 @@ def ablation_section(study: Study, evaluations: Evaluations) -> Iterator[Block]:
         for name, measure in measures.items()
     }
     if any(lines.values()):
-        figure = curves({name: line for name, line in lines.items() if line}, x_label="P", y_label="%")
+        figure = curves(
+            {name: line for name, line in lines.items() if line},
+            x_label="mask ratio P (share of the input tokens)",
+            y_label="score (%)",
+            title="Scores over the mask ratio",
+        )
         yield Picture(study.file_name("mask_ratio"), figure, f"Scores over the mask ratio: {study.title}")
     losses = {"clean validation loss": {arm.ratio: loss.mean(arm) for arm in arms}}
-    figure = curves(losses, x_label="P", y_label="nats")
+    figure = curves(
+        losses,
+        x_label="mask ratio P (share of the input tokens)",
+        y_label="clean validation loss (nats per token)",
+        title="Loss over the mask ratio",
+    )
     yield Picture(study.file_name("mask_ratio_loss"), figure, f"Loss over the mask ratio: {study.title}")
 
 

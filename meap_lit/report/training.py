@@ -160,7 +160,7 @@ def _command(run: Run) -> str:
 
 def loss_section(study: Study) -> list[Block]:
     """Return the curves of the validation loss and its last values."""
-    loss, label = Logged(LOSS), "clean validation loss (nats)"
+    loss, label = Logged(LOSS), "clean validation loss (nats per token)"
     return [
         Heading("Validation loss over tokens", 3),
         Paragraph(
@@ -231,7 +231,8 @@ def _emergence_row(arm: Arm) -> list[str]:
 def _over_tokens(study: Study, name: str, caption: str, logged: Logged, **how: Any) -> Picture:
     """Return the curve of each arm and of its seeds."""
     seeds = seed_lines(study, logged)
-    figure = curves(mean_lines(seeds), faint=seeds, x_label="tokens", **how)
+    title = f"{caption} over tokens"
+    figure = curves(mean_lines(seeds), faint=seeds, x_label="tokens of training", title=title, **how)
     return Picture(study.file_name(name), figure, f"{caption} over tokens: {study.title}")
 
 

@@ -69,8 +69,8 @@ class MaskedAttention(SequenceTask):
     is_analysis = True
     metrics = ("decay", "variance_increase")
     plots = (
-        _layer_plot("attention_masked", "attention", "mean weight of a masked position"),
-        _layer_plot("attention_variance", "variance", "variance of the other weights"),
+        _layer_plot("attention_masked", "attention", "mean attention weight of a masked position"),
+        _layer_plot("attention_variance", "variance", "variance of the other attention weights"),
         Plot(
             "attention_decay",
             "head",

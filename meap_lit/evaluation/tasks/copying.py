@@ -49,9 +49,11 @@ class Copying(SequenceTask):
             "copying",
             "distance",
             lines={"repeated": "copy_loss", "first time": "first_loss"},
-            x_label="distance (tokens)",
-            value_label="loss of the span (nats)",
+            x_label="distance between the two occurrences (tokens)",
+            value_label="loss of the span (nats per token)",
             log_x=True,
+            caption="A model that copies from its context has a lower loss when it reads a span the second time. The "
+            "distance is the number of tokens between the first time and the second.",
         ),
     )
 

@@ -35,8 +35,8 @@ class Perplexity(SequenceTask):
             "perplexity",
             "context",
             lines={"": nll_by_context},
-            x_label="context (tokens, up to)",
-            value_label="negative log-likelihood (nats)",
+            x_label="length of the context, up to (tokens)",
+            value_label="negative log-likelihood (nats per token)",
             log_x=True,
         ),
     )
