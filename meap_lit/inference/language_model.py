@@ -151,6 +151,10 @@ class LanguageModel:
         return results
 
 
+load_model = LanguageModel
+"""The same by a verb, as scripts have it."""
+
+
 def choose_device(device: Device) -> torch.device:
     """Return the device; raise UserError for cuda on a machine without a GPU."""
     if device == "cuda" and not torch.cuda.is_available():
