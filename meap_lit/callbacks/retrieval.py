@@ -70,6 +70,16 @@ class RetrievalProbe(L.Callback):
         self.accuracy: float | None = None
         self.figure_path: Path | None = None
 
+    @property
+    def question(self) -> str | None:
+        """The first question, with its context; None if the probe is disabled."""
+        return self._items[0].fields["text"] if self._items else None
+
+    @property
+    def asked_lengths(self) -> list[int]:
+        """The lengths that fit the rows of the data."""
+        return self.task.lengths if self._items else []
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule
         lengths = [length for length in self.lengths if length <= data.seq_len]

@@ -16,6 +16,7 @@ import torch
 from meap_lit.callbacks.budget import Budget
 from meap_lit.callbacks.metrics import MetricsTable
 from meap_lit.callbacks.mixture import Mixture
+from meap_lit.callbacks.next_steps import next_steps
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.callbacks.throughput import Throughput
 from meap_lit.provenance import device_name, git_commit, versions
@@ -109,7 +110,9 @@ def summarize(trainer: L.Trainer, log_dir: str | None) -> list[str]:
     rate = throughput.tokens_per_second(data.tokens_per_step) if throughput is not None else None
     if rate is not None:
         rows.append(("tokens per second", f"{rate:,.0f}"))
-    rows.append(("logs and resolved recipe", str(log_dir)))
+    run = log_dir if trainer.loggers else None  # without a logger no recipe is kept
+    if run is not None:
+        rows.append(("logs and resolved recipe", run))
     checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if checkpoint:
         rows.append(("checkpoint", checkpoint))
@@ -117,15 +120,7 @@ def summarize(trainer: L.Trainer, log_dir: str | None) -> list[str]:
         rows.append(("retrieval figure", str(probe.figure_path)))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    recipe = f"{log_dir}/config.yaml"
-    lines += ["", "Next:"]
-    lines += [f"  tensorboard --logdir {trainer.logger.save_dir}"] if trainer.logger else []
-    if checkpoint:
-        lines += [f"  python -m meap_lit validate --config {recipe} --ckpt_path {checkpoint}"]
-        lines += [f"  python -m meap_lit export --checkpoint {checkpoint} --output DIR   # for transformers"]
-    plain = trainer.lightning_module.plain_override
-    lines += [f"  python -m meap_lit fit --config {recipe} {plain}   # the same without masking"] if plain else []
-    return lines
+    return [*lines, "", "Next:", *(f"  {line}" for line in next_steps(trainer, run, checkpoint, probe))]
 
 
 def _callback(trainer: L.Trainer, kind: type[C]) -> C | None:

@@ -279,6 +279,10 @@ class StreamingData(L.LightningDataModule, ABC):
     def _paths_with(self, split: Literal["train", "val"]) -> list[str]:
         return list(self.datasets) if split == "train" else self.paths_with_val
 
+    @abstractmethod
+    def example_prompt(self) -> str | None:
+        """Return a text to continue, from the first held-out sample; None if no dataset has a validation split."""
+
     @property
     def rank_slice(self) -> Slice:
         """The slice of each global batch that this process reads."""

@@ -79,6 +79,20 @@ class FineTuningData(StreamingData):
         template = ChatTemplate.load("tokenizer", self.tokenizer)
         self.stop_token_ids = sorted({self.tokenizer.eos_token_id, *template.stop_token_ids})
 
+    def example_prompt(self) -> str | None:
+        if not self.paths_with_val:
+            return None
+        samples = ChatSamples(f"{self.paths_with_val[0].rstrip('/')}/val", self.tokenizer.vocab_size, self.storage)
+        input_ids, answers = samples[0]
+        # the sample holds the message as the template writes it
+        template, message = ChatTemplate.load("tokenizer", self.tokenizer), "MESSAGE"
+        around = self._text(template.encode_prompt([{"role": "user", "content": message}])).partition(message)
+        prompt = self._text(input_ids[: answers[0].start].tolist())
+        return prompt.removeprefix(around[0]).removesuffix(around[2]).strip()
+
+    def _text(self, input_ids: list[int]) -> str:
+        return self.tokenizer.decode(input_ids, skip_special_tokens=True)
+
     @property
     def row_settings(self) -> dict[str, Any]:
         return {**super().row_settings, "duplication": dataclasses.asdict(self.duplication)}

@@ -14,6 +14,9 @@ from meap_lit.errors import UserError
 COUNTED_TOKENS = 4_000_000
 """Number of training tokens that `PretrainingData.token_counts` counts; they are read in seconds."""
 
+PROMPT_TOKENS = 24
+"""Tokens of the text that `PretrainingData.example_prompt` returns."""
+
 
 class PretrainingData(StreamingData):
     """Prepared texts, joined and cut into rows of `seq_len` tokens; arguments as in `StreamingData`."""
@@ -48,6 +51,12 @@ class PretrainingData(StreamingData):
         for (source, sample), number in zip(rows.tolist(), times.tolist(), strict=True):
             np.add.at(counts, reader.block(source, sample)[:-1].numpy(), number)
         return torch.from_numpy(counts)
+
+    def example_prompt(self) -> str | None:
+        if not self.paths_with_val:
+            return None
+        input_ids = self._open(self.paths_with_val[0], "val")[0][: min(PROMPT_TOKENS, self.seq_len // 2)]
+        return self.tokenizer.decode(input_ids.tolist(), skip_special_tokens=True).strip()
 
     def order(self) -> MixedOrder:
         return self._mixed_samples()

@@ -1,0 +1,61 @@
+"""Every command that a finished run names works as it is printed."""
+
+import re
+import shlex
+
+import pytest
+
+from meap_lit.cli import main
+
+
+def named_by(capsys, *words: str) -> list[list[str]]:
+    """Train, and return the words of the commands under "Next"."""
+    assert main(["fit", *words, "--trainer.enable_progress_bar", "false"]) == 0
+    lines = capsys.readouterr().out.partition("\nNext:\n")[2].splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    return [command[3:] for command in commands if command[:3] == ["python", "-m", "meap_lit"]]
+
+
+def paste(capsys, commands: list[list[str]]) -> dict[str, str]:
+    """Run the commands in their order; return what each printed."""
+    printed = {}
+    for words in commands:
+        assert main(words) == 0, shlex.join(words)
+        printed[words[0]] = capsys.readouterr().out
+    return printed
+
+
+ALL = ["preview", "generate", "evaluate", "export", "validate", "fit", "report"]
+
+
+@pytest.mark.slow
+def test_after_the_quickstart_and_its_fine_tuning(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--budget.max_steps", "4", "--checkpoint.every_n_steps", "4"]
+    commands = named_by(capsys, "--config", "recipes/quickstart.yaml", *small)
+    assert [words[0] for words in commands] == ALL
+    assert "sings. In" in shlex.join(commands[1])  # a question on a context of facts
+    printed = paste(capsys, commands)
+    assert "results    evaluations/needle_small/" in printed["evaluate"]
+    fine_tuning = ["--config", "recipes/sft/quickstart.yaml", "--budget.max_epochs", "1"]
+    commands = named_by(capsys, *fine_tuning)
+    assert [words[0] for words in commands] == ALL
+    assert "--chat" in commands[1]
+    assert re.match("This is what people say", commands[1][-1])
+    paste(capsys, commands)
+
+
+def test_after_a_run_on_own_text(toy_recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands = named_by(capsys, "--config", str(toy_recipe))
+    assert [words[0] for words in commands] == ALL
+    assert "nll" in paste(capsys, commands)["evaluate"]
+
+
+def test_a_run_without_logger_names_no_missing_file(toy_recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    commands = named_by(capsys, "--config", str(toy_recipe), "--trainer.logger", "false")
+    assert [words[0] for words in commands] == ["generate", "evaluate", "export"]
+    assert {path.name for path in tmp_path.iterdir()} - before == {"runs"}
+    paste(capsys, commands)
