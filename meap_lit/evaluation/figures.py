@@ -94,7 +94,7 @@ def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
 
 def _title(result: Result) -> str:
     """Return the name of a task in words."""
-    return result.task.name.replace("_", " ").capitalize()
+    return result.task.title or result.task.name.replace("_", " ").capitalize()
 
 
 def _line(plot: Plot, source: str | Callable[[Sequence[Record]], Values], result: Result) -> Line:

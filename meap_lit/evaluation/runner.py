@@ -8,6 +8,7 @@ merges them at the end. Answers do not depend on the batch, so the scores equal 
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import chain, pairwise
@@ -71,10 +72,13 @@ def choose_items(task: Task, model: LanguageModel, on_overflow: Overflow) -> tup
 
 
 def _too_long(which: str, task: Task, model: LanguageModel, longest: int, some_fit: bool) -> UserError:
+    options = task.options_that_fit(model.config.max_seq_len).items()
+    words = [word for name, value in options for word in (f"--task.{name}", json.dumps(value, separators=(",", ":")))]
     included = ", answer included" if isinstance(task, GenerationTask) else ""
     return UserError(
         f"{which} of {task.name} are longer than the context of {model.checkpoint}, {model.source.context}: the "
-        f"longest needs {longest}{included}; make the task shorter"
+        f"longest needs {longest}{included}; "
+        + (f"add {shlex.join(words)}" if words else "make the task shorter")
         + (", or leave them out with --on_overflow skip" if some_fit else "")
     )
 

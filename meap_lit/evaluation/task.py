@@ -89,7 +89,9 @@ class Task(ABC):
     """Base class of tasks. Subclasses are dataclasses; their fields are the options of a recipe."""
 
     name: ClassVar[str]
-    """Name in files and figures."""
+    """Name in files."""
+    title: ClassVar[str] = ""
+    """Name in titles of figures; `name` in words by default."""
     is_analysis: ClassVar[bool] = False
     """Whether it tells how a model works instead of how well; reports put such tasks last."""
     metrics: ClassVar[tuple[str, ...]]
@@ -115,6 +117,10 @@ class Task(ABC):
             UserError: If an option or a data file is invalid.
         """
         return None
+
+    def options_that_fit(self, context: int) -> dict[str, Any]:
+        """Return values of options with which no item is longer than `context`, by name; empty if none are known."""
+        return {}
 
     @abstractmethod
     def items(self, model: LanguageModel) -> list[Item]:
@@ -214,6 +220,11 @@ class GenerationTask(Task):
             [item.input_ids for item in items], max_new_tokens=self.max_new_tokens, stop_token_ids=stops
         )
         return [{"model_answer": text} for text in texts]
+
+
+def lengths_that_fit(lengths: Sequence[int], context: int) -> list[int]:
+    """Return the lengths that are not longer than `context`, or `context` alone if all are."""
+    return [length for length in lengths if length <= context] or [context]
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from meap_lit.errors import UserError
 from meap_lit.evaluation.attention.masked import MaskedAttention
 from meap_lit.evaluation.attention.segments import AttentionSegments
 from meap_lit.evaluation.command import Evaluate
-from meap_lit.evaluation.runner import choose_items
+from meap_lit.evaluation.runner import check_task, choose_items
 from meap_lit.evaluation.tasks.copying import Copying
 from meap_lit.evaluation.tasks.facts import FactRetrieval
 from meap_lit.evaluation.tasks.hallucination import Hallucination
@@ -64,6 +65,10 @@ TASKS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+SIZED = {*TASKS} - {"multi_document_qa", "key_value", "hallucination"}
+"""Tasks with an option that decides the length of every item."""
+
+
 def make(name: str, data: dict[str, str], **changes: Any):
     kind, options = TASKS[name]
     named = {key: data.get(value, value) if isinstance(value, str) else value for key, value in options.items()}
@@ -106,6 +111,12 @@ def test_lengths_beyond_the_context_are_refused_before_items_are_made(name, data
     shortest, longest = task.extent(LanguageModel(str(command.source)))
     assert f"the longest needs {longest}" in message
     assert longest > CONTEXT
+    override = re.search(r"; add (--task\S+ \S+?)(?:, or |$)", message)
+    assert bool(override) == (name in SIZED)
+    if override:
+        option, value = shlex.split(override[1])
+        fitting = make(name, data, **{option.removeprefix("--task."): json.loads(value)})
+        check_task(fitting, LanguageModel(str(command.source)), "stop")
     assert ("--on_overflow skip" in message) == (shortest <= CONTEXT)
 
 
@@ -113,7 +124,8 @@ def test_lengths_beyond_the_context_are_refused_before_items_are_made(name, data
 def test_skipping_is_refused_at_once_where_nothing_fits(name, data, command, monkeypatch):
     task = make(name, data, **{"lengths": (500, 600)} if name in ("needle", "facts") else {})
     forbid(monkeypatch, type(task), "items")
-    assert command.refusal(task, on_overflow="skip").endswith("make the task shorter")
+    refusal = command.refusal(task, on_overflow="skip")
+    assert re.search(r"; (make the task shorter|add --task\.(lengths '\[400\]'|seq_len 400))$", refusal), refusal
 
 
 @pytest.mark.parametrize("name", ["attention_segments", "hallucination", "facts"])

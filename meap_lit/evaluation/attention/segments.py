@@ -8,6 +8,7 @@ whose weights are measured.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from meap_lit.errors import check_range
 from meap_lit.evaluation.attention.weights import PerHead, as_record, attention_weights, by_head, read
 from meap_lit.evaluation.statistics import Mean
-from meap_lit.evaluation.task import Item, Plot, Record, Task
+from meap_lit.evaluation.task import Item, Plot, Record, Task, lengths_that_fit
 from meap_lit.evaluation.tasks.facts import FactRetrieval
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.model import Decoder
@@ -86,6 +87,9 @@ class AttentionSegments(Task):
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         return min(self.lengths), max(self.lengths)
+
+    def options_that_fit(self, context: int) -> dict[str, Any]:
+        return {"lengths": lengths_that_fit(self.lengths, context)}
 
     def items(self, model: LanguageModel) -> list[Item]:
         items = []

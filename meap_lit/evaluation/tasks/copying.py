@@ -8,10 +8,10 @@ arXiv 2209.11895).
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.task import Item, Plot, Record, check_distinct
+from meap_lit.evaluation.task import Item, Plot, Record, check_distinct, lengths_that_fit
 from meap_lit.evaluation.tasks.sequences import SequenceTask
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -79,6 +79,10 @@ class Copying(SequenceTask):
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         super().extent(model)
         return 2 * self.span_len + min(self.distances) - 1, 2 * self.span_len + max(self.distances) - 1
+
+    def options_that_fit(self, context: int) -> dict[str, Any]:
+        longest = context - 2 * self.span_len + 1
+        return {"distances": lengths_that_fit(self.distances, longest)} if longest >= 0 else {}
 
     def items(self, model: LanguageModel) -> list[Item]:
         items = []

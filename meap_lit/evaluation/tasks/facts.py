@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import accumulate, takewhile
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from meap_lit.data.corpora.facts import NAMES, OPENING, Filler, draw_facts
 from meap_lit.data.read.find import find_files
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.task import Item, Plot, Record, Result, Task
+from meap_lit.evaluation.task import Item, Plot, Record, Result, Task, lengths_that_fit
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -71,6 +72,9 @@ class FactRetrieval(Task):
         if self.filler is not None:
             find_files([self.filler])
         return min(self.lengths), max(self.lengths)
+
+    def options_that_fit(self, context: int) -> dict[str, Any]:
+        return {"lengths": lengths_that_fit(self.lengths, context)}
 
     def items(self, model: LanguageModel) -> list[Item]:
         return self.build(model.tokenizer)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.task import GenerationTask, Item, Plot, check_distinct
+from meap_lit.evaluation.task import GenerationTask, Item, Plot, check_distinct, lengths_that_fit
 from meap_lit.evaluation.tasks.haystack import Boundary, Documents, Haystack
 from meap_lit.inference.language_model import LanguageModel
 
@@ -128,6 +128,9 @@ class HaystackTask(GenerationTask):
         if self.haystack is not None:
             Documents.find(self.haystack)
         return min(self.lengths), max(self.lengths)
+
+    def options_that_fit(self, context: int) -> dict[str, Any]:
+        return {"lengths": lengths_that_fit(self.lengths, context)}
 
     def items(self, model: LanguageModel) -> list[Item]:
         prompts = self.prompts()

@@ -77,6 +77,7 @@ class KeyValueRetrieval(PromptTask):
     """
 
     name = "key_value"
+    title = "Key-value retrieval"
     metrics = ("accuracy",)
     plots = (Plot("key_value", "gold", x_label="position of the pair, from 0"),)
 

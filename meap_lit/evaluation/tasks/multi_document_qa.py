@@ -96,6 +96,7 @@ class MultiDocumentQA(PromptTask):
     """
 
     name = "multi_document_qa"
+    title = "Multi-document QA"
     metrics = ("best_subspan_em", "oracle", "closed_book")
     """Each item has one of them: the last two are the same score for the prompts of the bounds."""
     plots = (

@@ -1,7 +1,7 @@
 """Tasks on the token sequences of a prepared dataset."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from meap_lit.data.store.manifest import Manifest
 from meap_lit.data.stream.text import TokenBlocks
@@ -33,6 +33,9 @@ class SequenceTask(Task):
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         self._open(model)
         return self.seq_len, self.seq_len
+
+    def options_that_fit(self, context: int) -> dict[str, Any]:
+        return {"seq_len": context}
 
     def blocks(self, model: LanguageModel) -> list[list[int]]:
         """Return the seq_len + 1 token ids of each sequence; the last is only a label.

@@ -257,7 +257,7 @@ def test_figure_shows_length_across_and_depth_down():
     cells = {text.get_position(): text.get_text() for text in axes.texts}
     assert cells == {(0, 0): "100", (0, 1): "50", (0, 2): "0", (1, 0): "25", (1, 1): "75", (1, 2): "90"}
     assert axes.get_title() == "Retrieval: 56.7%"
-    assert figure.get_suptitle() == "accuracy (%), guessing 25"
+    assert figure.get_suptitle() == "Facts: accuracy (%), guessing 25"
     assert [to_hex(image.cmap(share)).upper() for share in (0.0, 1.0)] == ["#F0496E", "#0CD79F"]
 
 

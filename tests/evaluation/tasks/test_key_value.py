@@ -152,7 +152,7 @@ def test_figure():
     (axes,) = figures(pair)["key_value"].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines == {"NTP": [[0, 100], [3, 0]], "MEAP": [[0, 100], [3, 100]]}
-    assert axes.get_title() == "pairs 4"
+    assert axes.get_title() == "Key-value retrieval: pairs 4"
     assert sorted(axes.get_xticks()) == [0, 3]
 
 

@@ -300,7 +300,7 @@ def test_figure(oracle_file):
     lines = {line.get_label(): line for line in axes.lines}
     assert lines["NTP"].get_xydata().tolist() == [[0, 100], [3, pytest.approx(100 / 6)]]
     assert lines["MEAP"].get_xydata().tolist() == [[0, 100], [3, 100]]
-    assert axes.get_title() == "documents 4, distractors synthetic"
+    assert axes.get_title() == "Multi-document QA: documents 4, distractors synthetic"
     assert axes.get_xticks().tolist() == [0, 3]
     dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
     assert dashed == pytest.approx([100, 100 / 6, 100, 0])
