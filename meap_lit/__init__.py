@@ -4,6 +4,8 @@ A script finds here what it needs (`docs/python.md`). A name is imported at its 
 imports neither torch nor Lightning.
 """
 
+import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,14 +73,12 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    for module, names in _MODULES.items():
-        if name in names:
-            value = getattr(import_module(f"meap_lit.{module}"), name)
-            globals()[name] = value  # found without this function from now on
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # jsonargparse names a class by its shortest path, and drops the options of a recipe that names it by a longer one
+    is_named = sys._getframe(1).f_code.co_name == "get_import_path"
+    module = None if is_named else next((module for module, names in _MODULES.items() if name in names), None)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"meap_lit.{module}"), name)
 
 
 def __dir__() -> list[str]:

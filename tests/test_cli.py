@@ -203,6 +203,7 @@ def test_what_is_misspelt_in_a_recipe_is_named_with_what_was_meant(capsys, toy_r
 )
 def test_a_value_of_a_wrong_kind_is_named_with_what_would_be_right(capsys, toy_recipe, arguments, message):
     line = complain(capsys, *shlex.split(arguments.format(toy_recipe)))
+    line = line.replace("InOrder, ", "")  # a class of another test, which this process may have imported
     assert line == f"error: {message.format()}"
 
 

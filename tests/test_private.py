@@ -17,8 +17,8 @@ from meap_lit.private import NAMES
 PACKAGE = Path(__file__).parents[1] / "meap_lit"
 MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file.name != "__main__.py")
 FOREIGN = ("lightning", "torch", "litdata", "jsonargparse")
-PUBLIC = {"_asdict", "_replace", "_fields", "_exit"}
-"""Documented, though they begin with an underscore: of named tuples and `os._exit`."""
+PUBLIC = {"_asdict", "_replace", "_fields", "_exit", "_getframe"}
+"""Documented, though they begin with an underscore: of named tuples, `os._exit` and `sys._getframe`."""
 
 
 def is_private(name: str) -> bool:

@@ -109,11 +109,14 @@ _COMPLAINTS = ("ArgumentError", "MisconfigurationException")
 
 
 def raised_by(error: BaseException, package: str) -> bool:
-    """Return whether code of `package` itself raised the exception, not code that it called."""
+    """Return whether code in a module of `package` raised the exception, not code that it called.
+
+    The package itself only looks names up, such as the class of a recipe.
+    """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == package
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(f"{package}.")
 
 
 def _explain_interpolation(error: Exception) -> str:
@@ -169,7 +172,9 @@ def explain(message: str, known: Known) -> str:
         if not classes:
             core = f"there is no key '{key}'{_key_hint(key, known)}"
     elif match := re.search(r"module '([^']+)' has no attribute '([^']+)'", core):
-        names = [name for name, value in vars(importlib.import_module(match[1])).items() if inspect.isclass(value)]
+        members = vars(importlib.import_module(match[1])).items()
+        own = match[1].partition(".")[0]  # not what it imports from elsewhere
+        names = [name for name, value in members if inspect.isclass(value) and value.__module__.startswith(own)]
         core = f"class_path {match[1]}.{match[2]} does not exist{_hint(match[2], names)}"
     elif match := _NO_SUBCLASS.search(core):
         given = _GIVEN.search(message)

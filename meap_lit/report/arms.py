@@ -12,6 +12,7 @@ from meap_lit.callbacks import Budget, RetrievalProbe
 from meap_lit.callbacks.budget import TRAINER_OPTIONS
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import UserError
+from meap_lit.masking import Constant
 from meap_lit.modules.base import DecoderModule
 from meap_lit.report.runs import Kind, Run, shown
 
@@ -213,10 +214,10 @@ def _flatten(key: str, value: Any, values: dict[str, Any]) -> None:
         if value is not None:  # 0 and 0.0 are equal in a recipe, but not as text
             values[key] = int(value) if isinstance(value, float) and value.is_integer() else value
         return
-    if value.get("class_path") == "meap_lit.masking.Constant":
-        return _flatten(key, value["init_args"]["mask_ratio"], values)
     if "class_path" in value:
         values[key] = value["class_path"].rpartition(".")[2]
+        if values[key] == Constant.__name__:
+            return _flatten(key, value["init_args"]["mask_ratio"], values)
         value = value.get("init_args") or {}
     for name, inner in value.items():
         _flatten(f"{key}.{name}", inner, values)
