@@ -173,8 +173,8 @@ def explain(message: str, known: Known) -> str:
             core = f"there is no key '{key}'{_key_hint(key, known)}"
     elif match := re.search(r"module '([^']+)' has no attribute '([^']+)'", core):
         members = vars(importlib.import_module(match[1])).items()
-        own = match[1].partition(".")[0]  # not what it imports from elsewhere
-        names = [name for name, value in members if inspect.isclass(value) and value.__module__.startswith(own)]
+        top = match[1].partition(".")[0]  # not what the module imports from elsewhere
+        names = [name for name, value in members if inspect.isclass(value) and value.__module__.startswith(top)]
         core = f"class_path {match[1]}.{match[2]} does not exist{_hint(match[2], names)}"
     elif match := _NO_SUBCLASS.search(core):
         given = _GIVEN.search(message)
