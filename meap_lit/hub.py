@@ -65,11 +65,11 @@ def local_folder(name: str | Path, what: str, files: tuple[str, ...] = MODEL_FIL
 
     Args:
         name: A local path, or a Hub id.
-        what: What the name stands for, in messages.
+        what: The kind of thing that the name denotes, for messages.
         files: Patterns of the files to download.
 
     Raises:
-        UserError: If there is no such path or repository, or it cannot be downloaded.
+        UserError: If the path or repository does not exist, or cannot be downloaded.
     """
     path, name = Path(name).expanduser(), str(name)
     if path.exists():
@@ -102,7 +102,7 @@ def check_push(name: str) -> None:
     """Refuse, before any work, a push that cannot succeed.
 
     Raises:
-        UserError: If the name is no id without a revision, there is no token, or HF_HUB_OFFLINE is set.
+        UserError: If the name is not an id without a revision, a token is missing, or HF_HUB_OFFLINE is set.
     """
     from huggingface_hub import constants, get_token
 

@@ -22,7 +22,7 @@ class StepProgressBar(TQDMProgressBar):
     """Count optimizer steps of the whole run instead of micro-batches of an epoch.
 
     The bar moves with every micro-batch. Metrics are read at logged steps only, so that it never waits for the device.
-    Speed and time left are known from the first micro-batch on: a step may have many. Where the output is no terminal,
+    Speed and time left are known from the first micro-batch on: a step may have many. If the output is not a terminal,
     a line replaces the bar: after `FIRST_LINE_S` seconds, then at growing intervals, at validations and at the end.
     """
 

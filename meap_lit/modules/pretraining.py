@@ -78,7 +78,7 @@ class MEAPPretraining(DecoderModule):
         """Take from the data, after its `setup`, the mask token and the tokens that are never masked.
 
         Raises:
-            UserError: If tokens are to be protected, and there is no datamodule.
+            UserError: If tokens are to be protected, and the Trainer has no datamodule.
         """
         if self.mask_token_id is None and data is not None:
             self.mask_token_id = data.tokenizer.mask_token_id
