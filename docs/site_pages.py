@@ -106,6 +106,7 @@ def generated_pages() -> Iterator[tuple[str, str]]:
 
 def keys_page() -> Iterator[str]:
     """Describe every key of a recipe: the arguments of the classes that recipes name."""
+    from meap_lit.callbacks.loggers import MLflow, RunFolder, WandB
     from meap_lit.data.finetuning import FineTuningData
     from meap_lit.data.prepare.dataset import Preparation
     from meap_lit.data.pretraining import PretrainingData
@@ -147,6 +148,8 @@ def keys_page() -> Iterator[str]:
     for key, callback in CALLBACKS.items():
         yield f"## {key}\n"
         yield from describe(callback)
+    yield f"## trainer.logger\n\nOr any other logger of Lightning. {chosen}"
+    yield from describe_all([RunFolder, WandB, MLflow])
     yield f"## Tasks\n\nThe value of `task` in a recipe of `evaluate`. {chosen}"
     yield from describe_all(subclasses(Task, "meap_lit.evaluation"))
 

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from meap_lit.callbacks.budget import Budget
+from meap_lit.callbacks.loggers import run_folder
 from meap_lit.checkpoint.checksums import check, checksums, seal, to_disk
 from meap_lit.checkpoint.folder import StoredCheckpoint, write
 from meap_lit.errors import UserError, check_range
@@ -46,7 +47,7 @@ class Checkpoint(callbacks.Checkpoint):
         keep: Number of checkpoints to keep; -1 keeps all.
         milestone_every_n_steps: Never remove checkpoints at multiples of this many steps.
         asynchronous: Write while training continues; needs memory on the host for one copy of what a rank writes.
-        dirpath: Folder; `checkpoints` inside the logger's folder if not given.
+        dirpath: Folder; `checkpoints` inside the run's folder if not given.
         verify: Hash the checkpoint that a run resumes from, or starts from (`model.init_from`), before it is read;
             false compares sizes only.
     """
@@ -95,7 +96,7 @@ class Checkpoint(callbacks.Checkpoint):
         return type(self).__name__  # Lightning's own names the options, and warns on a resume with others
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.dirpath = trainer.strategy.broadcast(self.dirpath or _folder_of(trainer))
+        self.dirpath = trainer.strategy.broadcast(self.dirpath or os.path.join(run_folder(trainer), "checkpoints"))
         _refuse_remote(self.dirpath)
         _use_folders(trainer.strategy)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if self.asynchronous else None
@@ -263,15 +264,6 @@ class Checkpoint(callbacks.Checkpoint):
             for old in {*folder.glob("*.partial-*"), *versions}:
                 if old.parent == here or is_abandoned(old):
                     remove(old)
-
-
-def _folder_of(trainer: L.Trainer) -> str:
-    """Return the folder for checkpoints inside that of the first logger's run."""
-    if not trainer.loggers:
-        return os.path.join(trainer.default_root_dir, "checkpoints")
-    logger = trainer.loggers[0]
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version, "checkpoints")
 
 
 def _refuse_remote(dirpath: Any) -> None:

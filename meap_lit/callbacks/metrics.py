@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.loggers.logger import Logger
 
+from meap_lit.callbacks.loggers import values_of
 from meap_lit.errors import UserError
 from meap_lit.files import write_file
 
@@ -41,8 +42,7 @@ class MetricsTable(Logger):
         write_file(self._file, _lines([("step", "name", "value"), *kept]))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        # Lightning counts the steps before this one, and adds an epoch, which is always 0
-        rows = [(step + 1, name, value) for name, value in metrics.items() if name != "epoch"]
+        rows = [(step + 1, name, value) for name, value in values_of(metrics).items()]
         with open(self._file, "a", encoding="utf-8", newline="") as file:
             file.write(_lines(rows))
 

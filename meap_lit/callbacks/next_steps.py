@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from meap_lit.callbacks.loggers import services
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.data.finetuning import FineTuningData
 
@@ -28,6 +29,7 @@ def next_steps(trainer: L.Trainer, run: str | None, checkpoint: str, probe: Retr
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             yield shlex.join(["tensorboard", "--logdir", str(logger.save_dir)])
+    yield from filter(None, (service.view() for service in services(trainer)))
     recipe = f"{run}/config.yaml"
     if run is not None:
         yield _command("preview", "--config", recipe) + "   # the rows as the model got them"

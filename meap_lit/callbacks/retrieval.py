@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from meap_lit.callbacks.loggers import writers
 from meap_lit.errors import check_range
 from meap_lit.evaluation.figures import draw
 from meap_lit.evaluation.task import Item
@@ -116,9 +116,8 @@ class RetrievalProbe(L.Callback):
         if trainer.is_global_zero and trainer.loggers and log_dir:  # without loggers it is the current folder
             figure = draw(self.task.plots[0], {label: [result]})
             assert figure is not None, "every item has a score"
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure("retrieval", figure, trainer.global_step)
+            for writer in writers(trainer):
+                writer.add_figure("retrieval", figure, trainer.global_step)
             self.figure_path = Path(log_dir, "retrieval.png")
             self.figure_path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(self.figure_path, dpi=120)

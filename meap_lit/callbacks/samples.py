@@ -1,4 +1,4 @@
-"""Show in TensorBoard what the model reads and writes, and give its curves titles."""
+"""Show what the model reads and writes, and give the curves of TensorBoard titles."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from meap_lit.callbacks.loggers import as_code, writers
 from meap_lit.errors import UserError, check_range
 from meap_lit.inference.generation import check_prompts, generate
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
@@ -59,9 +60,9 @@ _WIDTH = 110
 class Samples(L.Callback):
     """Show rows of training with their masks at the start of a run, and continuations of prompts at validations.
 
-    Both are texts in TensorBoard; other loggers get nothing. The rows are those that `meap-lit preview` shows. While
-    they have no masks, the rows of a later step are shown at each validation. The continuations take the most likely
-    token each time, so they depend on the weights alone. Nothing here changes the state of training.
+    Both are texts in TensorBoard, W&B and MLflow; other loggers get nothing. The rows are those that `meap-lit preview`
+    shows. While they have no masks, the rows of a later step are shown at each validation. The continuations take the
+    most likely token each time, so they depend on the weights alone. Nothing here changes the state of training.
 
     Args:
         rows: Rows of training to show; 0 for none.
@@ -82,7 +83,7 @@ class Samples(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._prompt_ids: list[list[int]] = []
-        if not self.prompts or not _writers(trainer):
+        if not self.prompts or not writers(trainer):
             return
         if why := _why_left_out(trainer, pl_module):
             rank_zero_info(f"samples.prompts are left out: {why}")
@@ -103,8 +104,9 @@ class Samples(L.Callback):
             raise UserError(f"samples.prompts: {error}") from error
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for writer in _writers(trainer):
-            writer.add_custom_scalars(_layout(trainer))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(_layout(trainer))
         self._shows_rows = self.rows > 0
         self._show_rows(trainer, pl_module)
 
@@ -118,11 +120,11 @@ class Samples(L.Callback):
     def _show_rows(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
         is_known = isinstance(pl_module, MEAPPretraining | MEAPFineTuning)
-        if not (self._shows_rows and is_known and _writers(trainer) and step < trainer.max_steps):
+        if not (self._shows_rows and is_known and writers(trainer) and step < trainer.max_steps):
             return
         rows = rows_of_step(pl_module, trainer.datamodule, step=step, max_steps=trainer.max_steps, num_rows=self.rows)
-        for writer in _writers(trainer):
-            writer.add_text("rows", _as_code(text_of_rows(rows, _WIDTH)), step)
+        for writer in writers(trainer):
+            writer.add_text("rows", as_code(text_of_rows(rows, _WIDTH)), step)
         self._shows_rows = not any(row.num_masked for row in rows)
 
     def _show_continuations(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -141,8 +143,8 @@ class Samples(L.Callback):
             )
         texts = []
         for prompt, ids, new_ids in zip(self.prompts, self._prompt_ids, continuations, strict=True):
-            texts += ["**Prompt**", _as_code(prompt), "**Continuation**", _as_code(tokenizer.text_after(ids, new_ids))]
-        for writer in _writers(trainer):
+            texts += ["**Prompt**", as_code(prompt), "**Continuation**", as_code(tokenizer.text_after(ids, new_ids))]
+        for writer in writers(trainer):
             writer.add_text("continuations", "\n\n".join(texts), trainer.global_step)
 
 
@@ -159,15 +161,3 @@ def _why_left_out(trainer: L.Trainer, pl_module: L.LightningModule) -> str | Non
     if isinstance(trainer.strategy, Sharded):
         return "trainer.strategy divides the model among devices, and generation needs a whole one"
     return "products of single tokens in float8 (model.float8) are not tested" if pl_module.float8 else None
-
-
-def _writers(trainer: L.Trainer) -> list[Any]:
-    """Return the writers of the run's TensorBoard loggers; none but on the first rank, which alone writes."""
-    if not trainer.is_global_zero:
-        return []
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def _as_code(text: str) -> str:
-    """Return Markdown that shows a text as it is."""
-    return "\n".join(f"    {line}" for line in text.split("\n"))

@@ -14,13 +14,14 @@ import lightning as L
 import torch
 
 from meap_lit.callbacks.budget import Budget
+from meap_lit.callbacks.loggers import services
 from meap_lit.callbacks.metrics import MetricsTable
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.next_steps import next_steps
 from meap_lit.callbacks.retrieval import RetrievalProbe
 from meap_lit.callbacks.throughput import Throughput
 from meap_lit.provenance import device_name, git_commit, versions
-from meap_lit.secrets import hide_in_words
+from meap_lit.secrets import hide_in_text, hide_in_words
 
 C = TypeVar("C", bound=L.Callback)
 
@@ -113,6 +114,8 @@ def summarize(trainer: L.Trainer, log_dir: str | None) -> list[str]:
     run = log_dir if trainer.loggers else None  # without a logger no recipe is kept
     if run is not None:
         rows.append(("logs and resolved recipe", run))
+    pages = ((type(service).__name__, service.address()) for service in services(trainer))
+    rows += [(name, hide_in_text(page)) for name, page in pages if page]
     checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if checkpoint:
         rows.append(("checkpoint", checkpoint))
@@ -120,7 +123,8 @@ def summarize(trainer: L.Trainer, log_dir: str | None) -> list[str]:
         rows.append(("retrieval figure", str(probe.figure_path)))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    return [*lines, "", "Next:", *(f"  {line}" for line in next_steps(trainer, run, checkpoint, probe))]
+    commands = [f"  {line}" for line in next_steps(trainer, run, checkpoint, probe)]
+    return [*lines, *(["", "Next:", *commands] if commands else [])]
 
 
 def _callback(trainer: L.Trainer, kind: type[C]) -> C | None:

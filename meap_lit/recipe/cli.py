@@ -1,7 +1,6 @@
 """Commands on a recipe, which composes model, data, mask schedule and trainer into a run."""
 
 import inspect
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ import yaml
 from jsonargparse import Namespace, register_unresolvable_import_paths
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -31,6 +29,7 @@ from meap_lit.callbacks import (
 )
 from meap_lit.callbacks.budget import TimeLimit, check_trainer
 from meap_lit.callbacks.checkpoint import VerifyCheckpoint
+from meap_lit.callbacks.loggers import as_code, writers
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.stopping import StopOnSignal
 from meap_lit.checkpoint.find import find_checkpoint
@@ -46,6 +45,7 @@ from meap_lit.parallel.strategies import follow_launcher
 from meap_lit.recipe.explain import Known, causes, check_values, explain, find_user_error, input_errors, raised_by
 from meap_lit.recipe.file import recipe_words
 from meap_lit.recipe.help import help_page
+from meap_lit.recipe.loggers import OpenLoggers, RunTrainer, log_recipe, make_log_folder, options_of_loggers, runs_of
 from meap_lit.recipe.parser import Parser, add_recipe_option, import_choices
 
 register_unresolvable_import_paths(torch)  # functions that do not know their module: pytorch/pytorch#74483
@@ -206,8 +206,8 @@ class RecipeCLI:
         if config.ckpt_path not in (None, "best") and any(hub.is_hub_id(name) for _, name in _hub_names(config)):
             # the revisions with which the run of the checkpoint began
             hub.remember(StoredCheckpoint(Path(config.ckpt_path)).trainer_state.get("hub", {}))
-        for options in _options_of_loggers(config) if self.command == "fit" else ():
-            _make_log_folder(options)
+        for options in options_of_loggers(config) if self.command == "fit" else ():
+            make_log_folder(options)
         with input_errors(KEYS):
             built = self.parser.instantiate(config)
             self.model, self.datamodule = built.model, built.data
@@ -228,7 +228,7 @@ class RecipeCLI:
         """
         if self.command == "fit":
             check_trainer(options)
-        opening = OpenLoggers()
+        opening = OpenLoggers(self.config.ckpt_path)
         callbacks = [*callbacks, Throughput(), Mixture(), StopOnNonFiniteLoss(), RunSummary(), StopOnSignal()]
         if self.config.ckpt_path not in (None, "best"):
             callbacks.append(VerifyCheckpoint(self.config.ckpt_path, hashes=self.config.checkpoint.verify))
@@ -247,7 +247,7 @@ class RecipeCLI:
             if options["max_time"] is not None:
                 callbacks.append(TimeLimit(options.pop("max_time")))
             options["callbacks"] = [*(first if isinstance(first, list) else [first]), *callbacks]
-            trainer = L.Trainer(**options)
+            trainer = RunTrainer(**options)
         except UserError:
             raise
         except (TypeError, ValueError) as error:  # from Lightning, about its own arguments
@@ -302,7 +302,7 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
         return path
     if "://" in path:
         raise UserError(f"--ckpt_path {path} is an address, which cannot be verified; copy the checkpoint here first")
-    given = _runs_of(config) if path == "last" else Path(path)
+    given = runs_of(config) if path == "last" else Path(path)
     if path == "last" and starts_anew and not any(given.rglob("step=*.ckpt")):
         rank_zero_only(print)(f"checkpoint: none in {given} yet, so a new run starts")
         return None
@@ -326,51 +326,10 @@ def _refuse_requeued(folder: Path) -> None:
         )
 
 
-def _runs_of(config: Namespace) -> Path:
-    """Return the folder of earlier runs of a recipe: `checkpoint.dirpath`, or the logger's folder.
-
-    A logger whose `version` is set in the recipe has only that run.
-    """
-    if config.checkpoint.dirpath is not None:
-        return Path(config.checkpoint.dirpath)
-    options = next(iter(_options_of_loggers(config)), Namespace())
-    save_dir, name, version = options.get("save_dir"), options.get("name"), options.get("version")
-    if not save_dir or not name:
-        raise UserError("--ckpt_path last needs a trainer.logger with save_dir and name; name a run's folder instead")
-    if isinstance(version, int):
-        version = f"version_{version}"  # as Lightning's loggers name it
-    return Path(save_dir, name, version or "")
-
-
-def _options_of_loggers(config: Namespace) -> list[Namespace]:
-    """Return the options of each logger of a recipe."""
-    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-    return [getattr(logger, "init_args", None) or Namespace() for logger in loggers]
-
-
 def _hub_names(config: Namespace) -> list[tuple[str, str]]:
     """Return key and value of the options of a recipe that may be Hub ids, where they are set."""
     values = ((key, config.get(key)) for key in ("model.init_args.init_from", "data.init_args.tokenizer"))
     return [(key, value) for key, value in values if isinstance(value, str)]
-
-
-def _make_log_folder(options: Namespace) -> None:
-    """Make the folder of a logger, before any data is prepared; refuse an address."""
-    if not options.get("save_dir"):
-        return
-    key, folder = "trainer.logger.save_dir", Path(options.save_dir)
-    if "://" in options.save_dir:
-        raise UserError(
-            f"{key} must be a folder of this machine or its network, got {options.save_dir}; name one, such as runs, "
-            f"and copy it there when the run has ended"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder of logs {folder}: {error.strerror}; name another as {key}") from error
-    of_name = folder / (options.get("name") or "")
-    if not os.access(of_name if of_name.is_dir() else folder, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write into the folder of logs {folder}; name another as {key}")
 
 
 def check_pair(model: L.LightningModule, data: L.LightningDataModule | None) -> None:
@@ -408,27 +367,8 @@ def _as_user_error(error: Exception) -> Exception:
     return error
 
 
-class OpenLoggers(L.Callback):
-    """Open the Trainer's loggers, which make the folder of a run, once the run is known to train something.
-
-    Lightning would open them before the data is read. Commands other than `fit` print their results and log nothing,
-    so that no folder looks like a run.
-    """
-
-    def hold_back(self, trainer: L.Trainer) -> None:
-        """Take the loggers from a new Trainer."""
-        self._loggers, trainer.loggers = trainer.loggers, []
-        self._profiles = trainer.profiler.dirpath
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            trainer.loggers = self._loggers
-            trainer.profiler.dirpath = self._profiles  # its first setup had no folder of the run
-            trainer.profiler.setup(stage, trainer.local_rank, trainer.log_dir)
-
-
 class SaveRecipe(L.Callback):
-    """Write the resolved recipe and the tokenizer beside the checkpoints, and show the recipe in TensorBoard."""
+    """Write the resolved recipe and the tokenizer beside the checkpoints, and log the recipe."""
 
     def __init__(self, parser: Parser, config: Namespace) -> None:
         self.parser = parser
@@ -443,11 +383,10 @@ class SaveRecipe(L.Callback):
         for key, name in _hub_names(self.config):
             self.config[key] = hub.pinned(name)
         recipe = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            log_recipe(logger, yaml.safe_load(recipe))
         Path(log_dir).mkdir(parents=True, exist_ok=True)
         write_file(Path(log_dir, "config.yaml"), recipe)
-        for logger in trainer.loggers:
-            logger.log_hyperparams(yaml.safe_load(recipe))
-            if isinstance(logger, TensorBoardLogger):
-                text = "\n".join(f"    {line}" for line in recipe.splitlines())  # shown as code
-                logger.experiment.add_text("recipe", text)
+        for writer in writers(trainer):
+            writer.add_text("recipe", as_code(recipe.rstrip()), 0)
         trainer.datamodule.tokenizer.save(Path(log_dir, "tokenizer"))

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -58,4 +59,14 @@ def test_a_run_without_logger_names_no_missing_file(toy_recipe, tmp_path, monkey
     commands = named_by(capsys, "--config", str(toy_recipe), "--trainer.logger", "false")
     assert [words[0] for words in commands] == ["generate", "evaluate", "export"]
     assert {path.name for path in tmp_path.iterdir()} - before == {"runs"}
+    assert [path.name for path in Path("runs").iterdir()] == ["checkpoints"]
     paste(capsys, commands)
+
+
+def test_a_run_without_logger_and_checkpoints_leaves_nothing(toy_recipe, tmp_path, monkeypatch, capsys):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    without = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
+    assert named_by(capsys, "--config", str(toy_recipe), *without) == []
+    assert not any(here.iterdir())

@@ -14,7 +14,7 @@ from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.recipe.file import lineage
 
 RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml"))
-OVERLAYS = [path for path in RECIPES if path.parent.name in ("strategy", "variant")]
+OVERLAYS = [path for path in RECIPES if path.parent.name in ("strategy", "variant", "logger")]
 VARIANTS = [path for path in OVERLAYS if path.parent.name == "variant"]
 EVALUATIONS = [path for path in RECIPES if path.parent.name in ("eval", "small", "eval_cpu", "eval_gpu")]
 RUNNABLE = [

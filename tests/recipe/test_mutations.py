@@ -163,7 +163,6 @@ BOMB = "bomb:\n- &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("lr: 3.0e-3", f"lr: {'x' * 10_000}", "got xxx"),
         ("class_path: meap_lit.data.pretraining.PretrainingData", "class_path: [a]", "a class_path must be text, not"),
         ("max_steps: 12", "max_steps: 100000000000000000000", "budget.max_steps must have at most 64 bits, got 1000"),
-        ("lightning.pytorch.loggers.TensorBoardLogger", "lightning.pytorch.loggers.WandbLogger", "wandb"),
     ],
 )
 def test_what_was_a_traceback_or_accepted_is_refused(toy_recipe, capsys, old, new, message):

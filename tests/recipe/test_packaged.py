@@ -114,8 +114,8 @@ def test_everything_is_copied_if_nothing_is_named(elsewhere, capsys):
 
 
 def test_a_recipe_that_is_nowhere(elsewhere, capsys):
-    assert main(["fit", "--config", "recipes/none.yaml"]) == 2
-    message = "error: recipe recipes/none.yaml does not exist; `meap-lit recipes` lists those of this package\n"
+    assert main(["fit", "--config", "recipes/unheard_of.yaml"]) == 2
+    message = "error: recipe recipes/unheard_of.yaml does not exist; `meap-lit recipes` lists those of this package\n"
     assert capsys.readouterr().err == message
 
 
