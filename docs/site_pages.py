@@ -249,8 +249,14 @@ def first_line(recipe: str) -> str:
 
 
 def python_page() -> Iterator[str]:
-    """List every public module; mkdocstrings reads the docstrings."""
-    yield "# Python\n"
+    """List the names of the package, then every module; mkdocstrings reads the docstrings."""
+    yield "# Python\n\n`from meap_lit import ...` has what a script needs ([how](../python.md)):\n"
+    yield "| name | |\n|---|---|"
+    for name in meap_lit.__all__:
+        value = getattr(meap_lit, name)
+        meaning = docstring_parser.parse(inspect.getdoc(value) or "").short_description
+        yield f"| [`{name}`][{value.__module__}.{value.__name__}] | {meaning} |"
+    yield "\nBelow are all modules.\n"
     for room in pkgutil.iter_modules(meap_lit.__path__):
         if room.ispkg and room.name != "packaged":
             package = importlib.import_module(f"meap_lit.{room.name}")
