@@ -1,17 +1,24 @@
-"""Draw the pictures of the method, with masks that the package draws.
+"""Draw the pictures of the method, with masks that the package draws, and the curves of the quickstart.
 
     python docs/pictures.py
 
-writes docs/pretraining.svg and docs/finetuning.svg. Tokens have backgrounds of their own and all other text is gray, so
-that the pictures can be read on a white page and on a dark one.
+writes docs/pretraining.svg, docs/finetuning.svg and docs/quickstart.svg. Tokens have backgrounds of their own and all
+other text is gray, so that the pictures can be read on a white page and on a dark one. The curves are those of
+docs/quickstart.csv, which is made again from runs by
+
+    python docs/pictures.py --runs runs/quickstart_MEAP_1 runs/quickstart_NTP_1 ...     # ..._ARM_SEED
 """
 
-from collections.abc import Sequence
+import csv
+import sys
+from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
+from meap_lit.callbacks.metrics import read_metrics
 from meap_lit.masking import mask_inputs
 from meap_lit.masking.duplication import Answer, Duplication, concatenate, masked_copy, original
 from meap_lit.model import IGNORE_INDEX
@@ -23,6 +30,8 @@ MASK = "[MASK]"
 CELL, GAP, HEIGHT = 62, 4, 30
 LEFT = 92
 GRAY = "#76808b"
+ARMS = {"MEAP": "#b5179e", "NTP": "#3a86c8"}
+CURVES = FOLDER / "quickstart.csv"
 COLORS = {  # fill and text
     "token": ("#dde5ee", "#1f2328"),
     "masked": ("#b5179e", "#ffffff"),
@@ -99,6 +108,52 @@ def finetuning() -> str:
     return _picture("MEAP in fine-tuning", num_columns, 312, body)
 
 
+def quickstart() -> str:
+    """Draw retrieval accuracy over tokens for the seeds of each arm."""
+    with open(CURVES, encoding="utf-8") as file:
+        rows = [
+            (row["arm"], row["seed"], float(row["tokens"]) / 1e6, float(row["accuracy"]))
+            for row in csv.DictReader(file)
+        ]
+    left, right, top, bottom = 60, 600, 30, 270
+    most = max(tokens for _, _, tokens, _ in rows)
+
+    def x(tokens: float) -> int:
+        return round(left + (right - left) * tokens / most)
+
+    def y(accuracy: float) -> int:
+        return round(bottom - (bottom - top) * accuracy)
+
+    body = [_text(left, 10, "Retrieval accuracy: who sings in a place, of four people in the context")]
+    for percent in (0, 25, 50, 75, 100):
+        body.append(f'<path d="M{left} {y(percent / 100)}H{right}" stroke="{GRAY}" stroke-opacity="0.3"/>')
+        body.append(_text(left - 8, y(percent / 100) + 5, f"{percent}%", anchor="end"))
+    for tokens in range(int(most) + 1):
+        body.append(_text(x(tokens), bottom + 22, str(tokens), anchor="middle"))
+    body.append(_text((left + right) // 2, bottom + 46, "millions of tokens", anchor="middle"))
+    body.append(_text(right - 4, y(0.25) - 6, "guessing", anchor="end"))
+    for (arm, _), curve in groupby(rows, key=lambda row: row[:2]):
+        points = " ".join(f"{x(tokens)},{y(accuracy)}" for _, _, tokens, accuracy in curve)
+        body.append(
+            f'<polyline points="{points}" fill="none" stroke="{ARMS[arm]}" stroke-width="2" stroke-opacity="0.8"/>'
+        )
+    for number, (arm, color) in enumerate(ARMS.items()):
+        seeds = sorted({seed for name, seed, _, _ in rows if name == arm})
+        named = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+        body.append(_text(right + 16, top + 16 + 24 * number, f"{arm}, {named}", color=color))
+    return _svg("Retrieval accuracy in the quickstart", 740, bottom + 60, body)
+
+
+def read_curves(runs: Sequence[str]) -> Iterator[tuple[str, str, int, str]]:
+    """Yield arm, seed, tokens and accuracy at each validation of runs whose names end in _ARM_SEED."""
+    for run in runs:
+        *_, arm, seed = Path(run).name.split("_")
+        curves = read_metrics(max(Path(run).glob("version_*")))
+        tokens = {step: int(value) for step, value in curves["throughput/tokens_seen"]}
+        for step, accuracy in curves["val/retrieval_accuracy"]:
+            yield arm, seed, tokens[step], f"{accuracy:.4f}"
+
+
 def _row(top: int, name: str, texts: Sequence[str], kinds: Sequence[str]) -> list[str]:
     """Return the cells of a row; one of kind "" is an ignored label."""
     parts = [_text(LEFT - 12, top + 20, name, anchor="end")]
@@ -129,7 +184,10 @@ def _text(x: int, y: int, text: str, *, anchor: str = "start", color: str = GRAY
 
 
 def _picture(title: str, num_columns: int, height: int, body: Sequence[str]) -> str:
-    width = LEFT + num_columns * CELL + 8
+    return _svg(title, LEFT + num_columns * CELL + 8, height, body)
+
+
+def _svg(title: str, width: int, height: int, body: Sequence[str]) -> str:
     style = "text{font:15px system-ui,sans-serif}.token{font:13px ui-monospace,Menlo,Consolas,monospace}"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -8 {width} {height + 8}" role="img" width="{width}">',
@@ -141,9 +199,13 @@ def _picture(title: str, num_columns: int, height: int, body: Sequence[str]) -> 
     return "\n".join(lines) + "\n"
 
 
-PICTURES = {"pretraining.svg": pretraining, "finetuning.svg": finetuning}
+PICTURES = {"pretraining.svg": pretraining, "finetuning.svg": finetuning, "quickstart.svg": quickstart}
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--runs"]:
+        with open(CURVES, "w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerows([("arm", "seed", "tokens", "accuracy"), *read_curves(sys.argv[2:])])
     for name, draw in PICTURES.items():
         (FOLDER / name).write_text(draw(), encoding="utf-8")
         print(FOLDER / name)
