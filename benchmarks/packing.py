@@ -2,8 +2,9 @@
 
 The same conversations, with the same masked copies, go through full training steps (forward, loss, backward, clip,
 AdamW) of one model, laid out in two ways: packed into rows of `seq_len`, and one document a row in batches of
-`padded_rows`, which is what a padding collator does. Only real tokens count. Lengths are drawn from a log-normal
-distribution with the long tail of instruction data; contents are random, which changes no time.
+`padded_rows`, which is what a padding collator does. Only real tokens count. Each turn has other conversations, as
+training has, because a kernel that prepares itself for every new length is fast on those that it has seen. Lengths are
+drawn from a log-normal distribution with the long tail of instruction data; contents are random, which changes no time.
 
     python -m benchmarks.packing                                                     # a small model on this CPU
     python -m benchmarks.packing --model 1.1b --device cuda --precision bf16 --seq_len 4096 --rows 4 --padded_rows 16
@@ -56,7 +57,7 @@ def benchmark(
     Args:
         model: A small model, or one of the paper's ladder as recipes/pretrain has it.
         layout: Where the masked copies are.
-        conversations: Samples of one pass; half of each is the answer.
+        conversations: Samples of one pass, drawn anew for each turn; half of each is the answer.
         median_tokens: Median length of a sample.
         spread: Standard deviation of the logarithm of its length.
         seq_len: Length of a packed row.
@@ -64,7 +65,7 @@ def benchmark(
         padded_rows: Documents of a padded forward.
         precision: `bf16` is autocast with float32 weights and optimizer states, as Lightning's bf16-mixed.
         device: Where to run.
-        repetitions: Passes over all conversations of each kind, in turns.
+        repetitions: Passes of each kind, in turns.
         output: Markdown file to write the result to as well.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -74,21 +75,20 @@ def benchmark(
     config = dataclasses.replace(known_decoder(model), max_seq_len=seq_len)
     assert config.vocab_size is not None
     duplication = Duplication(layout=layout)
-    lengths = np.random.default_rng(0).lognormal(np.log(median_tokens), spread, conversations)
+    shape = (repetitions + 1, conversations)  # of the turns; the first warms up
+    lengths = np.random.default_rng(0).lognormal(np.log(median_tokens), spread, shape)
     lengths = lengths.clip(8, seq_len // 2).astype(np.int64)
-    answers = np.stack([lengths // 2, np.ones_like(lengths)], axis=1)  # one closing token each
-    sizes = [Sizes.of(ChatIndex(lengths, np.ones_like(lengths), answers, [conversations]), duplication, seq_len)]
-    row_list = pack_rows([Visit(0, sample, 0) for sample in range(conversations)], sizes, seq_len, layout)
-    reader = _reader(lengths, config.vocab_size, duplication, seq_len)
-    alone = [reader.document(key) for row in row_list for key in row.documents]
-    random.Random(0).shuffle(alone)  # as they come, not by length
-    kinds = {
-        "packed": [Batch.packed(reader, row_list[start : start + rows]) for start in range(0, len(row_list), rows)],
-        "padded": [Batch.padded(alone[start : start + padded_rows]) for start in range(0, len(alone), padded_rows)],
+    warm_up, *turns = (
+        Turn.of(of_turn, config.vocab_size, duplication, seq_len, rows, padded_rows) for of_turn in lengths
+    )
+    seconds = Training(config, precision, torch.device(device)).measure(warm_up, turns)
+    num_tokens = sum(turn.num_tokens for turn in turns)
+    speeds = {
+        name: [turn.num_tokens / taken for turn, taken in zip(turns, of_kind, strict=True)]
+        for name, of_kind in seconds.items()
     }
-    num_tokens = sum(map(len, alone))
-    assert num_tokens == sum(row.num_tokens for row in row_list), "both kinds hold the same documents"
-    seconds = Training(config, precision, torch.device(device)).measure(kinds, repetitions)
+    ratio = statistics.median(fast / slow for fast, slow in zip(speeds["packed"], speeds["padded"], strict=True))
+    batches = {name: [batch for turn in turns for batch in turn.kinds[name]] for name in seconds}
     report = "\n".join(
         [
             f"# Packed and padded rows: {model}, {device}, {precision}, {layout}",
@@ -97,29 +97,26 @@ def benchmark(
             "",
             *environment(device),
             f"- model: {config.num_parameters():,} parameters",
-            f"- {conversations} conversations of {lengths.mean():.0f} tokens on average (median "
-            f"{np.median(lengths):.0f}, longest {lengths.max()}); {len(alone)} documents with their copies, "
-            f"{num_tokens:,} tokens",
+            f"- {conversations} conversations a pass, of {lengths[1:].mean():.0f} tokens on average (median "
+            f"{np.median(lengths[1:]):.0f}, longest {lengths[1:].max()}); {num_tokens / repetitions:,.0f} tokens with "
+            "their copies",
             f"- packed: rows of {seq_len:,}, {rows} a forward; padded: {padded_rows} documents a forward; "
-            f"{repetitions} passes of each kind, in turns",
+            f"{repetitions} passes of each kind, in turns with other conversations each",
             "",
-            "| rows | share of real tokens | forwards | median pass, s | real tokens/s |",
+            "| rows | share of real tokens | forwards a pass | median pass, s | median real tokens/s |",
             "| --- | --- | --- | --- | --- |",
             *(
-                f"| {name} | {num_tokens / sum(batch.input_ids.numel() for batch in batches):.1%} | {len(batches)} "
-                f"| {statistics.median(seconds[name]):.2f} | {num_tokens / statistics.median(seconds[name]):,.0f} |"
-                for name, batches in kinds.items()
+                f"| {name} | {num_tokens / sum(batch.input_ids.numel() for batch in batches[name]):.1%} "
+                f"| {len(batches[name]) / repetitions:.0f} | {statistics.median(seconds[name]):.2f} "
+                f"| {statistics.median(speeds[name]):,.0f} |"
+                for name in seconds
             ),
             "",
-            f"- packed / padded, tokens a second: {_ratio(seconds):.2f} (median of the turns)",
+            f"- packed / padded, tokens a second: {ratio:.2f} (median of the turns)",
             "",
         ]
     )
     publish(report, output)
-
-
-def _ratio(seconds: dict[str, list[float]]) -> float:
-    return statistics.median(slow / fast for fast, slow in zip(seconds["packed"], seconds["padded"], strict=True))
 
 
 def _reader(lengths: np.ndarray, vocab_size: int, duplication: Duplication, seq_len: int) -> RowReader:
@@ -162,6 +159,41 @@ class Batch:
         return cls(pad("input_ids", 0), pad("labels", IGNORE_INDEX), pad("position_ids", 0))
 
 
+@dataclass(frozen=True)
+class Turn:
+    """The same documents as batches of packed and of padded rows."""
+
+    kinds: dict[str, list[Batch]]
+    num_tokens: int
+    """Real ones, of each kind."""
+
+    @classmethod
+    def of(
+        cls,
+        lengths: np.ndarray,
+        vocab_size: int,
+        duplication: Duplication,
+        seq_len: int,
+        rows: int,
+        padded_rows: int,
+    ) -> "Turn":
+        answers = np.stack([lengths // 2, np.ones_like(lengths)], axis=1)  # one closing token each
+        index = ChatIndex(lengths, np.ones_like(lengths), answers, [len(lengths)])
+        sizes = [Sizes.of(index, duplication, seq_len)]
+        visits = [Visit(0, sample, 0) for sample in range(len(lengths))]
+        row_list = pack_rows(visits, sizes, seq_len, duplication.layout)
+        reader = _reader(lengths, vocab_size, duplication, seq_len)
+        alone = [reader.document(key) for row in row_list for key in row.documents]
+        random.Random(0).shuffle(alone)  # as they come, not by length
+        num_tokens = sum(map(len, alone))
+        assert num_tokens == sum(row.num_tokens for row in row_list), "both kinds hold the same documents"
+        kinds = {
+            "packed": [Batch.packed(reader, row_list[start : start + rows]) for start in range(0, len(row_list), rows)],
+            "padded": [Batch.padded(alone[start : start + padded_rows]) for start in range(0, len(alone), padded_rows)],
+        }
+        return cls(kinds, num_tokens)
+
+
 class Training:
     """One model and its optimizer; a pass is a full training step for each batch.
 
@@ -179,14 +211,14 @@ class Training:
             self.decoder = Decoder(config)
         self.optimizer = AdamW(lr=1e-4).build(self.decoder)
 
-    def measure(self, kinds: dict[str, list[Batch]], repetitions: int) -> dict[str, list[float]]:
+    def measure(self, warm_up: Turn, turns: Sequence[Turn]) -> dict[str, list[float]]:
         """Seconds of each pass; the kinds take turns, in changing order."""
-        for batches in kinds.values():  # warm up: caches, optimizer states, the largest shapes
+        for batches in warm_up.kinds.values():  # caches, optimizer states, large shapes
             self._pass(sorted(batches, key=lambda batch: -batch.input_ids.numel())[:2])
-        seconds: dict[str, list[float]] = {name: [] for name in kinds}
-        for turn in range(repetitions):
-            for name in sorted(kinds, reverse=turn % 2 == 0):
-                seconds[name].append(self._pass(kinds[name]))
+        seconds: dict[str, list[float]] = {name: [] for name in warm_up.kinds}
+        for number, turn in enumerate(turns):
+            for name in sorted(turn.kinds, reverse=number % 2 == 0):
+                seconds[name].append(self._pass(turn.kinds[name]))
         return seconds
 
     def _pass(self, batches: Sequence[Batch]) -> float:
