@@ -32,6 +32,9 @@ NAMES = {
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
     "torch.ops.aten._scaled_dot_product_efficient_attention",
     "torch.ops.aten._scaled_dot_product_cudnn_attention",
+    "torch.nn.attention.varlen._varlen_attn",
+    # the number of packed documents differs from batch to batch; documented, under this name
+    "torch._dynamo.mark_dynamic",
 }
 
 

@@ -4,12 +4,10 @@ Reads top to bottom: norm, attention, MLP, block, decoder. Parameter names are t
 checkpoint maps one to one. Nothing here knows of masking, of ranks or of a trainer.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
-from meap_lit.model.attention import Attend, Documents, causal_attention, packed_attention
+from meap_lit.model.attention import Attend, Documents, attention_within, causal_attention
 from meap_lit.model.config import DecoderConfig
 from meap_lit.model.init import init_parameter_
 from meap_lit.model.kv_cache import KVCache
@@ -113,7 +111,7 @@ class Decoder(nn.Module):
         Returns:
             Hidden states after the final norm, [B, T, D].
         """
-        attention = self._attention(position_ids, documents, cache)
+        attention = self._attention(input_ids.device, position_ids, documents, cache)
         if position_ids is None:
             position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
         cos, sin = rope_angles(self.config, position_ids)  # [..., T, head_dim]
@@ -125,12 +123,12 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def _attention(
-        self, position_ids: Tensor | None, documents: Documents | None, cache: KVCache | None
+        self, device: torch.device, position_ids: Tensor | None, documents: Documents | None, cache: KVCache | None
     ) -> list[Attend]:
         """Return the attention function of each layer."""
         if cache is not None:
             return cache.attention(position_ids, documents)
-        attend = causal_attention if documents is None else partial(packed_attention, documents=documents)
+        attend = causal_attention if documents is None else attention_within(documents, device)
         return [attend] * len(self.layers)
 
     def logits(self, hidden: Tensor) -> Tensor:

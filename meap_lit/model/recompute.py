@@ -17,6 +17,7 @@ _SAVED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,  # of `torch.nn.attention.varlen`, which `attention.py` imports
 }
 """Operations whose results `selective` keeps, because they take the most time."""
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from meap_lit.data.stream.chat import PackedBatch
-from meap_lit.errors import UserError
 from meap_lit.hf.weights import token_ids
 from meap_lit.model.loss import linear_cross_entropy_of_rows
 from meap_lit.modules.base import DecoderModule
@@ -30,11 +29,6 @@ class MEAPFineTuning(DecoderModule):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if self.compile_blocks and self.activation_checkpointing == "selective":
-            raise UserError(  # attention to packed rows is left to Python, which no compiler chooses operations in
-                "model.compile has no effect on packed rows with model.activation_checkpointing selective; "
-                "use full or none"
-            )
         self.register_buffer("_step_sums", torch.zeros(2), persistent=False)
 
     def configure_model(self) -> None:

@@ -13,7 +13,8 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from meap_lit.model import DecoderConfig, Documents, KVCache
 from meap_lit.model import attention as attention_module
-from meap_lit.model.attention import causal_attention, packed_attention
+from meap_lit.model.attention import attention_within, causal_attention, packed_attention
+from tests.support import varlen
 
 HEAD_DIM = 8
 
@@ -104,6 +105,52 @@ def test_scores_are_formed_within_documents_only(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention_module, "causal_attention", recorded)
     packed_attention(*heads(2, 12), documents=Documents.of_rows([[3, 3, 3], [3, 4]], 12))
     assert shapes == [(5, 3), (1, 4), (1, 5)]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "in_one_call"),
+    [(8, torch.float32, True), (12, torch.float32, False), (200, torch.float32, False), (8, torch.float64, False)],
+)
+def test_what_the_kernel_cannot_serve_is_served_by_document(
+    head_dim: int, dtype: torch.dtype, in_one_call: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varlen.enable(monkeypatch)
+    tensors = [torch.randn(2, num_heads, 12, head_dim, dtype=dtype) for num_heads in (4, 2, 2)]
+    documents = Documents.of_rows([[1, 4, 2], [5, 7]], 12)
+    y = attention_within(documents, torch.device("cpu"))(*tensors)
+    assert varlen.calls == ([[0, 1, 5, 7, 12, 17, 24]] if in_one_call else [])
+    torch.testing.assert_close(y, packed_attention(*tensors, documents))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs a GPU with bfloat16"
+)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("head_dim", "in_one_call"), [(64, True), (128, True), (20, False)])
+def test_a_gpu_attends_as_document_by_document(head_dim: int, in_one_call: bool, compiled: bool) -> None:
+    """As exactly as one call for each document, and without cuDNN's plans."""
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    exact = [torch.randn(2, n, 256, head_dim, device=device).bfloat16() for n in (8, 2, 2, 8)]
+    attend = torch.compile(lambda *x, within: within(*x)) if compiled else lambda *x, within: within(*x)
+    for rows in ([[256], [256]], [[100, 3, 90], [1, 200, 55]], [[], [7] * 30]):
+        documents = Documents.of_rows(rows, 256)
+        results = {}
+        for name, dtype in (("expected", torch.float64), ("by document", torch.bfloat16), ("ours", torch.bfloat16)):
+            *tensors, weights = (x.to(dtype).requires_grad_() for x in exact)
+            with torch.profiler.profile() as profile:
+                if name == "ours":
+                    y = attend(*tensors, within=attention_within(documents, device))
+                else:
+                    y = packed_attention(*tensors, documents)
+                results[name] = [y, *torch.autograd.grad((y * weights).sum(), tensors)]
+        operations = {event.key for event in profile.key_averages()}
+        assert ("torch_attn::_varlen_attn" in operations) == in_one_call
+        assert not any("cudnn" in operation for operation in operations)
+        for expected, by_document, ours in zip(*results.values(), strict=True):
+            error, usual = ((x.double() - expected).abs().max().item() for x in (ours, by_document))
+            assert error <= 4 * usual
 
 
 def test_documents_travel_with_their_batch() -> None:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from meap_lit.model import Decoder, DecoderConfig, Documents, KVCache, RopeScaling
+from tests.support import varlen
 
 VOCAB_SIZE = 96
 
@@ -240,14 +241,19 @@ def test_no_document_feels_another() -> None:
             assert not difference[end:].any()
 
 
+@pytest.mark.parametrize("in_one_call", [False, True])
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
-def test_packed_under_bf16_autocast_stays_close_to_float32() -> None:
+def test_packed_under_bf16_autocast_stays_close_to_float32(in_one_call: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Decoder(toy(qk_norm=True, head_dim=16))
     batch = packed_batch()
     expected = model(*batch)
+    varlen.calls.clear()
+    if in_one_call:
+        varlen.enable(monkeypatch, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model(*batch)
+    assert len(varlen.calls) == (model.config.num_layers if in_one_call else 0)
     assert F.cosine_similarity(hidden.float(), expected, dim=-1).min() > 0.999
 
 
