@@ -249,8 +249,14 @@ def _run_command(command: Any) -> None:
 # ---------------------------------------------------------------------------------------------- training
 
 
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""Segments of a GPU's memory that grow, so that rows with other documents in each step do not fragment it."""
+
+
 def _run_trainer(arguments: list[str]) -> None:
     silence_noise()
+    if not {*ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ}:  # torch reads them when it is imported
+        os.environ.update(ALLOCATOR)
     try:
         from meap_lit.recipe.cli import RecipeCLI
     except RuntimeError as error:

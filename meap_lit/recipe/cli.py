@@ -29,6 +29,7 @@ from meap_lit.callbacks import (
 )
 from meap_lit.callbacks.budget import TimeLimit, check_trainer
 from meap_lit.callbacks.checkpoint import VerifyCheckpoint
+from meap_lit.callbacks.garbage import CollectGarbage
 from meap_lit.callbacks.loggers import as_code, writers
 from meap_lit.callbacks.mixture import Mixture
 from meap_lit.callbacks.stopping import StopOnSignal
@@ -230,6 +231,7 @@ class RecipeCLI:
             check_trainer(options)
         opening = OpenLoggers(self.config.ckpt_path)
         callbacks = [*callbacks, Throughput(), Mixture(), StopOnNonFiniteLoss(), RunSummary(), StopOnSignal()]
+        callbacks.append(CollectGarbage())
         if self.config.ckpt_path not in (None, "best"):
             callbacks.append(VerifyCheckpoint(self.config.ckpt_path, hashes=self.config.checkpoint.verify))
         callbacks.append(opening)

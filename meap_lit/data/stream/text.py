@@ -61,7 +61,7 @@ class BlockReader:
         labels[len(rows) :] = IGNORE_INDEX
         sample_ids = torch.zeros(num_rows, dtype=torch.int64)
         sample_ids[: len(rows)] = torch.tensor([(source << 32) + sample for source, sample, _ in rows])
-        return TextBatch(input_ids=tokens[:, :-1], labels=labels, sample_ids=sample_ids)
+        return TextBatch(input_ids=tokens[:, :-1].contiguous(), labels=labels, sample_ids=sample_ids)
 
     def block(self, source: int, sample: int) -> Tensor:
         """Return one block, [T + 1], int64; raise `UserError` if a token id is outside the vocabulary."""

@@ -64,6 +64,7 @@ def test_labels_are_the_next_tokens(blocks):
     batch = next(iter(train_stream([blocks])))
     assert batch["input_ids"].shape == batch["labels"].shape == (4, SEQ_LEN)
     assert torch.equal(batch["labels"], batch["input_ids"] + 1)
+    assert all(tensor.is_contiguous() for tensor in batch.values())  # memory is pinned and copied to a GPU as one piece
     assert torch.equal(batch["sample_ids"], batch["input_ids"][:, 0] // 8)
 
 
