@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from meap_lit import hub
@@ -42,10 +43,10 @@ class DecoderModule(L.LightningModule, ABC):
         lora: Train low-rank adapters on these projections and nothing else.
         activation_checkpointing: Keep fewer activations for the backward pass and recompute the others: `full` keeps
             one hidden state per block, `selective` also the results of matrix products and attention.
-        compile: Compile the blocks (torch.compile), which delays the first step.
+        compile: Compile the blocks (torch.compile), which delays the first step; `auto` compiles them on a GPU.
         float8: Compute the linear layers of the blocks in float8 (`meap_lit/model/float8.py`). Weights and checkpoints
             do not change, so a resume may switch it on or off. Needs torchao and a GPU of compute capability 8.9 or
-            newer; faster only with `compile: true` and trainer.precision bf16-mixed.
+            newer; faster only with compiled blocks and trainer.precision bf16-mixed.
     """
 
     incidental: ClassVar[tuple[str, ...]] = ("activation_checkpointing", "compile")
@@ -59,7 +60,7 @@ class DecoderModule(L.LightningModule, ABC):
         context: Context | None = None,
         lora: LoRA | None = None,
         activation_checkpointing: Literal["none", "selective", "full"] = "none",
-        compile: bool = False,
+        compile: bool | Literal["auto"] = "auto",
         float8: bool = False,
     ) -> None:
         super().__init__()
@@ -81,6 +82,8 @@ class DecoderModule(L.LightningModule, ABC):
         self.decoder: Decoder | None = None
         self.origin: dict[str, Any] = {}
         """Source of the weights, and its properties that the export needs; saved in checkpoints."""
+        self.is_compiled = False
+        """Whether the blocks are compiled, known once the model is built."""
         self.masks_drawn = False
         """Whether inputs were masked, in this run or in that of `init_from`."""
         self.strict_loading = lora is None  # a checkpoint of adapters holds nothing else
@@ -136,8 +139,10 @@ class DecoderModule(L.LightningModule, ABC):
             add_lora(decoder, self.lora)
         if self.float8:  # layers are replaced before anything is put around them
             self._use_float8(decoder)
-        checkpoint_and_compile(decoder, self.activation_checkpointing, self.compile_blocks)
         strategy = getattr(self._trainer, "strategy", None)
+        on_gpu = strategy is not None and strategy.root_device.type == "cuda"
+        self.is_compiled = on_gpu if self.compile_blocks == "auto" else self.compile_blocks
+        checkpoint_and_compile(decoder, self.activation_checkpointing, self.is_compiled)
         if isinstance(strategy, Sharded):
             strategy.shard(decoder)
             device, write = strategy.parameter_device, write_shard
@@ -268,6 +273,8 @@ class DecoderModule(L.LightningModule, ABC):
     # ---------------------------------------------------------------------------------------------- optimizer
 
     def on_train_start(self) -> None:
+        if self.is_compiled:
+            rank_zero_info("the first step compiles the blocks, which may take a minute")
         self.bad_gradient_step = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
@@ -315,3 +316,27 @@ def test_a_context_is_extended_and_goes_out_with_the_model(toy_recipe, source_fo
 def test_a_context_of_random_weights_is_refused(toy_recipe):
     with pytest.raises(UserError, match=r"^model.context needs model.init_from; for random weights"):
         RecipeCLI.run(["fit", "--config", str(toy_recipe), "--model.context.max_seq_len", "512"])
+
+
+@pytest.mark.parametrize(
+    ("device", "compile", "is_compiled"),
+    [("cpu", "auto", False), ("cuda", "auto", True), ("cpu", True, True), ("cuda", False, False)],
+)
+def test_blocks_are_compiled_on_a_gpu_unless_the_recipe_says_otherwise(monkeypatch, device, compile, is_compiled):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
+    decoder = dataclasses.replace(TOY, vocab_size=64)
+    module = MEAPPretraining(decoder=decoder, mask_ratio=0.15, mask_token_id=5, optimizer=AdamW(), compile=compile)
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), datamodule=None)
+    module.configure_model()
+    assert module.is_compiled is is_compiled
+    assert len(compiled) == (TOY.num_layers if is_compiled else 0)
+
+
+def test_a_run_that_compiles_says_so_at_its_first_step(toy_recipe, monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    for words in ([], ["--model.compile", "true"]):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "1", *words])
+        assert ("the first step compiles the blocks" in caplog.text) is bool(words)
