@@ -197,7 +197,7 @@ def test_interpolation_follows_an_override():
     [
         ("--model.decoder.head_dim null", "{head_dim: null}"),
         ("--model.decoder.head_dim=null --model.decoder.num_layers 3", "{head_dim: null, num_layers: 3}"),
-        ("--model.init_args.decoder.head_dim null --model.decoder.head_dim 16", "{head_dim: 16}"),
+        ("--model.init_args.decoder.head_dim null --model.decoder.head_dim 24", "{head_dim: 24}"),
         ("--model.decoder.vocab_size 384 --model.init_args.decoder.vocab_size=null", "{vocab_size: null}"),
         (
             "--model.decoder.rope_scaling '{type: yarn, factor: 2.0, attention_factor: null}'",
