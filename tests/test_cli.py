@@ -217,7 +217,17 @@ def test_an_unknown_argument_is_named(capsys, toy_recipe, argument):
     [
         ("--model.optimizer null", "model.optimizer must not be null; give it a value"),
         ("--data.seed null", "data.seed must not be null; leave it out for its default"),
-        ("--budget null", "budget must be a mapping ({{key: value}}), got null"),
+        (
+            "--budget null",
+            "budget must be a mapping ({{key: value}}), got null; a run needs one of budget.max_tokens, "
+            "budget.max_steps and budget.max_epochs",
+        ),
+        (
+            "--checkpoint null",
+            "checkpoint must be a mapping ({{key: value}}), got null; trainer.enable_checkpointing false saves no "
+            "checkpoints",
+        ),
+        ("--samples false", "samples must be a mapping ({{key: value}}), got false; null turns it off"),
         ("--seed_everything -1", "seed_everything must be in [0, 4294967295], got -1"),
         ("--trainer.log_every_n_steps 0", "trainer.log_every_n_steps must be at least 1, got 0"),
     ],

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch.distributed as dist
@@ -55,6 +55,9 @@ class StopOnHang(L.Callback):
     Raises:
         UserError: If the timeout is not above 0.
     """
+
+    off: ClassVar[dict[str, Any]] = {"timeout_minutes": None}
+    """The options that `hang: null` stands for."""
 
     def __init__(self, timeout_minutes: float | None = 15.0) -> None:
         check_range("hang.timeout_minutes", timeout_minutes, "(0, inf)", "; null is for never")

@@ -3,7 +3,7 @@
 import time
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning as L
 
@@ -40,6 +40,8 @@ class RetrievalProbe(L.Callback):
 
     incidental: ClassVar = ("batch_size", "max_share")
     """Options that do not decide an accuracy, see `Budget.incidental`."""
+    off: ClassVar[dict[str, Any]] = {"lengths": []}
+    """The options that `probe: null` stands for."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Show what the model reads and writes, and give the curves of TensorBoard titles."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -72,6 +72,9 @@ class Samples(L.Callback):
     Raises:
         UserError: If a number is out of range. When a run starts, if a prompt fills the context.
     """
+
+    off: ClassVar[dict[str, Any]] = {"rows": 0, "prompts": []}
+    """The options that `samples: null` stands for."""
 
     def __init__(self, rows: int = 2, prompts: list[str] | None = None, max_new_tokens: int = 32) -> None:
         check_range("samples.rows", rows, "[0, inf)")

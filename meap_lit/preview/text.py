@@ -23,10 +23,11 @@ _GUTTER = 14
 IGNORED = "-"
 
 LEGEND = (
-    "input: what the model reads, with its position id; original: the token that a mask replaces; "
+    "input: what the model reads; original: the token that a mask replaces; "
     "label: the target at the same position, - where it is ignored (-100); copy: the masked copy, below its original; "
-    "· is a space, ⏎ a newline, ⇥ a tab, │ a border of tokens"
+    "· is a space, ⏎ a newline, ⇥ a tab"
 )
+LEGEND_OF_LINES = f"{LEGEND}, │ a border of tokens; the number before a line is the position id of its first token"
 
 
 def visible(text: str) -> str:
@@ -69,7 +70,7 @@ def positions_of(document: Document) -> str:
 
 def text_of_rows(rows: Sequence[Row], width: int) -> str:
     """Return rows as plain text for a log."""
-    lines = wrap(LEGEND, width)
+    lines = wrap(LEGEND_OF_LINES, width)
     for row in rows:
         lines += ["", *(line.plain for line in lines_of_row(row, width))]
     return "\n".join(lines)

@@ -152,6 +152,7 @@ class RecipeCLI:
         parser.add_subclass_arguments(L.LightningDataModule, "data", fail_untyped=False, required=True)
         for key, callback in CALLBACKS.items():
             parser.add_class_arguments(callback, key, fail_untyped=False, sub_configs=True)
+        parser.off = {key: callback.off for key, callback in CALLBACKS.items() if hasattr(callback, "off")}
         return parser
 
     def _add_trainer(self, parser: Parser) -> None:

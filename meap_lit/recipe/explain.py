@@ -125,6 +125,8 @@ def _explain_interpolation(error: Exception) -> str:
     message = str(error).splitlines()[0]
     if match := re.search(r"Interpolation key '([^']*)' not found", message):
         message = f"the recipe has no key {shorten(match[1])} for ${{...}} to refer to"
+    elif match := re.search(r"Error trying to access ([^:]+): node `([^`]+)` is not a container", message):
+        message = f"${{{match[1]}}} is a key below {match[2]}, which must be {_IN_WORDS['dict']}"
     elif type(error).__name__ == "GrammarParseError":
         message = "a reference (${...}) that cannot be read; write it as ${data.init_args.seed}"
     return f"{shorten(key) or 'a value'}: {message}"
@@ -198,7 +200,7 @@ def explain(message: str, known: Known) -> str:
             core += "; name a recipe with --config FILE" if "base" in known else ""
     elif match := re.match(r"Unable to load config \"([^\"]*)\"", core):
         where = re.sub(r"\b(\w+)\.\1$", r"\1", where)  # jsonargparse names a group twice
-        return f"{where} must be {_IN_WORDS['dict']}, got {shorten(match[1])}"
+        return _not_a_mapping(where, match[1], known)
     elif match := re.match(r"unrecognized arguments: --([^\s=]+)", core):
         core += _key_hint(match[1], known, "--")
     elif match := re.match(r"unrecognized arguments: (\S+)", core):
@@ -226,7 +228,7 @@ def check_values(recipe: Mapping[str, Any], known: Known) -> None:
     """
     for key in (key for key, kind in known.items() if inspect.isclass(kind)):
         if not isinstance(recipe.get(key, {}), Mapping):
-            raise UserError(f"{key} must be {_IN_WORDS['dict']}, got {shorten(str(recipe[key]))}")
+            raise UserError(_not_a_mapping(key, "null" if recipe[key] is None else str(recipe[key]), known))
     for key, value in recipe.items():
         check_value(value, known.get(key) or object, key)
     seed = recipe["seed_everything"]
@@ -234,6 +236,20 @@ def check_values(recipe: Mapping[str, Any], known: Known) -> None:
     for name, limit in {"log_every_n_steps": 1, "gradient_clip_val": 0}.items():
         check_range(f"trainer.{name}", recipe["trainer"].get(name), f"[{limit}, inf)")
     check_range("trainer.num_nodes", recipe["trainer"].get("num_nodes"), "[1, 100000]")
+
+
+def _not_a_mapping(key: str, given: str, known: Known) -> str:
+    """Return what is wrong with a value in place of a mapping, and how to turn off what the key is about."""
+    hint = "; null turns it off" if hasattr(known.get(key), "off") else ""
+    hint = f"; {_WITHOUT[key]}" if key in _WITHOUT else hint
+    return f"{key} must be {_IN_WORDS['dict']}, got {shorten(given)}{hint}"
+
+
+_WITHOUT = {
+    "budget": "a run needs one of budget.max_tokens, budget.max_steps and budget.max_epochs",
+    "checkpoint": "trainer.enable_checkpointing false saves no checkpoints",
+}
+"""What to set instead, for keys that cannot be turned off themselves."""
 
 
 def check_value(value: Any, kind: Any, where: str = "") -> None:

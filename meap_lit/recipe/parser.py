@@ -35,6 +35,8 @@ class Parser(ArgumentParser):
         options = {"exit_on_error": False, "allow_abbrev": False, **kwargs}  # jsonargparse copies a parser with its own
         super().__init__(parser_mode=parser_mode, **options)
         self._prints = False
+        self.off: dict[str, dict[str, Any]] = {}
+        """Top-level keys that may be null, with the options that null stands for."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse as jsonargparse does.
@@ -43,7 +45,7 @@ class Parser(ArgumentParser):
             UserError: If a value is read from a variable of the environment that is not set.
         """
         if args and args[0] is not None:  # jsonargparse prints what it has read when it meets the option
-            words = sorted(args[0], key=lambda word: word.partition("=")[0] == "--print_config")
+            words = sorted(self._without_null(args[0]), key=lambda word: word.partition("=")[0] == "--print_config")
             self._prints = bool(words) and words[-1].partition("=")[0] == "--print_config"
             args = (words, *args[1:])
         try:
@@ -65,12 +67,26 @@ class Parser(ArgumentParser):
                 f"hold no secrets), or change the key"
             ) from error
 
+    def _without_null(self, words: Sequence[str]) -> list[str]:
+        """Return the words with the options of `off` in place of null (`--samples null`, `--samples=null`)."""
+        taken = []
+        for before, word in pairwise(("", *words)):
+            option, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
+            options = self.off.get(option.removeprefix("--")) if value == "null" else None
+            if options is not None:
+                word = (option + equals if equals else "") + json.dumps(options)
+            taken.append(word)
+        return taken
+
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
-        """Parse the text of a recipe, with current names in place of old ones."""
+        """Parse the text of a recipe, with current names in place of old ones and the options of `off` for null."""
         with suppress(yaml.YAMLError):  # jsonargparse says what is wrong
             given = get_loader("yaml")(content)
-            if (renamed := current(given)) != given:
-                content = json.dumps(renamed, ensure_ascii=False)
+            taken = current(given)
+            if isinstance(taken, dict):
+                taken = {key: self.off.get(key) if value is None else value for key, value in taken.items()}
+            if taken != given:
+                content = json.dumps(taken, ensure_ascii=False)
         return super().parse_string(content, *args, **kwargs)
 
     def dump(self, namespace: Namespace, *args: Any, skip_link_targets: bool = True, **kwargs: Any) -> str:

@@ -14,7 +14,7 @@ from meap_lit.files import write_file
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.preview.page import page
 from meap_lit.preview.rows import rows_of_step, why_unmasked
-from meap_lit.preview.text import LEGEND, lines_of_row
+from meap_lit.preview.text import LEGEND_OF_LINES, lines_of_row
 from meap_lit.recipe.cli import KEYS, MODULES, RecipeCLI, check_pair
 from meap_lit.recipe.parser import Parser
 
@@ -101,7 +101,7 @@ class PreviewCLI(RecipeCLI):
             print(f"preview   {options.html}")
             return
         console = Console(highlight=False)
-        console.print(LEGEND, style="dim")
+        console.print(LEGEND_OF_LINES, style="dim")
         for row in rows:
             console.print()
             for line in lines_of_row(row, console.width):

@@ -220,6 +220,17 @@ def test_null_on_the_command_line_is_that_of_a_file(tmp_path, words, decoder):
         assert changed != resolve(*recipe)
 
 
+def test_null_turns_sections_off_and_a_later_word_turns_one_on(tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("samples: null\nprobe: null\nhang: null\n")
+    recipe = ("--config", "recipes/quickstart.yaml")
+    off = resolve(*recipe, "--config", str(overlay))
+    assert off == resolve(*recipe, "--samples", "null", "--probe=null", "--hang.timeout_minutes", "null")
+    assert (off["samples"]["rows"], off["samples"]["prompts"], off["probe"]["lengths"], off["hang"]) == (0, [], [], {})
+    on = resolve(*recipe, "--config", str(overlay), "--samples.rows", "3")
+    assert on == off | {"samples": off["samples"] | {"rows": 3}}
+
+
 @pytest.mark.parametrize(
     ("save_dir", "message"),
     [

@@ -26,7 +26,8 @@ KNOWN = {"model": None, "budget": Group, "hang": None}
         ),
         (
             'Parser key "budget.budget": Unable to load config "null"',
-            "budget must be a mapping ({key: value}), got null",
+            "budget must be a mapping ({key: value}), got null; a run needs one of budget.max_tokens, budget.max_steps "
+            "and budget.max_epochs",
         ),
         (
             "Parser key \"model\": Errors: - Expected a <class 'float'> - Multiple subclasses with name Linear. "
