@@ -4,7 +4,7 @@ Every contender trains a model of the same shapes on the same random batch in th
 optimizer: (mask, ours only,) forward, loss, backward, clip, fused AdamW. transformers' Llama or Qwen3 runs with SDPA
 and its own loss, LitGPT's GPT with the chunked loss of its `pretrain`, both with and without torch.compile of the whole
 model. Each has its own process, ours with the allocator set as `fit` sets it on a CPU. All take turns, in rotating
-order. Memory is the peak of one more process.
+order. Memory is the peak of one more process on a CPU, of torch's allocator on a GPU.
 
     python -m benchmarks.peers                                                    # the quickstart's model on this CPU
     python -m benchmarks.peers --model 1.1b --device cuda --precision bf16 --micro_batch_size 4
@@ -30,6 +30,7 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 
+import meap_lit
 from benchmarks.fresh import Growth, Worker, in_fresh_process
 from benchmarks.step import Model, TrainingStep, environment, known_decoder, publish
 from meap_lit.errors import UserError
@@ -87,8 +88,9 @@ def benchmark(
         for name in names
         for compiled in compile or [False, True]
     ]
-    peaks = [contender.peak_bytes(mask_ratio) for contender in contenders]
+    peaks = [contender.peak_bytes(mask_ratio) for contender in contenders if device == "cpu"]
     timings = measure(contenders, mask_ratio, repetitions)
+    peaks = peaks or [timing.peak_bytes for timing in timings]
     report = "\n".join(
         [
             f"# Training step beside peers: {'custom' if decoder else model}, {device}, {precision}",
@@ -111,10 +113,10 @@ def benchmark(
 
 def _versions() -> dict[str, str]:
     """Versions of the contenders that are installed."""
-    versions = {}
-    for name, distribution in (("meap_lit", "meap-lit"), ("transformers", "transformers"), ("litgpt", "litgpt")):
+    versions = {"meap_lit": meap_lit.__version__}
+    for name in ("transformers", "litgpt"):
         try:
-            versions[name] = version(distribution)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
     return versions
@@ -231,7 +233,7 @@ def _peak_bytes(contender: Contender, mask_ratio: float) -> int:
     growth = Growth()
     step = contender()
     step.seconds(step, mask_ratio, times=2)
-    return torch.cuda.max_memory_allocated() if contender.device == "cuda" else growth()
+    return growth()
 
 
 # ---------------------------------------------------------------------------------------------- the measurement
@@ -239,10 +241,11 @@ def _peak_bytes(contender: Contender, mask_ratio: float) -> int:
 
 @dataclass
 class Timings:
-    """Seconds of a contender's step in every turn, by the clock and by the processor."""
+    """Seconds of a contender's step in every turn, by the clock and by the processor; and its peak memory on a GPU."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
 
 
 def measure(contenders: Sequence[Contender], mask_ratio: float, repetitions: int) -> list[Timings]:
@@ -253,27 +256,30 @@ def measure(contenders: Sequence[Contender], mask_ratio: float, repetitions: int
         for turn in range(-1, repetitions):  # the first compiles, and fills caches and optimizer states
             for number in range(len(workers)):
                 number = (turn + number) % len(workers)
-                wall, cpu = workers[number]()
+                wall, cpu, timings[number].peak_bytes = workers[number]()
                 if turn >= 0:
                     timings[number].wall.append(wall)
                     timings[number].cpu.append(cpu)
     return timings
 
 
-def _timed_step(contender: Contender, mask_ratio: float) -> Callable[[], tuple[float, float]]:
-    """A call takes two steps, and returns the seconds of the second by the clock and by the processor."""
+def _timed_step(contender: Contender, mask_ratio: float) -> Callable[[], tuple[float, float, int]]:
+    """A call takes two steps, and returns the seconds of the second by the clock and by the processor, and the peak of
+    the memory on a GPU so far.
+    """
     if contender.name == "meap_lit" and contender.device == "cpu":
         keep_freed_memory()
     step = contender()
 
-    def turn() -> tuple[float, float]:
+    def turn() -> tuple[float, float, int]:
         step(mask_ratio)  # others had the caches
         start = time.process_time()
         wall = step.seconds(step, mask_ratio)
         cpu = time.process_time() - start
         if contender.device == "cuda":
             torch.cuda.empty_cache()  # the memory of activations, for the next
-        return wall, cpu
+            return wall, cpu, torch.cuda.max_memory_allocated()
+        return wall, cpu, 0
 
     return turn
 

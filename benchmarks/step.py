@@ -32,6 +32,7 @@ from meap_lit.errors import UserError
 from meap_lit.masking import mask_inputs
 from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
 from meap_lit.model.config import vocab_rows
+from meap_lit.model.float8 import use_float8
 from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.modules import AdamW
 from meap_lit.provenance import processor
@@ -70,6 +71,7 @@ def benchmark(
     precision: Literal["fp32", "bf16"] = "fp32",
     device: Literal["cpu", "cuda"] = "cpu",
     compile: bool = False,
+    float8: bool = False,
     repetitions: int = 40,
     steps: int = 1,
     profile: int = 0,
@@ -86,6 +88,7 @@ def benchmark(
         precision: `bf16` is autocast with float32 weights and optimizer states, as Lightning's bf16-mixed.
         device: Where to run.
         compile: Compile the blocks.
+        float8: Multiply in the blocks in float8, as `model.float8`; on a CPU its emulation.
         repetitions: Number of turns; each times NTP once and MEAP once.
         steps: Steps in one timing. More than 1 lets a GPU's queue hide launches, as in a real run.
         profile: How many operations to list by the time that they take in a MEAP step; none if 0.
@@ -102,7 +105,7 @@ def benchmark(
         raise UserError("--decoder.vocab_size must be given")
     seq_len = seq_len or config.max_seq_len
     config = dataclasses.replace(config, max_seq_len=seq_len)
-    trainer = TrainingStep(config, seq_len, micro_batch_size, precision, torch.device(device), compile)
+    trainer = TrainingStep(config, seq_len, micro_batch_size, precision, torch.device(device), compile, float8)
 
     name = "custom" if decoder else model
     report = "\n".join(
@@ -116,7 +119,8 @@ def benchmark(
             f"{config.num_kv_heads} key-value heads, {config.hidden_size} wide, {config.intermediate_size} MLP, "
             f"vocabulary {config.vocab_size:,})",
             f"- {micro_batch_size} rows of {seq_len:,} tokens a step, P = {mask_ratio:g}; "
-            f"{repetitions} turns, {steps} step(s) of each kind in a turn{', compiled' if compile else ''}",
+            f"{repetitions} turns, {steps} step(s) of each kind in a turn{', compiled' if compile else ''}"
+            f"{', float8' if float8 else ''}",
             "",
             *_measure(trainer, mask_ratio, repetitions, steps),
             "",
@@ -154,12 +158,16 @@ class TrainingStep:
         precision: str,
         device: torch.device,
         compile: bool = False,
+        float8: bool = False,
     ) -> None:
         assert config.vocab_size is not None
         torch.manual_seed(0)
         self.config, self.seq_len, self.device, self.precision = config, seq_len, device, precision
         with device:
             self.model = self.build()
+        if float8:
+            assert isinstance(self.model, Decoder)
+            use_float8(self.model, device, emulate=device.type == "cpu")
         self.optimizer = AdamW(lr=1e-4).build(self.model)
         if compile:
             self.compile()

@@ -8,6 +8,7 @@ import torch
 import benchmarks.loss
 from benchmarks.loss import WAYS, benchmark
 from meap_lit.errors import UserError
+from meap_lit.model import loss
 
 
 def test_all_ways_take_the_same_loss_and_gradients() -> None:
@@ -15,11 +16,11 @@ def test_all_ways_take_the_same_loss_and_gradients() -> None:
     tensors = torch.randn(40, 8, generator=generator), torch.randn(96, 8, generator=generator)
     labels = torch.randint(0, 96, (40,), generator=generator)
     results = {}
-    for way, loss in WAYS.items():
+    for way, take in WAYS.items():
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        total = loss(*leaves, labels)
+        total = take(*leaves, labels)
         results[way] = (total.detach(), *torch.autograd.grad(total, leaves))
-    assert len(results) == 3
+    assert {"ours", "plain"} <= set(results)
     for result in results.values():
         torch.testing.assert_close(result, results["plain"], atol=1e-4, rtol=1e-5)
 
@@ -36,10 +37,24 @@ def test_the_table_has_what_lies_beyond_the_gradients(
     assert report.rstrip().splitlines()[-2:] == ["| ours | 1.50 | 2.2 |", "| plain | 1.50 | 2.2 |"]
 
 
+def test_pieces_of_several_sizes_are_compared(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The size is set while the loss is taken, and only then."""
+    seen = []
+    before = loss.MAX_LOGITS
+    ours = WAYS["ours"]
+    monkeypatch.setitem(WAYS, "ours", lambda *tensors: seen.append(loss.MAX_LOGITS) or ours(*tensors))
+    monkeypatch.setattr(benchmarks.loss, "in_fresh_process", lambda work: work())
+    benchmark(vocab_size=96, num_tokens=40, hidden_size=8, ways=("ours",), max_logits=(96, 960), repetitions=1)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ours, pieces of ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| ours, pieces of 96 logits", "| ours, pieces of 960 logits"]
+    assert seen == [96, 96, 960, 960]  # a small call before each that counts
+    assert before == loss.MAX_LOGITS
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ways": ("ours", "mine")}, "--ways has 'mine'; choose from ours, torch, plain"),
+        ({"ways": ("ours", "mine")}, "--ways has 'mine'; choose from ours, "),
         ({"repetitions": 0}, "--repetitions must be at least 1"),
     ],
 )

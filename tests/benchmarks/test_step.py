@@ -1,11 +1,13 @@
 """The benchmark at toy size: it runs, and it measures what it says."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
-from benchmarks.step import benchmark, known_decoder
+from benchmarks.step import TrainingStep, benchmark, known_decoder
 from meap_lit.errors import UserError
 from meap_lit.model import DecoderConfig
 
@@ -47,6 +49,17 @@ def test_ladder_is_that_of_the_recipes(model: str, num_parameters: int) -> None:
     config = known_decoder(model)
     assert config.num_parameters() == num_parameters
     assert config.max_seq_len == 4096
+
+
+def test_products_are_in_float8_on_request() -> None:
+    """Which changes the loss a little, by rounding."""
+    config = replace(TOY, num_kv_heads=2)  # widths that are multiples of 16
+    plain, rounded = (
+        TrainingStep(config, 32, 2, "fp32", torch.device("cpu"), False, float8) for float8 in (False, True)
+    )
+    losses = [step.loss(step.input_ids).item() for step in (plain, rounded)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert losses[0] != losses[1]
 
 
 def test_one_repetition_is_refused() -> None:
