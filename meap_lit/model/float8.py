@@ -3,10 +3,12 @@
 Weights stay as they are and keep their names. For each product both factors are rounded to eight bits: inputs and
 weights to e4m3, gradients of outputs to e5m2 (arXiv 2209.05433), each scaled by its own largest element, found anew
 every time. So there is no state besides the weights, and a run may resume with float8 or without it. This is torchao's
-default, `tensorwise`, which it calls its fastest. The head is left out: the loss reads its weight itself.
+default, `tensorwise`, which it calls its fastest. Left out are the head, since the loss reads its weight itself, and
+layers that are too small to gain.
 """
 
 import torch
+from torch import nn
 
 from meap_lit.errors import UserError
 from meap_lit.model.decoder import Decoder
@@ -14,11 +16,15 @@ from meap_lit.model.decoder import Decoder
 MULTIPLE = 16
 """`torch._scaled_mm` takes multiples of this: of widths, and in the backward of a micro-batch's tokens."""
 
+SMALL = (4096, 1024)
+"""Layers with no more inputs and no more outputs are no faster in float8 on an H100, by torchao's measurements
+(torchao 0.18, `_auto_filter_for_tensorwise` in torchao/float8/float8_linear_utils.py)."""
+
 _CAPABILITY = (8, 9)
 
 
 def use_float8(decoder: Decoder, device: torch.device, *, emulate: bool = False) -> None:
-    """Compute the linear layers of every block in float8, in place: before recomputation, compilation and sharding.
+    """Compute the large layers of the blocks in float8, in place: before recomputation, compilation and sharding.
 
     Args:
         decoder: On the meta device or not; without adapters.
@@ -26,16 +32,27 @@ def use_float8(decoder: Decoder, device: torch.device, *, emulate: bool = False)
         emulate: Round the factors alike but multiply in float32: for tests, on any device.
 
     Raises:
-        UserError: If torchao is missing, the device has no float8 products, or a size does not suit them.
+        UserError: If torchao is missing, the device has no float8 products, a size does not suit them, or all layers
+            are small.
     """
     if not emulate:
         _check_device(device)
     _check_sizes(decoder)
+    if all(_is_small(module) for module in decoder.layers.modules() if isinstance(module, nn.Linear)):
+        raise UserError(
+            f"model.float8 gains nothing: no layer of the blocks has more than {SMALL[0]} inputs or {SMALL[1]} "
+            f"outputs; leave it out"
+        )
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise UserError(f"model.float8 needs torchao ({error}): pip install 'meap-lit[float8]'") from error
-    convert_to_float8_training(decoder.layers, config=Float8LinearConfig(emulate=emulate))
+    config = Float8LinearConfig(emulate=emulate)
+    convert_to_float8_training(decoder.layers, config=config, module_filter_fn=lambda module, _: not _is_small(module))
+
+
+def _is_small(layer: nn.Linear) -> bool:
+    return layer.in_features <= SMALL[0] and layer.out_features <= SMALL[1]
 
 
 def _check_device(device: torch.device) -> None:

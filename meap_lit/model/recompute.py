@@ -13,13 +13,15 @@ from meap_lit.model.decoder import Block, Decoder
 _SAVED = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten.max.default,  # one number, the scale of a factor in float8, takes a pass over the factor
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.torch_attn._varlen_attn.default,  # of `torch.nn.attention.varlen`, which `attention.py` imports
 }
-"""Operations whose results `selective` keeps, because they take the most time."""
+"""Operations whose results `selective` keeps, because they take the most time. Products in float8 are `mm` here:
+torchao replaces them by `_scaled_mm` below."""
 
 
 def checkpoint_and_compile(

@@ -44,9 +44,9 @@ class DecoderModule(L.LightningModule, ABC):
         activation_checkpointing: Keep fewer activations for the backward pass and recompute the others: `full` keeps
             one hidden state per block, `selective` also the results of matrix products and attention.
         compile: Compile the blocks (torch.compile), which delays the first step; `auto` compiles them on a GPU.
-        float8: Compute the linear layers of the blocks in float8 (`meap_lit/model/float8.py`). Weights and checkpoints
-            do not change, so a resume may switch it on or off. Needs torchao and a GPU of compute capability 8.9 or
-            newer; faster only with compiled blocks and trainer.precision bf16-mixed.
+        float8: Compute the large linear layers of the blocks in float8 (`meap_lit/model/float8.py`). Weights and
+            checkpoints do not change, so a resume may switch it on or off. Needs torchao and a GPU of compute
+            capability 8.9 or newer; faster only with compiled blocks and trainer.precision bf16-mixed.
     """
 
     incidental: ClassVar[tuple[str, ...]] = ("activation_checkpointing", "compile")

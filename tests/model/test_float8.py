@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -10,14 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.float8 import _auto_filter_for_recipe
 from torchao.float8.float8_linear import Float8Linear
 from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
 from meap_lit.checkpoint.source import open_source
 from meap_lit.cli import main
 from meap_lit.errors import UserError
-from meap_lit.model import Decoder, DecoderConfig
+from meap_lit.model import Decoder, DecoderConfig, float8
 from meap_lit.model.float8 import use_float8
 from meap_lit.model.lora import PROJECTIONS
 from meap_lit.model.recompute import checkpoint_and_compile
@@ -34,10 +40,15 @@ TOY = DecoderConfig(
 )
 
 
-def decoder(*, float8=True, config=TOY):
+@pytest.fixture(autouse=True)
+def no_layer_is_small(monkeypatch):
+    monkeypatch.setattr(float8, "SMALL", (0, 0))
+
+
+def decoder(*, rounded=True, config=TOY):
     torch.manual_seed(0)
     model = Decoder(config)
-    if float8:
+    if rounded:
         use_float8(model, CPU, emulate=True)
     return model
 
@@ -64,7 +75,7 @@ def assert_same_step(one, other):
 
 
 def test_the_projections_of_the_blocks_are_replaced_and_parameters_stay():
-    plain = decoder(float8=False, config=replace(TOY, qkv_bias=True))
+    plain = decoder(rounded=False, config=replace(TOY, qkv_bias=True))
     before = dict(plain.named_parameters())
     use_float8(plain, CPU, emulate=True)
     replaced = [name for name, module in plain.named_modules() if isinstance(module, Float8Linear)]
@@ -73,6 +84,29 @@ def test_the_projections_of_the_blocks_are_replaced_and_parameters_stay():
     after = dict(plain.named_parameters())
     assert list(after) == list(before)
     assert all(after[name] is parameter for name, parameter in before.items())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "small"),
+    [
+        ({"num_heads": 32, "num_kv_heads": 8, "hidden_size": 4096, "intermediate_size": 14336}, ["k_proj", "v_proj"]),
+        ({"num_heads": 64, "num_kv_heads": 8, "hidden_size": 8192, "intermediate_size": 28672}, []),
+        (
+            {"num_heads": 12, "num_kv_heads": 2, "hidden_size": 768, "intermediate_size": 2048},
+            [*PROJECTIONS[:4], "down_proj"],
+        ),
+    ],
+)
+def test_small_layers_are_left_out_as_torchao_does(sizes, small, monkeypatch):
+    monkeypatch.undo()
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig(vocab_size=320, num_layers=1, **sizes))
+    chosen_by_torchao = _auto_filter_for_recipe("tensorwise", [])
+    expected = {name for name, module in model.layers.named_modules() if chosen_by_torchao(module, name)}
+    use_float8(model, CPU, emulate=True)
+    replaced = {name for name, module in model.layers.named_modules() if isinstance(module, Float8Linear)}
+    assert replaced == expected
+    assert sorted(set(PROJECTIONS) - {name.split(".")[-1] for name in replaced}) == sorted(small)
 
 
 def rounded(x, dtype):
@@ -101,7 +135,7 @@ def test_a_step_is_near_that_without(precision):
     """Rounding is off by at most 1/16 (e4m3) or 1/8 (e5m2) of an element, by a root mean square of some 0.03 and 0.06.
     A gradient of this model is behind about a dozen products whose errors are independent: 0.06 * sqrt(12) = 0.2.
     """
-    loss, gradients = step(decoder(float8=False), precision)
+    loss, gradients = step(decoder(rounded=False), precision)
     near_loss, near_gradients = step(decoder(), precision)
     assert near_loss == pytest.approx(loss, rel=2e-3)
     assert near_loss != loss
@@ -117,7 +151,7 @@ def test_a_step_is_near_that_without(precision):
 )
 def test_a_gpu_multiplies_as_the_emulation_does():
     device = torch.device("cuda")
-    real, emulated = decoder(float8=False).to(device), decoder().to(device)
+    real, emulated = decoder(rounded=False).to(device), decoder().to(device)
     use_float8(real, device)
     (loss, gradients), (emulated_loss, emulated_gradients) = step(real), step(emulated)
     assert loss == pytest.approx(emulated_loss, rel=2e-3)
@@ -154,6 +188,32 @@ def test_activation_checkpointing_changes_no_bit(mode, num_repeated):
     assert_same_step(actual, expected)
     assert kept.count == 3 * 7 * TOY.num_layers
     assert products.count == kept.count + num_repeated
+
+
+@pytest.mark.slow
+def test_what_is_compiled_repeats_no_product_and_finds_no_scale_twice(monkeypatch):
+    """Without emulation, up to the code generator: three products a layer, and no more maxima with `selective`."""
+    operations = Counter()
+
+    def count(graph, _):
+        operations.update(node.target for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(float8, "_check_device", lambda device: None)
+    maxima = {}
+    for mode in ("none", "selective"):
+        operations.clear()
+        torch._dynamo.reset()
+        with FakeTensorMode():
+            model = Decoder(replace(TOY, num_layers=1))
+            use_float8(model, CPU)
+            checkpoint_and_compile(model, mode, compile=True)
+            model(torch.zeros(2, 64, dtype=torch.int64)).sum().backward()
+        assert operations[torch.ops.aten._scaled_mm.default] == 3 * 7
+        maxima[mode] = operations[torch.ops.aten.max.default]
+    assert 0 < maxima["selective"] <= maxima["none"]
 
 
 @pytest.mark.slow
@@ -240,17 +300,26 @@ def test_a_cpu_is_refused(toy_recipe):
         run(toy_recipe, *FLOAT8)
 
 
+def test_a_model_of_small_layers_only_is_refused(toy_recipe, emulated, monkeypatch):
+    monkeypatch.setattr(float8, "SMALL", (4096, 1024))
+    message = (
+        "model.float8 gains nothing: no layer of the blocks has more than 4096 inputs or 1024 outputs; leave it out"
+    )
+    with pytest.raises(UserError, match=message):
+        run(toy_recipe, *FLOAT8)
+
+
 def test_an_older_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     with pytest.raises(UserError, match=r"8.9 or newer .*, got NVIDIA A100-SXM4-80GB of 8.0; leave it out"):
-        use_float8(decoder(float8=False), torch.device("cuda"))
+        use_float8(decoder(rounded=False), torch.device("cuda"))
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     with pytest.raises(UserError, match=r"model.float8 needs torchao \(.*\): pip install 'meap-lit\[float8\]'"):
-        use_float8(decoder(float8=False), CPU, emulate=True)
+        use_float8(decoder(rounded=False), CPU, emulate=True)
 
 
 @pytest.mark.parametrize(
