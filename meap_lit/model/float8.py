@@ -23,12 +23,13 @@ SMALL = (4096, 1024)
 _CAPABILITY = (8, 9)
 
 
-def use_float8(decoder: Decoder, device: torch.device, *, emulate: bool = False) -> None:
+def use_float8(decoder: Decoder, device: torch.device, *, all_gather: bool = False, emulate: bool = False) -> None:
     """Compute the large layers of the blocks in float8, in place: before recomputation, compilation and sharding.
 
     Args:
         decoder: On the meta device or not; without adapters.
         device: Where it is to compute.
+        all_gather: Let FSDP2 gather the weights in float8; `decoder` will be sharded.
         emulate: Round the factors alike but multiply in float32: for tests, on any device.
 
     Raises:
@@ -47,7 +48,7 @@ def use_float8(decoder: Decoder, device: torch.device, *, emulate: bool = False)
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise UserError(f"model.float8 needs torchao ({error}): pip install 'meap-lit[float8]'") from error
-    config = Float8LinearConfig(emulate=emulate)
+    config = Float8LinearConfig(enable_fsdp_float8_all_gather=all_gather, emulate=emulate)
     convert_to_float8_training(decoder.layers, config=config, module_filter_fn=lambda module, _: not _is_small(module))
 
 

@@ -25,6 +25,7 @@ from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.modules.log_steps import host_number, is_logged
 from meap_lit.modules.optimizer import AdamW
 from meap_lit.modules.resume import check_same_model, name_parameters
+from meap_lit.parallel.float8 import as_plain_shards, find_scales
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.sharding import clip_grad_norm, write_shard
 from meap_lit.parallel.strategies import Sharded
@@ -46,7 +47,8 @@ class DecoderModule(L.LightningModule, ABC):
         compile: Compile the blocks (torch.compile), which delays the first step; `auto` compiles them on a GPU.
         float8: Compute the large linear layers of the blocks in float8 (`meap_lit/model/float8.py`). Weights and
             checkpoints do not change, so a resume may switch it on or off. Needs torchao and a GPU of compute
-            capability 8.9 or newer; faster only with compiled blocks and trainer.precision bf16-mixed.
+            capability 8.9 or newer; faster only with compiled blocks and trainer.precision bf16-mixed. `all_gather`
+            also gathers sharded weights in float8.
     """
 
     incidental: ClassVar[tuple[str, ...]] = ("activation_checkpointing", "compile")
@@ -61,7 +63,7 @@ class DecoderModule(L.LightningModule, ABC):
         lora: LoRA | None = None,
         activation_checkpointing: Literal["none", "selective", "full"] = "none",
         compile: bool | Literal["auto"] = "auto",
-        float8: bool = False,
+        float8: bool | Literal["all_gather"] = False,
     ) -> None:
         super().__init__()
         if (decoder is None) == (init_from is None):
@@ -183,7 +185,13 @@ class DecoderModule(L.LightningModule, ABC):
                 f"model.float8 needs micro-batches of a multiple of {MULTIPLE} tokens, got data.micro_batch_size "
                 f"{data.micro_batch_size} x data.seq_len {data.seq_len}; change one of the two"
             )
-        use_float8(decoder, torch.get_default_device() if strategy is None else strategy.root_device)
+        all_gather = self.float8 == "all_gather"
+        if all_gather and not isinstance(strategy, Sharded):
+            raise UserError(
+                "model.float8 all_gather needs sharded weights, such as with recipes/strategy/fsdp.yaml; write true"
+            )
+        device = torch.get_default_device() if strategy is None else strategy.root_device
+        use_float8(decoder, device, all_gather=all_gather)
 
     def _choose_config(self, source: WeightSource | None, tokenizer: Tokenizer | None) -> DecoderConfig:
         if source is None:
@@ -294,6 +302,11 @@ class DecoderModule(L.LightningModule, ABC):
         factor = self.optimizer.lr_factor(self.global_step, self.trainer.max_steps)
         self.optimizer.set_options(optimizer, lr=self.optimizer.lr * factor)
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.float8 == "all_gather":
+            find_scales(self)
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -322,6 +335,8 @@ class DecoderModule(L.LightningModule, ABC):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return all weights, or with `lora` only the adapters: the frozen weights are in `init_from`."""
         state = super().state_dict(*args, **kwargs)
+        if self.float8 == "all_gather":
+            state = as_plain_shards(state)
         if self.lora is None or self.init_from is None:
             return state
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}

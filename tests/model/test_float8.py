@@ -274,15 +274,46 @@ def test_a_resume_may_turn_it_on_or_off(toy_recipe, tmp_path, emulated):
     assert {value.dtype for value in saved[1].values()} == {torch.float32}
 
 
+SHARDED = ["--config", "recipes/strategy/fsdp.yaml", "--trainer.devices", "2", "--data.micro_batch_size", "1"]
+
+
 def test_fsdp_is_the_same_as_one_process(toy_recipe, tmp_path, emulated):
     words = [*FLOAT8, "--data.micro_batch_size", "1", "--budget.max_steps", "1"]  # later steps magnify the last bits
     alone = run(toy_recipe, *words).model.decoder.state_dict()
-    words += ["--config", "recipes/strategy/fsdp.yaml", "--trainer.devices", "2"]
+    words = [*SHARDED, *words]
     assert fork(lambda: sys.exit(main(["fit", "--config", str(toy_recipe), *words])), 2, timeout=60) == [0, 0]
-    source = open_source(tmp_path / "runs" / "toy" / "version_1")
-    assert set(source.names()) == set(alone)
-    for name, weight in alone.items():
+    assert_near(open_source(tmp_path / "runs" / "toy" / "version_1"), alone)
+
+
+def assert_near(source, expected):
+    assert set(source.names()) == set(expected)
+    for name, weight in expected.items():
         torch.testing.assert_close(source.read(name), weight, atol=5e-6, rtol=1e-4)
+
+
+def test_all_large_weights_are_gathered_in_float8():
+    model = Decoder(TOY)
+    use_float8(model, CPU, all_gather=True, emulate=True)
+    gathered = {name for name, weight in model.named_parameters() if hasattr(weight, "fsdp_pre_all_gather")}
+    assert gathered == {name for name, _ in model.named_parameters() if name.split(".")[-2] in PROJECTIONS}
+
+
+@pytest.mark.slow
+def test_weights_may_be_gathered_in_float8(toy_recipe, tmp_path, emulated):
+    """The first step is that of one process; a resume, with other ways to find a scale, ends with the same bits."""
+    words = [*FLOAT8, "--data.micro_batch_size", "1", "--budget.max_steps"]
+    alone = run(toy_recipe, *words, "1").model.decoder.state_dict()
+    words = [*SHARDED, *words, "2", "--model.float8", "all_gather", "--checkpoint.every_n_steps", "1"]
+    first = tmp_path / "runs" / "toy" / "version_1" / "checkpoints"
+    for more in ([], ["--ckpt_path", str(first / "step=1.ckpt")]):
+        command = ["fit", "--config", str(toy_recipe), *words, *more]
+        assert fork(lambda: sys.exit(main(command)), 2, timeout=60) == [0, 0]  # noqa: B023
+    assert_near(open_source(first / "step=1.ckpt"), alone)
+    assert not [file for file in (first / "step=1.ckpt").iterdir() if b"torchao" in file.read_bytes()]
+    whole, resumed = (read(tmp_path / "runs" / "toy" / f"version_{n}" / "checkpoints" / "step=2.ckpt") for n in (1, 2))
+    assert whole["state_dict"].keys() == resumed["state_dict"].keys()
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(weight, resumed["state_dict"][name]), name
 
 
 @pytest.mark.slow
@@ -331,6 +362,7 @@ def test_without_torchao_the_extra_is_named(monkeypatch):
         ),
         (["--model.decoder.intermediate_size", "72"], "got decoder.intermediate_size 72; change it"),
         (["--model.decoder.num_heads", "4"], "got decoder.num_kv_heads x head width 8; change it"),
+        (["--model.float8", "all_gather"], "all_gather needs sharded weights, such as with recipes/strategy/fsdp.yaml"),
         (["--model.lora.rank", "4"], "model.float8 cannot be combined with model.lora; leave one of the two out"),
         (
             ["--data.seq_len", "30", "--data.micro_batch_size", "4"],
