@@ -13,6 +13,8 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 # before huggingface_hub: a mistyped path must not be looked for in the network
 os.environ["HF_HUB_OFFLINE"] = "1"
+# before the first product on a GPU: without it torch refuses to be deterministic there
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 import torch
 

@@ -312,46 +312,6 @@ def test_no_global_random_state_is_touched() -> None:
     assert random.getstate() == python_state
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("seed", "step", "span_len"), [(0, 0, 1), (2**63 + 5, 190_000, 1), (-3, 17, 4)])
-def test_cuda_draws_the_same_mask(seed: int, step: int, span_len: int) -> None:
-    generator = torch.Generator().manual_seed(2)
-    input_ids = torch.randint(0, 100, (16, 4096), generator=generator)
-    sample_ids = torch.randint(-(2**62), 2**62, (16,), generator=generator)
-
-    def mask(device: str) -> Tensor:
-        return mask_inputs(
-            input_ids.to(device),
-            sample_ids.to(device),
-            mask_token_id=MASK,
-            mask_ratio=0.15,
-            seed=seed,
-            step=step,
-            protected=ids(3).to(device),
-            span_len=span_len,
-        )[0].cpu()
-
-    assert torch.equal(mask("cuda"), mask("cpu"))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("span_len", [1, 3])
-def test_masking_never_waits_for_the_device(span_len: int) -> None:
-    input_ids = torch.zeros(4, 4096, dtype=torch.int64, device="cuda")
-    sample_ids = torch.arange(4, device="cuda")
-    protected = ids(2, 3).cuda()
-    key = {"seed": 0, "step": 0}
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        mask_inputs(
-            input_ids, sample_ids, mask_token_id=1, mask_ratio=0.15, **key, protected=protected, span_len=span_len
-        )
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_long_row_draws_the_exact_number_of_positions() -> None:
     """No two of the 65,536 keys of a row are equal; among as many random 32-bit keys, some would be."""
     chosen = draw(8, 65_536, 9_830, seed=1)

@@ -122,37 +122,6 @@ def test_what_the_kernel_cannot_serve_is_served_by_document(
     torch.testing.assert_close(y, packed_attention(*tensors, documents))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs a GPU with bfloat16"
-)
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("head_dim", "in_one_call"), [(64, True), (128, True), (20, False)])
-def test_a_gpu_attends_as_document_by_document(head_dim: int, in_one_call: bool, compiled: bool) -> None:
-    """As exactly as one call for each document, and without cuDNN's plans."""
-    torch.manual_seed(0)
-    device = torch.device("cuda")
-    exact = [torch.randn(2, n, 256, head_dim, device=device).bfloat16() for n in (8, 2, 2, 8)]
-    attend = torch.compile(lambda *x, within: within(*x)) if compiled else lambda *x, within: within(*x)
-    for rows in ([[256], [256]], [[100, 3, 90], [1, 200, 55]], [[], [7] * 30]):
-        documents = Documents.of_rows(rows, 256)
-        results = {}
-        for name, dtype in (("expected", torch.float64), ("by document", torch.bfloat16), ("ours", torch.bfloat16)):
-            *tensors, weights = (x.to(dtype).requires_grad_() for x in exact)
-            with torch.profiler.profile() as profile:
-                if name == "ours":
-                    y = attend(*tensors, within=attention_within(documents, device))
-                else:
-                    y = packed_attention(*tensors, documents)
-                results[name] = [y, *torch.autograd.grad((y * weights).sum(), tensors)]
-        operations = {event.key for event in profile.key_averages()}
-        assert ("torch_attn::_varlen_attn" in operations) == in_one_call
-        assert not any("cudnn" in operation for operation in operations)
-        for expected, by_document, ours in zip(*results.values(), strict=True):
-            error, usual = ((x.double() - expected).abs().max().item() for x in (ours, by_document))
-            assert error <= 4 * usual
-
-
 def test_documents_travel_with_their_batch() -> None:
     """To a device, through a precision plugin, pinned, pickled, and out of a worker process."""
     documents = Documents.of_rows([[3, 2], [5]], 6)
