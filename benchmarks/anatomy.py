@@ -36,6 +36,7 @@ from benchmarks.step import environment, known_decoder, publish
 from meap_lit.errors import UserError
 from meap_lit.masking import mask_inputs
 from meap_lit.model import Decoder, DecoderConfig, Documents, linear_cross_entropy
+from meap_lit.model.float8 import use_float8
 from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.modules import AdamW
 from meap_lit.parallel.sharding import clip_grad_norm
@@ -43,6 +44,8 @@ from meap_lit.planning.fake_step import Checkpointing
 
 BYTES_PER_SECOND = 4.8e12
 FLOPS_PER_SECOND = 790e12
+FLOAT8_FLOPS_PER_SECOND = 2 * FLOPS_PER_SECOND
+"""Twice as many, as the hardware has it; not measured."""
 NOMINAL_FLOPS_PER_SECOND = 989.5e12
 """Of an H200 in bfloat16: what MFU refers to, as in `benchmarks.step`."""
 
@@ -117,9 +120,10 @@ def benchmark(
         "",
         *environment("cpu"),
         f"- predicted time of a kernel: the larger of bytes / {BYTES_PER_SECOND / 1e12:g} TB/s and FLOPs / "
-        f"{FLOPS_PER_SECOND / 1e12:g} TFLOP/s (one H200); launches, host and communication take no time",
+        f"{FLOPS_PER_SECOND / 1e12:g} TFLOP/s (one H200; products in float8: twice that); launches, host and "
+        "communication take no time",
         "- eager: one kernel for each operation; compiled: the blocks have one kernel for each product and each "
-        "attention, and one for connected operations between them",
+        "attention, and one for connected operations between them; float8: compiled, with `model.float8`",
         "- bf16-mixed: float32 weights, gradients and moments; masking with P = 0.15, none in packed rows",
         "",
     ]
@@ -129,10 +133,11 @@ def benchmark(
 
 
 def _report(name: str, case: Case, top: int) -> list[str]:
-    eager = count(case, compiled=False)
+    kinds = {"eager": count(case, compiled=False)}
     torch._dynamo.utils.counters.clear()
-    compiled = count(case, compiled=True)
+    kinds["compiled"] = count(case, compiled=True)
     graphs, breaks = graphs_and_breaks()
+    kinds["float8"] = count(case, compiled=True, float8=True)
     rows = f"{case.rows} row(s) of {case.seq_len:,} tokens"
     packed = f", packed with documents of {case.documents[0]} tokens" if case.documents else ""
     lines = [
@@ -142,17 +147,15 @@ def _report(name: str, case: Case, top: int) -> list[str]:
         f"{breaks} graph break(s).",
         "",
         "| part | launches, eager | compiled | GB, eager | compiled | TFLOP, eager | compiled "
-        "| predicted ms, eager | compiled |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| predicted ms, eager | compiled | float8 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     micro_batch = PARTS[:-1]
     groups = {part: (part,) for part in micro_batch} | {"**micro-batch**": micro_batch, "optimizer": PARTS[-1:]}
     for title, parts in groups.items():
-        lines.append(
-            _row(title, *([k for part in parts for k in kernels.get(part, [])] for kernels in (eager, compiled)))
-        )
+        lines.append(_row(title, *([k for part in parts for k in kernels.get(part, [])] for kernels in kinds.values())))
     lines += ["", f"A step of {case.micro_batches} micro-batches, predicted:"]
-    for kind, kernels in (("eager", eager), ("compiled", compiled)):
+    for kind, kernels in kinds.items():
         time = sum(
             seconds(k) * (1 if part == "optimizer" else case.micro_batches) for part in kernels for k in kernels[part]
         )
@@ -160,14 +163,15 @@ def _report(name: str, case: Case, top: int) -> list[str]:
         span = sum(n * n for n in case.lengths) / case.tokens
         mfu = rate * case.decoder.flops_per_token(span) / NOMINAL_FLOPS_PER_SECOND
         lines.append(f"- {kind}: {time * 1e3:,.1f} ms, {rate:,.0f} tokens/s, MFU {mfu:.1%}")
-    return [*lines, "", *(_costliest(compiled, top) if top else [])]
+    return [*lines, "", *(_costliest(kinds["compiled"], top) if top else [])]
 
 
 def _row(title: str, *kinds: Sequence[Kernel]) -> str:
+    """Return a row of the table; of the last kind, float8, only the time."""
     columns = [
-        *(f"{len(kernels):,}" for kernels in kinds),
-        *(f"{sum(k.bytes for k in kernels) / 1e9:,.2f}" for kernels in kinds),
-        *(f"{sum(k.flops for k in kernels) / 1e12:,.2f}" for kernels in kinds),
+        *(f"{len(kernels):,}" for kernels in kinds[:-1]),
+        *(f"{sum(k.bytes for k in kernels) / 1e9:,.2f}" for kernels in kinds[:-1]),
+        *(f"{sum(k.flops for k in kernels) / 1e12:,.2f}" for kernels in kinds[:-1]),
         *(f"{sum(map(seconds, kernels)) * 1e3:,.2f}" for kernels in kinds),
     ]
     return f"| {title} | {' | '.join(columns)} |"
@@ -185,7 +189,7 @@ def _costliest(kernels: dict[str, list[Kernel]], number: int) -> list[str]:
         *(
             f"| {_short(kernel.name)} | {part} | {same[part, kernel]} | {kernel.bytes / 1e9:.3f} "
             f"| {same[part, kernel] * seconds(kernel) * 1e3:.2f} "
-            f"| {'FLOPs' if kernel.flops / FLOPS_PER_SECOND > kernel.bytes / BYTES_PER_SECOND else 'bytes'} |"
+            f"| {'FLOPs' if kernel.flops / _rate(kernel) > kernel.bytes / BYTES_PER_SECOND else 'bytes'} |"
             for part, kernel in ordered
         ),
         "",
@@ -198,7 +202,11 @@ def _short(name: str) -> str:
 
 def seconds(kernel: Kernel) -> float:
     """Return the predicted time of a kernel on an H200."""
-    return max(kernel.bytes / BYTES_PER_SECOND, kernel.flops / FLOPS_PER_SECOND)
+    return max(kernel.bytes / BYTES_PER_SECOND, kernel.flops / _rate(kernel))
+
+
+def _rate(kernel: Kernel) -> float:
+    return FLOAT8_FLOPS_PER_SECOND if kernel.name == "_scaled_mm" else FLOPS_PER_SECOND
 
 
 def graphs_and_breaks() -> tuple[int, int]:
@@ -207,7 +215,7 @@ def graphs_and_breaks() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-def count(case: Case, *, compiled: bool) -> dict[str, list[Kernel]]:
+def count(case: Case, *, compiled: bool, float8: bool = False) -> dict[str, list[Kernel]]:
     """Return the kernels of one micro-batch and one update, by part.
 
     The gradients exist and the moments too, as in all but the first micro-batch of a step.
@@ -218,6 +226,8 @@ def count(case: Case, *, compiled: bool) -> dict[str, list[Kernel]]:
         decoder = Decoder(case.decoder)
         optimizer = AdamW().build(decoder)
         _name_parts(decoder, counter)
+        if float8:
+            use_float8(decoder, torch.device("cpu"))
         checkpoint_and_compile(decoder, case.checkpointing, compile=compiled)
         with counter:
             with counter.paused():
@@ -277,6 +287,7 @@ def _paths_of_a_gpu(counter: CountKernels) -> Iterator[None]:
     stand_ins = {
         "meap_lit.model.decoder.causal_attention": attention,
         "meap_lit.model.attention._has_flash_attention": lambda device: True,
+        "meap_lit.model.float8._check_device": lambda device: None,
         "torch.nn.functional.rms_norm": norm,
         "torch.nn.utils.clip_grad._has_foreach_support": lambda tensors, device: True,
         "torch._dynamo.mark_dynamic": lambda bounds, dimension: None,  # a fake tensor has one size

@@ -6,7 +6,8 @@ results once. Views, metadata and `empty` are none. An operation over a list of 
 Compiled: the graph of a block, forward and backward, is that of AOT autograd with inductor's decompositions and its
 choice of what is recomputed. Each product and each attention is one kernel. The other operations between two of them
 that are connected form one kernel, which reads its inputs once and writes once what is read outside of it. Inductor
-makes at least as many: it ends a kernel where a sum over rows meets one over columns.
+makes at least as many: it ends a kernel where a sum over rows meets one over columns. What needs a reduction to one
+number, such as the scale of a factor in float8, is a kernel of its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -177,9 +178,8 @@ def _nbytes(x: Tensor) -> int:
 def fused_kernels(graph: fx.Graph, keys_per_query: float) -> list[Kernel]:
     """Return the kernels of a graph of AOT autograd after fusion; see the module's docstring.
 
-    A product begins a new level, and what reads its result is of that level or a later one. Every other operation is of
-    the level of its first reader. Connected operations of one level are one kernel, so no kernel waits for a product
-    that waits for the kernel.
+    A product begins a new level, and a reduction to one number ends one. Every other operation is of the level of its
+    first reader. Connected operations of one level are one kernel, so no kernel waits for itself.
     """
     source: dict[fx.Node, fx.Node] = {}  # what a view is a view of
     level: dict[fx.Node, int] = {}
@@ -187,7 +187,7 @@ def fused_kernels(graph: fx.Graph, keys_per_query: float) -> list[Kernel]:
     kernels: list[Kernel] = []
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        level[node] = max((level[x] for x in inputs), default=0) + _is_product(node)
+        level[node] = max((level[x] + _is_total(x) for x in inputs), default=0) + _is_product(node)
         source[node] = source[inputs[0]] if node.op == "call_function" and inputs and _is_view(node) else node
         if _is_product(node):
             args, kwargs = (tree_map_only(fx.Node, _value, x) for x in (node.args, node.kwargs))
@@ -197,7 +197,8 @@ def fused_kernels(graph: fx.Graph, keys_per_query: float) -> list[Kernel]:
             computed.append(node)
     readers = {node: set(_readers(node, source)) for node in computed}
     for node in reversed(computed):
-        level[node] = min((level[x] - _is_product(x) for x in readers[node] if x.op != "output"), default=level[node])
+        after = [level[x] - _is_product(x) for x in readers[node] if x.op != "output"]
+        level[node] = min(after) - _is_total(node) if after else level[node]
     group = {node: node for node in computed}  # leads to a representative of the kernel
 
     def root(node: fx.Node) -> fx.Node:
@@ -225,6 +226,12 @@ def fused_kernels(graph: fx.Graph, keys_per_query: float) -> list[Kernel]:
 def _is_product(node: fx.Node) -> bool:
     packet = getattr(node.target, "overloadpacket", None)
     return packet in _PRODUCTS or packet in _ATTENTION
+
+
+def _is_total(node: fx.Node) -> bool:
+    """Return whether a node reduces a tensor to one number."""
+    sizes = [_value(x).numel() for x in (node, *node.all_input_nodes) if isinstance(_value(x), Tensor)]
+    return node.op == "call_function" and sizes[:1] == [1] and max(sizes) > 1
 
 
 def _is_view(node: fx.Node) -> bool:

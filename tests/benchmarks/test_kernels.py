@@ -78,5 +78,10 @@ def test_a_kernel_does_not_wait_for_itself() -> None:
     assert {first.bytes, second.bytes} == {2 * 128, 3 * 128}
 
 
+def test_what_needs_a_reduction_to_one_number_is_a_kernel_apart() -> None:
+    scale, apply = kernels(lambda x: x / x.abs().max(), (4, 8), compiled=True)
+    assert {scale.bytes, apply.bytes} == {128 + 4, 128 + 4 + 128}
+
+
 def test_unconnected_operations_are_kernels_apart() -> None:
     assert [k.bytes for k in kernels(lambda x, y: (x + 1, y + 1), (4,), (2,), compiled=True)] == [32, 16]
