@@ -86,8 +86,12 @@ class Budget(L.Callback):
     ) -> None:
         limits = {"max_tokens": max_tokens, "max_steps": max_steps, "max_epochs": max_epochs}
         if sum(limit is not None for limit in limits.values()) != 1:
-            stated = ", ".join(f"budget.{name} ({limit})" for name, limit in limits.items())
-            raise UserError(f"set one of {stated}")
+            stated = [f"budget.{name} {limit}" for name, limit in limits.items() if limit is not None]
+            raise UserError(
+                f"{' and '.join(stated)} contradict each other; keep one and set the other to null"
+                if stated
+                else f"set one of {', '.join(f'budget.{name}' for name in limits)}"
+            )
         for name, limit in limits.items():
             check_range(f"budget.{name}", limit, "[1, inf)")
         check_range("budget.val_every_n_steps", val_every_n_steps, "[1, inf)")

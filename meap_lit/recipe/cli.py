@@ -253,7 +253,7 @@ class RecipeCLI:
             trainer = RunTrainer(**options)
         except UserError:
             raise
-        except (TypeError, ValueError) as error:  # from Lightning, about its own arguments
+        except (TypeError, ValueError, MisconfigurationException) as error:  # from Lightning, about its own arguments
             raise UserError(f"trainer: {error}") from error
         opening.hold_back(trainer)
         # callbacks that may find nothing to train come before those that need a logger

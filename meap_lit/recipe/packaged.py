@@ -128,5 +128,7 @@ def _matches(asked: str) -> Iterator[str]:
     wanted = (path.relative_to(root()) if path.is_relative_to(root()) else path).as_posix()
     found = [name for name in names() if name == wanted or name.startswith(f"{wanted}/")]
     if not found:
-        raise UserError(f"no recipe {asked}; `meap-lit recipes` lists those of this package")
+        near = nearest(asked)
+        hint = f"did you mean {near}?" if near else "`meap-lit recipes` lists those of this package"
+        raise UserError(f"no recipe {asked}; {hint}")
     yield from found

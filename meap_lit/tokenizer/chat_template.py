@@ -77,7 +77,9 @@ class ChatTemplate:
         if name == "tokenizer":
             source = _default_template(tokenizer)
             if source is None:
-                raise UserError(f"tokenizer {tokenizer.path} has no chat_template; name a template: {', '.join(NAMED)}")
+                raise UserError(
+                    f"tokenizer {tokenizer.path} has no chat_template; name a template (--template): {', '.join(NAMED)}"
+                )
             return cls(name, source, tokenizer)
         if name not in NAMED:
             known = f"tokenizer (its own chat_template), {', '.join(NAMED)}, or a file that ends in .jinja"

@@ -28,9 +28,16 @@ def test_tokens_become_whole_steps_and_are_never_exceeded():
     assert Budget(max_steps=7).steps(data(10, seq_len=100)) == 7
 
 
-@pytest.mark.parametrize("arguments", [{}, {"max_tokens": 5, "max_steps": 5}, {"max_epochs": 1, "max_steps": 5}])
-def test_exactly_one_budget_is_stated(arguments):
-    with pytest.raises(UserError, match=r"set one of budget.max_tokens \(.*\), .*max_steps \(.*\), .*max_epochs"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "set one of budget.max_tokens, budget.max_steps, budget.max_epochs"),
+        ({"max_tokens": 5, "max_steps": 6}, "budget.max_tokens 5 and budget.max_steps 6 contradict each other"),
+        ({"max_epochs": 1, "max_steps": 6}, "budget.max_steps 6 and budget.max_epochs 1 contradict each other"),
+    ],
+)
+def test_exactly_one_budget_is_stated(arguments, message):
+    with pytest.raises(UserError, match=message):
         Budget(**arguments)
 
 

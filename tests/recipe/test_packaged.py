@@ -106,6 +106,8 @@ def test_recipes_are_copied_and_nothing_is_overwritten(elsewhere, capsys):
     assert not Path("recipes/eval").exists()
     assert main(["recipes", "copy", "recipes/none"]) == 2
     assert capsys.readouterr().err == "error: no recipe recipes/none; `meap-lit recipes` lists those of this package\n"
+    assert main(["recipes", "copy", "quickstart.yaml"]) == 2
+    assert capsys.readouterr().err == "error: no recipe quickstart.yaml; did you mean recipes/quickstart.yaml?\n"
 
 
 def test_everything_is_copied_if_nothing_is_named(elsewhere, capsys):

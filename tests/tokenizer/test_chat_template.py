@@ -458,7 +458,7 @@ def test_no_such_template(byte_tokenizer, tokenizer):
     ):
         ChatTemplate.load("vicuna", byte_tokenizer)
     with pytest.raises(
-        UserError, match=r"^tokenizer \S+ has no chat_template; name a template: alpaca, llama3, chatml,"
+        UserError, match=r"^tokenizer \S+ has no chat_template; name a template \(--template\): alpaca, llama3, chatml,"
     ):
         ChatTemplate.load("tokenizer", byte_tokenizer)
     expected = (

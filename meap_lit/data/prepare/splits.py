@@ -55,6 +55,11 @@ class SplitWriter:
         self._release("val" if without_val else "train")
         if self._writers["train"].num_documents == 0:
             count = self._writers["val"].num_documents
+            if count == 1:
+                raise UserError(
+                    f"the input has one sample, and val_share {self._val_share:g} holds one out at least; divide it "
+                    f"into several (files, or lines of a .jsonl), or set val_share to 0 for no validation split"
+                )
             raise UserError(
                 f"no document is left to train on: the validation split took {count} of {count}; "
                 f"lower val_share, got {self._val_share:g}, or set it to 0 for no validation split"

@@ -263,7 +263,7 @@ def test_no_validation_split_if_none_is_asked(tmp_path, tokenizer_folder):
 
 def test_nothing_left_to_train_on(tmp_path, tokenizer_folder):
     source = write_jsonl(tmp_path / "in.jsonl", ["only one"])
-    with pytest.raises(UserError, match=r"the validation split took 1 of 1; lower val_share, got 0.01, or set it to 0"):
+    with pytest.raises(UserError, match=r"the input has one sample, and val_share 0.01 holds one out at least"):
         prepare(tmp_path / "out", source, tokenizer_folder, val_share=0.01)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
