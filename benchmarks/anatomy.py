@@ -7,9 +7,9 @@ for packed documents, `foreach` for the clipping. `kernels.py` says what one ker
 The model of the time: a kernel takes the larger of bytes / 4.8 TB/s (the memory of an H200) and FLOPs / 790 TFLOP/s
 (the most that dense products in bfloat16 reach on it), attention included, and kernels run one after another. Launches,
 the host, communication and data take no time, and every kernel reads from memory. So the times are close to lower
-bounds for these kernels, and comparisons of two versions are worth more than the times themselves. FLOPs are those of
-`torch.utils.flop_counter`; attention counts the half of the square that a causal kernel computes, and in the backward
-five products. MFU is defined as in `step.py`: the causal half is not discounted.
+bounds for these kernels, and comparisons of two versions are worth more than the times themselves. Attention counts the
+half of the square that a causal kernel computes, and in the backward five products. MFU is defined as in `step.py`: the
+causal half is not discounted.
 
     python -m benchmarks.anatomy                          # all cases, two minutes
     python -m benchmarks.anatomy --case 1.1b --top 20     # and the kernels that take most time

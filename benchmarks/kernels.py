@@ -23,10 +23,10 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.nn.attention import varlen  # noqa: F401  (registers the operations)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._scaled_mm}
+_PRODUCTS = {aten.mm: 0, aten.addmm: 1, aten.bmm: 0, aten.baddbmm: 1, aten._scaled_mm: 0}
+"""Position of the first factor; the second is next."""
 _ATTENTION = {
     aten._scaled_dot_product_flash_attention: (0, 4),
     aten._scaled_dot_product_flash_attention_backward: (1, 10),
@@ -123,9 +123,9 @@ def kernel_of(func: Any, args: Any, kwargs: Any, result: Any, keys_per_query: fl
     packet = func.overloadpacket
     if _is_free(func):
         return None
-    tensors = _tensors([args, kwargs])
+    tensors = _tensors([args, {name: value for name, value in kwargs.items() if name != "out"}])
     written = _written(func, args, kwargs)
-    results = [x for x in _tensors(result) if all(x is not other for other in tensors)]
+    results = [x for x in _tensors(result) if all(x is not other for other in (*tensors, *written))]
     if not written and not results:
         return None
     read, written_bytes = sum(map(_nbytes, tensors)), sum(map(_nbytes, [*written, *results]))
@@ -137,9 +137,7 @@ def kernel_of(func: Any, args: Any, kwargs: Any, result: Any, keys_per_query: fl
         read, written_bytes = sum(map(_nbytes, tensors[1:])), _nbytes(tensors[1])
     elif packet is aten._fused_adamw_:  # declares gradients as written, for the case of a loss scale
         written_bytes -= sum(map(_nbytes, args[1]))
-    return Kernel(
-        str(packet).split(".")[-1], read + written_bytes, _flops(packet, args, kwargs, result, keys_per_query)
-    )
+    return Kernel(str(packet).split(".")[-1], read + written_bytes, _flops(packet, args, keys_per_query))
 
 
 def _is_free(func: Any) -> bool:
@@ -153,15 +151,19 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return _tensors([values.get(name) for name in mutable])
 
 
-def _flops(packet: Any, args: Any, kwargs: Any, result: Any, keys_per_query: float) -> int:
+def _flops(packet: Any, args: Any, keys_per_query: float) -> int:
     if packet in _ATTENTION:
         position, factor = _ATTENTION[packet]
         return round(factor * args[position].numel() * keys_per_query)
-    return flop_registry[packet](*args, **kwargs, out_val=result) if packet in _PRODUCTS else 0
+    if packet in _PRODUCTS:
+        first, second = args[_PRODUCTS[packet] :][:2]
+        return int(2 * first.numel() * second.size(-1))
+    return 0
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+    """Return the tensors in nested values, each once."""
+    return list({id(x): x for x in tree_leaves(values) if isinstance(x, Tensor)}.values())
 
 
 def _nbytes(x: Tensor) -> int:

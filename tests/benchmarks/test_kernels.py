@@ -40,6 +40,8 @@ def test_a_linear_layer_is_one_product() -> None:
         (lambda x: x[:1].expand(4, 4) * x, [16 + 64 + 64]),  # an expanded row is one row
         (lambda x: x.bfloat16(), [64 + 32]),
         (lambda x: torch.relu(x) + x, [2 * 64, 3 * 64]),
+        (lambda x: x * x, [2 * 64]),
+        (lambda x: torch.addmm(x, x.T, x[0:4], out=x), [4 * 64]),  # three are read
         (lambda x: torch._foreach_mul_([x, x[0]], 2), [2 * (64 + 16)]),  # one launch
         (lambda x: x[torch.zeros(2, dtype=torch.int64)], [2 * 32 + 16, 16]),  # two rows and their numbers
     ],
