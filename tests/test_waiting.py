@@ -44,12 +44,14 @@ def check(unlogged, logged, makes_tensors=False):
 @on_devices
 def test_pretraining(toy_recipe, mixed, device):
     options = ["--model.protect", "[eos]", "--model.span_len", "2", "--trainer.accelerator", device]
+    options += ["--model.compile", "false"]  # nothing is compiled under the modes that record
     check(*waits_of(toy_recipe, *mixed, *options))
 
 
 @on_devices
 def test_fine_tuning_in_bf16_with_adapters(toy_sft_recipe, device):
     options = ["--model.lora.rank", "2", "--trainer.precision", "bf16-mixed", "--trainer.accelerator", device]
+    options += ["--model.compile", "false"]
     check(*waits_of(toy_sft_recipe, *options))
 
 
