@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from meap_lit.model.compiled import own
+
 
 class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm over the last dimension; see `rms_norm`."""
@@ -39,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer would multiply `x`: that of autocast, if it is on."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # which raises for devices without autocast
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
@@ -53,7 +55,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rrms = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # [..., 1]
         ctx.save_for_backward(x, weight, rrms)
-        return (wide * rrms).mul_(weight).to(dtype)
+        return own((wide * rrms).mul_(weight).to(dtype))
 
     @staticmethod
     @once_differentiable

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from meap_lit.model.compiled import own
 from meap_lit.model.config import DecoderConfig, RopeScaling
 
 
@@ -82,7 +83,7 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
+        return own(_rotate(x, cos, sin, 1))
 
     @staticmethod
     @once_differentiable
