@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from meap_lit.callbacks.throughput import peak_flops
 from meap_lit.errors import UserError
 from meap_lit.masking import mask_inputs
-from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
+from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.model.config import vocab_rows
 from meap_lit.model.float8 import use_float8
 from meap_lit.model.recompute import checkpoint_and_compile
@@ -201,7 +201,7 @@ class TrainingStep:
     def loss(self, input_ids: Tensor) -> Tensor:
         """Mean loss of the batch's labels, scalar, for inputs [B, T]."""
         assert isinstance(self.model, Decoder)
-        return linear_cross_entropy(self.model(input_ids), self.model.lm_head.weight, self.labels) / self.labels.numel()
+        return self.model.lm_head.loss(self.model(input_ids), self.labels)[0] / self.labels.numel()
 
     def mask(self, mask_ratio: float) -> Tensor:
         """The batch's inputs, masked as at the present step, [B, T]."""

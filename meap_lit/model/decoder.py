@@ -11,6 +11,7 @@ from meap_lit.model.attention import Attend, Documents, attention_within, causal
 from meap_lit.model.config import DecoderConfig
 from meap_lit.model.init import init_parameter_
 from meap_lit.model.kv_cache import KVCache
+from meap_lit.model.loss import linear_cross_entropy_of_rows
 from meap_lit.model.norm import RMSNorm
 from meap_lit.model.rope import apply_rope, rope_angles
 from meap_lit.model.swiglu import swiglu
@@ -68,8 +69,20 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Head(nn.Linear):
+    """Map hidden states to logits, or straight to their loss."""
+
+    def loss(self, hidden: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the summed loss and that of each row, see `linear_cross_entropy_of_rows`.
+
+        A method of the module whose weight it reads, so that a strategy that shards the weight can gather it around
+        the call.
+        """
+        return linear_cross_entropy_of_rows(hidden, self.weight, labels, positions)
+
+
 class Decoder(nn.Module):
-    """Map token ids to hidden states; the head is a separate call, so a loss does not need all logits at once."""
+    """Map token ids to hidden states; the head is a separate call, since a loss does not need all logits at once."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -78,7 +91,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

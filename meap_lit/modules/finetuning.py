@@ -7,7 +7,6 @@ from torch import Tensor
 
 from meap_lit.data.stream.chat import PackedBatch
 from meap_lit.hf.weights import token_ids
-from meap_lit.model.loss import linear_cross_entropy_of_rows
 from meap_lit.modules.base import DecoderModule
 from meap_lit.modules.log_steps import ends_step, host_number, is_logged
 
@@ -67,7 +66,7 @@ class MEAPFineTuning(DecoderModule):
         """Return the summed loss, scalar, and the loss of every position for the log, [B, T]."""
         assert self.decoder is not None
         hidden = self.decoder(batch["input_ids"], batch["position_ids"], batch["documents"])  # [B, T, D]
-        return linear_cross_entropy_of_rows(hidden, self.decoder.lm_head.weight, batch["labels"])
+        return self.decoder.lm_head.loss(hidden, batch["labels"], batch["label_positions"])
 
     def _log_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Log the losses of the whole optimizer step, at its last micro-batch. Nothing here waits for the GPU."""

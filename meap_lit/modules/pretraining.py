@@ -10,7 +10,6 @@ from meap_lit.data.stream.text import TextBatch
 from meap_lit.errors import UserError, check_range
 from meap_lit.masking import check_ratio, mask_inputs, rare_ids
 from meap_lit.masking.schedules import Constant, MaskSchedule
-from meap_lit.model import linear_cross_entropy
 from meap_lit.modules.base import DecoderModule
 from meap_lit.modules.log_steps import ends_step, host_number, is_logged
 
@@ -132,7 +131,7 @@ class MEAPPretraining(DecoderModule):
     def _summed_loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         assert self.decoder is not None
         hidden = self.decoder(input_ids)  # [B, T, D]
-        return linear_cross_entropy(hidden, self.decoder.lm_head.weight, labels)
+        return self.decoder.lm_head.loss(hidden, labels)[0]
 
     def _log_step(self, loss: Tensor, input_mask: Tensor, batch_idx: int) -> None:
         """Log the mean loss of the whole optimizer step, at its last micro-batch. Nothing here waits for the GPU."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meap_lit.model import Decoder, DecoderConfig, Documents, linear_cross_entropy
+from meap_lit.model import Decoder, DecoderConfig, Documents
 from meap_lit.model.lora import LoRA, add_lora
 from meap_lit.model.recompute import checkpoint_and_compile
 
@@ -103,7 +103,7 @@ def run_step(
             with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
                 hidden = decoder(input_ids, position_ids, documents)
                 forward = count.live - count.casts
-                loss = linear_cross_entropy(hidden, decoder.lm_head.weight, input_ids) / input_ids.numel()
+                loss = decoder.lm_head.loss(hidden, input_ids)[0] / input_ids.numel()
             del hidden
             copies, loss_peak = count.casts, count.start_phase()
             loss.backward()

@@ -24,6 +24,7 @@ from meap_lit.checkpoint.source import open_source
 from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.model import Decoder, DecoderConfig, float8
+from meap_lit.model.decoder import Head
 from meap_lit.model.float8 import use_float8
 from meap_lit.model.lora import PROJECTIONS
 from meap_lit.model.recompute import checkpoint_and_compile
@@ -80,7 +81,7 @@ def test_the_projections_of_the_blocks_are_replaced_and_parameters_stay():
     use_float8(plain, CPU, emulate=True)
     replaced = [name for name, module in plain.named_modules() if isinstance(module, Float8Linear)]
     assert sorted(name.split(".")[-1] for name in replaced) == sorted(2 * PROJECTIONS)
-    assert type(plain.lm_head) is nn.Linear
+    assert type(plain.lm_head) is Head
     after = dict(plain.named_parameters())
     assert list(after) == list(before)
     assert all(after[name] is parameter for name, parameter in before.items())

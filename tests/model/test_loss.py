@@ -29,7 +29,7 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Limits a piece to 100 logits; the sizes of the pieces that were taken are appended to the list."""
-    monkeypatch.setattr(loss, "MAX_LOGITS", 100)
+    monkeypatch.setattr(loss, "piece_rows", lambda vocab_size: max(1, 100 // vocab_size))
     sizes: list[int] = []
     log_softmax = F.log_softmax
 
@@ -105,6 +105,59 @@ def test_rows_are_those_of_plain_cross_entropy(dtype: torch.dtype, pieces: list[
     gradients = torch.autograd.grad(total, (hidden, weight))
     for ours, theirs in zip(gradients, torch.autograd.grad(alone, (hidden, weight)), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "expected"), [(2048, 16384), (32_064, 1024), (50_257, 1024), (128 * 1024, 1024), (100, 335_360)]
+)
+def test_a_piece_is_large_enough_for_a_large_vocabulary(vocab_size: int, expected: int) -> None:
+    assert loss.piece_rows(vocab_size) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_piece_takes_its_softmax_in_parts(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """7 rows are one piece of a product, and three parts of at most 60 logits in the softmax."""
+    hidden, weight, labels = inputs((7,), 8, 20, dtype)
+    labels[::3] = IGNORE_INDEX
+    leaves = hidden, weight
+    whole, rows = linear_cross_entropy_of_rows(hidden, weight, labels)
+    whole_gradients = torch.autograd.grad(whole, leaves)
+    parts: list[torch.Size] = []
+    monkeypatch.setattr(loss, "MAX_LOGITS", 60)
+    with RecordShapes(parts):
+        total, rows_of_parts = linear_cross_entropy_of_rows(hidden, weight, labels)
+    assert parts.count(torch.Size([7, 20])) == 1, "the products were taken in parts"
+    assert torch.Size([3, 20]) in parts, "the softmax was not"
+    torch.testing.assert_close(rows_of_parts, rows)
+    for gradient, expected in zip(torch.autograd.grad(total, leaves), whole_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_rows_without_label_are_left_out_where_their_places_are_given(pieces: list[int]) -> None:
+    hidden, weight, labels = inputs((3, 7), 8, 20, torch.float64)
+    labels[labels % 3 > 0] = IGNORE_INDEX
+    positions = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    assert 5 < len(positions) < 16
+    leaves = hidden, weight
+    total, rows = linear_cross_entropy_of_rows(hidden, weight, labels, positions)
+    assert sum(pieces) == len(positions)
+    expected, expected_rows = linear_cross_entropy_of_rows(hidden, weight, labels)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(rows, expected_rows)
+    theirs = torch.autograd.grad(expected, leaves)
+    for gradient, wanted in zip(torch.autograd.grad(total, leaves), theirs, strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_no_places_at_all() -> None:
+    hidden, weight, labels = inputs((3, 7), 8, 20, torch.float32)
+    total, rows = linear_cross_entropy_of_rows(hidden, weight, labels, torch.empty(0, dtype=torch.int64))
+    total.backward()
+    assert total.item() == 0
+    assert rows.shape == labels.shape
+    assert not rows.any()
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 def test_rows_without_grad_mode() -> None:
@@ -215,7 +268,7 @@ def test_bf16_autocast_is_as_close_as_plain_autocast(pieces: list[int]) -> None:
 
 def test_bf16_head_gradient_accumulates_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Summed in bfloat16, 512 pieces of one row each would lose most of their small terms."""
-    monkeypatch.setattr(loss, "MAX_LOGITS", 1)
+    monkeypatch.setattr(loss, "piece_rows", lambda vocab_size: 1)
     hidden, weight, labels = inputs((512,), 16, 8, torch.bfloat16)
     (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), weight)
     (exact,) = torch.autograd.grad(plain(hidden.double(), weight.double(), labels), weight)
@@ -291,19 +344,20 @@ def test_live_bytes_are_counted() -> None:
     assert (live.peak, live.held()) == (804, 0)
 
 
-@pytest.mark.parametrize(("width", "autocast"), [(4096, False), (4096, True)])
-def test_a_large_vocabulary_takes_less_than_two_gigabytes(width: int, autocast: bool) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_large_vocabulary_takes_less_than_two_gigabytes(autocast: bool) -> None:
     """128K entries and 8 x 4,096 tokens, beside weights and their gradients; sizes only, nothing is computed."""
-    vocab, tokens = 128 * 1024, 8 * 4096
+    vocab, tokens, width = 128 * 1024, 8 * 4096, 4096
+    dtype = torch.bfloat16 if autocast else torch.float32  # as the final norm returns it
     with FakeTensorMode():
-        hidden = torch.empty(tokens, width, requires_grad=True)
+        hidden = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
         weight = torch.empty(vocab, width, requires_grad=True)
         labels = torch.empty(tokens, dtype=torch.int64)
         with LiveBytes() as live, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             gradients = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels) / tokens, (hidden, weight))
         assert live.held() == sum(gradient.nbytes for gradient in gradients)
     beyond = live.peak - 4 * width * vocab
-    assert 4 * width * tokens < beyond < 2e9
+    assert hidden.nbytes < beyond < 2e9
 
 
 @pytest.mark.parametrize("scaled", [False, True])

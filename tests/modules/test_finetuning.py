@@ -151,7 +151,8 @@ def test_ratio_zero_is_plain_fine_tuning_bit_for_bit(prepared, chat, tmp_path, l
         for group in adamw.param_groups:
             group["lr"] = OPTIMIZER.lr * OPTIMIZER.lr_factor(step, 6)
         hidden = plain(input_ids, position_ids, Documents.of_rows(lengths, 400))
-        loss = linear_cross_entropy(hidden, plain.lm_head.weight, labels) / (labels != IGNORE_INDEX).sum()
+        positions = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+        loss = linear_cross_entropy(hidden, plain.lm_head.weight, labels, positions) / len(positions)
         adamw.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)

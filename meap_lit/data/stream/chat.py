@@ -16,11 +16,13 @@ from meap_lit.model.loss import IGNORE_INDEX
 
 
 class PackedBatch(TypedDict):
-    """Packed rows; tensors are [B, T].
+    """Packed rows; tensors are [B, T] where nothing else is said.
 
     Attributes:
         input_ids: Token ids, int64.
         labels: Target of each position, int64; `IGNORE_INDEX` where nothing is learned.
+        label_positions: Places of the supervised positions in the flattened labels, [S], int64. Only these go through
+            the head; their number is known on the host, so no device is asked for it.
         position_ids: Positions within each document, int64.
         in_copy: Whether a position belongs to a masked copy, bool.
         documents: Which runs of tokens attend among themselves.
@@ -33,6 +35,7 @@ class PackedBatch(TypedDict):
 
     input_ids: Tensor
     labels: Tensor
+    label_positions: Tensor
     position_ids: Tensor
     in_copy: Tensor
     documents: Documents
@@ -92,6 +95,7 @@ class RowReader:
         return PackedBatch(
             input_ids=input_ids,
             labels=labels,
+            label_positions=(labels.flatten() != IGNORE_INDEX).nonzero()[:, 0],
             position_ids=position_ids,
             in_copy=in_copy,
             documents=Documents.of_rows([[len(document) for document in row] for row in documents], self.seq_len),
