@@ -13,6 +13,7 @@ from meap_lit.model.init import init_parameter_
 from meap_lit.model.kv_cache import KVCache
 from meap_lit.model.loss import linear_cross_entropy_of_rows
 from meap_lit.model.norm import RMSNorm
+from meap_lit.model.precision import residual
 from meap_lit.model.rope import apply_rope, rope_angles
 from meap_lit.model.swiglu import swiglu
 
@@ -130,7 +131,7 @@ class Decoder(nn.Module):
         cos, sin = rope_angles(self.config, position_ids)  # [..., T, head_dim]
         if cos.dim() == 3:
             cos, sin = cos[:, None], sin[:, None]  # [B, 1, T, head_dim], the same for all heads
-        x = self.embed_tokens(input_ids)  # [B, T, D]
+        x = residual(self.embed_tokens(input_ids))  # [B, T, D]
         for layer, attend in zip(self.layers, attention, strict=True):
             x = layer(x, cos, sin, attend)
         return self.norm(x)

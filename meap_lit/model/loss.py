@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from meap_lit.model.norm import matmul_dtype
+from meap_lit.model.precision import matmul_dtype
 
 IGNORE_INDEX = -100
 """Label of a position that is not supervised, as in `torch.nn.functional.cross_entropy`."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from meap_lit.model.compiled import own
+from meap_lit.model.precision import matmul_dtype
 
 
 class RMSNorm(nn.RMSNorm):
@@ -33,16 +34,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         [..., D], in the autocast dtype, if autocast is on, else in that of `x`.
     """
     dtype = matmul_dtype(x)
-    if x.is_cuda:  # one kernel, if the dtypes are the same; autocast would round the weight as it does those of linears
+    weight = weight.to(dtype)
+    if x.is_cuda:  # one kernel, if the dtypes are the same
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(dtype)
     return _RMSNorm.apply(x, weight, eps, dtype)
-
-
-def matmul_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a linear layer would multiply `x`: that of autocast, if it is on."""
-    device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)  # which raises for devices without autocast
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -6,15 +6,22 @@ device is never held as a whole (PyTorch's FSDP2 and DTensor; pytorch/torchtitan
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -56,14 +63,35 @@ def shard(
         _split_products(decoder, tensor_mesh)
     options: dict[str, Any] = {
         "mesh": data_mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
+        # the residual stream and the rotation angles stay in float32, as on one device
+        "mp_policy": MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False),
     }
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=data_mesh.device_type == "cuda")
-    for block in blocks_of(decoder):
-        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
-    # the loss reads the head after the forward has ended, so what is left to the root stays gathered until the backward
-    fully_shard(decoder, reshard_after_forward=False, **options)
+    units = list(_sharded_units(decoder, reshard_after_forward, options))
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+    fully_shard(decoder, reshard_after_forward=False, **options)  # the final norm, and a weight that is tied
+
+
+def _sharded_units(decoder: Decoder, reshard_after_forward: bool, options: dict[str, Any]) -> Iterator[FSDPModule]:
+    """Shard the parts of `decoder` that are gathered one at a time, and return them in the order of the forward.
+
+    A tied weight is that of the first and of the last of them. It is left to the root, which stays gathered.
+    """
+    tied = decoder.config.tie_embeddings
+    if not tied:
+        embedding = fully_shard(decoder.embed_tokens, reshard_after_forward=reshard_after_forward, **options)
+        embedding.set_unshard_in_backward(False)  # its backward does not read the weight
+        yield embedding
+    *others, last = blocks_of(decoder)
+    for block in others:
+        yield fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+    yield fully_shard(last, reshard_after_forward=False, **options)  # its backward comes first
+    if not tied:  # the loss forms the gradient of the head, which is reduced while the blocks compute theirs
+        head = fully_shard(decoder.lm_head, reshard_after_forward=False, **options)
+        register_fsdp_forward_method(decoder.lm_head, "loss")
+        yield head
 
 
 def _split_products(decoder: Decoder, mesh: DeviceMesh) -> None:

@@ -1,10 +1,12 @@
 """The Trainer's strategy that shards one model over devices, and the number of devices that a launcher started."""
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -18,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from meap_lit.checkpoint.folder import StoredCheckpoint, write
@@ -43,6 +46,8 @@ class Sharded(ModelParallelStrategy):
         param_dtype: Dtype in which weights are gathered and used; if not given, bfloat16 with trainer.precision
             bf16-mixed (autocast would keep a copy of its own of every block), else their own.
         reduce_dtype: Dtype in which gradients are reduced; float32 if not given.
+        reduce_each_micro_batch: Reduce gradients after each micro-batch of a step. Without it they are reduced once a
+            step: less traffic, but each device holds those of the whole model in `reduce_dtype`.
         cpu_offload: Keep parameters, gradients and optimizer states in the host's memory, where the optimizer steps
             too; blocks come to the device when they are gathered. Slow: for models that fit in no other way.
         timeout_minutes: How long a device waits for the others before it gives up.
@@ -55,6 +60,7 @@ class Sharded(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         param_dtype: Dtype | None = None,
         reduce_dtype: Dtype | None = None,
+        reduce_each_micro_batch: bool = True,
         cpu_offload: bool = False,
         timeout_minutes: float = 30.0,
     ) -> None:
@@ -64,6 +70,7 @@ class Sharded(ModelParallelStrategy):
         self.reshard_after_forward = reshard_after_forward
         self.param_dtype = param_dtype
         self.reduce_dtype = reduce_dtype
+        self.reduce_each_micro_batch = reduce_each_micro_batch
         self.cpu_offload = cpu_offload
         self.timeout_minutes = timeout_minutes
         self.saving_group: ProcessGroup | None = None
@@ -83,6 +90,19 @@ class Sharded(ModelParallelStrategy):
             (self._data_parallel_size // self._shard_size, self._shard_size, self.tensor_parallel_size),
             mesh_dim_names=("replicate", "shard", "tensor"),
         )
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Leave out of a backward what only the last micro-batch of a step needs; Lightning calls it for the others.
+
+        That is the sum over copies of the weights (HSDP), and the sum over shards if it is wanted once a step.
+        """
+        assert self.lightning_module is not None
+        decoder = cast(FSDPModule, self.lightning_module.decoder)
+        decoder.set_requires_gradient_sync(self.reduce_each_micro_batch)  # first: it sets the other, too
+        decoder.set_requires_all_reduce(False)
+        yield
+        decoder.set_requires_gradient_sync(True)
 
     def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
         """Return the state by parameters' names; Lightning numbers them in another order than the groups have."""

@@ -216,7 +216,7 @@ class Plan:
             ("parameters", memory.parameters),
             ("gradients", memory.gradients),
             ("optimizer states", memory.optimizer),
-            ("DDP's buckets", memory.buckets),
+            ("gradients of all shards" if self.step.devices.fsdp else "DDP's buckets", memory.buckets),
             ("gathered weights", memory.gathered),
             ("weights as autocast casts them", memory.copies),
             (f"activations kept (activation_checkpointing {checkpointing})", memory.activations),

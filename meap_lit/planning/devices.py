@@ -26,6 +26,7 @@ class Devices:
         reshard_after_forward: Gathered blocks are freed between forward and backward.
         param_dtype: Dtype of gathered weights; their own if not given.
         reduce_dtype: Dtype in which gradients are reduced; that of the gathered weights if not given.
+        reduce_each_micro_batch: Gradients are reduced after each micro-batch, not once a step.
         cpu_offload: Parameters, gradients and optimizer states are in the host's memory.
         buckets: DDP reduces gradients in buckets that stay allocated: a `copy` of the gradients, or a `view`, in which
             the gradients are once they are reduced.
@@ -38,6 +39,7 @@ class Devices:
     reshard_after_forward: bool = True
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+    reduce_each_micro_batch: bool = True
     cpu_offload: bool = False
     buckets: Literal["copy", "view"] | None = None
 
@@ -92,6 +94,7 @@ def devices_of(trainer: Namespace) -> Devices:
         reshard_after_forward=options["reshard_after_forward"],
         param_dtype=gathered_dtype(options["param_dtype"], precision(trainer.precision)),
         reduce_dtype=getattr(torch, options["reduce_dtype"] or "float32"),
+        reduce_each_micro_batch=options["reduce_each_micro_batch"],
         cpu_offload=options["cpu_offload"],
     )
 

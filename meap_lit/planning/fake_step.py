@@ -70,7 +70,7 @@ def run_step(
     autocast: bool,
     activation_checkpointing: Checkpointing,
     lora: LoRA | None,
-    new_root_gradients: bool,
+    fsdp: bool,
 ) -> StepBytes:
     """Run forward, loss and backward of one micro-batch on fake tensors.
 
@@ -83,8 +83,8 @@ def run_step(
         autocast: Multiply in bfloat16 (bf16-mixed).
         activation_checkpointing: As for `DecoderModule`.
         lora: Adapters, if any.
-        new_root_gradients: Gradients of embedding, head and final norm are allocated in the backward and live until
-            its end, as with FSDP2. All others exist before.
+        fsdp: Gradients of embedding, head and final norm are allocated in the backward, as with FSDP2, and live until
+            its end; that of a head of its own only until the blocks begin. All others exist before.
     """
     with FakeTensorMode():
         decoder = Decoder(config)
@@ -92,8 +92,10 @@ def run_step(
             add_lora(decoder, lora)
         for name, parameter in decoder.named_parameters():
             parameter.data = parameter.data.to(dtype or parameter.dtype)
-            if parameter.requires_grad and not (new_root_gradients and "layers." not in name):
+            if parameter.requires_grad and not (fsdp and "layers." not in name):
                 parameter.grad = torch.zeros_like(parameter)
+        if fsdp and not config.tie_embeddings and decoder.lm_head.weight.requires_grad:
+            decoder.lm_head.weight.register_post_accumulate_grad_hook(lambda head: setattr(head, "grad", None))
         checkpoint_and_compile(decoder, activation_checkpointing, compile=False)
         input_ids = torch.zeros(num_rows, seq_len, dtype=torch.int64)
         position_ids = torch.arange(seq_len).repeat(num_rows, 1) if packed else None

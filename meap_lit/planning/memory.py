@@ -21,6 +21,9 @@ from meap_lit.planning.fake_step import Checkpointing, step_bytes
 _BLOCKS = "layers."
 """How the names of parameters of blocks begin; embedding, head and final norm have others."""
 
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+"""A tied head is not among the parameters."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -90,17 +93,20 @@ def optimizer_bytes(trained: Sequence[Tensor], num_shards: int) -> int:
 
 
 def gathered_bytes(parameters: Mapping[str, Tensor], devices: Devices, num_layers: int) -> int:
-    """Return the bytes of the weights that FSDP2 holds gathered (`parallel.sharding.shard`).
+    """Return the bytes of the weights that FSDP2 holds gathered in the backward (`parallel.sharding.shard`).
 
-    Embedding, head and final norm stay gathered. So do all blocks without `reshard_after_forward`; with it, the block
-    at work and the next one.
+    The final norm stays gathered, and a tied embedding. So does everything but the head without
+    `reshard_after_forward`; with it, the block at work and the next one.
     """
     if not devices.fsdp:
         return 0
     sizes = {name: p.numel() * (devices.param_dtype or p.dtype).itemsize for name, p in parameters.items()}
     blocks = sum(size for name, size in sizes.items() if name.startswith(_BLOCKS))
-    num_gathered = min(2, num_layers) if devices.reshard_after_forward else num_layers
-    return sum(sizes.values()) - blocks + blocks * num_gathered // num_layers
+    head = sizes.get(_HEAD, 0)
+    if not devices.reshard_after_forward:
+        return sum(sizes.values()) - head
+    embedding = sizes[_EMBEDDING] if head else 0
+    return sum(sizes.values()) - head - embedding - blocks + blocks * min(2, num_layers) // num_layers
 
 
 def reduced_gradient_bytes(parameters: Iterable[Tensor], devices: Devices, *, computed: bool = True) -> int:
@@ -161,6 +167,8 @@ def memory_of(step: Step) -> Memory:
     # with `view` the gradients are in the buckets, except while micro-batches accumulate
     apart = devices.buckets == "copy" or (devices.buckets == "view" and step.accumulation > 1)
     buckets = gradients if apart else 0
+    if devices.fsdp and not devices.reduce_each_micro_batch and step.accumulation > 1:  # whole, until the last
+        buckets = sum(p.numel() * (devices.reduce_dtype or p.dtype).itemsize for p in trained)
     host = 0
     if devices.cpu_offload:
         host = stored + gradients + optimizer
@@ -175,14 +183,22 @@ def memory_of(step: Step) -> Memory:
         autocast=step.precision == "bf16-mixed",
         activation_checkpointing=step.activation_checkpointing,
         lora=step.lora,
-        new_root_gradients=devices.fsdp,
+        fsdp=devices.fsdp,
     )
-    blocks, embedding = allocated.blocks, allocated.embedding
+    loss, blocks, embedding = allocated.loss, allocated.blocks, allocated.embedding
     if devices.fsdp:
         one_block = [p for name, p in parameters.items() if name.startswith("layers.0.")]
-        root = [p for name, p in parameters.items() if not name.startswith(_BLOCKS)]
-        blocks += reduced_gradient_bytes(one_block, devices)
-        embedding += reduced_gradient_bytes(root, devices, computed=False)
+        head = [p for name, p in parameters.items() if name == _HEAD]
+        root = [p for name, p in parameters.items() if not name.startswith(_BLOCKS) and name != _HEAD]
+        # the head, and the buffer in which it was gathered: FSDP2 frees the last one after the loss
+        loss += 2 * sum(p.numel() * (devices.param_dtype or p.dtype).itemsize for p in head)
+        # the gradient of the head is reduced while the last block computes; that of a block when it has ended, and what
+        # it kept is free
+        ended = allocated.forward // num_layers
+        of_blocks = reduced_gradient_bytes(one_block, devices) - ended
+        blocks += max(of_blocks, reduced_gradient_bytes(head, devices, computed=False))
+        # a tied weight, as large as its gradient, is freed by then
+        embedding = max(embedding, reduced_gradient_bytes(root, devices, computed=bool(head)))
     kept = allocated.forward + allocated.copies
     return Memory(
         parameters=stored,
@@ -192,7 +208,7 @@ def memory_of(step: Step) -> Memory:
         gathered=gathered_bytes(parameters, devices, num_layers),
         activations=allocated.forward,
         copies=allocated.copies,
-        loss=allocated.loss - kept,
+        loss=loss - kept,
         backward=max(blocks, embedding) - kept,
         host=host,
     )

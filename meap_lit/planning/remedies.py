@@ -86,6 +86,8 @@ def _changes(step: Step) -> Iterator[list[Change]]:
         yield [("--config recipes/strategy/fsdp.yaml", sharded)]
     elif devices.fsdp and devices.shard_size < devices.num_replicas:
         yield [("--trainer.strategy.shard_size null", _devices(shard_size=devices.num_replicas))]
+    if devices.fsdp and not devices.reduce_each_micro_batch:
+        yield [("--trainer.strategy.reduce_each_micro_batch true", _devices(reduce_each_micro_batch=True))]
     if devices.fsdp and devices.param_dtype is None and step.precision == "bf16-mixed":
         yield [("--trainer.strategy.param_dtype bfloat16", _devices(param_dtype=torch.bfloat16))]
 

@@ -54,7 +54,7 @@ def test_under_autocast_linears_share_one_result() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = rms_norm(x, weight, 1e-6)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, rms_norm(x, weight, 1e-6).bfloat16())
+    assert torch.equal(y, rms_norm(x, weight.bfloat16().float(), 1e-6).bfloat16())
     saved: list[Tensor] = []
     linears = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(3))
     with (

@@ -84,7 +84,7 @@ def test_pretraining_is_the_same_on_any_devices(toy_recipe, tmp_path, overlay, n
     ("overlay", "num_devices", "options"),
     [
         ("fsdp", 2, []),
-        ("hsdp", 4, ["--trainer.strategy.shard_size", "2"]),
+        ("hsdp", 4, ["--trainer.strategy.shard_size", "2", "--trainer.strategy.reduce_each_micro_batch", "false"]),
         ("fsdp_tp", 4, []),
     ],
 )

@@ -1,15 +1,17 @@
 """What the plan adds for FSDP2, against FSDP2 itself on fake tensors, in a process group without other processes."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from meap_lit.model import Decoder, DecoderConfig, linear_cross_entropy
+from meap_lit.model import Decoder, DecoderConfig
 from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.parallel.sharding import shard
 from meap_lit.planning.devices import Devices
@@ -30,27 +32,42 @@ def mesh(request):
     dist.destroy_process_group()
 
 
+def counted(function, count):
+    """A function of FSDP2 that allocates or frees the memory of a gathered weight, counted."""
+
+    def run(tensor):
+        before = tensor.untyped_storage().nbytes()
+        function(tensor)
+        count._add(tensor.untyped_storage().nbytes() - before, False)
+
+    return run
+
+
 @pytest.mark.parametrize("mesh", [2, 8], indirect=True)
 @pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
-def test_the_peak_is_that_of_fsdp2(mesh, activation_checkpointing):
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_the_peak_is_that_of_fsdp2(mesh, activation_checkpointing, tie_embeddings, monkeypatch):
+    config = replace(CONFIG, tie_embeddings=tie_embeddings)
     dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        decoder = Decoder(CONFIG)
+        decoder = Decoder(config)
         checkpoint_and_compile(decoder, activation_checkpointing, compile=False)
         shard(decoder, mesh, **dtypes)
         input_ids = torch.zeros(ROWS, SEQ_LEN, dtype=torch.int64)
         with _CountBytes([parameter.to_local().detach() for parameter in decoder.parameters()]) as count:
+            for name in ("alloc_storage", "free_storage"):
+                monkeypatch.setattr(_fsdp_param, name, counted(getattr(_fsdp_param, name), count))
             for _ in range(2):  # in the second micro-batch gradients accumulate
                 with torch.autocast("cpu", torch.bfloat16):
                     hidden = decoder(input_ids)
-                    loss = linear_cross_entropy(hidden, decoder.lm_head.weight, input_ids)
+                    loss, _ = decoder.lm_head.loss(hidden, input_ids)
                 del hidden
                 forward = count.start_phase()
                 loss.backward()
                 backward = max(count.before_embedding, count.start_phase())
     devices = Devices(mesh.size(), shard_size=mesh.size(), fsdp=True, **dtypes)
     memory = memory_of(
-        Step(CONFIG, ROWS * SEQ_LEN, SEQ_LEN, activation_checkpointing=activation_checkpointing, devices=devices)
+        Step(config, ROWS * SEQ_LEN, SEQ_LEN, activation_checkpointing=activation_checkpointing, devices=devices)
     )
     kept = memory.gradients + memory.gathered + memory.activations + memory.copies
     assert kept + memory.loss == pytest.approx(forward, rel=0.1)

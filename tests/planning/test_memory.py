@@ -148,16 +148,18 @@ def test_shards_are_cut_along_the_first_dimension_and_rounded_up():
     assert optimizer_bytes(parameters, 4) == 2 * 3 * 3 * 4 + 4
 
 
-def test_gathered_are_the_root_two_blocks_and_in_the_backward_the_gradient_of_one():
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_gathered_are_the_root_two_blocks_and_in_the_backward_the_gradient_of_one(tie_embeddings):
     block = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64 + 2 * 64
-    root = 2 * 128 * 64 + 64
+    embedding = 128 * 64
+    root = 64 + embedding * tie_embeddings
     devices = Devices(number=4, shard_size=4, fsdp=True)
-    step = replace(TOY_STEP, devices=devices)
+    step = replace(TOY_STEP, decoder=replace(TOY, tie_embeddings=tie_embeddings), devices=devices)
     assert gathered_bytes(parameters_of(step), devices, 4) == 4 * (root + 2 * block)
     one = [p for name, p in parameters_of(step).items() if name.startswith("layers.3.")]
     assert reduced_gradient_bytes(one, devices) == (4 + 4 + 4 / 4) * block
     kept = replace(step, devices=replace(devices, reshard_after_forward=False, param_dtype=torch.bfloat16))
-    assert gathered_bytes(parameters_of(kept), kept.devices, 4) == 2 * (root + 4 * block)
+    assert gathered_bytes(parameters_of(kept), kept.devices, 4) == 2 * (64 + embedding + 4 * block)
     reduced_wide = replace(step, devices=replace(devices, param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     assert reduced_gradient_bytes(one, reduced_wide.devices) == (2 + 4 + 4 / 4) * block
     assert memory_of(kept).copies == 0, "weights are gathered in the dtype of the products"
