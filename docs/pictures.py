@@ -2,18 +2,17 @@
 
     python docs/pictures.py
 
-writes docs/pretraining.svg, docs/finetuning.svg and docs/quickstart.svg. Tokens have backgrounds of their own and all
-other text is gray, so that the pictures can be read on a white page and on a dark one. The curves are those of
-docs/quickstart.csv, which is made again from runs by
+writes docs/pretraining.svg, docs/finetuning.svg, docs/quickstart.svg and docs/smollm2.svg. Tokens have backgrounds of
+their own and all other text is gray, so that the pictures can be read on a white page and on a dark one. The curves are
+those of docs/smollm2.csv and docs/quickstart.csv. The second is made again from runs by
 
     python docs/pictures.py --runs runs/quickstart_MEAP_1 runs/quickstart_NTP_1 ...     # ..._ARM_SEED
 """
 
 import csv
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ CELL, GAP, HEIGHT = 62, 4, 30
 LEFT = 92
 GRAY = "#76808b"
 ARMS = {"MEAP": "#b5179e", "NTP": "#3a86c8"}
+COLORS_OF_CURVES = ("#b5179e", "#3a86c8", "#2a9d5c")
 CURVES = FOLDER / "quickstart.csv"
 COLORS = {  # fill and text
     "token": ("#dde5ee", "#1f2328"),
@@ -110,38 +110,83 @@ def finetuning() -> str:
 
 def quickstart() -> str:
     """Draw retrieval accuracy over tokens for the seeds of each arm."""
-    with open(CURVES, encoding="utf-8") as file:
-        rows = [
-            (row["arm"], row["seed"], float(row["tokens"]) / 1e6, float(row["accuracy"]))
-            for row in csv.DictReader(file)
-        ]
-    left, right, top, bottom = 60, 600, 30, 270
-    most = max(tokens for _, _, tokens, _ in rows)
-
-    def x(tokens: float) -> int:
-        return round(left + (right - left) * tokens / most)
-
-    def y(accuracy: float) -> int:
-        return round(bottom - (bottom - top) * accuracy)
-
-    body = [_text(left, 10, "Retrieval accuracy: who sings in a place, of four people in the context")]
-    for percent in (0, 25, 50, 75, 100):
-        body.append(f'<path d="M{left} {y(percent / 100)}H{right}" stroke="{GRAY}" stroke-opacity="0.3"/>')
-        body.append(_text(left - 8, y(percent / 100) + 5, f"{percent}%", anchor="end"))
-    for tokens in range(int(most) + 1):
-        body.append(_text(x(tokens), bottom + 22, str(tokens), anchor="middle"))
-    body.append(_text((left + right) // 2, bottom + 46, "millions of tokens", anchor="middle"))
-    body.append(_text(right - 4, y(0.25) - 6, "guessing", anchor="end"))
-    for (arm, _), curve in groupby(rows, key=lambda row: row[:2]):
-        points = " ".join(f"{x(tokens)},{y(accuracy)}" for _, _, tokens, accuracy in curve)
-        body.append(
-            f'<polyline points="{points}" fill="none" stroke="{ARMS[arm]}" stroke-width="2" stroke-opacity="0.8"/>'
-        )
-    for number, (arm, color) in enumerate(ARMS.items()):
-        seeds = sorted({seed for name, seed, _, _ in rows if name == arm})
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in _table(CURVES):
+        curves.setdefault((row["arm"], row["seed"]), []).append((float(row["tokens"]) / 1e6, float(row["accuracy"])))
+    most = max(tokens for curve in curves.values() for tokens, _ in curve)
+    names = []
+    for arm, color in ARMS.items():
+        seeds = sorted(seed for name, seed in curves if name == arm)
         named = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
-        body.append(_text(right + 16, top + 16 + 24 * number, f"{arm}, {named}", color=color))
-    return _svg("Retrieval accuracy in the quickstart", 740, bottom + 60, body)
+        names.append((f"{arm}, {named}", color))
+    return _chart(
+        "Retrieval accuracy in the quickstart",
+        "Retrieval accuracy: who sings in a place, of four people in the context",
+        [(ARMS[arm], curve) for (arm, _), curve in curves.items()],
+        x_ticks={tokens: str(tokens) for tokens in range(int(most) + 1)},
+        x_name="millions of tokens",
+        y_ticks={percent / 100: f"{percent}%" for percent in (0, 25, 50, 75, 100)},
+        names=names,
+        line=(0.25, "guessing"),
+    )
+
+
+def smollm2() -> str:
+    """Draw the clean validation loss of the fine-tuning tutorial over optimizer steps."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in _table(FOLDER / "smollm2.csv"):
+        curves.setdefault(row["arm"], []).append((float(row["step"]), float(row["loss"])))
+    colors = dict(zip(curves, COLORS_OF_CURVES, strict=True))
+    return _chart(
+        "Fine-tuning SmolLM2-135M",
+        "Clean validation loss of 41 held-out conversations",
+        [(colors[arm], curve) for arm, curve in curves.items()],
+        x_ticks={step: str(step) for step in range(0, 61, 10)},
+        x_name="optimizer steps of 1,024 tokens",
+        y_ticks={loss: f"{loss:.2f}" for loss in (1.65, 1.70, 1.75, 1.80, 1.85)},
+        names=list(colors.items()),
+    )
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _chart(
+    title: str,
+    heading: str,
+    curves: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    *,
+    x_ticks: Mapping[float, str],
+    x_name: str,
+    y_ticks: Mapping[float, str],
+    names: Sequence[tuple[str, str]],
+    line: tuple[float, str] | None = None,
+) -> str:
+    """Draw curves: color and points of each. The ticks of the second axis are its ends; `names` are text and color."""
+    left, right, top, bottom = 60, 600, 30, 270
+    end = max([*x_ticks, *(x for _, curve in curves for x, _ in curve)])
+    low, high = min(y_ticks), max(y_ticks)
+
+    def place(x: float, y: float) -> tuple[int, int]:
+        return round(left + (right - left) * x / end), round(bottom - (bottom - top) * (y - low) / (high - low))
+
+    body = [_text(left, 10, heading)]
+    for value, text in y_ticks.items():
+        _, y = place(0, value)
+        body.append(f'<path d="M{left} {y}H{right}" stroke="{GRAY}" stroke-opacity="0.3"/>')
+        body.append(_text(left - 8, y + 5, text, anchor="end"))
+    body += [_text(place(value, low)[0], bottom + 22, text, anchor="middle") for value, text in x_ticks.items()]
+    body.append(_text((left + right) // 2, bottom + 46, x_name, anchor="middle"))
+    if line is not None:
+        body.append(_text(right - 4, place(0, line[0])[1] - 6, line[1], anchor="end"))
+    for color, curve in curves:
+        points = " ".join(f"{x},{y}" for x, y in (place(*point) for point in curve))
+        body.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2" stroke-opacity="0.8"/>')
+    for number, (text, color) in enumerate(names):
+        body.append(_text(right + 16, top + 16 + 24 * number, text, color=color))
+    return _svg(title, 740, bottom + 60, body)
 
 
 def read_curves(runs: Sequence[str]) -> Iterator[tuple[str, str, int, str]]:
@@ -199,7 +244,12 @@ def _svg(title: str, width: int, height: int, body: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-PICTURES = {"pretraining.svg": pretraining, "finetuning.svg": finetuning, "quickstart.svg": quickstart}
+PICTURES = {
+    "pretraining.svg": pretraining,
+    "finetuning.svg": finetuning,
+    "quickstart.svg": quickstart,
+    "smollm2.svg": smollm2,
+}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--runs"]:
