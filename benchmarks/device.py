@@ -88,9 +88,9 @@ STAGES = (
         "loss",
         20,
         "-m benchmarks.loss --device cuda --bf16 true --hidden_size 2048 --ways [ours,plain] "
-        "--max_logits [8388608,33554432,134217728,536870912]",
+        "--rows [256,1024,2048,4096]",
         "-m benchmarks.loss --vocab_size 1024 --num_tokens 64 --hidden_size 32 --ways [ours,plain] "
-        "--max_logits [1024,8192] --repetitions 1",
+        "--rows [8,32] --repetitions 1",
         r"^\| (ours|plain)",
     ),
     Stage(

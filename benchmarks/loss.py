@@ -7,7 +7,7 @@ the count begins. The gradients of both are subtracted.
 
     python -m benchmarks.loss                                 # 128K vocabulary, 8 x 4,096 tokens, 64 wide; Linux
     python -m benchmarks.loss --hidden_size 2048 --repetitions 1
-    python -m benchmarks.loss --device cuda --bf16 true --hidden_size 2048 --max_logits [33554432,134217728]
+    python -m benchmarks.loss --device cuda --bf16 true --hidden_size 2048 --rows [256,1024,4096]
 """
 
 import shlex
@@ -15,9 +15,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ def benchmark(
     num_tokens: int = 8 * 4096,
     hidden_size: int = 64,
     ways: tuple[str, ...] = tuple(WAYS)[:-1],
-    max_logits: tuple[int, ...] = (),
+    rows: tuple[int, ...] = (),
     bf16: bool = False,
     device: Literal["cpu", "cuda"] = "cpu",
     repetitions: int = 3,
@@ -66,7 +68,7 @@ def benchmark(
         num_tokens: Hidden states, all supervised.
         hidden_size: Their width.
         ways: Those of `ours`, `torch` and `plain` to measure; `plain` holds all logits a few times over.
-        max_logits: Logits of a piece of `ours`, one row of the table each; those of the package if not given.
+        rows: Rows of a piece of `ours`, one line of the table each; those of the package if not given.
         bf16: Under bfloat16 autocast.
         device: Where to run.
         repetitions: Measurements of each; the table has medians.
@@ -79,8 +81,8 @@ def benchmark(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
     cases = {way: partial(measure, way, vocab_size, num_tokens, hidden_size, bf16, device) for way in ways}
-    if max_logits and (ours := cases.pop("ours", None)):
-        cases = {f"ours, pieces of {size:,} logits": partial(ours, size) for size in max_logits} | cases
+    if rows and (ours := cases.pop("ours", None)):
+        cases = {f"ours, pieces of {number:,} rows": partial(ours, number) for number in rows} | cases
     measured: dict[str, list[tuple[int, float]]] = {name: [] for name in cases}
     for _ in range(repetitions):
         for name, case in cases.items():
@@ -119,7 +121,7 @@ def measure(
     hidden_size: int,
     bf16: bool,
     device: str = "cpu",
-    max_logits: int | None = None,
+    rows: int | None = None,
 ) -> tuple[int, float]:
     """Return the memory of one forward and backward at its peak, in bytes, and its seconds.
 
@@ -136,9 +138,8 @@ def measure(
             total = WAYS[way](hidden, weight, labels)
         (total / num_tokens).backward()
 
-    before = loss.MAX_LOGITS
-    loss.MAX_LOGITS = max_logits or before
-    try:
+    sizes = patch.object(loss, "piece_rows", lambda _: rows) if rows else nullcontext()
+    with sizes:
         if device == "cuda":
             return _measure_on_gpu(partial(take, hidden, weight, labels), [hidden, weight])
         small = torch.zeros(2, hidden_size, requires_grad=True)
@@ -146,8 +147,6 @@ def measure(
         growth, start = Growth(), time.process_time()
         take(hidden, weight, labels)
         return growth(), time.process_time() - start
-    finally:
-        loss.MAX_LOGITS = before
 
 
 def _measure_on_gpu(take: Callable[[], None], leaves: list[Tensor]) -> tuple[int, float]:

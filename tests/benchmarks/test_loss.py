@@ -40,15 +40,14 @@ def test_the_table_has_what_lies_beyond_the_gradients(
 def test_pieces_of_several_sizes_are_compared(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """The size is set while the loss is taken, and only then."""
     seen = []
-    before = loss.MAX_LOGITS
     ours = WAYS["ours"]
-    monkeypatch.setitem(WAYS, "ours", lambda *tensors: seen.append(loss.MAX_LOGITS) or ours(*tensors))
+    monkeypatch.setitem(WAYS, "ours", lambda *tensors: seen.append(loss.piece_rows(96)) or ours(*tensors))
     monkeypatch.setattr(benchmarks.loss, "in_fresh_process", lambda work: work())
-    benchmark(vocab_size=96, num_tokens=40, hidden_size=8, ways=("ours",), max_logits=(96, 960), repetitions=1)
+    benchmark(vocab_size=96, num_tokens=40, hidden_size=8, ways=("ours",), rows=(7, 20), repetitions=1)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ours, pieces of ")]
-    assert [row.split(" | ")[0] for row in rows] == ["| ours, pieces of 96 logits", "| ours, pieces of 960 logits"]
-    assert seen == [96, 96, 960, 960]  # a small call before each that counts
-    assert before == loss.MAX_LOGITS
+    assert [row.split(" | ")[0] for row in rows] == ["| ours, pieces of 7 rows", "| ours, pieces of 20 rows"]
+    assert seen == [7, 7, 20, 20]  # a small call before each that counts
+    assert loss.piece_rows(96) > 20
 
 
 @pytest.mark.parametrize(

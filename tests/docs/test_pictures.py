@@ -23,7 +23,11 @@ def test_a_picture_has_as_many_masks_as_it_says(name, num_masks):
     assert any(re.match(rf"P = 1[05]%: {num_masks} of the 1[04] ", text) for text in texts)
 
 
-def test_every_picture_is_shown_in_the_readme_and_a_page():
-    for name in SCRIPT["PICTURES"]:
-        assert f"(docs/{name})" in (DOCS.parent / "README.md").read_text(encoding="utf-8")
-        assert any(f"({name})" in page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md"))
+@pytest.mark.parametrize("name", SCRIPT["PICTURES"])
+def test_every_picture_is_shown_on_a_page(name):
+    assert any(f"]({up}{name})" in page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md") for up in ("", "../"))
+
+
+@pytest.mark.parametrize("name", ["pretraining.svg", "finetuning.svg", "quickstart.svg"])
+def test_the_readme_shows_the_method_and_the_quickstart(name):
+    assert f"](docs/{name})" in (DOCS.parent / "README.md").read_text(encoding="utf-8")
