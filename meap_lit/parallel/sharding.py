@@ -7,8 +7,6 @@ device is never held as a whole (PyTorch's FSDP2 and DTensor; pytorch/torchtitan
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -24,14 +22,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from meap_lit.errors import UserError
-from meap_lit.model.config import DecoderConfig
 from meap_lit.model.decoder import Decoder
-from meap_lit.model.lora import LoRALinear
-from meap_lit.model.norm import RMSNorm, rms_norm
 from meap_lit.model.recompute import blocks_of
+from meap_lit.parallel.tensor import split_products
 
 
 def shard(
@@ -60,7 +54,7 @@ def shard(
         UserError: If the heads cannot be divided, or adapters would have to be.
     """
     if tensor_mesh is not None:
-        _split_products(decoder, tensor_mesh)
+        split_products(decoder, tensor_mesh)
     options: dict[str, Any] = {
         "mesh": data_mesh,
         # the residual stream and the rotation angles stay in float32, as on one device
@@ -92,63 +86,6 @@ def _sharded_units(decoder: Decoder, reshard_after_forward: bool, options: dict[
         head = fully_shard(decoder.lm_head, reshard_after_forward=False, **options)
         register_fsdp_forward_method(decoder.lm_head, "loss")
         yield head
-
-
-def _split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
-    """Shard query, key, value, gate and up by their outputs, o and down by their inputs.
-
-    Each half of a block then needs one sum of activations (Megatron-LM, arXiv 1909.08053). Embedding, head and norms
-    are whole on every device.
-    """
-    part_of(decoder.config, mesh.size(), adapted=any(isinstance(module, LoRALinear) for module in decoder.modules()))
-    by_output, by_input = ColwiseParallel, RowwiseParallel
-    for block in blocks_of(decoder):
-        plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": by_output() for name in "qkv"}
-        plan |= {f"mlp.{name}_proj": by_output() for name in ("gate", "up")}
-        plan |= {"self_attn.o_proj": by_input(), "mlp.down_proj": by_input()}
-        parallelize_module(block, mesh, plan)
-        for norm in (block.self_attn.q_norm, block.self_attn.k_norm):
-            if isinstance(norm, RMSNorm):
-                norm.forward = partial(_norm_of_some_heads, norm, mesh)  # type: ignore[method-assign]
-
-
-def part_of(config: DecoderConfig, size: int, *, adapted: bool) -> DecoderConfig:
-    """Return the decoder that one of `size` tensor-parallel devices computes: its heads and its part of the SwiGLU.
-
-    Raises:
-        UserError: If heads or SwiGLU cannot be divided, or adapters would have to be.
-    """
-    parts = {}
-    for name in ("num_heads", "num_kv_heads", "intermediate_size"):
-        whole = getattr(config, name)
-        if whole % size:
-            raise UserError(
-                f"decoder.{name} {whole} cannot be divided among tensor_parallel_size {size} devices; lower "
-                f"trainer.strategy.tensor_parallel_size"
-            )
-        parts[name] = whole // size
-    if adapted and size > 1:
-        raise UserError("adapters cannot be split: use trainer.strategy.tensor_parallel_size 1 with model.lora")
-    return replace(config, **parts, head_dim=config.head_width)
-
-
-def _norm_of_some_heads(norm: RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:
-    """Normalize a device's own heads. All heads share one weight, so its gradient is summed over the devices."""
-    assert norm.eps is not None
-    return rms_norm(x, _SumGradient.apply(norm.weight, mesh), norm.eps)
-
-
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mesh: DeviceMesh) -> Tensor:
-        ctx.group = mesh.get_group()
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone()
-        torch.distributed.all_reduce(total, group=ctx.group)
-        return total, None
 
 
 def write_shard(parameter: Tensor, value: Tensor) -> None:

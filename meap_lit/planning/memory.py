@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from meap_lit.model import DecoderConfig
 from meap_lit.model.build import meta_decoder
 from meap_lit.model.lora import LoRA, add_lora
-from meap_lit.parallel.sharding import part_of
+from meap_lit.parallel.tensor import part_of
 from meap_lit.planning.devices import PRECISIONS, Devices
 from meap_lit.planning.fake_step import Checkpointing, step_bytes
 
