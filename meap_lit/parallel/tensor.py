@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from meap_lit.errors import UserError
 from meap_lit.model.config import DecoderConfig
@@ -21,8 +28,8 @@ from meap_lit.model.recompute import blocks_of
 def split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
     """Shard query, key, value, gate and up by their outputs, o and down by their inputs.
 
-    Each half of a block then needs one sum of activations (Megatron-LM, arXiv 1909.08053). Embedding, head and norms
-    are whole on every device; of the loss each device computes a part of the rows.
+    Each half of a block then needs one sum of activations, and one of their gradients (Megatron-LM, arXiv 1909.08053).
+    Embedding, head and norms are whole on every device; of the loss each device computes a part of the rows.
 
     Raises:
         UserError: As for `part_of`.
@@ -33,6 +40,12 @@ def split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
         plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": by_output() for name in "qkv"}
         plan |= {f"mlp.{name}_proj": by_output() for name in ("gate", "up")}
         plan |= {"self_attn.o_proj": by_input(), "mlp.down_proj": by_input()}
+        # the products that read the same input then sum its gradient together, not each for itself
+        whole = Replicate()
+        plan["self_attn"] = PrepareModuleInput(
+            input_layouts=(whole, None, None, None), desired_input_layouts=(whole, None, None, None)
+        )
+        plan["mlp"] = PrepareModuleInput(input_layouts=(whole,), desired_input_layouts=(whole,))
         parallelize_module(block, mesh, plan)
         for norm in (block.self_attn.q_norm, block.self_attn.k_norm):
             if isinstance(norm, RMSNorm):

@@ -1,13 +1,18 @@
 """Devices that share each matrix product, as real processes (gloo)."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig
 from meap_lit.parallel import tensor
+from meap_lit.parallel.sharding import shard
 from tests.support.toy_module import fork
 
 TOY = DecoderConfig(
@@ -50,3 +55,60 @@ def test_each_device_computes_the_loss_of_a_part_of_the_rows(num_supervised):
         assert num_rows == [total // 3 + (mesh.get_rank() < total % 3)]
 
     assert fork(compute, 3) == [0, 0, 0]
+
+
+def gradients(decoder, input_ids):
+    """Those of two equal micro-batches."""
+    for _ in range(2):
+        decoder.lm_head.loss(decoder(input_ids), input_ids.roll(-1, 1))[0].backward()
+    return {name: parameter.grad for name, parameter in decoder.named_parameters()}
+
+
+class CountSums(TorchDispatchMode):
+    """Counts sums over the devices of hidden states, [1, 8, 24]."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops._c10d_functional.all_reduce.default:
+            assert args[0].shape == (1, 8, 24)
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_block_sums_hidden_states_twice_and_their_gradients_twice():
+    """Once for the attention and once for the MLP, however many products read the same."""
+    dist.init_process_group("fake", rank=0, world_size=3, store=FakeStore())
+    try:
+        decoder = Decoder(TOY)
+        tensor.split_products(decoder, init_device_mesh("cpu", (3,)))
+        with CountSums() as sums:
+            hidden = decoder(torch.zeros(1, 8, dtype=torch.int64))
+        assert sums.count == 2
+        with CountSums() as sums:
+            hidden.sum().backward()
+        assert sums.count == 2
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:While redistributing")
+def test_gradients_are_those_of_one_process():
+    """Two pairs of devices, with FSDP2 over the pairs; each pair has a row of its own."""
+    torch.manual_seed(0)
+    decoder = Decoder(replace(TOY, num_layers=2, num_heads=4, num_kv_heads=2, qk_norm=True))
+    input_ids = torch.randint(40, (2, 8))
+    expected = {name: grad.clone() for name, grad in gradients(decoder, input_ids).items()}
+    decoder.zero_grad()
+
+    def compute():
+        os.environ["RANK"] = os.environ["LOCAL_RANK"]
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+        shard(decoder, mesh["shard"], mesh["tensor"])
+        row = mesh["shard"].get_local_rank()
+        for name, grad in gradients(decoder, input_ids[row : row + 1]).items():
+            torch.testing.assert_close(2 * grad.full_tensor(), expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+    assert fork(compute, 4) == [0, 0, 0, 0]
