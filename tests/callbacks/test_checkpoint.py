@@ -3,8 +3,6 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 from functools import partial
 from unittest import mock
@@ -21,7 +19,7 @@ from meap_lit.checkpoint.folder import write
 from meap_lit.checkpoint.source import open_source
 from meap_lit.errors import UserError
 from tests.support.checkpoints import read
-from tests.support.toy_module import fork, kill_at, train
+from tests.support.toy_module import fork, fork_command, kill_at, train
 
 pytestmark = pytest.mark.slow
 
@@ -192,12 +190,12 @@ def test_a_copy_on_the_host_is_a_copy_and_keeps_ties():
 
 def test_ranks_save_their_parts_beside_training(toy_recipe, tmp_path):
     """The same files, byte for byte in every weight, as a save that training waits for."""
-    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(toy_recipe), "--budget.max_steps", "4"]
+    command = ["fit", "--config", toy_recipe, "--budget.max_steps", "4"]
     command += ["--config", "recipes/strategy/fsdp.yaml", "--trainer.devices", "2", "--checkpoint.every_n_steps", "2"]
     for asynchronous in ("false", "true"):
         options = [*command, "--checkpoint.asynchronous", asynchronous, "--data.micro_batch_size", "2"]
-        result = subprocess.run(options, capture_output=True, text=True, timeout=300, check=False)
-        assert result.returncode == 0, result.stderr
+        statuses, log = fork_command(options, num_ranks=2)
+        assert statuses == [0, 0], log
     for step in (2, 4):
         runs = [tmp_path / "runs" / "toy" / f"version_{version}" / "checkpoints" for version in (0, 1)]
         plain, beside = (open_source(run / f"step={step}.ckpt") for run in runs)

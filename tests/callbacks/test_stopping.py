@@ -1,7 +1,6 @@
 """A run that is told to stop saves, says how to go on, and goes on as if it had never stopped."""
 
 import csv
-import os
 import signal
 import sys
 from functools import partial
@@ -12,20 +11,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from meap_lit.cli import main
 from tests.support.checkpoints import read
-from tests.support.toy_module import fork
+from tests.support.toy_module import fork, fork_command
 
 
-def fit(recipe, *arguments, log=None):
-    """Run the command in a process of its own; its exit status and what it wrote to stderr."""
-
-    def run():
-        descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(descriptor, 2)
-        sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
-        sys.exit(main(["fit", "--config", str(recipe), *arguments]))
-
-    [status] = fork(run)
-    return status, log.read_text()
+def fit(recipe, *arguments):
+    """Run the command in a process of its own; its exit status and what it wrote."""
+    [status], log = fork_command(["fit", "--config", recipe, *arguments])
+    return status, log
 
 
 def signal_at(batch, number):
@@ -49,9 +41,9 @@ def weights(folder):
     ],
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not(toy_recipe, tmp_path, number, status, batch, step, options):
-    run = partial(fit, toy_recipe, *options, log=tmp_path / "log")
+    run = partial(fit, toy_recipe, *options)
     assert run()[0] == 0
-    found, log = fit(toy_recipe, *options, *signal_at(batch, number), log=tmp_path / "log")
+    found, log = fit(toy_recipe, *options, *signal_at(batch, number))
     runs = tmp_path / "runs" / "toy"
     checkpoint = runs / "version_1" / "checkpoints" / f"step={step}.ckpt"
     assert found == status
@@ -60,7 +52,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(toy_recipe, tmp_path, number, st
         f"python -m meap_lit fit --config {runs}/version_1/config.yaml --ckpt_path {checkpoint}"
     ]
     assert checkpoint.exists()
-    assert fit(toy_recipe, *options, "--ckpt_path", "last", log=tmp_path / "log")[0] == 0
+    assert fit(toy_recipe, *options, "--ckpt_path", "last")[0] == 0
     whole, resumed = weights(runs / "version_0"), weights(runs / "version_2")
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():
@@ -70,12 +62,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(toy_recipe, tmp_path, number, st
 def test_a_long_validation_is_broken_off(toy_recipe, tmp_path):
     """The run goes on with the next step; later validations are whole."""
     options = ["--budget.val_every_n_steps", "4", "--data.micro_batch_size", "2"]  # a checkpoint every 5
-    assert fit(toy_recipe, *options, log=tmp_path / "log")[0] == 0
+    assert fit(toy_recipe, *options)[0] == 0
     told = ["--trainer.callbacks+=tests.support.interruption.SignalInValidation", "--trainer.callbacks.step", "8"]
-    status, log = fit(toy_recipe, *options, *told, log=tmp_path / "log")
+    status, log = fit(toy_recipe, *options, *told)
     assert status == 143
     assert "SIGTERM: stopped after optimizer step 8, saved" in log
-    assert fit(toy_recipe, *options, "--ckpt_path", "last", log=tmp_path / "log")[0] == 0
+    assert fit(toy_recipe, *options, "--ckpt_path", "last")[0] == 0
     runs = [tmp_path / "runs" / "toy" / f"version_{version}" for version in (0, 1, 2)]
     whole, resumed = weights(runs[0]), weights(runs[2])
     for name, tensor in whole.items():
@@ -96,14 +88,14 @@ def validations(run):
 
 def test_a_run_without_checkpoints_says_that_none_was_saved(toy_recipe, tmp_path):
     options = ["--trainer.enable_checkpointing", "false", *signal_at(3, signal.SIGTERM)]
-    status, log = fit(toy_recipe, *options, log=tmp_path / "log")
+    status, log = fit(toy_recipe, *options)
     assert status == 143
     assert "SIGTERM: stopped after optimizer step 2; no checkpoint was saved, since trainer.enable" in log
 
 
 def test_a_second_signal_ends_the_run_at_once(toy_recipe, tmp_path):
     options = [*signal_at(4, signal.SIGTERM), *signal_at(4, signal.SIGINT)]
-    status, log = fit(toy_recipe, *options, log=tmp_path / "log")
+    status, log = fit(toy_recipe, *options)
     assert status == 130
     assert "stopped after" not in log
     assert not list((tmp_path / "runs" / "toy" / "version_0" / "checkpoints").iterdir())
@@ -113,7 +105,7 @@ def test_a_kill_after_a_checkpoint_loses_nothing_that_was_logged_before(toy_reci
     """A CSVLogger writes every 100 steps, TensorBoard from a thread."""
     logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", str(tmp_path)]
     killed = signal_at(11, signal.SIGKILL)  # in the middle of step 6; there is a checkpoint of step 5
-    fit(toy_recipe, *logger, *killed, log=tmp_path / "log")
+    fit(toy_recipe, *logger, *killed)
     [folder] = (path.parent for path in tmp_path.rglob("step=5.ckpt"))
     rows = list(csv.DictReader((folder.parent / "metrics.csv").open()))
     assert {int(row["step"]) for row in rows if row["train/loss"]} == set(range(5))

@@ -1,10 +1,10 @@
 """What holds for a run of either module: it resumes, however it was stopped, and devices and workers change nothing."""
 
 import json
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from meap_lit.modules import AdamW
 from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.support.checkpoints import read
+from tests.support.toy_module import fork_command
 from tests.support.word_tokenizer import save_word_level
 
 
@@ -156,15 +157,16 @@ def test_a_checkpoint_says_which_model_it_holds(any_recipe, tmp_path):
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(any_recipe, tmp_path):
-    arguments = ["--budget.max_steps", "150", "--checkpoint.every_n_steps", "10"]
+    arguments = ["--budget.max_steps", "60", "--budget.val_every_n_steps", "20"]
     whole = run(any_recipe, *arguments)
-    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(any_recipe), *arguments]
     checkpoints = tmp_path / "runs" / "toy" / "version_1" / "checkpoints"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (checkpoints / "step=20.ckpt").exists():
+    process = multiprocessing.get_context("fork").Process(target=run, args=(any_recipe, *arguments))
+    process.start()
+    while process.is_alive() and not (checkpoints / "step=10.ckpt").exists():
         time.sleep(0.01)
     process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run was to be stopped before its end"
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run was to be stopped before its end"
     resumed = run(any_recipe, *arguments, "--ckpt_path", str(checkpoints / "last.ckpt"))
     assert_same_weights(whole, resumed)
 
@@ -172,11 +174,11 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(any_recipe, tmp_path):
 def test_two_processes_train_as_one(any_recipe, tmp_path):
     whole = run(any_recipe, "--data.micro_batch_size", "2")
     overrides = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.micro_batch_size", "2"]
-    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(any_recipe), *overrides]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "clean validation loss" in result.stdout
-    assert "sync_dist" not in result.stderr
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*sync_dist")
+        statuses, log = fork_command(["fit", "--config", any_recipe, *overrides], num_ranks=2)
+    assert statuses == [0, 0], log
+    assert log.count("clean validation loss") == 1, "one summary, not one a process"
     path = tmp_path / "runs" / "toy" / "version_1" / "checkpoints" / "last.ckpt"
     state = read(path)["state_dict"]
     for name, tensor in weights(whole).items():
@@ -232,16 +234,14 @@ def test_a_resume_with_another_model_is_refused(toy_recipe, change, message):
 
 def test_shards_of_another_model_are_refused(toy_recipe):
     """Of shards that hold more layers torch would read a part without a word."""
-    command = [sys.executable, "-m", "meap_lit", "fit", "--config", str(toy_recipe), "--budget.max_steps", "2"]
-    command += ["--config", "recipes/strategy/fsdp.yaml", "--trainer.devices", "1", "--ckpt_path", "last"]
-    first, again = (
-        subprocess.run([*command, *change], capture_output=True, text=True, timeout=200, check=False)
-        for change in ([], ["--budget.max_steps", "3", "--model.decoder.num_layers", "1"])
-    )
-    assert first.returncode == 0, first.stderr
-    assert "checkpoint: none in " in first.stdout
-    assert again.returncode == 2
-    assert "decoder.num_layers 2, that of the recipe 1; leave it as it was" in again.stderr.splitlines()[-1]
+    command = ["fit", "--config", toy_recipe, "--budget.max_steps", "2", "--ckpt_path", "last"]
+    command += ["--config", "recipes/strategy/fsdp.yaml", "--trainer.devices", "1"]
+    statuses, log = fork_command(command)
+    assert statuses == [0], log
+    assert "checkpoint: none in " in log
+    statuses, log = fork_command([*command, "--budget.max_steps", "3", "--model.decoder.num_layers", "1"])
+    assert statuses == [2]
+    assert "decoder.num_layers 2, that of the recipe 1; leave it as it was" in log.splitlines()[-1]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A toy model that is trained, checkpointed and killed in forked processes, which need not import anything."""
+"""A toy model and commands that run, and are killed, in forked processes, which need not import anything."""
 
 import itertools
 import multiprocessing
@@ -6,6 +6,8 @@ import os
 import pkgutil
 import signal
 import socket
+import sys
+import tempfile
 from unittest import mock
 
 import lightning as L
@@ -14,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from meap_lit.callbacks import Checkpoint
+from meap_lit.cli import main
 from meap_lit.parallel.strategies import Sharded
 
 
@@ -82,6 +85,21 @@ def fork(action, num_ranks=1, timeout=60):
             process.kill()
             process.join()
     return [process.exitcode for process in processes]
+
+
+def fork_command(words, num_ranks=1, timeout=300):
+    """Run a command in `num_ranks` forked processes; their exit statuses, and what they wrote to stdout and stderr."""
+    with tempfile.TemporaryFile("w+") as log:
+
+        def run():
+            for number in (1, 2):
+                os.dup2(log.fileno(), number)
+            sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))  # noqa: SIM115
+            sys.exit(main([*map(str, words)]))
+
+        statuses = fork(run, num_ranks, timeout)
+        log.seek(0)
+        return statuses, log.read()
 
 
 def kill_at(target, call=1):
