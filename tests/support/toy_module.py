@@ -87,11 +87,12 @@ def fork(action, num_ranks=1, timeout=60):
     return [process.exitcode for process in processes]
 
 
-def fork_command(words, num_ranks=1, timeout=300):
+def fork_command(words, num_ranks=1, timeout=300, folder="."):
     """Run a command in `num_ranks` forked processes; their exit statuses, and what they wrote to stdout and stderr."""
     with tempfile.TemporaryFile("w+") as log:
 
         def run():
+            os.chdir(folder)
             for number in (1, 2):
                 os.dup2(log.fileno(), number)
             sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))  # noqa: SIM115
