@@ -186,7 +186,7 @@ def _chart(
         body.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2" stroke-opacity="0.8"/>')
     for number, (text, color) in enumerate(names):
         body.append(_text(right + 16, top + 16 + 24 * number, text, color=color))
-    return _svg(title, 740, bottom + 60, body)
+    return _svg(title, 780, bottom + 60, body)
 
 
 def read_curves(runs: Sequence[str]) -> Iterator[tuple[str, str, int, str]]:
