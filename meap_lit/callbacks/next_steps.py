@@ -43,13 +43,14 @@ def next_steps(trainer: L.Trainer, run: str | None, checkpoint: str, probe: Retr
         name = Path(run).parent.name if run is not None else "model"
         yield _command("export", *source, "--output", f"exported/{name}") + "   # for transformers"
     if run is not None:
-        if checkpoint:
+        has_val = bool(trainer.datamodule.paths_with_val)
+        if checkpoint and has_val:
             yield _command("validate", "--config", recipe, "--ckpt_path", checkpoint)
         if (plain := trainer.lightning_module.plain_override) is not None:
             yield _command("fit", "--config", recipe, *plain.split()) + "   # the baseline: the same without masking"
-            yield (
-                _command("report", "--runs", str(Path(run).parent)) + "   # then: both and their evaluations, as a page"
-            )
+            if has_val:  # which a report compares
+                report = _command("report", "--runs", str(Path(run).parent))
+                yield f"{report}   # then: both and their evaluations, as a page"
 
 
 def _command(*words: str) -> str:

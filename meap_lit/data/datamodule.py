@@ -308,6 +308,11 @@ class StreamingData(L.LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         if not self.paths_with_val:
+            assert self.trainer is not None
+            if self.trainer.state.fn == "validate":
+                raise UserError(
+                    "no dataset of data.datasets has a validation split; prepare one with --val_share above 0"
+                )
             return []
         counts = self.val_counts.values()
         visits = [[Visit(source, sample, 0) for sample in range(count)] for source, count in enumerate(counts)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from meap_lit.cli import main
+from meap_lit.data.prepare.text import PrepareText
 
 
 def named_by(capsys, *words: str) -> list[list[str]]:
@@ -51,6 +52,20 @@ def test_after_a_run_on_own_text(toy_recipe, tmp_path, monkeypatch, capsys):
     commands = named_by(capsys, "--config", str(toy_recipe))
     assert [words[0] for words in commands] == ALL
     assert "nll" in paste(capsys, commands)["evaluate"]
+
+
+def test_a_run_without_a_validation_split_names_what_needs_none(prepared, toy_recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    output = str(tmp_path / "unseen")
+    inputs = [str(prepared.texts / "1*.txt")]
+    PrepareText(input=inputs, tokenizer=prepared.tokenizer, output=output, val_share=0.0, num_workers=1).run()
+    words = ["--config", str(toy_recipe), "--data.datasets", output]
+    commands = named_by(capsys, *words, "--budget.max_steps", "2")
+    assert [words[0] for words in commands] == ["preview", "generate", "evaluate", "export", "fit"]
+    paste(capsys, commands)
+    assert main(["validate", *words, "--ckpt_path", "last"]) == 2
+    message = "error: no dataset of data.datasets has a validation split; prepare one with --val_share above 0"
+    assert capsys.readouterr().err.splitlines()[-1] == message
 
 
 def test_a_run_without_logger_names_no_missing_file(toy_recipe, tmp_path, monkeypatch, capsys):

@@ -89,7 +89,7 @@ class Documents:
         try:
             return find_files([path])
         except UserError as error:
-            raise UserError(f"haystack: {error}") from error
+            raise UserError(f"task.haystack: {error}; name a folder or file of text") from error
 
     @classmethod
     def read(cls, path: str, tokenizer: Tokenizer) -> "Documents":
