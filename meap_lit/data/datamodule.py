@@ -150,9 +150,12 @@ class StreamingData(L.LightningDataModule, ABC):
         """Return the number of micro-batches of each of `num_replicas` devices in one optimizer step."""
         per_pass = self.micro_batch_size * num_replicas
         if self.global_batch_size % per_pass:
+            rows, left = divmod(self.global_batch_size, num_replicas)
+            fitting = next(number for number in range(self.micro_batch_size, 0, -1) if rows % number == 0)
             raise UserError(
                 f"data.global_batch_size {self.global_batch_size} cannot be divided by data.micro_batch_size "
-                f"{self.micro_batch_size} x {num_replicas} devices = {per_pass}; change one of the three"
+                f"{self.micro_batch_size} x {num_replicas} devices = {per_pass}; "
+                + ("take a number of devices that divides it" if left else f"set data.micro_batch_size to {fitting}")
             )
         return self.global_batch_size // per_pass
 

@@ -21,6 +21,20 @@ def test_what_cannot_be_divided_is_named():
         data(256, 8).accumulation(3)
 
 
+@pytest.mark.parametrize(
+    ("batch", "micro", "devices", "hint"),
+    [
+        (16, 16, 2, "set data.micro_batch_size to 8"),
+        (12, 4, 2, "set data.micro_batch_size to 3"),
+        (16, 4, 3, "take a number of devices that divides it"),
+        (2, 2, 4, "take a number of devices that divides it"),
+    ],
+)
+def test_a_batch_that_devices_cannot_share_names_what_fits(batch, micro, devices, hint):
+    with pytest.raises(UserError, match=rf"devices = \d+; {hint}$"):
+        data(batch, micro).accumulation(devices)
+
+
 def test_tokens_become_whole_steps_and_are_never_exceeded():
     assert Budget(max_tokens=200_000_000_000).steps(data(256, seq_len=4096)) == 190_734
     assert Budget(max_tokens=1000).steps(data(10, seq_len=100)) == 1
