@@ -8,6 +8,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SHORTER = {"max_steps = 300": "max_steps = 60", "num_documents=1000": "num_documents=300"}
 
 
 @pytest.mark.slow
@@ -17,6 +18,9 @@ def test_a_notebook_runs(file, tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(file, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    for written, shorter in SHORTER.items():
+        [cell] = (cell for cell in notebook.cells if written in cell.source)
+        cell.source = cell.source.replace(written, shorter)
     client = nbclient.NotebookClient(notebook, timeout=540, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=dict(os.environ))
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
