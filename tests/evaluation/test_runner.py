@@ -21,6 +21,7 @@ from meap_lit.evaluation.statistics import Mean, bootstrap
 from meap_lit.evaluation.task import Item, Result, difference
 from meap_lit.evaluation.tasks.key_value import KeyValueRetrieval
 from meap_lit.inference.language_model import LanguageModel
+from tests.support.toy_module import fork_command
 from tests.support.toy_task import CountLetters
 
 pytestmark = pytest.mark.slow
@@ -39,17 +40,11 @@ def records_of(folder):
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
-def evaluate(recipe, checkpoint, *options, launcher=()):
-    command = [sys.executable, *launcher, "-m", "meap_lit", "evaluate", "--config", str(recipe)]
-    command += ["--checkpoint", str(checkpoint), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-
-
 def test_a_killed_evaluation_goes_on_where_it_was(recipe, source_folder, tmp_path):
     folder = tmp_path / "out" / "letters" / "source"
-    label = ("--label", "source")
-    killed = evaluate(recipe, source_folder, *label, "--task.kill_after", "3")
-    assert killed.returncode == -signal.SIGKILL
+    command = ["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), "--label", "source"]
+    statuses, log = fork_command([*command, "--task.kill_after", "3"])
+    assert statuses == [-signal.SIGKILL], log
     [part] = folder.glob("predictions.part-0.jsonl")
     before = [json.loads(line) for line in part.read_text().splitlines()]
     assert len(before) == 6, "three batches of two items of 20 tokens"
@@ -59,7 +54,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(recipe, source_folder, tmp_pat
     settings = json.loads((folder / "settings.json").read_text())
     settings["task"]["init_args"]["kill_after"] = None
     (folder / "settings.json").write_text(json.dumps(settings))
-    assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), *label]) == 0
+    assert main(command) == 0
     records = records_of(folder)
     assert [record["id"] for record in records] == [item.id for item in CountLetters().items(Fake)]
     assert {record["id"] for record in records if record["pid"] != os.getpid()} == {record["id"] for record in before}
@@ -72,9 +67,19 @@ class Fake:
 
 
 def test_two_processes_find_what_one_does(recipe, source_folder, tmp_path):
-    assert evaluate(recipe, source_folder, "--label", "one").returncode == 0
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = evaluate(recipe, source_folder, "--label", "two", launcher=two)
+    command = ["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), "--label"]
+    assert main([*command, "one"]) == 0
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "meap_lit",
+    ]
+    result = subprocess.run([*torchrun, *command, "two"], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("two: 12 items") == 1
     one, two = (records_of(tmp_path / "out" / "letters" / label) for label in ("one", "two"))

@@ -1,8 +1,8 @@
 """Train a tiny Llama by transformers' Trainer, for a launcher of several processes.
 
-    torchrun --nproc-per-node 2 tests/support/hf_ranks.py pretraining OUTPUT
+    torchrun --nproc-per-node 2 tests/support/hf_ranks.py OUTPUT
 
-Each process writes what its model reads, a list of batches, to OUTPUT/RANK-WORLD_SIZE.json.
+Each process writes what its model reads, a list of batches, to OUTPUT/KIND-RANK-WORLD_SIZE.json, for each of `KINDS`.
 """
 
 import json
@@ -27,9 +27,12 @@ from tests.support.word_tokenizer import save_word_level
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 90}
 
 
+KINDS = ("pretraining", "fine-tuning")
+
+
 def main(kind: str, output: Path) -> None:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
-    folder = save_word_level(output / f"tokenizer-{rank}-{world}", 90, has_mask=False)
+    folder = save_word_level(output / f"tokenizer-{kind}-{rank}-{world}", 90, has_mask=False)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     add_mask_token(model, tokenizer)
@@ -45,8 +48,9 @@ def main(kind: str, output: Path) -> None:
         save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[collator]).train()
-    (output / f"{rank}-{world}.json").write_text(json.dumps(read))
+    (output / f"{kind}-{rank}-{world}.json").write_text(json.dumps(read))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for each in KINDS:
+        main(each, Path(sys.argv[1]))
