@@ -1,17 +1,20 @@
-"""Share each matrix product among the devices of a mesh, which read the same data (tensor parallelism)."""
+"""Share each matrix product among the devices of a mesh, which read the same data (tensor parallelism).
+
+Between the products each device holds a part of the positions only (sequence parallelism, arXiv 2205.05198), so that
+norms and the residual stream are divided, too.
+"""
 
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
-    PrepareModuleInput,
     RowwiseParallel,
     parallelize_module,
 )
@@ -26,31 +29,95 @@ from meap_lit.model.recompute import blocks_of
 
 
 def split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
-    """Shard query, key, value, gate and up by their outputs, o and down by their inputs.
+    """Shard query, key, value, gate and up by their outputs, o and down by their inputs (arXiv 1909.08053).
 
-    Each half of a block then needs one sum of activations, and one of their gradients (Megatron-LM, arXiv 1909.08053).
-    Embedding, head and norms are whole on every device; of the loss each device computes a part of the rows.
+    Each half of a block gathers its input over the positions, and sums its output so that each device gets its
+    positions; the backward does the reverse. Embedding, head and the weights of norms are whole on every device; of the
+    loss each device computes a part of the rows.
 
     Raises:
         UserError: As for `part_of`.
     """
     part_of(decoder.config, mesh.size(), adapted=any(isinstance(module, LoRALinear) for module in decoder.modules()))
-    by_output, by_input = ColwiseParallel, RowwiseParallel
+    stream = _ResidualStream(mesh)
+    decoder.register_forward_pre_hook(stream.start)
+    decoder.embed_tokens.register_forward_hook(stream.own_positions)
     for block in blocks_of(decoder):
-        plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": by_output() for name in "qkv"}
-        plan |= {f"mlp.{name}_proj": by_output() for name in ("gate", "up")}
-        plan |= {"self_attn.o_proj": by_input(), "mlp.down_proj": by_input()}
-        # the products that read the same input then sum its gradient together, not each for itself
-        whole = Replicate()
-        plan["self_attn"] = PrepareModuleInput(
-            input_layouts=(whole, None, None, None), desired_input_layouts=(whole, None, None, None)
-        )
-        plan["mlp"] = PrepareModuleInput(input_layouts=(whole,), desired_input_layouts=(whole,))
+        plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+        plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+        for name in ("self_attn.o_proj", "mlp.down_proj"):  # their sums over the devices are left to `stream`
+            plan[name] = RowwiseParallel(output_layouts=Partial())
         parallelize_module(block, mesh, plan)
-        for norm in (block.self_attn.q_norm, block.self_attn.k_norm):
+        for half in (block.self_attn, block.mlp):
+            half.register_forward_pre_hook(stream.whole_input)
+            half.register_forward_hook(stream.own_sums)
+    for module in [*decoder.modules()]:
+        for name, norm in module.named_children():
             if isinstance(norm, RMSNorm):
-                norm.forward = partial(_norm_of_some_heads, norm, mesh)  # type: ignore[method-assign]
+                of_heads = name in ("q_norm", "k_norm")
+                setattr(module, name, _NormOfOwnHeads(norm, stream) if of_heads else _NormOfOwnPositions(norm, stream))
+    decoder.norm.register_forward_hook(stream.all_positions)
     decoder.lm_head.loss = partial(_loss_of_own_rows, decoder.lm_head, mesh)  # type: ignore[method-assign]
+
+
+class _ResidualStream:
+    """The hidden states between the products, [B, T / devices, D] on each device.
+
+    They are [B, T, D], the same on every device, where the devices cannot share T positions equally: a step of
+    generation has one.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.is_divided = False
+
+    @property
+    def placement(self) -> Placement:
+        return Shard(1) if self.is_divided else Replicate()
+
+    def start(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.is_divided = args[0].size(1) % self.mesh.size() == 0
+
+    def own_positions(self, _: nn.Module, __: tuple[Any, ...], embedded: Tensor) -> Tensor:
+        return self._convert(embedded, Replicate(), self.placement).to_local()
+
+    def all_positions(self, _: nn.Module, __: tuple[Any, ...], hidden: Tensor) -> Tensor:
+        return self._convert(hidden, self.placement, Replicate()).to_local()
+
+    def whole_input(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # a DTensor: the products that read it then sum its gradient together, not each for itself
+        return self._convert(args[0], self.placement, Replicate()), *args[1:]
+
+    def own_sums(self, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self._convert(output, Partial(), self.placement).to_local()
+
+    def _convert(self, x: Tensor, before: Placement, after: Placement) -> DTensor:
+        return DTensor.from_local(x, self.mesh, [before], run_check=False).redistribute(placements=[after])
+
+
+class _NormOfOwnHeads(RMSNorm):
+    """A norm of a device's own heads. All heads share one weight, so its gradient is summed over the devices.
+
+    A class, and not another `forward` of the norm: the compiler would make a graph for each norm.
+    """
+
+    def __init__(self, norm: RMSNorm, stream: _ResidualStream) -> None:
+        assert norm.eps is not None
+        super().__init__(norm.normalized_shape, eps=norm.eps, device="meta")
+        self.weight = norm.weight
+        self.stream = stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        return rms_norm(x, _sum_gradient(self.weight, self.stream.mesh), self.eps)
+
+
+class _NormOfOwnPositions(_NormOfOwnHeads):
+    """The same of a device's own positions, where it does not have all of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        return super().forward(x) if self.stream.is_divided else rms_norm(x, self.weight, self.eps)
 
 
 def part_of(config: DecoderConfig, size: int, *, adapted: bool) -> DecoderConfig:
@@ -71,12 +138,6 @@ def part_of(config: DecoderConfig, size: int, *, adapted: bool) -> DecoderConfig
     if adapted and size > 1:
         raise UserError("adapters cannot be split: use trainer.strategy.tensor_parallel_size 1 with model.lora")
     return replace(config, **parts, head_dim=config.head_width)
-
-
-def _norm_of_some_heads(norm: RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:
-    """Normalize a device's own heads. All heads share one weight, so its gradient is summed over the devices."""
-    assert norm.eps is not None
-    return rms_norm(x, _sum_gradient(norm.weight, mesh), norm.eps)
 
 
 def _loss_of_own_rows(

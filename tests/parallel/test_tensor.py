@@ -1,6 +1,7 @@
 """Devices that share each matrix product, as real processes (gloo)."""
 
 import os
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from meap_lit.parallel.sharding import shard
 from tests.support.toy_module import fork
 
 TOY = DecoderConfig(
-    num_layers=1, num_heads=3, num_kv_heads=3, hidden_size=24, intermediate_size=48, vocab_size=40, max_seq_len=8
+    num_layers=1, num_heads=3, num_kv_heads=3, hidden_size=24, intermediate_size=48, vocab_size=40, max_seq_len=9
 )
 
 
@@ -64,42 +65,57 @@ def gradients(decoder, input_ids):
     return {name: parameter.grad for name, parameter in decoder.named_parameters()}
 
 
-class CountSums(TorchDispatchMode):
-    """Counts sums over the devices of hidden states, [1, 8, 24]."""
+class CountCollectives(TorchDispatchMode):
+    """Counts what devices exchange by DTensor: the hidden states of a row, whole or a part, and their gradients."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.counts = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops._c10d_functional.all_reduce.default:
-            assert args[0].shape == (1, 8, 24)
-            self.count += 1
+        if (name := str(function).split(".")[1]) in (GATHERED, SUMMED, SHARED):
+            self.counts[name] += 1
         return function(*args, **(kwargs or {}))
 
 
-def test_a_block_sums_hidden_states_twice_and_their_gradients_twice():
+GATHERED, SUMMED, SHARED = "all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor"
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "forward", "backward"),
+    [
+        # attention and MLP gather their input and share out their sums; the loss reads all positions
+        (9, {GATHERED: 3, SHARED: 2}, {GATHERED: 3, SHARED: 2}),
+        (8, {SUMMED: 2}, {SUMMED: 2}),  # not to be divided among three
+    ],
+)
+def test_a_block_exchanges_hidden_states_twice_and_their_gradients_twice(seq_len, forward, backward):
     """Once for the attention and once for the MLP, however many products read the same."""
     dist.init_process_group("fake", rank=0, world_size=3, store=FakeStore())
     try:
-        decoder = Decoder(TOY)
+        decoder, sizes = Decoder(TOY), []
         tensor.split_products(decoder, init_device_mesh("cpu", (3,)))
-        with CountSums() as sums:
-            hidden = decoder(torch.zeros(1, 8, dtype=torch.int64))
-        assert sums.count == 2
-        with CountSums() as sums:
+        decoder.layers[0].register_forward_hook(lambda *args: sizes.append(args[-1].shape))
+        with CountCollectives() as exchanged:
+            hidden = decoder(torch.zeros(1, seq_len, dtype=torch.int64))
+        assert exchanged.counts == forward
+        with CountCollectives() as exchanged:
             hidden.sum().backward()
-        assert sums.count == 2
+        assert exchanged.counts == backward
+        assert hidden.shape == (1, seq_len, 24)
+        assert sizes == [(1, 3 if seq_len == 9 else 8, 24)]
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:While redistributing")
-def test_gradients_are_those_of_one_process():
-    """Two pairs of devices, with FSDP2 over the pairs; each pair has a row of its own."""
+@pytest.mark.parametrize(("seq_len", "tie_embeddings"), [(8, False), (8, True), (7, False)])
+def test_gradients_are_those_of_one_process(seq_len, tie_embeddings):
+    """Two pairs of devices, with FSDP2 over the pairs; each pair has a row of its own, and may divide its positions."""
     torch.manual_seed(0)
-    decoder = Decoder(replace(TOY, num_layers=2, num_heads=4, num_kv_heads=2, qk_norm=True))
-    input_ids = torch.randint(40, (2, 8))
+    config = replace(TOY, num_layers=2, num_heads=4, num_kv_heads=2, qk_norm=True, tie_embeddings=tie_embeddings)
+    decoder = Decoder(config)
+    input_ids = torch.randint(40, (2, seq_len))
     expected = {name: grad.clone() for name, grad in gradients(decoder, input_ids).items()}
     decoder.zero_grad()
 
