@@ -88,7 +88,7 @@ class Budget(L.Callback):
         if sum(limit is not None for limit in limits.values()) != 1:
             stated = [f"budget.{name} {limit}" for name, limit in limits.items() if limit is not None]
             raise UserError(
-                f"{' and '.join(stated)} contradict each other; keep one and set the other to null"
+                f"{' and '.join(stated)} contradict each other; set one to null, such as --{stated[0].split()[0]} null"
                 if stated
                 else f"set one of {', '.join(f'budget.{name}' for name in limits)}"
             )
