@@ -12,6 +12,7 @@ import difflib
 import importlib
 import inspect
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -151,7 +152,11 @@ def explain(message: str, known: Known) -> str:
     classes = _CLASS.findall(text)
     where = ".".join(keys)
     if missing:
-        return f"{where}: class_path {missing[1]} cannot be imported: {missing[2]}"
+        top = missing[1].partition(".")[0]
+        here = os.path.exists(f"{top}.py") or os.path.isdir(top)  # which `meap-lit`, unlike python -m, does not search
+        is_missing = missing[2] == f"No module named '{top}'"  # and not what it imports
+        hint = "; to find it in the current folder, run python -m meap_lit" if here and is_missing else ""
+        return f"{where}: class_path {missing[1]} cannot be imported: {missing[2]}{hint}"
     core = text[max((match.end() for kind in (_KEY, _CLASS) for match in kind.finditer(text)), default=0) :]
 
     if match := re.match(r"Option '([^']+)' is not accepted", core):

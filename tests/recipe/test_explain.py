@@ -46,6 +46,15 @@ def test_a_complaint_in_one_line(message, line):
     assert explain(message, {"output": None, "input": None}) == line
 
 
+def test_a_module_of_the_current_folder_is_found_by_another_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = "Parser key \"model\": Problem with given class_path 'mine.Rise': No module named 'mine'"
+    line = "model: class_path mine.Rise cannot be imported: No module named 'mine'"
+    assert explain(message, {}) == line
+    (tmp_path / "mine.py").touch()
+    assert explain(message, {}) == f"{line}; to find it in the current folder, run python -m meap_lit"
+
+
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
