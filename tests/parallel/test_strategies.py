@@ -19,6 +19,7 @@ from tests.support.split_model import save_split_model
 from tests.support.toy_module import fork
 
 SHORT = ["--budget.max_steps", "6", "--budget.val_every_n_steps", "4", "--checkpoint.every_n_steps", "2"]
+SHORT += ["--data.val_samples", "4"]
 # heads that two devices can share; a tied embedding; every step is four micro-batches of a device
 MODEL = [
     *SHORT,
