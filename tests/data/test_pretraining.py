@@ -143,7 +143,10 @@ def test_rows_longer_than_the_text_are_named(toy_recipe):
         fit(toy_recipe, *longer)
 
 
-def test_a_resume_on_other_data_is_refused(toy_recipe, prepared, other, tmp_path):
+def test_a_resume_on_other_data_is_refused(toy_recipe, prepared, tmp_path):
+    other = str(tmp_path / "other")
+    inputs = [str(prepared.texts / "1*.txt")]
+    PrepareText(input=inputs, tokenizer=prepared.tokenizer, output=other, val_share=0.3, num_workers=1).run()
     fit(toy_recipe)
     checkpoint = str(tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "last.ckpt")
     with pytest.raises(UserError, match="the checkpoint was trained on other data"):

@@ -39,9 +39,9 @@ def test_workers_hand_over_the_same_batches_without_shared_memory(recipe, reques
                 assert value == handed[name]
 
 
-def test_a_killed_worker_is_named(toy_recipe, tmp_path):
+def test_a_killed_worker_is_named(toy_recipe):
     killed = ["--trainer.callbacks+=tests.support.interruption.KillWorkerAt", "--trainer.callbacks.batch", "6"]
-    status, log = fit(toy_recipe, "--data.num_workers", "1", *killed, log=tmp_path / "log")
+    status, log = fit(toy_recipe, "--data.num_workers", "1", *killed)
     assert status == 2
     [line] = [line for line in log.splitlines() if line.startswith("error: ")]
     # torch learns of it by a signal or by looking
