@@ -23,7 +23,7 @@ def full(*args, **kwargs):
 )
 def test_a_run(toy_recipe, tmp_path, target):
     with mock.patch(target, full):
-        status, log = fit(toy_recipe, "--budget.max_steps", "2", log=tmp_path / "log")
+        status, log = fit(toy_recipe, "--budget.max_steps", "2")
     assert status == 2
     assert "Traceback" not in log
     [line] = [line for line in log.splitlines() if line.startswith("error: ")]
