@@ -57,7 +57,7 @@ class StopOnHang(L.Callback):
     """
 
     off: ClassVar[dict[str, Any]] = {"timeout_minutes": None}
-    """The options that `hang: null` stands for."""
+    """The options that `hang: null` sets."""
 
     def __init__(self, timeout_minutes: float | None = 15.0) -> None:
         check_range("hang.timeout_minutes", timeout_minutes, "(0, inf)", "; null is for never")

@@ -41,7 +41,7 @@ class RetrievalProbe(L.Callback):
     incidental: ClassVar = ("batch_size", "max_share")
     """Options that do not decide an accuracy, see `Budget.incidental`."""
     off: ClassVar[dict[str, Any]] = {"lengths": []}
-    """The options that `probe: null` stands for."""
+    """The options that `probe: null` sets."""
 
     def __init__(
         self,

@@ -74,7 +74,7 @@ class Samples(L.Callback):
     """
 
     off: ClassVar[dict[str, Any]] = {"rows": 0, "prompts": []}
-    """The options that `samples: null` stands for."""
+    """The options that `samples: null` sets."""
 
     def __init__(self, rows: int = 2, prompts: list[str] | None = None, max_new_tokens: int = 32) -> None:
         check_range("samples.rows", rows, "[0, inf)")

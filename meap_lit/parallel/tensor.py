@@ -63,8 +63,7 @@ def split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
 class _ResidualStream:
     """The hidden states between the products, [B, T / devices, D] on each device.
 
-    They are [B, T, D], the same on every device, where the devices cannot share T positions equally: a step of
-    generation has one.
+    If the devices cannot share T positions equally, each holds all of them, [B, T, D]: a step of generation has one.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -113,7 +112,7 @@ class _NormOfOwnHeads(RMSNorm):
 
 
 class _NormOfOwnPositions(_NormOfOwnHeads):
-    """The same of a device's own positions, where it does not have all of them."""
+    """A norm of a device's own positions. If it holds all of them, its gradient is not summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None
@@ -160,7 +159,7 @@ def _summed(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def _sum_gradient(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return `x`, which all devices have alike, for a use of which each computes a part: the gradients are summed."""
+    """Return `x`, which is the same on every device. Its gradient is the sum of those of the devices."""
     return _SumGradient.apply(x, mesh)
 
 
@@ -176,7 +175,7 @@ class _SumGradient(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over the devices, whose gradient all have alike."""
+    """Sum over the devices. The gradient of the sum is the same on every device."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:

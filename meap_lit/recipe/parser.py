@@ -36,7 +36,7 @@ class Parser(ArgumentParser):
         super().__init__(parser_mode=parser_mode, **options)
         self._prints = False
         self.off: dict[str, dict[str, Any]] = {}
-        """Top-level keys that may be null, with the options that null stands for."""
+        """Top-level keys that may be null, with the options that null sets."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse as jsonargparse does.
