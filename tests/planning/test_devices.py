@@ -1,5 +1,7 @@
 """What a strategy in a recipe means for the devices."""
 
+from inspect import signature
+
 import lightning as L
 import pytest
 import torch
@@ -16,14 +18,7 @@ from meap_lit.planning.devices import Devices, devices_of, precision
 from meap_lit.planning.memory import Step, parameters_of, sharded_bytes
 
 SHARDED = "meap_lit.parallel.strategies.Sharded"
-SHARDED_DEFAULTS = {
-    "shard_size": None,
-    "tensor_parallel_size": 1,
-    "reshard_after_forward": True,
-    "param_dtype": None,
-    "reduce_dtype": None,
-    "cpu_offload": False,
-}
+SHARDED_DEFAULTS = {name: parameter.default for name, parameter in signature(Sharded).parameters.items()}
 
 
 def trainer(strategy="auto", given="32-true", devices="auto", num_nodes=1, **options) -> Namespace:

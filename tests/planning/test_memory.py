@@ -184,6 +184,15 @@ def test_heads_that_do_not_divide_are_named():
 # ---------------------------------------------------------------------------------------------- a whole step
 
 
+@pytest.mark.parametrize(("accumulation", "num_copies"), [(1, 0), (4, 1)])
+def test_gradients_that_are_reduced_once_are_whole_until_then(accumulation, num_copies):
+    devices = Devices(number=4, shard_size=4, fsdp=True, reduce_dtype=torch.float32)
+    step = replace(TOY_STEP, accumulation=accumulation, devices=devices)
+    once = replace(step, devices=replace(devices, reduce_each_micro_batch=False))
+    numel = sum(p.numel() for p in parameters_of(step).values())
+    assert memory_of(once).total - memory_of(step).total == 4 * numel * num_copies
+
+
 def test_the_loss_does_not_grow_with_the_tokens_beyond_a_piece():
     step = replace(TOY_STEP, decoder=replace(TOY, vocab_size=2**20), num_tokens=2048)  # two pieces
     per_token = TOY.hidden_size * 2 + 4 + 8  # gradient of the hidden states, in bfloat16; loss, in float32; label
