@@ -1,6 +1,7 @@
 """Whole runs: resumed to the bit, on one device and as a group of one, and on a GPU as on a CPU."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from meap_lit.recipe.cli import RecipeCLI
 from tests.support.checkpoints import read
 from tests.support.devices import on_devices, on_gpu
+from tests.support.toy_module import fork
 
 ACCELERATORS = {"cpu": "cpu", "cuda": "gpu"}
 
@@ -34,8 +36,12 @@ def test_a_resumed_run_ends_with_the_same_bits(toy_recipe, tmp_path, device, ove
     words += ["--trainer.deterministic", "true", "--trainer.precision", "bf16-mixed"]
     words += ["--budget.max_steps", "4", "--checkpoint.every_n_steps", "2", "--budget.val_every_n_steps", "4"]
     runs = tmp_path / "runs" / "toy"
-    RecipeCLI.run(words)
-    RecipeCLI.run([*words, "--ckpt_path", str(runs / "version_0" / "checkpoints" / "step=2.ckpt")])
+    for start in ([], ["--ckpt_path", str(runs / "version_0" / "checkpoints" / "step=2.ckpt")]):
+        run = partial(RecipeCLI.run, [*words, *start])
+        if device == "cuda":  # which a forked process cannot use
+            run()
+        else:
+            assert fork(run) == [0]  # apart: the threads of a process group end with its process
     whole, resumed = weights(runs / "version_0"), weights(runs / "version_1")
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():
