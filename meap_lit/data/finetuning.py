@@ -97,6 +97,12 @@ class FineTuningData(StreamingData):
     def row_settings(self) -> dict[str, Any]:
         return {**super().row_settings, "duplication": dataclasses.asdict(self.duplication)}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        rows = dict(state_dict["rows"])
+        if "duplication" in rows:  # an older checkpoint does not name all of its options
+            rows["duplication"] = dataclasses.asdict(Duplication(**rows["duplication"]))
+        super().load_state_dict({**state_dict, "rows": rows})
+
     def describe_rows(self, start: int, stop: int) -> str:
         rows = list(islice(self.order().iterate(start), stop - start))
         conversations = sum(document.has_original for row in rows for document in row.documents)

@@ -68,6 +68,8 @@ class Duplication:
         min_copied: Only answers of more tokens than this are masked; a sample without one gets no copy.
         no_room: `concat` only: what to do when a sample fits into a row but not twice: `stop`, or `skip_copy` to train
             on the original alone.
+        mask_inputs: False leaves the copy as the original is, with the loss at the positions that masks would have: the
+            control that tells masks from copies. The paper does not have it.
     """
 
     mask_ratio: float = 0.10
@@ -75,6 +77,7 @@ class Duplication:
     copy_positions: Literal["continued", "restarted"] = "continued"
     min_copied: int = 50
     no_room: Literal["stop", "skip_copy"] = "stop"
+    mask_inputs: bool = True
 
     def __post_init__(self) -> None:
         check_ratio("data.duplication.mask_ratio", self.mask_ratio)
@@ -122,7 +125,9 @@ def masked_copy(
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:-1] = torch.where(input_mask[1:], input_ids[1:], IGNORE_INDEX)
     in_copy = torch.ones(len(input_ids), dtype=torch.bool)
-    return Document(input_ids.masked_fill(input_mask, mask_token_id), labels, positions, in_copy)
+    if duplication.mask_inputs:
+        input_ids = input_ids.masked_fill(input_mask, mask_token_id)
+    return Document(input_ids, labels, positions, in_copy)
 
 
 def concatenate(first: Document, copy: Document, copy_positions: Literal["continued", "restarted"]) -> Document:

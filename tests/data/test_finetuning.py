@@ -3,6 +3,8 @@ import re
 from itertools import islice
 from pathlib import Path
 
+import dataclasses
+
 import pytest
 import torch
 from litdata import StreamingDataset
@@ -174,3 +176,13 @@ def test_a_resume_counts_on_the_same_rows(toy_sft_recipe, tmp_path, option, valu
     checkpoint = tmp_path / "runs" / "toy" / "version_0" / "checkpoints" / "last.ckpt"
     with pytest.raises(UserError, match=message):
         fit(toy_sft_recipe, "--ckpt_path", str(checkpoint), f"--data.{option}", value)
+
+
+def test_a_checkpoint_from_before_an_option_of_the_copies_resumes(data):
+    data.setup("fit")
+    state = {"step": 1, "samples": data.global_batch_size, "datasets": data._fingerprints, "rows": data.row_settings}
+    older = {name: value for name, value in data.row_settings["duplication"].items() if name != "mask_inputs"}
+    data.load_state_dict({**state, "rows": {**data.row_settings, "duplication": older}})
+    data.duplication = dataclasses.replace(data.duplication, mask_inputs=False)
+    with pytest.raises(UserError, match=r"^data.duplication was .*'mask_inputs': True"):
+        data.load_state_dict({**state, "rows": {**data.row_settings, "duplication": older}})

@@ -113,6 +113,14 @@ def test_every_long_answer_loses_its_exact_share():
     assert torch.equal(document.labels[supervised], torch.tensor(tokens)[masked])
 
 
+def test_without_masks_the_copy_keeps_its_tokens_and_its_labels():
+    tokens = list(range(1000, 1240))
+    masked, control = (copy_of(tokens, LONG, Duplication(mask_inputs=flag)) for flag in (True, False))
+    assert control.input_ids.tolist() == tokens
+    assert (masked.input_ids == MASK).sum() == 16
+    assert torch.equal(control.labels, masked.labels)
+
+
 def test_every_visit_and_every_sample_draws_anew_and_the_same_one_alike():
     def drawn(**key):
         return tuple((copy_of(list(range(240)), LONG, Duplication(), **key).input_ids == MASK).nonzero().flatten())
