@@ -1,9 +1,8 @@
+import dataclasses
 import json
 import re
 from itertools import islice
 from pathlib import Path
-
-import dataclasses
 
 import pytest
 import torch
