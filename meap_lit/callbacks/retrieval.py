@@ -29,6 +29,7 @@ class RetrievalProbe(L.Callback):
         depths: Positions of the fact, from 0 (first) to 1 (last).
         num_items: Questions for each length and depth.
         num_options: People to choose from.
+        near_duplicates: Ask for places and people of two words, each of which others share.
         batch_size: Sequences scored at once.
         max_share: Largest share of the training time, in (0, 1]; 1 runs at every validation.
         seed: Seed of the questions, which are the same at every validation.
@@ -49,6 +50,7 @@ class RetrievalProbe(L.Callback):
         depths: list[float] | None = None,
         num_items: int = 8,
         num_options: int = 4,
+        near_duplicates: bool = False,
         batch_size: int = 32,
         max_share: float = 0.02,
         seed: int = 0,
@@ -64,6 +66,7 @@ class RetrievalProbe(L.Callback):
             depths=depths or [0.0, 0.25, 0.5, 0.75, 1.0],
             num_items=num_items,
             num_options=num_options,
+            near_duplicates=near_duplicates,
             seed=seed,
             filler=filler,
         )

@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count as count_up
+from itertools import product
 from pathlib import Path
 from textwrap import shorten
 
@@ -28,6 +29,11 @@ from meap_lit.errors import UserError, check_range
 
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Hugo", "Maria", "Peter")
 PLACES = ("Athens", "Berlin", "Cairo", "Lima", "London", "Oslo", "Paris", "Tokyo")
+
+_NEAR_NAMES = tuple(
+    map(" ".join, product(NAMES, ("Berg", "Costa", "Duval", "Evans", "Haas", "Kovac", "Moreau", "Silva")))
+)
+_NEAR_PLACES = tuple(map(" ".join, product(("Old", "New", "East", "West", "North", "South", "Upper", "Lower"), PLACES)))
 
 OPENING = "This is what people say."
 """First sentence of every document; what follows has a space in front, so each word is always the same token."""
@@ -59,9 +65,18 @@ class Fact:
         return f"Who sings in {self.place}?"
 
 
-def draw_facts(rng: random.Random, count: int) -> list[Fact]:
-    """Draw `count` facts, without a place or a person twice."""
-    return [Fact(*pair) for pair in zip(rng.sample(PLACES, count), rng.sample(NAMES, count), strict=True)]
+def most_facts(near_duplicates: bool) -> int:
+    """Return the largest number of facts in a text."""
+    return len(_NEAR_NAMES if near_duplicates else NAMES)
+
+
+def draw_facts(rng: random.Random, count: int, near_duplicates: bool = False) -> list[Fact]:
+    """Draw `count` facts, without a place or a person twice.
+
+    With `near_duplicates`, places and people have two words, each of which others share: "In Old Oslo Anna Berg sings".
+    """
+    places, names = (_NEAR_PLACES, _NEAR_NAMES) if near_duplicates else (PLACES, NAMES)
+    return [Fact(*pair) for pair in zip(rng.sample(places, count), rng.sample(names, count), strict=True)]
 
 
 def filler_sentence(rng: random.Random) -> str:
@@ -132,6 +147,8 @@ class FactCorpus(Preparation):
         seed: The same seed and numbers give the same files, byte for byte.
         min_facts: Fewest facts in a document.
         max_facts: Most facts in a document.
+        near_duplicates: Give places and people two words, each of which others share: up to 64 facts in place of 8, and
+            the right one is harder to tell from the others.
         num_mentions: Statements for each fact of a document, on average.
         question_share: Share of the restatements that follow a question.
         filler_share: Sentences of filler for each statement, in [0, 1].
@@ -143,6 +160,7 @@ class FactCorpus(Preparation):
     seed: int = 0
     min_facts: int = 2
     max_facts: int = 6
+    near_duplicates: bool = False
     num_mentions: int = 5
     question_share: float = 0.15
     filler_share: float = 0.1
@@ -154,9 +172,10 @@ class FactCorpus(Preparation):
             check_range(name, getattr(self, name), "[1, inf)")
         for name in ("question_share", "filler_share"):
             check_range(name, getattr(self, name), "[0, 1]")
-        if not 1 <= self.min_facts <= self.max_facts <= len(NAMES):
+        most = most_facts(self.near_duplicates)
+        if not 1 <= self.min_facts <= self.max_facts <= most:
             raise UserError(
-                f"facts must satisfy 1 <= min_facts <= max_facts <= {len(NAMES)}, "
+                f"facts must satisfy 1 <= min_facts <= max_facts <= {most}, "
                 f"got min_facts {self.min_facts} and max_facts {self.max_facts}"
             )
         filler = Filler() if self.filler is None else Filler.read(self.filler)
@@ -177,7 +196,7 @@ class FactCorpus(Preparation):
         that a decoder finds before it looks at the name.)
         """
         rng = random.Random(f"{self.seed}/{number}")  # seeding by text is the same in every process and version
-        facts = draw_facts(rng, rng.randint(self.min_facts, self.max_facts))
+        facts = draw_facts(rng, rng.randint(self.min_facts, self.max_facts), self.near_duplicates)
         filler_sentences = (filler or Filler()).draw(rng)
         restated = rng.choices(facts, k=len(facts) * (self.num_mentions - 1))
         sentences = [OPENING]

@@ -59,11 +59,13 @@ class Preparation(ABC):
         was, now = _read_record(record), self._record()
         if was["step"] != now["step"]:
             raise UserError(f"folder {output} was made by {was['step']}, not {now['step']}; name another output")
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
         for name, value in now["arguments"].items():
-            if was["arguments"].get(name) != value:
+            # a step of an older version may lack the option
+            before = was["arguments"].get(name, defaults.get(name))
+            if before != value:
                 raise UserError(
-                    f"folder {output} was made with {name} = {was['arguments'].get(name)!r}, "
-                    f"the recipe says {value!r}; remove the folder or name another output"
+                    f"folder {output} was made with {name} = {before!r}, the recipe says {value!r}; remove the folder or name another output"
                 )
 
     def _record(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from meap_lit.data.corpora.facts import NAMES, OPENING, Filler, draw_facts
+from meap_lit.data.corpora.facts import OPENING, Filler, draw_facts, most_facts
 from meap_lit.data.read.find import find_files
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.task import Item, Plot, Record, Result, Task, lengths_that_fit
@@ -34,6 +34,7 @@ class FactRetrieval(Task):
         depths: Depths of the fact in the context, from 0 (first) to 1 (last).
         num_items: Questions for each length and depth.
         num_options: People to choose from, the right one included.
+        near_duplicates: Ask for places and people of two words, each of which others share, as in `FactCorpus`.
         seed: Seed of the questions.
         filler: File or folder of text whose sentences surround the facts; made up if not given.
     """
@@ -55,6 +56,7 @@ class FactRetrieval(Task):
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     num_items: int = 100
     num_options: int = 4
+    near_duplicates: bool = False
     seed: int = 1
     filler: str | None = None
 
@@ -66,7 +68,7 @@ class FactRetrieval(Task):
         if not self.depths:
             raise UserError("retrieval depths must name at least one depth, got none")
         check_range("retrieval num_items", self.num_items, "[1, inf)")
-        check_range("retrieval num_options", self.num_options, f"[2, {len(NAMES)}]")
+        check_range("retrieval num_options", self.num_options, f"[2, {most_facts(self.near_duplicates)}]")
 
     def extent(self, model: LanguageModel) -> tuple[int, int] | None:
         if self.filler is not None:
@@ -134,7 +136,7 @@ def _build_item(
     num_tokens: Callable[[str], int],
 ) -> Record:
     """Return the fields of an item that has at most `length` tokens."""
-    facts = draw_facts(rng, task.num_options)
+    facts = draw_facts(rng, task.num_options, task.near_duplicates)
     answer = rng.randrange(task.num_options)
     needle = facts[answer]
     others = [fact.statement for index, fact in enumerate(facts) if index != answer]

@@ -48,6 +48,23 @@ def test_facts_repeat_no_person_and_no_place():
     assert len({fact.place for fact in facts}) == len(NAMES)
 
 
+def test_near_duplicates_share_a_word_and_repeat_no_person_and_no_place():
+    facts = draw_facts(random.Random(0), 64, near_duplicates=True)
+    for texts in ([fact.place for fact in facts], [fact.name for fact in facts]):
+        assert len(set(texts)) == 64
+        first, second = zip(*(text.split() for text in texts), strict=True)
+        assert len(set(first)) == len(set(second)) == 8
+
+
+def test_a_corpus_of_near_duplicates_has_up_to_64_facts(tmp_path):
+    options = {"num_documents": 4, "min_facts": 12, "max_facts": 12, "filler_share": 0.0, "question_share": 0.0}
+    FactCorpus(output=str(tmp_path / "facts"), near_duplicates=True, **options).run()
+    for text in read_documents(tmp_path / "facts"):
+        assert len(set(re.findall(r"In (\w+ \w+) (\w+ \w+) sings\.", text))) == 12
+    with pytest.raises(UserError, match="max_facts <= 64, got min_facts 12 and max_facts 65"):
+        FactCorpus(output=str(tmp_path / "more"), near_duplicates=True, **options | {"max_facts": 65}).run()
+
+
 def test_the_name_follows_the_prompt_and_the_question_does_not_give_it_away():
     (fact,) = draw_facts(random.Random(1), 1)
     assert fact.statement.startswith(f"{fact.prompt} {fact.name} ")

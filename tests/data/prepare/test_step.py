@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import socket
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from meap_lit.files import is_partial, new_folder
 @dataclass(kw_only=True)
 class Write(Preparation):
     text: str
+    ending: str = ""
     num_workers: int = field(default=1, compare=False)
 
     def make(self, folder):
@@ -70,6 +72,16 @@ def test_ensure_runs_once_and_compares(tmp_path, capsys):
     (tmp_path / "foreign").mkdir()
     with pytest.raises(UserError, match="exists but was not made by meap_lit"):
         Write(output=str(tmp_path / "foreign"), text="hello").ensure()
+
+
+def test_a_folder_of_an_older_version_lacks_options_that_have_a_default(tmp_path):
+    output = tmp_path / "out"
+    Write(output=str(output), text="hello").run()
+    record = output / "preparation.json"
+    record.write_text(json.dumps({"step": "Write", "arguments": {"text": "hello"}}))
+    Write(output=str(output), text="hello").ensure()
+    with pytest.raises(UserError, match="made with ending = '', the recipe says '!'"):
+        Write(output=str(output), text="hello", ending="!").ensure()
 
 
 def dead_process():

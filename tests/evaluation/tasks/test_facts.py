@@ -113,6 +113,16 @@ def test_options_are_the_people_of_the_context_and_the_answer_is_the_needle(toke
         assert item.fields["needle"] == f"In {asked} {stated[asked]} sings."
 
 
+def test_near_duplicates_are_answered_by_the_place_as_a_whole(tokenizer):
+    grid = replace(GRID, lengths=(600,), depths=(0.5,), num_options=12, near_duplicates=True)
+    for item in grid.build(tokenizer):
+        context, asked = re.fullmatch(r"(.*)Who sings in (\w+ \w+)\? In \2", item.fields["text"]).groups()
+        stated = dict(re.findall(r"In (\w+ \w+) (\w+ \w+) sings\.", context))
+        options = [tokenizer.decode(option).strip() for option in item.fields["options"]]
+        assert len(stated) == 12
+        assert stated[asked].endswith(options[item.fields["answer"]])
+
+
 def test_right_option_stands_at_every_index(items):
     assert {item.fields["answer"] for item in items} == set(range(GRID.num_options))
 

@@ -1,0 +1,241 @@
+"""Keep the results of the study on a real model as small files, and write its tables and figures from these alone.
+
+    python docs/study/real.py alpaca --collect      # runs/study_real_alpaca, evaluations/study_real_alpaca -> real/
+    python docs/study/real.py alpaca                # real/alpaca.csv, real/alpaca.jsonl.gz -> real/alpaca.md, .png
+
+real/SETTING.csv has a line for each run. real/SETTING.jsonl.gz has a line for each evaluation of a run: the id, cell and
+scores of every item, without its text. `--collect` adds to what is there, so that parts may come from several machines.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meap_lit.callbacks.metrics import read_metrics
+from meap_lit.evaluation.figures import curves
+from meap_lit.evaluation.results import load, task_classes
+from meap_lit.evaluation.statistics import Difference, bootstrap, t_interval
+from meap_lit.evaluation.task import Result, paired_deltas
+from meap_lit.files import read_json
+
+FOLDER = Path(__file__).parent / "real"
+BASELINE, MAIN = "plain", "qa_5"
+SMALLEST = 4.0
+"""Smallest difference of interest, in points of the main measure (plan.md)."""
+HYPOTHESES = {"H1": ("concat", "plain"), "H2": ("concat", "copies"), "H3": ("concat", "plain_79")}
+"""An arm, and the arm that it is compared with by the main measure."""
+RUN_FIELDS = ("arm", "seed", "steps", "tokens", "seconds", "val_loss", "masked_loss", "device")
+Part = tuple[str, str]
+"""Arm and seed."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs by arm and seed, and results by task, then arm and seed."""
+
+    runs: dict[Part, dict[str, str]]
+    results: dict[str, dict[Part, Result]]
+
+    @property
+    def arms(self) -> list[str]:
+        return list(dict.fromkeys(arm for arm, _ in self.runs))
+
+    def seeds(self, task: str, *arms: str) -> list[str]:
+        """Return the seeds with a result of the task for each of the arms."""
+        found = [{seed for one, seed in self.results[task] if one == arm} for arm in arms]
+        return sorted(set.intersection(*found))
+
+    def difference(self, task: str, arm: str, other: str, metric: str | None = None) -> Difference | None:
+        """Return arm minus `other`, by bootstrap over seeds and items; None if they have no seed in common."""
+        results = self.results[task]
+        seeds = [
+            paired_deltas(results[other, seed], results[arm, seed], metric) for seed in self.seeds(task, other, arm)
+        ]
+        return bootstrap(seeds) if any(seeds) else None
+
+    def loss_difference(self, arm: str, other: str) -> Difference | None:
+        """Return arm minus `other` of the clean validation loss, by the t interval over seeds."""
+        seeds = [seed for one, seed in self.runs if one == arm and (other, seed) in self.runs]
+        deltas = [float(self.runs[arm, seed]["val_loss"]) - float(self.runs[other, seed]["val_loss"]) for seed in seeds]
+        return t_interval(deltas) if deltas else None
+
+
+def collect(setting: str) -> None:
+    """Add what is under runs/ and evaluations/ to the files of a setting."""
+    runs, lines = dict(_read_runs(setting)), dict(_read_lines(setting))
+    for summary in sorted(Path(f"runs/study_real_{setting}").glob("*/seed_*/summary.json")):
+        arm, seed = summary.parts[-3], summary.parts[-2].removeprefix("seed_")
+        about, metrics = read_json(summary), read_metrics(summary.parent)
+        masked = metrics.get("train/masked_loss", [])
+        values = (
+            about["last_step"],
+            about["tokens"],
+            round(about["seconds"]),
+            f"{metrics['val/loss'][-1].value:.4f}",
+            f"{statistics.mean(point.value for point in masked[-10:]):.3f}" if masked else "",
+            f"{about['device']}, {about['threads']} thread",
+        )
+        runs[arm, seed] = dict(zip(RUN_FIELDS, map(str, (arm, seed, *values)), strict=True))
+    for file in sorted(Path(f"evaluations/study_real_{setting}").glob("*/*/result.json")):
+        for result in load(file):
+            arm, _, seed = result.label.rpartition("-seed_")
+            keys = ("id", "group", "cell", "scores")
+            items = [{key: record[key] for key in keys if record.get(key) is not None} for record in result.records]
+            line = {"name": file.parts[-3], "task": result.task.name, "arm": arm, "seed": seed, "items": items}
+            lines[line["name"], arm, seed] = line
+    with open(FOLDER / f"{setting}.csv", "w", encoding="utf-8", newline="") as table:
+        writer = csv.DictWriter(table, RUN_FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(runs[part] for part in sorted(runs))
+    text = "".join(json.dumps(lines[key], separators=(",", ":")) + "\n" for key in sorted(lines))
+    (FOLDER / f"{setting}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def read(setting: str) -> Study:
+    """Return the results that are kept of a setting."""
+    results: dict[str, dict[Part, Result]] = {}
+    for (name, arm, seed), line in _read_lines(setting):
+        result = Result(task_classes()[line["task"]], f"{arm}-seed_{seed}", line["items"])
+        results.setdefault(name, {})[arm, seed] = result
+    return Study(dict(_read_runs(setting)), results)
+
+
+def _read_runs(setting: str) -> Iterator[tuple[Part, dict[str, str]]]:
+    path = FOLDER / f"{setting}.csv"
+    if path.is_file():
+        with open(path, encoding="utf-8", newline="") as table:
+            yield from (((row["arm"], row["seed"]), row) for row in csv.DictReader(table))
+
+
+def _read_lines(setting: str) -> Iterator[tuple[tuple[str, str, str], dict[str, Any]]]:
+    path = FOLDER / f"{setting}.jsonl.gz"
+    if path.is_file():
+        lines = map(json.loads, gzip.decompress(path.read_bytes()).decode().splitlines())
+        yield from (((line["name"], line["arm"], line["seed"]), line) for line in lines)
+
+
+def verdict(change: Difference) -> str:
+    """Return what an interval of the main measure says by the rule of plan.md."""
+    if change.low > 0:
+        return "supported"
+    return "refuted at this size" if change.high < SMALLEST else "open"
+
+
+def page(setting: str) -> str:
+    """Return the tables of a setting in Markdown."""
+    study = read(setting)
+    lines = [f"# Study on a real model: {setting}", "", _INTRODUCTION.format(setting=setting), ""]
+    lines += ["## Main measure", "", f"![Accuracy over the position of the passage]({setting}.png)", ""]
+    rows = []
+    for name, (arm, other) in HYPOTHESES.items():
+        change = study.difference(MAIN, arm, other)
+        words = ["not run", "", ""] if change is None else [change.text(1), str(change.num_seeds), verdict(change)]
+        rows.append([name, f"`{arm}` minus `{other}`", *words])
+    clean = study.loss_difference("concat", BASELINE)
+    if clean is not None and clean.num_seeds > 1:
+        words = ["supported" if clean.high < 0.02 else "open"]
+        rows.append(["H4", "held-out loss, `concat` minus `plain`", clean.text(4), str(clean.num_seeds), *words])
+    lines += _table(["", "difference", "95%", "seeds", "verdict"], rows)
+    for name, results in sorted(study.results.items(), key=lambda item: item[0] != MAIN):
+        any_result = next(iter(results.values()))
+        lines += ["" if name == MAIN else f"\n## {name}\n", f"{_items(results)} items for each seed."]
+        for metric in any_result.metrics:
+            lines += ["", *_scores(study, name, metric)]
+        for key in any_result.cell_keys:
+            lines += _along(study, name, key)
+    lines += ["", "## Runs", ""]
+    lines += _table(list(RUN_FIELDS), [[run[field] for field in RUN_FIELDS] for run in study.runs.values()])
+    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+_INTRODUCTION = """`python docs/study/real.py {setting}` writes this page from the records beside it. The [plan](../plan.md) has the
+arms, the measures and the rules. Differences are paired over seeds and items, with a bootstrap interval of 95%; those of
+the held-out loss have the t interval over seeds."""
+
+
+def _items(results: dict[Part, Result]) -> str:
+    numbers = sorted({len(result.records) for result in results.values()})
+    return " to ".join(f"{number:,}" for number in (numbers if len(numbers) == 1 else (numbers[0], numbers[-1])))
+
+
+def _scores(study: Study, name: str, metric: str) -> list[str]:
+    results = study.results[name]
+    digits = 3 if next(iter(results.values())).unit_of(metric) == "nats" else 1
+    rows = []
+    for arm in study.arms:
+        values = {seed: result.mean(metric).value for (one, seed), result in results.items() if one == arm}
+        if not values:
+            continue
+        change = None if arm == BASELINE else study.difference(name, arm, BASELINE, metric)
+        of_seeds = ", ".join(f"{seed}: {value:.{digits}f}" for seed, value in values.items())
+        mean = f"{statistics.mean(values.values()):.{digits}f}"
+        rows.append([f"`{arm}`", mean, of_seeds, "" if change is None else change.text(digits)])
+    unit = next(iter(results.values())).unit_of(metric)
+    return _table(["arm", f"{metric} ({unit})", "by seed", f"minus `{BASELINE}`"], rows)
+
+
+def _along(study: Study, name: str, key: str) -> list[str]:
+    """Return a table of the headline by a key of the cells; nothing if it has one value."""
+    results = study.results[name]
+    groups = list(dict.fromkeys(group for result in results.values() for group in result.along(key)))
+    if not 1 < len(groups) <= 12:
+        return []
+    arms = [arm for arm in study.arms if any(one == arm for one, _ in results)]
+    digits = 3 if next(iter(results.values())).task.unit == "nats" else 1
+    rows = []
+    for group in groups:
+        cells = []
+        for arm in arms:
+            tables = [result.along(key) for (one, _), result in results.items() if one == arm]
+            cells.append(f"{statistics.mean(table[group].value for table in tables):.{digits}f}")
+        rows.append([str(group), *cells])
+    return ["", *_table([key, *(f"`{arm}`" for arm in arms)], rows)]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def draw(setting: str) -> None:
+    """Write the figure of the main measure: means over seeds, and each seed as a thin line."""
+    study = read(setting)
+    results = study.results[MAIN]
+    tables = {part: {place + 1: mean.value for place, mean in _places(result)} for part, result in results.items()}
+    lines, faint = {}, {}
+    for arm in study.arms:
+        of_arm = [table for (one, _), table in tables.items() if one == arm]
+        if of_arm:
+            lines[arm] = {place: statistics.mean(table[place] for table in of_arm) for place in of_arm[0]}
+            faint[arm] = of_arm
+    figure = curves(
+        lines,
+        x_label="position of the passage with the answer, of five",
+        y_label="best_subspan_em (%)",
+        title=f"Questions on five passages after fine-tuning: {setting}",
+        faint=faint,
+    )
+    figure.savefig(FOLDER / f"{setting}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+
+
+def _places(result: Result) -> Iterator[tuple[int, Any]]:
+    for place, mean in result.along("gold").items():
+        if isinstance(place, int) and mean.n:
+            yield place, mean
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", help="alpaca")
+    parser.add_argument("--collect", action="store_true", help="add results of runs/ and evaluations/ first")
+    arguments = parser.parse_args()
+    if arguments.collect:
+        collect(arguments.setting)
+    (FOLDER / f"{arguments.setting}.md").write_text(page(arguments.setting), encoding="utf-8")
+    draw(arguments.setting)
