@@ -3,8 +3,8 @@
     python docs/study/real.py alpaca --collect      # runs/study_real_alpaca, evaluations/study_real_alpaca -> real/
     python docs/study/real.py alpaca                # real/alpaca.csv, real/alpaca.jsonl.gz -> real/alpaca.md, .png
 
-real/SETTING.csv has a line for each run. real/SETTING.jsonl.gz has a line for each evaluation of a run: the id, cell and
-scores of every item, without its text. `--collect` adds to what is there, so that parts may come from several machines.
+real/SETTING.csv has a line for each run. real/SETTING.jsonl.gz has a line for each evaluation of a run: the id, cell
+and scores of every item, without its text. `--collect` adds to what is there, so parts may come from several machines.
 """
 
 import argparse
@@ -154,9 +154,9 @@ def page(setting: str) -> str:
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 
-_INTRODUCTION = """`python docs/study/real.py {setting}` writes this page from the records beside it. The [plan](../plan.md) has the
-arms, the measures and the rules. Differences are paired over seeds and items, with a bootstrap interval of 95%; those of
-the held-out loss have the t interval over seeds."""
+_INTRODUCTION = """`python docs/study/real.py {setting}` writes this page from the records beside it. The [plan](../plan.md)
+has the arms, the measures and the rules. Differences are paired over seeds and items, with a bootstrap interval of 95%;
+those of the held-out loss have the t interval over seeds."""
 
 
 def _items(results: dict[Part, Result]) -> str:

@@ -30,10 +30,10 @@ from meap_lit.errors import UserError, check_range
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Hugo", "Maria", "Peter")
 PLACES = ("Athens", "Berlin", "Cairo", "Lima", "London", "Oslo", "Paris", "Tokyo")
 
-_NEAR_NAMES = tuple(
-    map(" ".join, product(NAMES, ("Berg", "Costa", "Duval", "Evans", "Haas", "Kovac", "Moreau", "Silva")))
-)
-_NEAR_PLACES = tuple(map(" ".join, product(("Old", "New", "East", "West", "North", "South", "Upper", "Lower"), PLACES)))
+_FAMILY_NAMES = ("Berg", "Costa", "Duval", "Evans", "Haas", "Kovac", "Moreau", "Silva")
+_QUARTERS = ("Old", "New", "East", "West", "North", "South", "Upper", "Lower")
+_NEAR_NAMES = tuple(map(" ".join, product(NAMES, _FAMILY_NAMES)))
+_NEAR_PLACES = tuple(map(" ".join, product(_QUARTERS, PLACES)))
 
 OPENING = "This is what people say."
 """First sentence of every document; what follows has a space in front, so each word is always the same token."""

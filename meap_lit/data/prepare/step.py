@@ -65,7 +65,8 @@ class Preparation(ABC):
             before = was["arguments"].get(name, defaults.get(name))
             if before != value:
                 raise UserError(
-                    f"folder {output} was made with {name} = {before!r}, the recipe says {value!r}; remove the folder or name another output"
+                    f"folder {output} was made with {name} = {before!r}, the recipe says {value!r}; "
+                    f"remove the folder or name another output"
                 )
 
     def _record(self) -> dict[str, Any]:
