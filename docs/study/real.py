@@ -28,8 +28,8 @@ FOLDER = Path(__file__).parent / "real"
 BASELINE, MAIN = "plain", "qa_5"
 SMALLEST = 4.0
 """Smallest difference of interest, in points of the main measure (plan.md)."""
-HYPOTHESES = {"H1": ("concat", "plain"), "H2": ("concat", "copies"), "H3": ("concat", "plain_79")}
-"""An arm, and the arm that it is compared with by the main measure."""
+OTHERS = {"alpaca": ("plain", "copies", "plain_79"), "questions": ("plain", "copies", "plain_159")}
+"""The arms that `concat` is compared with by the main measure: H1, H2 and H3 of each setting."""
 RUN_FIELDS = ("arm", "seed", "steps", "tokens", "seconds", "val_loss", "masked_loss", "device")
 Part = tuple[str, str]
 """Arm and seed."""
@@ -87,8 +87,14 @@ def collect(setting: str) -> None:
             arm, _, seed = result.label.rpartition("-seed_")
             keys = ("id", "group", "cell", "scores")
             items = [{key: record[key] for key in keys if record.get(key) is not None} for record in result.records]
-            line = {"name": file.parts[-3], "task": result.task.name, "arm": arm, "seed": seed, "items": items}
-            lines[line["name"], arm, seed] = line
+            name = file.parts[-3]
+            lines[name, arm, seed] = {
+                "name": name,
+                "task": result.task.name,
+                "arm": arm,
+                "seed": seed,
+                "items": items,
+            }
     with open(FOLDER / f"{setting}.csv", "w", encoding="utf-8", newline="") as table:
         writer = csv.DictWriter(table, RUN_FIELDS, lineterminator="\n")
         writer.writeheader()
@@ -133,10 +139,10 @@ def page(setting: str) -> str:
     lines = [f"# Study on a real model: {setting}", "", _INTRODUCTION.format(setting=setting), ""]
     lines += ["## Main measure", "", f"![Accuracy over the position of the passage]({setting}.png)", ""]
     rows = []
-    for name, (arm, other) in HYPOTHESES.items():
-        change = study.difference(MAIN, arm, other)
+    for number, other in enumerate(OTHERS[setting], start=1):
+        change = study.difference(MAIN, "concat", other)
         words = ["not run", "", ""] if change is None else [change.text(1), str(change.num_seeds), verdict(change)]
-        rows.append([name, f"`{arm}` minus `{other}`", *words])
+        rows.append([f"H{number}", f"`concat` minus `{other}`", *words])
     clean = study.loss_difference("concat", BASELINE)
     if clean is not None and clean.num_seeds > 1:
         words = ["supported" if clean.high < 0.02 else "open"]
@@ -154,9 +160,9 @@ def page(setting: str) -> str:
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 
-_INTRODUCTION = """`python docs/study/real.py {setting}` writes this page from the records beside it. The [plan](../plan.md)
-has the arms, the measures and the rules. Differences are paired over seeds and items, with a bootstrap interval of 95%;
-those of the held-out loss have the t interval over seeds."""
+_INTRODUCTION = """`python docs/study/real.py {setting}` writes this page from the records beside it. The
+[plan](../plan.md) has the arms, the measures and the rules. Differences are paired over seeds and items, with a bootstrap
+interval of 95%; those of the held-out loss have the t interval over seeds."""
 
 
 def _items(results: dict[Part, Result]) -> str:
@@ -232,7 +238,7 @@ def _places(result: Result) -> Iterator[tuple[int, Any]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", help="alpaca")
+    parser.add_argument("setting", choices=OTHERS)
     parser.add_argument("--collect", action="store_true", help="add results of runs/ and evaluations/ first")
     arguments = parser.parse_args()
     if arguments.collect:

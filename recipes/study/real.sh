@@ -2,13 +2,17 @@
 # Run one setting of the study on a real model (docs/study/plan.md): train every arm with every seed, then evaluate it. The
 # same command resumes runs and evaluations that were interrupted and skips those that have finished.
 #   bash recipes/study/real.sh alpaca
+#   bash recipes/study/real.sh questions
 #   ARMS="plain concat" SEEDS=11 TASKS=qa_5 bash recipes/study/real.sh alpaca       # two parts, the main measure
 # JOBS parts run at the same time, each on one core with 8 GB of memory. PYTHON is the interpreter.
 set -euo pipefail
-SETTING=${1:?name a setting: alpaca}
+SETTING=${1:?name a setting: alpaca or questions}
 PYTHON=${PYTHON:-python}
-SEEDS=${SEEDS:-"11 12 13"}
-ARMS=${ARMS:-"plain concat copies plain_79 separate concat_all plain_48"}
+case $SETTING in
+    alpaca) SEEDS=${SEEDS:-"11 12 13"} ARMS=${ARMS:-"plain concat copies plain_79 separate concat_all plain_48"} ;;
+    questions) SEEDS=${SEEDS:-"21 22 23"} ARMS=${ARMS:-"plain concat copies plain_159"} ;;
+    *) echo "error: no setting $SETTING; name alpaca or questions" >&2 && exit 2 ;;
+esac
 TASKS=${TASKS:-"qa_5 qa_10 qa_20 needle key_value perplexity attention"}
 JOBS=${JOBS:-2}
 export OMP_NUM_THREADS=1 SETTING PYTHON TASKS
@@ -43,8 +47,11 @@ export -f meap_lit fit part
 
 # the data, once, so that parts that start together do not all prepare it
 mkdir -p data/study_real
-[ -e data/study_real/questions_test.jsonl ] ||
-    gzip --decompress --stdout data/eval/qa_data/nq-open-oracle.jsonl.gz | tail -n +1801 >data/study_real/questions_test.jsonl
+rows() { gzip --decompress --stdout data/eval/qa_data/nq-open-oracle.jsonl.gz | sed -n "$1"; }
+rows '1801,$p' >data/study_real/questions_test.jsonl
+rows '1,1800p' >data/study_real/questions_rest.jsonl
+[ -e data/study_real/questions_train.jsonl ] || "$PYTHON" docs/study/questions.py data/study_real/questions_rest.jsonl \
+    --num_questions 700 --num_documents 3 --output data/study_real/questions_train.jsonl
 [ -e data/study_real/essays ] || meap_lit prepare text --input data/eval/haystack --tokenizer checkpoints/smollm2 \
     --val_share 0.5 --output data/study_real/essays
 meap_lit preview --config "recipes/study/real/$SETTING.yaml" >/dev/null
