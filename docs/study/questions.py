@@ -3,8 +3,8 @@
     python docs/study/questions.py FILE --num_questions 600 --num_documents 3 --output OUTPUT.jsonl
 
 FILE has rows in the format of nelson-liu/lost-in-the-middle. Prompts are those of the evaluation
-(`meap_lit/evaluation/tasks/multi_document_qa.py`), with synthetic distractors. The position of the right passage is drawn
-for each question, and the answer is the first one of the row.
+(`meap_lit/evaluation/tasks/multi_document_qa.py`), with synthetic distractors. The position of the right passage is
+drawn for each question, and the answer is the first one of the row.
 """
 
 import argparse

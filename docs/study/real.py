@@ -161,8 +161,8 @@ def page(setting: str) -> str:
 
 
 _INTRODUCTION = """`python docs/study/real.py {setting}` writes this page from the records beside it. The
-[plan](../plan.md) has the arms, the measures and the rules. Differences are paired over seeds and items, with a bootstrap
-interval of 95%; those of the held-out loss have the t interval over seeds."""
+[plan](../plan.md) has the arms, the measures and the rules. Differences are paired over seeds and items, with a
+bootstrap interval of 95%; those of the held-out loss have the t interval over seeds."""
 
 
 def _items(results: dict[Part, Result]) -> str:

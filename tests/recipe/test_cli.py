@@ -20,6 +20,7 @@ EVALUATIONS = [path for path in RECIPES if path.parent.name in ("eval", "small",
 RUNNABLE = [
     path for path in RECIPES if path.name not in ("base.yaml", "claims.yaml") and path not in (*OVERLAYS, *EVALUATIONS)
 ]
+FINE_TUNING = [path for path in RUNNABLE if any("MEAPFineTuning" in part.read_text() for part in lineage(path))]
 EXTENSIONS = [path for path in RUNNABLE if path.name.startswith("extend_")]
 CONTINUATIONS = [path for path in RUNNABLE if path.name.startswith("continue_")]
 
@@ -74,7 +75,7 @@ def test_a_recipe_opens_with_what_it_is_for(recipe):
         assert f"--config {recipe}" in "\n".join(comment)
 
 
-@pytest.mark.parametrize("recipe", [path for path in RUNNABLE if path.parent.name != "sft"], ids=str)
+@pytest.mark.parametrize("recipe", sorted({*RUNNABLE} - {*FINE_TUNING}), ids=str)
 @pytest.mark.slow
 def test_a_pretraining_recipe_runs_at_toy_size(recipe, prepared, source_folder, tmp_path):
     data = [
@@ -107,7 +108,7 @@ def test_a_variant_of_the_study_differs_in_its_masks_only(recipe, prepared, tmp_
     assert max(cli.model.mask_ratio(step, 2) for step in range(10_000)) == pytest.approx(0.15)
 
 
-@pytest.mark.parametrize("recipe", [path for path in RUNNABLE if path.parent.name == "sft"], ids=str)
+@pytest.mark.parametrize("recipe", FINE_TUNING, ids=str)
 def test_a_fine_tuning_recipe_runs_at_toy_size(recipe, prepared, chat, source_folder, tmp_path):
     data = [
         *("--model.init_from", str(source_folder)),
