@@ -44,7 +44,8 @@ class Study:
 
     @property
     def arms(self) -> list[str]:
-        return list(dict.fromkeys(arm for arm, _ in self.runs))
+        parts = [*self.runs, *(part for of_task in self.results.values() for part in of_task)]
+        return list(dict.fromkeys(arm for arm, _ in parts))
 
     def seeds(self, task: str, *arms: str) -> list[str]:
         """Return the seeds with a result of the task for each of the arms."""
@@ -178,7 +179,7 @@ def _scores(study: Study, name: str, metric: str) -> list[str]:
         values = {seed: result.mean(metric).value for (one, seed), result in results.items() if one == arm}
         if not values:
             continue
-        change = None if arm == BASELINE else study.difference(name, arm, BASELINE, metric)
+        change = None if arm == BASELINE else study.difference(name, arm, BASELINE, metric)  # None if untrained
         of_seeds = ", ".join(f"{seed}: {value:.{digits}f}" for seed, value in values.items())
         mean = f"{statistics.mean(values.values()):.{digits}f}"
         rows.append([f"`{arm}`", mean, of_seeds, "" if change is None else change.text(digits)])

@@ -1,7 +1,7 @@
 """Means with standard errors, paired bootstrap, Student's t."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,8 +47,8 @@ def t_interval(deltas: Sequence[float]) -> "Difference":
     return Difference(mean, mean - half, mean + half, n, n)
 
 
-Groups = Sequence[Sequence[float]]
-"""Differences by groups that are drawn together, such as one question at every position."""
+Groups = Mapping[str, Sequence[float]]
+"""Differences by the name of the group that is drawn together, such as one question at every position."""
 
 
 class Mean(NamedTuple):
@@ -88,37 +88,32 @@ class Difference(NamedTuple):
 def bootstrap(seeds: Sequence[Groups], num_draws: int = 10_000) -> Difference:
     """Return the mean of paired differences with its 95% percentile interval under resampling.
 
-    Seeds are drawn with replacement, and groups within each seed that is drawn. Every seed has the same weight. With
-    a single seed the interval covers its items only, not other seeds. The random state is fixed.
+    A draw takes seeds with replacement, and groups with replacement. The same groups count for all of its seeds: a
+    question that favors one side for every seed is one observation, not one for each seed. Every seed has the same
+    weight. With a single seed the interval covers its items only, not other seeds. The random state is fixed.
 
     Args:
         seeds: Groups of differences for each seed. Seeds without groups are ignored.
         num_draws: Number of samples.
     """
-    tables = [_sums_and_sizes(groups) for groups in seeds if len(groups)]
-    if not tables:
+    seeds = [groups for groups in seeds if groups]
+    if not seeds:
         return Difference(math.nan, math.nan, math.nan, 0)
+    names = list(dict.fromkeys(name for groups in seeds for name in groups))
+    sums = np.array([[sum(groups.get(name, ())) for name in names] for groups in seeds], dtype=np.float64)  # [S, G]
+    sizes = np.array([[len(groups.get(name, ())) for name in names] for groups in seeds], dtype=np.float64)
     generator = np.random.default_rng(0)
-    num_seeds = len(tables)
-    chosen = generator.integers(num_seeds, size=(num_draws, num_seeds)) if num_seeds > 1 else np.zeros((num_draws, 1))
-    totals = np.zeros(num_draws)
-    for number, (sums, sizes) in enumerate(tables):
-        draws = np.nonzero(chosen == number)[0]  # a draw appears once for each time that it has this seed
-        np.add.at(totals, draws, _sample_means(sums, sizes, len(draws), generator))
-    low, high = np.quantile(totals / num_seeds, [0.025, 0.975])
-    value = np.mean([sums.sum() / sizes.sum() for sums, sizes in tables])
-    return Difference(float(value), float(low), float(high), sum(int(sizes.sum()) for _, sizes in tables), num_seeds)
-
-
-def _sums_and_sizes(groups: Sequence[Sequence[float]]) -> np.ndarray:
-    return np.array([[sum(deltas), len(deltas)] for deltas in groups], dtype=np.float64).reshape(-1, 2).T
-
-
-def _sample_means(sums: np.ndarray, sizes: np.ndarray, num_draws: int, generator: np.random.Generator) -> np.ndarray:
-    """Return the means of samples of len(sums) groups, drawn with replacement, [num_draws]."""
-    means = np.empty(num_draws)
-    at_once = max(1, 1_000_000 // len(sums))  # bounds the memory
+    num_seeds = len(seeds)
+    chosen = (
+        generator.integers(num_seeds, size=(num_draws, num_seeds)) if num_seeds > 1 else np.zeros((num_draws, 1), int)
+    )
+    means = np.empty((num_draws, num_seeds))
+    at_once = max(1, 1_000_000 // len(names))  # bounds the memory
     for start in range(0, num_draws, at_once):
-        drawn = generator.integers(len(sums), size=(len(means[start : start + at_once]), len(sums)))
-        means[start : start + at_once] = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    return means
+        some = means[start : start + at_once]
+        drawn = generator.integers(len(names), size=(len(some), len(names)))
+        with np.errstate(invalid="ignore"):  # a seed may have none of the groups of a draw
+            some[:] = (sums[:, drawn].sum(2) / sizes[:, drawn].sum(2)).T
+    low, high = np.nanquantile(np.take_along_axis(means, chosen, axis=1).mean(axis=1), [0.025, 0.975])
+    value = (sums.sum(axis=1) / sizes.sum(axis=1)).mean()
+    return Difference(float(value), float(low), float(high), int(sizes.sum()), num_seeds)

@@ -323,8 +323,8 @@ class Result:
 
 def paired_deltas(
     first: Result, second: Result, metric: str | None = None, cell: Mapping[str, Any] | None = None
-) -> list[list[float]]:
-    """Return second minus first for the items that both answered, in groups that are drawn together.
+) -> dict[str, list[float]]:
+    """Return second minus first for the items that both answered, by the group that is drawn together.
 
     Args:
         first: The baseline.
@@ -338,7 +338,7 @@ def paired_deltas(
     for record, score in second.scored(metric):
         if record["id"] in scores and wanted <= record["cell"].items():
             groups.setdefault(str(record.get("group") or record["id"]), []).append(score - scores[record["id"]])
-    return list(groups.values())
+    return groups
 
 
 def difference(

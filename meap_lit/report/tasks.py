@@ -98,7 +98,7 @@ def attention_change(arm: Arm, baseline: Arm, results: Results, statistic: str, 
             masked = {record["id"]: np.mean(record["masked"][statistic]) for record in results[second.path].records}
             shared = [id for id in clean if id in masked]
             mean = np.mean([clean[id] for id in shared])
-            seeds.append([[float(100 * sign * (masked[id] - clean[id]) / mean)] for id in shared])
+            seeds.append({id: [float(100 * sign * (masked[id] - clean[id]) / mean)] for id in shared})
     return bootstrap(seeds) if any(seeds) else None
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run one setting of the study on a real model (docs/study/plan.md): train every arm with every seed, then evaluate it. The
-# same command resumes runs and evaluations that were interrupted and skips those that have finished.
+# Run one setting of the study on a real model (docs/study/plan.md): train every arm with every seed, then evaluate it, and the
+# model as it was before. The same command resumes runs and evaluations that were interrupted and skips those that have finished.
 #   bash recipes/study/real.sh alpaca
 #   bash recipes/study/real.sh questions
 #   ARMS="plain concat" SEEDS=11 TASKS=qa_5 bash recipes/study/real.sh alpaca       # two parts, the main measure
@@ -36,7 +36,11 @@ fit() { # ARM SEED
 
 part() { # ARM SEED
     local run="runs/study_real_$SETTING/$1/seed_$2"
-    [ -e "$run/summary.json" ] || fit "$1" "$2"
+    if [ "$1" = untrained ]; then
+        run=checkpoints/smollm2
+    elif [ ! -e "$run/summary.json" ]; then
+        fit "$1" "$2"
+    fi
     for task in $TASKS; do
         meap_lit evaluate --config "recipes/study/real/eval/$task.yaml" --checkpoint "$run" --label "$1-seed_$2" \
             --output "evaluations/study_real_$SETTING" >/dev/null
@@ -55,5 +59,5 @@ rows '1,1800p' >data/study_real/questions_rest.jsonl
 [ -e data/study_real/essays ] || meap_lit prepare text --input data/eval/haystack --tokenizer checkpoints/smollm2 \
     --val_share 0.5 --output data/study_real/essays
 meap_lit preview --config "recipes/study/real/$SETTING.yaml" >/dev/null
-for seed in $SEEDS; do for arm in $ARMS; do echo "$arm $seed"; done; done |
+{ for seed in $SEEDS; do for arm in $ARMS; do echo "$arm $seed"; done; done; echo "untrained 0"; } |
     xargs -r -P "$JOBS" -L 1 bash -euc 'part "$@"' _

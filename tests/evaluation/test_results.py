@@ -18,8 +18,8 @@ def test_deltas_of_items_that_both_have_by_group():
         Result(CountLetters, "x", [{**record, "scores": {"right": score}} for record, score in scored])
         for scored in (first, second)
     )
-    assert paired_deltas(one, other) == [[2.0, 2.0]]
-    assert paired_deltas(one, other, cell={"x": 1}) == [[2.0]]
+    assert paired_deltas(one, other) == {"g": [2.0, 2.0]}
+    assert paired_deltas(one, other, cell={"x": 1}) == {"g": [2.0]}
 
 
 def written(class_path, task="facts", metric="accuracy"):
@@ -66,11 +66,11 @@ def test_tasks_of_the_package_are_known_by_name():
 
 
 def test_without_differences_there_is_no_mean():
-    assert bootstrap([]).n == bootstrap([[]]).n == 0
+    assert bootstrap([]).n == bootstrap([{}]).n == 0
 
 
 def test_seeds_count_alike_whatever_their_items():
-    change = bootstrap([[[2.0]] * 50, [[4.0]]])
+    change = bootstrap([{str(number): [2.0] for number in range(50)}, {"0": [4.0]}])
     assert (change.value, change.n) == (3.0, 51)
     # two of two seeds are the same one in half of the draws, and a quarter of them each
     assert (change.low, change.high) == (2.0, 4.0)
@@ -79,8 +79,15 @@ def test_seeds_count_alike_whatever_their_items():
 def test_interval_has_the_spread_of_seeds_and_of_items():
     generator = np.random.default_rng(1)
     items = [generator.normal(shift, 3.0, size=200) for shift in np.linspace(-2, 2, 8)]
-    change = bootstrap([[[delta] for delta in seed] for seed in items])
+    change = bootstrap([{str(number): [delta] for number, delta in enumerate(seed)} for seed in items])
     means = np.array([seed.mean() for seed in items])
     variance = means.var() / 8 + sum(seed.var() / 200 for seed in items) / 64
     assert change.value == pytest.approx(means.mean())
     assert (change.high - change.low) / 2 == pytest.approx(1.96 * np.sqrt(variance), rel=0.05)
+
+
+def test_what_a_question_does_in_every_seed_is_one_observation():
+    deltas = {str(number): [delta] for number, delta in enumerate(np.random.default_rng(1).normal(0.0, 3.0, size=100))}
+    one, three = bootstrap([deltas]), bootstrap([deltas] * 3)
+    assert three.num_seeds == 3
+    assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.05)

@@ -216,10 +216,12 @@ def test_the_difference_is_paired():
 def test_what_belongs_together_is_drawn_together():
     """Ten questions asked 50 times alike tell no more than ten questions asked once."""
     deltas = [100.0, 0, 0, 100, 0, 100, 0, 0, 0, 100]
-    once, often = (bootstrap([[[delta] * times for delta in deltas]]) for times in (1, 50))
+    once, often = (
+        bootstrap([{str(number): [delta] * times for number, delta in enumerate(deltas)}]) for times in (1, 50)
+    )
     assert often == once._replace(n=500)
     assert once.value == 40
-    apart = bootstrap([[[delta] for delta in deltas * 50]])
+    apart = bootstrap([{str(number): [delta] for number, delta in enumerate(deltas * 50)}])
     assert apart.high - apart.low < (once.high - once.low) / 5
 
 
@@ -227,7 +229,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     """95% of 400 samples of 40 normal differences with mean 1, in a range of four standard errors."""
     generator = np.random.default_rng(1)
     samples = generator.normal(1.0, 2.0, size=(400, 40))
-    covered = sum(low <= 1.0 <= high for _, low, high, *_ in (bootstrap([row[:, None]], 500) for row in samples))
+    groups = [{str(number): [delta] for number, delta in enumerate(row)} for row in samples]
+    covered = sum(low <= 1.0 <= high for _, low, high, *_ in (bootstrap([sample], 500) for sample in groups))
     assert 0.95 - 0.06 <= covered / 400 <= 0.95 + 0.04
 
 

@@ -95,7 +95,7 @@ def test_whole_rows_as_documents_are_plain_causal_attention() -> None:
 
 
 def test_scores_are_formed_within_documents_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And equal neighbors share a call."""
+    """Equal neighbors share a call, and calls have few lengths: kernels keep buffers for each."""
     shapes: list[tuple[int, int]] = []
 
     def recorded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -103,8 +103,11 @@ def test_scores_are_formed_within_documents_only(monkeypatch: pytest.MonkeyPatch
         return causal_attention(query, key, value)
 
     monkeypatch.setattr(attention_module, "causal_attention", recorded)
-    packed_attention(*heads(2, 12), documents=Documents.of_rows([[3, 3, 3], [3, 4]], 12))
-    assert shapes == [(5, 3), (1, 4), (1, 5)]
+    packed_attention(*heads(2, 180), documents=Documents.of_rows([[60, 60, 60], [60, 70]], 180))
+    assert shapes == [(4, 64), (1, 128), (1, 64)]
+    shapes.clear()
+    packed_attention(*heads(2, 12), documents=Documents.of_rows([[12], [12]], 12))
+    assert shapes == [(2, 12)], "documents of one length are not padded"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_difference_of_two_seeds(two_arms, tmp_path):
     change = Score(found["kv"]).change(arm, baseline)
     assert change.num_seeds == 2
     assert change.value == pytest.approx((200 / 3 + 0) / 2)
-    assert change[:3] == bootstrap([[[100.0, 100.0], [0.0]], [[0.0, 0.0], [0.0]]])[:3]
+    assert change[:3] == bootstrap([{"q": [100.0, 100.0], "c": [0.0]}, {"q": [0.0, 0.0], "c": [0.0]}])[:3]
     at_start = Score(found["kv"], cell={"gold": 0}).change(arm, baseline)
     assert at_start.value == pytest.approx((50 + 0) / 2)
     assert Score(found["kv"], "other").change(arm, baseline) is None

@@ -14,6 +14,9 @@ from meap_lit.masking.duplication import Answer, Document, Duplication, concaten
 from meap_lit.model.attention import Documents
 from meap_lit.model.loss import IGNORE_INDEX
 
+POSITIONS_STEP = 256
+"""Step of the number of rows of the loss, so that its large buffers have few sizes and do not fragment the memory."""
+
 
 class PackedBatch(TypedDict):
     """Packed rows; tensors are [B, T] where nothing else is said.
@@ -21,8 +24,9 @@ class PackedBatch(TypedDict):
     Attributes:
         input_ids: Token ids, int64.
         labels: Target of each position, int64; `IGNORE_INDEX` where nothing is learned.
-        label_positions: Places of the supervised positions in the flattened labels, [S], int64. Only these go through
-            the head; their number is known on the host, so no device is asked for it.
+        label_positions: Places of the supervised positions in the flattened labels, and of a few others that make S a
+            multiple of `POSITIONS_STEP`, [S], int64. Only these go through the head; their number is known on the host,
+            so no device is asked for it.
         position_ids: Positions within each document, int64.
         in_copy: Whether a position belongs to a masked copy, bool.
         documents: Which runs of tokens attend among themselves.
@@ -95,7 +99,7 @@ class RowReader:
         return PackedBatch(
             input_ids=input_ids,
             labels=labels,
-            label_positions=(labels.flatten() != IGNORE_INDEX).nonzero()[:, 0],
+            label_positions=_label_positions(labels),
             position_ids=position_ids,
             in_copy=in_copy,
             documents=Documents.of_rows([[len(document) for document in row] for row in documents], self.seq_len),
@@ -123,3 +127,12 @@ class RowReader:
         if not key.has_original:
             return copy
         return concatenate(original(input_ids, answers), copy, self.duplication.copy_positions)
+
+
+def _label_positions(labels: Tensor) -> Tensor:
+    """Return the places in `labels`, [B, T], that go through the head, [S]; see `PackedBatch`."""
+    is_supervised = labels.flatten() != IGNORE_INDEX
+    others = (~is_supervised).nonzero()[:, 0]
+    num_more = -int(is_supervised.sum()) % POSITIONS_STEP
+    is_supervised[others[:num_more]] = True
+    return is_supervised.nonzero()[:, 0]

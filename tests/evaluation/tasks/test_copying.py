@@ -210,7 +210,7 @@ def test_figure_and_tables_by_distance_from_the_records_alone():
     accuracy = {distance: mean.value for distance, mean in results[0].along("distance", "copy_accuracy").items()}
     assert accuracy == pytest.approx({0: 15, 1000: 30})
     # a span is drawn with all its distances: 0 and -1 together, -1 and -2
-    assert difference(*results) == bootstrap([[[0.0, -1.0], [-1.0, -2.0]]])
+    assert difference(*results) == bootstrap([{"a": [0.0, -1.0], "b": [-1.0, -2.0]}])
     assert difference(*results)[:3] == (-1.0, -1.5, -0.5)
     assert difference(*results, "gain").value == 1.0
 
