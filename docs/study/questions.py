@@ -6,8 +6,9 @@ FILE is nq-open-oracle.jsonl.gz of nelson-liu/lost-in-the-middle. The folder OUT
 
 - test.jsonl: rows 1,801 to 2,655, without those whose passage is also in an earlier row;
 - rest.jsonl: rows 1 to 1,800;
-- train.jsonl: conversations about rows 61 to 500. A prompt is that of the evaluation, with three passages; the other two
-  are of rows 1 to 1,800, and the position of the right one is drawn. The reply is the answer, and below it the passage.
+- train.jsonl: conversations about rows 61 to 500. A prompt is that of the evaluation, with three passages; the other
+  two are of rows 1 to 1,800, and the position of the right one is drawn. The reply is the answer, and below it the
+  passage.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def gold(row: Row) -> Row:
     return next(passage for passage in row["ctxs"] if passage["isgold"])
 
 
-def test_rows(rows: list[Row], num_rest: int = NUM_REST) -> list[Row]:
+def unseen(rows: list[Row], num_rest: int) -> list[Row]:
     """Return the rows after the first `num_rest` whose passage is in none of these."""
     known = {normalize_answer(gold(row)["text"]) for row in rows[:num_rest]}
     return [row for row in rows[num_rest:] if normalize_answer(gold(row)["text"]) not in known]
@@ -67,7 +68,7 @@ def main(file: Path, output: Path) -> None:
     rows = [json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
     with new_folder(output) as folder:
         write(folder / "rest.jsonl", rows[:NUM_REST])
-        write(folder / "test.jsonl", test_rows(rows))
+        write(folder / "test.jsonl", unseen(rows, NUM_REST))
         write(folder / "train.jsonl", conversations(rows, str(folder / "rest.jsonl")))
 
 

@@ -12,24 +12,28 @@ import csv
 import gzip
 import json
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meap_lit.callbacks.metrics import read_metrics
+from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import curves
 from meap_lit.evaluation.results import load, task_classes
 from meap_lit.evaluation.statistics import Difference, bootstrap, t_interval
-from meap_lit.evaluation.task import Result, paired_deltas
+from meap_lit.evaluation.task import Record, Result, paired_deltas
 from meap_lit.files import read_json
 
 FOLDER = Path(__file__).parent / "real"
-BASELINE, MAIN = "plain", "qa_5"
+BASELINE, MAIN, UNTRAINED = "plain", "qa_5", "untrained"
 SMALLEST = 4.0
 """Smallest difference of interest, in points of the main measure (plan.md)."""
-OTHERS = {"alpaca": ("plain", "copies", "plain_79"), "questions": ("plain", "copies", "plain_159")}
+OTHERS = {"alpaca": ("plain", "copies", "plain_79"), "questions": ("plain", "copies", "plain_58")}
 """The arms that `concat` is compared with by the main measure: H1, H2 and H3 of each setting."""
+NUM_SEEDS = 3
+"""Planned seeds of these arms."""
 RUN_FIELDS = ("arm", "seed", "steps", "tokens", "seconds", "val_loss", "masked_loss", "device")
 Part = tuple[str, str]
 """Arm and seed."""
@@ -76,8 +80,8 @@ def collect(setting: str) -> None:
         masked = metrics.get("train/masked_loss", [])
         values = (
             about["last_step"],
-            about["tokens"],
-            round(about["seconds"]),
+            round(metrics["throughput/tokens_seen"][-1].value),
+            "" if about["first_step"] else round(about["seconds"]),  # a resumed run knows its last part only
             f"{metrics['val/loss'][-1].value:.4f}",
             f"{statistics.mean(point.value for point in masked[-10:]):.3f}" if masked else "",
             f"{about['device']}, {about['threads']} thread",
@@ -86,16 +90,19 @@ def collect(setting: str) -> None:
     for file in sorted(Path(f"evaluations/study_real_{setting}").glob("*/*/result.json")):
         for result in load(file):
             arm, _, seed = result.label.rpartition("-seed_")
-            keys = ("id", "group", "cell", "scores")
-            items = [{key: record[key] for key in keys if record.get(key) is not None} for record in result.records]
+            if arm != UNTRAINED and (arm, seed) not in runs:
+                raise UserError(f"{file} has answers of {arm}, seed {seed}, which has no run that ended")
             name = file.parts[-3]
             lines[name, arm, seed] = {
                 "name": name,
                 "task": result.task.name,
                 "arm": arm,
                 "seed": seed,
-                "items": items,
+                "items_sha256": result.about["items"],
+                "skipped": result.num_skipped,
+                "items": [_without_text(record) for record in result.records],
             }
+    FOLDER.mkdir(exist_ok=True)
     with open(FOLDER / f"{setting}.csv", "w", encoding="utf-8", newline="") as table:
         writer = csv.DictWriter(table, RUN_FIELDS, lineterminator="\n")
         writer.writeheader()
@@ -104,12 +111,25 @@ def collect(setting: str) -> None:
     (FOLDER / f"{setting}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
+def _without_text(record: Record) -> Record:
+    """Return what is kept of an item: its place and scores, and the number of words of the line that was scored."""
+    kept = {key: record[key] for key in ("id", "group", "cell", "scores") if record.get(key) is not None}
+    if "model_answer" in record:
+        kept["words"] = len(record["model_answer"].strip().partition("\n")[0].split())
+    return kept
+
+
 def read(setting: str) -> Study:
     """Return the results that are kept of a setting."""
     results: dict[str, dict[Part, Result]] = {}
     for (name, arm, seed), line in _read_lines(setting):
-        result = Result(task_classes()[line["task"]], f"{arm}-seed_{seed}", line["items"])
-        results.setdefault(name, {})[arm, seed] = result
+        result = Result(task_classes()[line["task"]], arm, line["items"], about={"items": line["items_sha256"]})
+        of_task = results.setdefault(name, {})
+        of_task[arm, seed] = result
+        if len({one.about["items"] for one in of_task.values()}) > 1:
+            raise UserError(f"the results of {name} are of different items; evaluate {arm}, seed {seed} again")
+    if MAIN not in results:
+        raise UserError(f"no results of {MAIN} for {setting}; run bash recipes/study/real.sh {setting}")
     return Study(dict(_read_runs(setting)), results)
 
 
@@ -129,9 +149,11 @@ def _read_lines(setting: str) -> Iterator[tuple[tuple[str, str, str], dict[str, 
 
 def verdict(change: Difference) -> str:
     """Return what an interval of the main measure says by the rule of plan.md."""
+    if change.num_seeds < NUM_SEEDS:
+        return f"incomplete: {change.num_seeds} of {NUM_SEEDS} seeds"
     if change.low > 0:
-        return "supported"
-    return "refuted at this size" if change.high < SMALLEST else "open"
+        return "above 0"
+    return f"below {SMALLEST:g} points" if change.high < SMALLEST else "open"
 
 
 def page(setting: str) -> str:
@@ -144,14 +166,28 @@ def page(setting: str) -> str:
         change = study.difference(MAIN, "concat", other)
         words = ["not run", "", ""] if change is None else [change.text(1), str(change.num_seeds), verdict(change)]
         rows.append([f"H{number}", f"`concat` minus `{other}`", *words])
-    clean = study.loss_difference("concat", BASELINE)
-    if clean is not None and clean.num_seeds > 1:
-        words = ["supported" if clean.high < 0.02 else "open"]
-        rows.append(["H4", "held-out loss, `concat` minus `plain`", clean.text(4), str(clean.num_seeds), *words])
+    clean = study.loss_difference("concat", BASELINE) if setting == "alpaca" else None
+    if clean is not None and clean.num_seeds == NUM_SEEDS:
+        words = [clean.text(4), str(clean.num_seeds), "at most 0.02" if clean.high < 0.02 else "open"]
+        rows.append(["H4", "held-out loss, `concat` minus `plain`", *words])
     lines += _table(["", "difference", "95%", "seeds", "verdict"], rows)
+    words_of = {part: [record["words"] for record in result.records] for part, result in study.results[MAIN].items()}
+    lines += ["", "Words in the line that is scored, on average:", ""]
+    lines += _table(
+        ["arm", "words, by seed"],
+        [
+            [
+                f"`{arm}`",
+                ", ".join(
+                    f"{seed}: {statistics.mean(words_of[one, seed]):.1f}" for one, seed in words_of if one == arm
+                ),
+            ]
+            for arm in study.arms
+        ],
+    )
     for name, results in sorted(study.results.items(), key=lambda item: item[0] != MAIN):
         any_result = next(iter(results.values()))
-        lines += ["" if name == MAIN else f"\n## {name}\n", f"{_items(results)} items for each seed."]
+        lines += ["" if name == MAIN else f"\n## {name}\n", f"{_items(results)} items for each seed, bounds included."]
         for metric in any_result.metrics:
             lines += ["", *_scores(study, name, metric)]
         for key in any_result.cell_keys:
@@ -179,10 +215,12 @@ def _scores(study: Study, name: str, metric: str) -> list[str]:
         values = {seed: result.mean(metric).value for (one, seed), result in results.items() if one == arm}
         if not values:
             continue
-        change = None if arm == BASELINE else study.difference(name, arm, BASELINE, metric)  # None if untrained
+        change = None if arm == BASELINE else study.difference(name, arm, BASELINE, metric)
         of_seeds = ", ".join(f"{seed}: {value:.{digits}f}" for seed, value in values.items())
         mean = f"{statistics.mean(values.values()):.{digits}f}"
-        rows.append([f"`{arm}`", mean, of_seeds, "" if change is None else change.text(digits)])
+        rows.append(
+            [f"`{arm}`", mean, of_seeds, "" if change is None else f"{change.text(digits)}, {change.num_seeds} seeds"]
+        )
     unit = next(iter(results.values())).unit_of(metric)
     return _table(["arm", f"{metric} ({unit})", "by seed", f"minus `{BASELINE}`"], rows)
 
@@ -202,7 +240,8 @@ def _along(study: Study, name: str, key: str) -> list[str]:
             tables = [result.along(key) for (one, _), result in results.items() if one == arm]
             cells.append(f"{statistics.mean(table[group].value for table in tables):.{digits}f}")
         rows.append([str(group), *cells])
-    return ["", *_table([key, *(f"`{arm}`" for arm in arms)], rows)]
+    counts = {arm: sum(one == arm for one, _ in results) for arm in arms}
+    return ["", *_table([key, *(f"`{arm}`, seeds: {counts[arm]}" for arm in arms)], rows)]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -219,8 +258,9 @@ def draw(setting: str) -> None:
     for arm in study.arms:
         of_arm = [table for (one, _), table in tables.items() if one == arm]
         if of_arm:
-            lines[arm] = {place: statistics.mean(table[place] for table in of_arm) for place in of_arm[0]}
-            faint[arm] = of_arm
+            name = f"{arm}, {len(of_arm)} seed{'s' if len(of_arm) > 1 else ''}" if arm != UNTRAINED else arm
+            lines[name] = {place: statistics.mean(table[place] for table in of_arm) for place in of_arm[0]}
+            faint[name] = of_arm
     figure = curves(
         lines,
         x_label="position of the passage with the answer, of five",
@@ -237,7 +277,7 @@ def _places(result: Result) -> Iterator[tuple[int, Any]]:
             yield place, mean
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=OTHERS)
     parser.add_argument("--collect", action="store_true", help="add results of runs/ and evaluations/ first")
@@ -246,3 +286,10 @@ if __name__ == "__main__":
         collect(arguments.setting)
     (FOLDER / f"{arguments.setting}.md").write_text(page(arguments.setting), encoding="utf-8")
     draw(arguments.setting)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -3,14 +3,14 @@
 # the model as it was before. The same command resumes what was interrupted and skips what has finished.
 #   bash recipes/study/real.sh alpaca
 #   bash recipes/study/real.sh questions
-#   ARMS="plain concat" SEEDS=11 TASKS=qa_5 bash recipes/study/real.sh alpaca       # two parts, the main measure
+#   ARMS="plain concat" ONCE= SEEDS=11 TASKS=qa_5 bash recipes/study/real.sh alpaca       # two parts, the main measure
 # JOBS parts run at the same time, each on one core with 10 GB of memory. PYTHON is the interpreter.
 set -euo pipefail
 SETTING=${1:?name a setting: alpaca or questions}
 PYTHON=${PYTHON:-python}
 case $SETTING in
-    alpaca) SEEDS=${SEEDS-"11 12 13"} ARMS=${ARMS-"plain concat copies plain_79 separate concat_all plain_48"} ;;
-    questions) SEEDS=${SEEDS-"21 22 23"} ARMS=${ARMS-"plain concat copies plain_58"} ;;
+    alpaca) SEEDS=${SEEDS-"11 12 13"} ARMS=${ARMS-"plain concat copies plain_79"} ONCE=${ONCE-"separate concat_all plain_48"} ;;
+    questions) SEEDS=${SEEDS-"21 22 23"} ARMS=${ARMS-"plain concat copies plain_58"} ONCE=${ONCE-} ;;
     *) echo "error: no setting $SETTING; name alpaca or questions" >&2 && exit 2 ;;
 esac
 TASKS=${TASKS-"qa_5 qa_10 qa_20 needle key_value perplexity attention"}
@@ -65,5 +65,9 @@ mkdir -p data/study_real
 [ -e data/study_real/essays ] || meap_lit prepare text --input data/eval/haystack --tokenizer checkpoints/smollm2 \
     --val_share 0.5 --output data/study_real/essays
 meap_lit preview --config "recipes/study/real/$SETTING.yaml" >/dev/null
-{ for arm in $ARMS; do for seed in $SEEDS; do echo "$arm $seed"; done; done; echo "untrained 0"; } |
+{
+    for arm in $ARMS; do for seed in $SEEDS; do echo "$arm $seed"; done; done
+    for arm in $ONCE; do echo "$arm ${SEEDS%% *}"; done
+    echo "untrained 0"
+} |
     xargs -r -P "$JOBS" -L 1 bash -eEuc 'part "$@"' _

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from meap_lit.errors import UserError
 from meap_lit.evaluation.results import save
 from meap_lit.evaluation.statistics import Difference
 from meap_lit.evaluation.task import Result
@@ -27,25 +28,35 @@ def script(name):
 real, questions = script("real"), script("questions")
 
 
-def make_part(arm, seed, right, loss):
+def make_part(arm, seed, right, loss, items="0a1b"):
     """Write a run and its answers to four questions; `right` has the scores of each at two positions."""
     run = Path(f"runs/study_real_alpaca/{arm}/seed_{seed}")
     run.mkdir(parents=True)
-    summary = {"last_step": 44, "tokens": 180224, "seconds": 700.4, "device": "a processor", "threads": 1}
+    summary = {
+        "first_step": 0,
+        "last_step": 44,
+        "tokens": 180224,
+        "seconds": 700.4,
+        "device": "a processor",
+        "threads": 1,
+    }
     (run / "summary.json").write_text(json.dumps(summary))
-    (run / "curves.csv").write_text(f"step,name,value\n44,val/loss,{loss}\n44,train/masked_loss,0.5\n")
+    (run / "curves.csv").write_text(
+        f"step,name,value\n44,val/loss,{loss}\n44,train/masked_loss,0.5\n44,throughput/tokens_seen,180224\n"
+    )
     records = [
         {
             "id": f"gold_at_{gold}/{number}",
             "group": str(number),
             "cell": {"documents": 5, "gold": gold},
             "question": "a text that is not ours",
+            "model_answer": "two words\nand another line",
             "scores": {"best_subspan_em": 100.0 * score},
         }
         for gold, scores in enumerate(right)
         for number, score in enumerate(scores)
     ]
-    result = Result(MultiDocumentQA, f"{arm}-seed_{seed}", records)
+    result = Result(MultiDocumentQA, f"{arm}-seed_{seed}", records, about={"items": items})
     save([result], Path(f"evaluations/study_real_alpaca/qa_5/{arm}-seed_{seed}"))
 
 
@@ -54,7 +65,7 @@ def parts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(real, "FOLDER", tmp_path / "real")
     real.FOLDER.mkdir()
-    for seed in (11, 12):
+    for seed in (11, 12, 13):
         make_part("plain", seed, [[1, 0, 0, 0], [0, 0, 0, 0]], 1.5)
         make_part("concat", seed, [[1, 1, 1, 1], [1, 1, 1, 0]], 1.4)
     real.collect("alpaca")
@@ -64,12 +75,13 @@ def test_what_is_kept_has_no_text_and_gives_the_tables(parts):
     study = real.read("alpaca")
     assert study.arms == ["concat", "plain"]
     kept = study.results["qa_5"]["plain", "11"].records
-    assert all(record.keys() == {"id", "group", "cell", "scores"} for record in kept)
+    assert all(record.keys() == {"id", "group", "cell", "scores", "words"} for record in kept)
+    assert {record["words"] for record in kept} == {2}
     assert len(kept) == 8
     page = real.page("alpaca")
-    assert re.search(r"\| H1 \| `concat` minus `plain` \| \+75\.0 \[\+\d+\.\d, \+\d+\.\d\] \| 2 \| supported \|", page)
+    assert re.search(r"\| H1 \| `concat` minus `plain` \| \+75\.0 \[\+\d+\.\d, \+\d+\.\d\] \| 3 \| above 0 \|", page)
     assert "| H2 | `concat` minus `copies` | not run |  |  |" in page
-    assert "| H4 | held-out loss, `concat` minus `plain` | -0.1000 [-0.1000, -0.1000] | 2 | supported |" in page
+    assert "| H4 | held-out loss, `concat` minus `plain` | -0.1000 [-0.1000, -0.1000] | 3 | at most 0.02 |" in page
     assert "| plain | 11 | 44 | 180224 | 700 | 1.5000 | 0.500 | a processor, 1 thread |" in page
     assert "| 0 | 100.0 | 25.0 |\n| 1 | 75.0 | 0.0 |" in page
 
@@ -87,17 +99,32 @@ def test_parts_of_another_machine_are_added(parts):
     assert study.difference("qa_5", "concat", "copies").num_seeds == 1
 
 
+def test_results_of_other_items_are_not_compared(parts):
+    make_part("copies", 11, [[1, 1, 0, 0], [0, 0, 0, 0]], 1.45, items="another")
+    real.collect("alpaca")
+    with pytest.raises(UserError, match="the results of qa_5 are of different items"):
+        real.read("alpaca")
+
+
+def test_answers_of_a_run_that_did_not_end_are_refused(parts):
+    Path("runs/study_real_alpaca/plain/seed_11/summary.json").unlink()
+    (real.FOLDER / "alpaca.csv").unlink()
+    with pytest.raises(UserError, match="has answers of plain, seed 11, which has no run that ended"):
+        real.collect("alpaca")
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "expected"),
+    ("low", "high", "num_seeds", "expected"),
     [
-        (0.1, 9.0, "supported"),
-        (-1.0, 3.9, "refuted at this size"),
-        (-1.0, 4.1, "open"),
-        (-9.0, -1.0, "refuted at this size"),
+        (0.1, 9.0, 3, "above 0"),
+        (-1.0, 3.9, 3, "below 4 points"),
+        (-9.0, -1.0, 3, "below 4 points"),
+        (-1.0, 4.1, 3, "open"),
+        (0.1, 9.0, 2, "incomplete: 2 of 3 seeds"),
     ],
 )
-def test_verdicts_are_those_of_the_plan(low, high, expected):
-    assert real.verdict(Difference((low + high) / 2, low, high, 240, 3)) == expected
+def test_verdicts_are_those_of_the_plan(low, high, num_seeds, expected):
+    assert real.verdict(Difference((low + high) / 2, low, high, 240, num_seeds)) == expected
     plan = (FOLDER / "plan.md").read_text(encoding="utf-8")
     assert f"smallest difference of interest is {real.SMALLEST:g} points" in plan
 
@@ -112,20 +139,25 @@ def test_a_committed_page_is_what_its_records_give():
 
 def test_questions_to_train_on_have_their_passage_at_any_position(tmp_path):
     names = [f"N{number:02}" for number in range(30)]
-    passages = [
-        {"title": name, "text": f"{name} is in town {name.lower()}x.", "hasanswer": True, "isgold": True}
+    rows = [
+        {
+            "question": f"where is {name}",
+            "answers": ["not in the passage", f"{name.lower()}x"],
+            "ctxs": [{"title": name, "text": f"{name} is in town {name.lower()}x.", "hasanswer": True, "isgold": True}],
+        }
         for name in names
     ]
-    rows = [
-        {"question": f"where is {name}", "answers": [f"{name.lower()}x"], "ctxs": [passage]}
-        for name, passage in zip(names, passages, strict=True)
-    ]
-    records = questions.records(write_rows(tmp_path / "rows.jsonl", rows), num_questions=30, num_documents=3)
+    file = write_rows(tmp_path / "rows.jsonl", rows)
     places = set()
-    for name, record in zip(names, records, strict=True):
+    for name, record in zip(names[5:], questions.conversations(rows, file, first=5, last=30), strict=True):
         titles = re.findall(r"Document \[\d\]\(Title: (\w+)\)", record["instruction"])
-        assert len(titles) == 3
+        assert len(titles) == questions.NUM_DOCUMENTS
         assert record["instruction"].endswith(f"Question: where is {name}\nAnswer:")
-        assert record["output"] == f"{name.lower()}x"
-        places.add(titles.index(name))
+        place = titles.index(name)
+        passage = f"Document [{place + 1}](Title: {name}) {name} is in town {name.lower()}x."
+        assert passage in record["instruction"]
+        assert record["output"] == f"{name.lower()}x\n{passage}"
+        places.add(place)
     assert places == {0, 1, 2}
+    again = {**rows[3], "question": "where again"}
+    assert questions.unseen([*rows, again, rows[29]], num_rest=29) == [rows[29], rows[29]]
