@@ -171,20 +171,8 @@ def page(setting: str) -> str:
         words = [clean.text(4), str(clean.num_seeds), "at most 0.02" if clean.high < 0.02 else "open"]
         rows.append(["H4", "held-out loss, `concat` minus `plain`", *words])
     lines += _table(["", "difference", "95%", "seeds", "verdict"], rows)
-    words_of = {part: [record["words"] for record in result.records] for part, result in study.results[MAIN].items()}
     lines += ["", "Words in the line that is scored, on average:", ""]
-    lines += _table(
-        ["arm", "words, by seed"],
-        [
-            [
-                f"`{arm}`",
-                ", ".join(
-                    f"{seed}: {statistics.mean(words_of[one, seed]):.1f}" for one, seed in words_of if one == arm
-                ),
-            ]
-            for arm in study.arms
-        ],
-    )
+    lines += _table(["arm", "words, by seed"], [[f"`{arm}`", _words(study, arm)] for arm in study.arms])
     for name, results in sorted(study.results.items(), key=lambda item: item[0] != MAIN):
         any_result = next(iter(results.values()))
         lines += ["" if name == MAIN else f"\n## {name}\n", f"{_items(results)} items for each seed, bounds included."]
@@ -207,6 +195,15 @@ def _items(results: dict[Part, Result]) -> str:
     return " to ".join(f"{number:,}" for number in (numbers if len(numbers) == 1 else (numbers[0], numbers[-1])))
 
 
+def _words(study: Study, arm: str) -> str:
+    words = {
+        seed: statistics.mean(record["words"] for record in result.records)
+        for (one, seed), result in study.results[MAIN].items()
+        if one == arm
+    }
+    return ", ".join(f"{seed}: {number:.1f}" for seed, number in words.items())
+
+
 def _scores(study: Study, name: str, metric: str) -> list[str]:
     results = study.results[name]
     digits = 3 if next(iter(results.values())).unit_of(metric) == "nats" else 1
@@ -218,9 +215,8 @@ def _scores(study: Study, name: str, metric: str) -> list[str]:
         change = None if arm == BASELINE else study.difference(name, arm, BASELINE, metric)
         of_seeds = ", ".join(f"{seed}: {value:.{digits}f}" for seed, value in values.items())
         mean = f"{statistics.mean(values.values()):.{digits}f}"
-        rows.append(
-            [f"`{arm}`", mean, of_seeds, "" if change is None else f"{change.text(digits)}, {change.num_seeds} seeds"]
-        )
+        difference = "" if change is None else f"{change.text(digits)}, {change.num_seeds} seeds"
+        rows.append([f"`{arm}`", mean, of_seeds, difference])
     unit = next(iter(results.values())).unit_of(metric)
     return _table(["arm", f"{metric} ({unit})", "by seed", f"minus `{BASELINE}`"], rows)
 

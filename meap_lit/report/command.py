@@ -85,9 +85,9 @@ def _opening(
     yield Paragraph(
         "Differences are arm minus baseline. Runs of equal seed are paired. For scores of items the 95% interval "
         "is a bootstrap of 10,000 draws: seeds are drawn with replacement, and items, the same ones for all "
-        "seeds of a draw and those that ask the same together. For what a run has one value of, it is the t interval over seeds. The "
-        "bootstrap of few seeds is narrower than it should be, since two or three seeds show little of how much "
-        "seeds differ; look at the values of the seeds too."
+        "seeds of a draw and those that ask the same together. For what a run has one value of, it is the t interval "
+        "over seeds. The bootstrap of few seeds is narrower than it should be, since two or three seeds show little of "
+        "how much seeds differ; look at the values of the seeds too."
     )
     if num_others:
         yield Paragraph(f"Left out: {num_others} results of checkpoints that belong to none of these runs.")

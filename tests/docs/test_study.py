@@ -32,14 +32,7 @@ def make_part(arm, seed, right, loss, items="0a1b"):
     """Write a run and its answers to four questions; `right` has the scores of each at two positions."""
     run = Path(f"runs/study_real_alpaca/{arm}/seed_{seed}")
     run.mkdir(parents=True)
-    summary = {
-        "first_step": 0,
-        "last_step": 44,
-        "tokens": 180224,
-        "seconds": 700.4,
-        "device": "a processor",
-        "threads": 1,
-    }
+    summary = {"first_step": 0, "last_step": 44, "seconds": 700.4, "device": "a processor", "threads": 1}
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "curves.csv").write_text(
         f"step,name,value\n44,val/loss,{loss}\n44,train/masked_loss,0.5\n44,throughput/tokens_seen,180224\n"
