@@ -100,7 +100,7 @@ class FineTuningData(StreamingData):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         rows = dict(state_dict["rows"])
         if "duplication" in rows:  # an older checkpoint does not name all of its options
-            rows["duplication"] = dataclasses.asdict(Duplication(**rows["duplication"]))
+            rows["duplication"] = {**dataclasses.asdict(Duplication()), **rows["duplication"]}
         super().load_state_dict({**state_dict, "rows": rows})
 
     def describe_rows(self, start: int, stop: int) -> str:

@@ -9,8 +9,10 @@ import torch
 from litdata import StreamingDataset
 
 from meap_lit.data.prepare.chat import PrepareChat
+from meap_lit.data.stream.chat import POSITIONS_STEP
 from meap_lit.data.stream.micro_batches import Slice, TrainStream
 from meap_lit.errors import UserError
+from meap_lit.model.loss import IGNORE_INDEX
 from meap_lit.recipe.cli import RecipeCLI
 
 
@@ -185,3 +187,18 @@ def test_a_checkpoint_from_before_an_option_of_the_copies_resumes(data):
     data.duplication = dataclasses.replace(data.duplication, mask_inputs=False)
     with pytest.raises(UserError, match=r"^data.duplication was .*'mask_inputs': True"):
         data.load_state_dict({**state, "rows": {**data.row_settings, "duplication": older}})
+
+
+def test_the_loss_has_a_multiple_of_256_rows(data):
+    """Buffers of many sizes fragment the memory of a process, until it has none left."""
+    data.setup("fit")
+    rows = list(islice(data.order().iterate(0), 8))
+    reader = data._reader("train")
+    for count in (1, 3, 8):
+        batch = reader.read(rows[:count], rows[:count], count)
+        labels, positions = batch["labels"].flatten(), batch["label_positions"]
+        supervised = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        assert len(supervised) == batch["num_labels"]
+        assert set(supervised.tolist()) <= set(positions.tolist())
+        assert len(positions) == len(set(positions.tolist()))
+        assert len(positions) == min(-(-len(supervised) // POSITIONS_STEP) * POSITIONS_STEP, len(labels))
