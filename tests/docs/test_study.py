@@ -122,12 +122,11 @@ def test_verdicts_are_those_of_the_plan(low, high, num_seeds, expected):
     assert f"smallest difference of interest is {real.SMALLEST:g} points" in plan
 
 
-def test_a_committed_page_is_what_its_records_give():
-    assert SETTINGS
-    for setting in SETTINGS:
-        committed = (FOLDER / "real" / f"{setting}.md").read_text(encoding="utf-8")
-        assert committed == real.page(setting), f"run python docs/study/real.py {setting}"
-        assert (FOLDER / "real" / f"{setting}.png").is_file()
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_committed_page_is_what_its_records_give(setting):
+    committed = (FOLDER / "real" / f"{setting}.md").read_text(encoding="utf-8")
+    assert committed == real.page(setting), f"run python docs/study/real.py {setting}"
+    assert (FOLDER / "real" / f"{setting}.png").is_file()
 
 
 def test_questions_to_train_on_have_their_passage_at_any_position(tmp_path):
