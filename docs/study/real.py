@@ -197,7 +197,7 @@ def _items(results: dict[Part, Result]) -> str:
 
 def _words(study: Study, arm: str) -> str:
     words = {
-        seed: statistics.mean(record["words"] for record in result.records)
+        seed: statistics.mean(record["words"] for record, _ in result.scored())
         for (one, seed), result in study.results[MAIN].items()
         if one == arm
     }
