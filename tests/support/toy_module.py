@@ -1,5 +1,6 @@
 """A toy model and commands that run, and are killed, in forked processes, which need not import anything."""
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -71,6 +72,8 @@ def fork(action, num_ranks=1, timeout=60):
         port = free.getsockname()[1]
 
     def run(rank):
+        # what the parent no longer uses stays: a store's destructor, run here, would wait for a thread of the parent
+        gc.freeze()
         if num_ranks > 1:
             os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(num_ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
