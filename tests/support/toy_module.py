@@ -72,7 +72,7 @@ def fork(action, num_ranks=1, timeout=60):
         port = free.getsockname()[1]
 
     def run(rank):
-        # what the parent no longer uses stays: a store's destructor, run here, would wait for a thread of the parent
+        # leaves the parent's garbage alone: a destructor that waits for a thread of the parent would wait for good
         gc.freeze()
         if num_ranks > 1:
             os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(num_ranks)}
