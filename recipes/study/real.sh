@@ -3,7 +3,7 @@
 # the model as it was before. The same command resumes what was interrupted and skips what has finished.
 #   bash recipes/study/real.sh alpaca
 #   bash recipes/study/real.sh questions
-#   ARMS="plain concat" ONCE= SEEDS=11 TASKS=qa_5 bash recipes/study/real.sh alpaca       # two parts, the main measure
+#   ARMS="plain concat" ONCE= SEEDS=11 MORE= bash recipes/study/real.sh alpaca       # two parts, the main measure
 # JOBS parts run at the same time, each on one core with 10 GB of memory. PYTHON is the interpreter.
 set -euo pipefail
 SETTING=${1:?name a setting: alpaca or questions}
@@ -13,9 +13,10 @@ case $SETTING in
     questions) SEEDS=${SEEDS-"21 22 23"} ARMS=${ARMS-"plain concat copies plain_58"} ONCE=${ONCE-} ;;
     *) echo "error: no setting $SETTING; name alpaca or questions" >&2 && exit 2 ;;
 esac
-TASKS=${TASKS-"qa_5 qa_10 qa_20 needle key_value perplexity attention"}
+TASKS=${TASKS-qa_5}
+MORE=${MORE-"qa_10 qa_20 needle key_value perplexity attention"} # of plain, concat, and the model as it was
 JOBS=${JOBS:-2}
-export OMP_NUM_THREADS=1 SETTING PYTHON TASKS
+export OMP_NUM_THREADS=1 SETTING PYTHON TASKS MORE
 
 meap_lit() { "$PYTHON" -m meap_lit "$@"; }
 
@@ -46,7 +47,9 @@ part() { # ARM SEED
     elif [ ! -e "$run/summary.json" ]; then
         fit "$1" "$2"
     fi
-    for task in $TASKS; do
+    local tasks=$TASKS
+    case $1 in plain | concat | untrained) tasks="$TASKS $MORE" ;; esac
+    for task in $tasks; do
         meap_lit evaluate --config "recipes/study/real/eval/$task.yaml" --checkpoint "$run" --label "$1-seed_$2" \
             --output "evaluations/study_real_$SETTING" >/dev/null
     done
