@@ -215,7 +215,7 @@ def _scores(study: Study, name: str, metric: str) -> list[str]:
         change = None if arm == BASELINE else study.difference(name, arm, BASELINE, metric)
         of_seeds = ", ".join(f"{seed}: {value:.{digits}f}" for seed, value in values.items())
         mean = f"{statistics.mean(values.values()):.{digits}f}"
-        difference = "" if change is None else f"{change.text(digits)}, {change.num_seeds} seeds"
+        difference = "" if change is None else f"{change.text(digits)}, seeds: {change.num_seeds}"
         rows.append([f"`{arm}`", mean, of_seeds, difference])
     unit = next(iter(results.values())).unit_of(metric)
     return _table(["arm", f"{metric} ({unit})", "by seed", f"minus `{BASELINE}`"], rows)
