@@ -1,4 +1,4 @@
-"""Write the questions of the study on a real model (plan.md): those of all tests, and conversations to fine-tune on.
+"""Write the questions of the study on a real model (plan.md): test questions and conversations for fine-tuning.
 
     python docs/study/questions.py FILE OUTPUT
 

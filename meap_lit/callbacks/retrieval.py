@@ -29,7 +29,7 @@ class RetrievalProbe(L.Callback):
         depths: Positions of the fact, from 0 (first) to 1 (last).
         num_items: Questions for each length and depth.
         num_options: People to choose from.
-        near_duplicates: Ask for places and people of two words, each of which others share.
+        near_duplicates: Use names of two words, where other names have one of the words too.
         batch_size: Sequences scored at once.
         max_share: Largest share of the training time, in (0, 1]; 1 runs at every validation.
         seed: Seed of the questions, which are the same at every validation.

@@ -73,7 +73,7 @@ def most_facts(near_duplicates: bool) -> int:
 def draw_facts(rng: random.Random, count: int, near_duplicates: bool = False) -> list[Fact]:
     """Draw `count` facts, without a place or a person twice.
 
-    With `near_duplicates`, places and people have two words, each of which others share: "In Old Oslo Anna Berg sings".
+    With `near_duplicates`, names have two words, and other names have one of them too: "In Old Oslo Anna Berg sings".
     """
     places, names = (_NEAR_PLACES, _NEAR_NAMES) if near_duplicates else (PLACES, NAMES)
     return [Fact(*pair) for pair in zip(rng.sample(places, count), rng.sample(names, count), strict=True)]
@@ -147,7 +147,7 @@ class FactCorpus(Preparation):
         seed: The same seed and numbers give the same files, byte for byte.
         min_facts: Fewest facts in a document.
         max_facts: Most facts in a document.
-        near_duplicates: Give places and people two words, each of which others share: up to 64 facts in place of 8, and
+        near_duplicates: Use names of two words, where other names have one of the words too: up to 64 facts instead of 8, and
             the right one is harder to tell from the others.
         num_mentions: Statements for each fact of a document, on average.
         question_share: Share of the restatements that follow a question.

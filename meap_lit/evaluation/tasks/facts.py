@@ -34,7 +34,7 @@ class FactRetrieval(Task):
         depths: Depths of the fact in the context, from 0 (first) to 1 (last).
         num_items: Questions for each length and depth.
         num_options: People to choose from, the right one included.
-        near_duplicates: Ask for places and people of two words, each of which others share, as in `FactCorpus`.
+        near_duplicates: Use names of two words, where other names have one of the words too, as in `FactCorpus`.
         seed: Seed of the questions.
         filler: File or folder of text whose sentences surround the facts; made up if not given.
     """
