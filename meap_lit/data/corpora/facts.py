@@ -147,8 +147,8 @@ class FactCorpus(Preparation):
         seed: The same seed and numbers give the same files, byte for byte.
         min_facts: Fewest facts in a document.
         max_facts: Most facts in a document.
-        near_duplicates: Use names of two words, where other names have one of the words too: up to 64 facts instead of 8,
-            and the right one is harder to tell from the others.
+        near_duplicates: Use names of two words, where other names have one of the words too: up to 64 facts instead of
+            8, and the right one is harder to tell from the others.
         num_mentions: Statements for each fact of a document, on average.
         question_share: Share of the restatements that follow a question.
         filler_share: Sentences of filler for each statement, in [0, 1].
