@@ -59,8 +59,8 @@ class KVCache:
         if position_ids is None:
             return [partial(_fill, cache=cache) for cache in zip(self.keys, self.values, strict=True)]
         num_slots = int(position_ids.max()) + 1  # no query attends to slots after the longest row so far
-        slots = position_ids.expand(self.keys.size(1), -1)[:, None, :, None]  # [B, 1, T, 1]
-        unseen = slots < torch.arange(num_slots, device=position_ids.device)  # [B, 1, T, S]
+        slots = position_ids.expand(self.keys.size(1), -1)  # [B, T]
+        unseen = slots[:, None, :, None] < torch.arange(num_slots, device=position_ids.device)  # [B, 1, T, S]
         # The mask of all layers: added to the scores, not bool, which SDPA would turn into this in every layer. Query
         # heads that share a key head stand in it one after the other, see `_biased_attention`.
         bias = torch.zeros(unseen.shape, device=unseen.device, dtype=self.keys.dtype).masked_fill_(unseen, -math.inf)
@@ -120,8 +120,10 @@ _BLOCK_SIZE = 256  # queries that share a mask; 128 to 512 are about as fast on 
 def _extend(
     query: Tensor, key: Tensor, value: Tensor, cache: tuple[Tensor, Tensor], slots: Tensor, bias: Tensor
 ) -> Tensor:
+    rows = torch.arange(slots.size(0), device=slots.device)[:, None]  # [B, 1]
     for stored, new in zip(cache, (key, value), strict=True):  # [B, H_kv, S, head_dim] and [B, H_kv, T, head_dim]
-        stored.scatter_(2, slots.expand_as(new), new.to(stored.dtype))
+        # `scatter_` would need as long as the whole cache is large (benchmarks/log.md)
+        stored[rows, :, slots] = new.transpose(1, 2).to(stored.dtype)  # [B, T, H_kv, head_dim]
     return _biased_attention(query, *cache, bias)
 
 
