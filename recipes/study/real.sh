@@ -9,8 +9,8 @@ set -euo pipefail
 SETTING=${1:?name a setting: alpaca or questions}
 PYTHON=${PYTHON:-python}
 case $SETTING in
-    alpaca) SEEDS=${SEEDS-"11 12 13"} ARMS=${ARMS-"plain concat copies plain_79"} ONCE=${ONCE-"separate concat_all plain_48"} ;;
-    questions) SEEDS=${SEEDS-"21 22 23"} ARMS=${ARMS-"plain concat copies plain_58"} ONCE=${ONCE-} ;;
+    alpaca) SEEDS=${SEEDS-"11 12 13"} ARMS=${ARMS-"plain concat copies plain_79"} ONCE=${ONCE-"separate concat_all plain_48 untrained"} ;;
+    questions) SEEDS=${SEEDS-"21 22 23"} ARMS=${ARMS-"plain concat copies plain_58"} ONCE=${ONCE-"untrained"} ;;
     *) echo "error: no setting $SETTING; name alpaca or questions" >&2 && exit 2 ;;
 esac
 TASKS=${TASKS-qa_5}
@@ -41,16 +41,16 @@ fit() { # ARM SEED
 
 part() { # ARM SEED
     trap 'echo "error: the part $1 $2 failed; run the same command again to continue it" >&2' ERR
-    local run="runs/study_real_$SETTING/$1/seed_$2"
+    local run="runs/study_real_$SETTING/$1/seed_$2" seed=$2
     if [ "$1" = untrained ]; then
-        run=checkpoints/smollm2
+        run=checkpoints/smollm2 seed=0
     elif [ ! -e "$run/summary.json" ]; then
         fit "$1" "$2"
     fi
     local tasks=$TASKS
     case $1 in plain | concat | untrained) tasks="$TASKS $MORE" ;; esac
     for task in $tasks; do
-        meap_lit evaluate --config "recipes/study/real/eval/$task.yaml" --checkpoint "$run" --label "$1-seed_$2" \
+        meap_lit evaluate --config "recipes/study/real/eval/$task.yaml" --checkpoint "$run" --label "$1-seed_$seed" \
             --output "evaluations/study_real_$SETTING" >/dev/null
     done
 }
@@ -71,6 +71,5 @@ meap_lit preview --config "recipes/study/real/$SETTING.yaml" >/dev/null
 {
     for arm in $ARMS; do for seed in $SEEDS; do echo "$arm $seed"; done; done
     for arm in $ONCE; do echo "$arm ${SEEDS%% *}"; done
-    echo "untrained 0"
 } |
     xargs -r -P "$JOBS" -L 1 bash -eEuc 'part "$@"' _
