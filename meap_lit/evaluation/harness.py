@@ -10,6 +10,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -234,15 +235,23 @@ class HarnessModel(TemplateLM):
                         max_new_tokens=options["max_gen_toks"],
                         sampling=sampling,
                         batch_size=len(indices),
+                        is_done=partial(self._has_stop, stops=[stop for stop in options["until"] if stop]),
+                        numbers=indices,  # the harness repeats a request: each has its own draws
                     )
                     for index, ids in zip(indices, continuations, strict=True):
-                        # decoded alone, as the hf model does: the decoder of Llama 2 drops a space at the beginning
-                        text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
-                        texts[index] = postprocess_generated_text(text, options["until"], None)
+                        texts[index] = postprocess_generated_text(self._text(ids), options["until"], None)
                     bar.update(len(indices))
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
+
+    def _text(self, ids: Sequence[int]) -> str:
+        # decoded alone, as the hf model does: the decoder of Llama 2 drops a space at the beginning
+        return self.model.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _has_stop(self, ids: Sequence[int], stops: Sequence[str]) -> bool:
+        text = self._text(ids)
+        return any(stop in text for stop in stops)
 
     def _prompt(self, context: str, max_gen_toks: int) -> list[int]:
         room = self.max_length - max_gen_toks

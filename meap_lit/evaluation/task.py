@@ -217,9 +217,16 @@ class GenerationTask(Task):
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
         stops = model.chat_template(self.template).stop_token_ids if self.prompt_style == "chat" else ()
         texts = model.continue_texts(
-            [item.input_ids for item in items], max_new_tokens=self.max_new_tokens, stop_token_ids=stops
+            [item.input_ids for item in items],
+            max_new_tokens=self.max_new_tokens,
+            stop_token_ids=stops,
+            is_done=lambda ids: self.is_complete(model.tokenizer.decode(ids, skip_special_tokens=True)),
         )
         return [{"model_answer": text} for text in texts]
+
+    def is_complete(self, text: str) -> bool:
+        """Return whether the score of an answer that begins with `text` does not depend on what follows."""
+        return False
 
 
 def lengths_that_fit(lengths: Sequence[int], context: int) -> list[int]:

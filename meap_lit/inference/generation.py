@@ -1,7 +1,7 @@
 """Continue prompts with a decoder: batched, with a key-value cache, greedy or sampled.
 
 A continuation depends only on its own prompt (up to rounding), not on the other prompts of its batch or the size of the
-batch. For sampling, the random number of each token is a function of (seed, index of the prompt, position).
+batch. For sampling, the random number of each token is a function of (seed, number of the prompt, position).
 
 The beginning that prompts of a batch have in common is read once: prompts with a needle at several depths, for example,
 are equal up to the needle. Prompts with little in common are padded and read side by side.
@@ -23,6 +23,7 @@ from meap_lit.model import Decoder, DecoderConfig, KVCache
 from meap_lit.model.attention import Documents
 
 OnToken = Callable[[int, int], None]
+IsDone = Callable[[Sequence[int]], bool]
 
 _ROW_COST = 64
 """Overhead of a row when prompts are read without padding, in tokens; up to 60 on a CPU."""
@@ -73,8 +74,10 @@ def generate(
     forbidden_token_ids: Sequence[int] = (),
     batch_size: int = 8,
     on_token: OnToken | None = None,
+    is_done: IsDone | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt until a stop token or `max_new_tokens`.
+    """Continue each prompt until a stop token, `is_done` or `max_new_tokens`.
 
     Prompts of similar length share a batch. The longest come first, so that a lack of memory shows at once.
 
@@ -87,6 +90,9 @@ def generate(
         forbidden_token_ids: Ids that are never chosen, such as the mask token and the padding of the vocabulary.
         batch_size: Number of prompts to continue at once.
         on_token: Called with the index of the prompt and each new id, stop tokens excluded, as soon as it is chosen.
+        is_done: Called with the new ids of a prompt after each of them; true ends the continuation, which keeps them.
+        numbers: Number of each prompt for sampling, so that prompts of several calls have draws of their own; the
+            index in `prompts` by default.
 
     Returns:
         The new ids of each prompt, in the order of `prompts`.
@@ -97,6 +103,7 @@ def generate(
     """
     check_prompts(prompts, max_new_tokens, batch_size, decoder.config)
     continuations: list[list[int]] = [[] for _ in prompts]
+    done: set[int] = set()
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     was_training = decoder.training
     decoder.eval()
@@ -105,12 +112,15 @@ def generate(
             # sorted by ids, a prompt has most in common with its neighbors
             batch = sorted((list(prompts[index]), index) for index in longest_first[first : first + batch_size])
             rows, indices = zip(*batch, strict=True)
+            draws = [random.Random(f"{sampling.seed}/{numbers[index] if numbers else index}") for index in indices]
             options = (max_new_tokens, sampling, stop_token_ids, forbidden_token_ids)
-            for chosen in _steps(decoder, rows, indices, *options):
+            for chosen in _steps(decoder, rows, indices, draws, done, *options):
                 for index, token_id in chosen.items():
                     continuations[index].append(token_id)
                     if on_token is not None:
                         on_token(index, token_id)
+                    if is_done is not None and is_done(continuations[index]):
+                        done.add(index)
     finally:
         decoder.train(was_training)
     return continuations
@@ -154,16 +164,20 @@ def _steps(
     decoder: Decoder,
     rows: Sequence[Sequence[int]],
     indices: Sequence[int],
+    draws: list[random.Random],
+    done: set[int],
     max_new_tokens: int,
     sampling: Sampling,
     stop_token_ids: Sequence[int],
     forbidden_token_ids: Sequence[int],
 ) -> Iterator[dict[int, int]]:
-    """Yield step by step the id chosen for each prompt of a batch that has not stopped, by its index among all."""
+    """Yield step by step the id chosen for each prompt of a batch that has not stopped, by its index among all.
+
+    The caller may add to `done`, between steps, the prompts that are not to be continued.
+    """
     weight = decoder.embed_tokens.weight
     device = weight.device
     forbidden = torch.tensor(forbidden_token_ids, dtype=torch.int64, device=device)
-    draws = [random.Random(f"{sampling.seed}/{index}") for index in indices]
     last = torch.tensor([[len(row) - 1] for row in rows], device=device)  # [B, 1], position of each row's last token
     prompt_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
     input_ids = F.pad(prompt_ids, (0, max_new_tokens))  # [B, S]
@@ -181,6 +195,7 @@ def _steps(
         ids = chosen.tolist()
         going = {row: index for row, index in going.items() if ids[row] not in stop_token_ids}
         yield {index: ids[row] for row, index in going.items()}
+        going = {row: index for row, index in going.items() if index not in done}
         if not going:
             return
         last = last + 1

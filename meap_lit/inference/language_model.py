@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from meap_lit.checkpoint.source import DTYPES, open_source, vocab_size_for
 from meap_lit.errors import UserError
 from meap_lit.hf.weights import WeightSource, build_decoder, token_ids
-from meap_lit.inference.generation import GREEDY, OnToken, Sampling, check_prompts, generate
+from meap_lit.inference.generation import GREEDY, IsDone, OnToken, Sampling, check_prompts, generate
 from meap_lit.model import Decoder
 from meap_lit.tokenizer.chat_template import ChatTemplate
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -89,6 +89,8 @@ class LanguageModel:
         stop_token_ids: Iterable[int] = (),
         batch_size: int = 8,
         on_token: OnToken | None = None,
+        is_done: IsDone | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Continue prompts, see `generation.generate`.
 
@@ -105,14 +107,25 @@ class LanguageModel:
             forbidden_token_ids=self.forbidden_token_ids,
             batch_size=batch_size,
             on_token=on_token,
+            is_done=is_done,
+            numbers=numbers,
         )
 
     def continue_texts(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_token_ids: Iterable[int] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_token_ids: Iterable[int] = (),
+        is_done: IsDone | None = None,
     ) -> list[str]:
         """Return the greedy continuation of each prompt as text; all prompts are one batch."""
         continuations = self.generate(
-            prompts, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids, batch_size=max(1, len(prompts))
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            batch_size=max(1, len(prompts)),
+            is_done=is_done,
         )
         return [
             self.text_after(prompt, continuation) for prompt, continuation in zip(prompts, continuations, strict=True)

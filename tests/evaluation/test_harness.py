@@ -197,6 +197,30 @@ def test_sampling_is_repeatable(ours):
     )
 
 
+def test_repeats_of_a_request_are_drawn_apart_in_every_batch(ours):
+    """The harness asks the same again for pass@k; a batch has room for a few of them."""
+    asked = [("the old", {"do_sample": True, "temperature": 1.5, "max_gen_toks": 200})] * 12
+    found = ours.generate_until(requests("generate_until", *asked), disable_tqdm=True)
+    assert len(set(found)) == 12
+
+
+def test_nothing_is_generated_after_a_stop_string(ours, monkeypatch):
+    written = []
+    generate = ours.model.generate
+    monkeypatch.setattr(
+        ours.model, "generate", lambda *args, **kwargs: written.extend(generate(*args, **kwargs)) or written
+    )
+    options = {"until": ["zzz"], "max_gen_toks": 100}
+    (whole,) = ours.generate_until(requests("generate_until", ("the old", options)), disable_tqdm=True)
+    stop = whole[3:6]
+    written.clear()
+    (cut,) = ours.generate_until(
+        requests("generate_until", ("the old", {**options, "until": [stop]})), disable_tqdm=True
+    )
+    assert cut == whole[: whole.find(stop)]
+    assert len(written[0]) < 10
+
+
 def test_rolling_log_likelihoods_are_those_of_the_hf_model(ours, theirs):
     texts = [("the old river",), ("every bright garden " * 200,), ("the",)]
     found = ours.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True)

@@ -98,6 +98,31 @@ def test_a_stop_token_ends_its_own_row_only() -> None:
         assert generate(decoder, PROMPTS, max_new_tokens=30, stop_token_ids=[stop], batch_size=batch_size) == expected
 
 
+def test_a_caller_ends_a_row_after_the_token_that_completes_it() -> None:
+    decoder = random_decoder()
+    whole = generate(decoder, PROMPTS, max_new_tokens=30)
+    last = whole[0][4]
+    expected = [ids[: ids.index(last) + 1] if last in ids else ids for ids in whole]
+    assert len(set(map(len, expected))) > 1, "no row goes on"
+    for batch_size in (1, 8):
+        found = generate(
+            decoder, PROMPTS, max_new_tokens=30, is_done=lambda ids: ids[-1] == last, batch_size=batch_size
+        )
+        assert found == expected
+
+
+def test_numbers_give_the_draws_of_a_larger_call() -> None:
+    decoder, sampling = random_decoder(), Sampling(temperature=1.5)
+    same = [PROMPTS[0]] * 4
+    whole = generate(decoder, same, max_new_tokens=10, sampling=sampling)
+    assert len(set(map(tuple, whole))) == 4
+    parts = [
+        generate(decoder, same[:2], max_new_tokens=10, sampling=sampling, numbers=numbers)
+        for numbers in ([0, 1], [2, 3])
+    ]
+    assert [*parts[0], *parts[1]] == whole
+
+
 def test_nothing_is_computed_after_all_rows_have_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = random_decoder()
     calls = []

@@ -74,6 +74,9 @@ class Hallucination(PromptTask):
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
         return [{"model_answer": until_stop(answer["model_answer"])} for answer in super().answer(model, items)]
 
+    def is_complete(self, text: str) -> bool:
+        return any(stop in text for stop in STOPS)
+
     def score(self, record: Record) -> dict[str, float]:
         """Return the share of judges who found it free of hallucination, and who were undecided; {} before judging."""
         verdicts = list(record.get("verdicts", {}).values())

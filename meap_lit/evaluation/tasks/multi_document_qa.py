@@ -146,6 +146,9 @@ class MultiDocumentQA(PromptTask):
         # as in the benchmark's script for Llama 2; its scorer cuts at the first line break without stripping before
         return [{"model_answer": record["model_answer"].strip()} for record in super().answer(model, items)]
 
+    def is_complete(self, text: str) -> bool:
+        return "\n" in text.lstrip()
+
     def score(self, record: Record) -> dict[str, float]:
         metric = {0: "closed_book", 1: "oracle"}.get(record["cell"]["documents"], "best_subspan_em")
         prediction = record["model_answer"].strip().split("\n")[0].strip()
