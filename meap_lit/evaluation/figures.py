@@ -125,7 +125,7 @@ def _over_seeds(lines: Sequence[Line]) -> Line:
     """Return the mean over seeds at each place of the first; a single seed keeps its standard errors over items."""
     if len(lines) == 1:
         return lines[0]
-    return {at: Mean.of(line[at].value for line in lines if at in line) for at in lines[0]}
+    return {at: Mean.of_seeds([line[at].value for line in lines if at in line]) for at in lines[0]}
 
 
 def _mean(seeds: Sequence[Result], metric: str) -> float:

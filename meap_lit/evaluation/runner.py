@@ -157,13 +157,16 @@ class Records:
         append_records(self.folder / _PART.replace("*", str(rank())), records)
 
     def finish(self, items: Sequence[Item]) -> list[Record]:
-        """Merge the files of all ranks into one, in the order of the items, once every item has an answer."""
+        """Merge the files of all ranks into one, in the order of the items, once every item has an answer.
+
+        For one rank: the others could find the files half merged.
+        """
         known = self.read()
-        records = [known[item.id] for item in items]
-        if rank() == 0:
-            write_records(self.folder / RECORDS_FILE, records)
-            for part in self.folder.glob(_PART):
-                part.unlink()
+        # the group is not a part of the answer: a version may draw other items together than the one that answered
+        records = [{**known[item.id], "group": item.group or item.id} for item in items]
+        write_records(self.folder / RECORDS_FILE, records)
+        for part in self.folder.glob(_PART):
+            part.unlink()
         return records
 
 
@@ -188,7 +191,7 @@ def predict(
         batch_tokens: Maximum number of positions in a batch, including padding; a longer item is a batch of its own.
 
     Returns:
-        The record of each item, in their order.
+        The record of each item, in their order; on ranks other than 0, nothing.
     """
     known = records.read()
     _wait_for_all()  # ranks that read after another wrote would divide the items differently
@@ -207,7 +210,7 @@ def predict(
             )
             bar.update(len(batch))
     _wait_for_all()
-    whole = records.finish(items)
+    whole = records.finish(items) if rank() == 0 else []
     _wait_for_all()
     return whole
 

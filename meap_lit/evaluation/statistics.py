@@ -1,6 +1,7 @@
 """Means with standard errors, paired bootstrap, Student's t."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -66,6 +67,13 @@ class Mean(NamedTuple):
             return cls(math.nan, math.nan, 0)
         return cls(float(array.mean()), float(array.std() / math.sqrt(len(array))), len(array))
 
+    @classmethod
+    def of_seeds(cls, values: Sequence[float]) -> "Mean":
+        """Return the mean of one value for each seed; the error estimates the deviation of all seeds from these few."""
+        n = len(values)
+        error = statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+        return cls(statistics.mean(values), error, n)
+
 
 class Difference(NamedTuple):
     """Mean of n paired differences of `num_seeds` pairs of runs, second minus first, with its 95% interval."""
@@ -82,6 +90,8 @@ class Difference(NamedTuple):
 
     def text(self, digits: int) -> str:
         """Return mean and interval for a cell of a table."""
+        if math.isnan(self.low):
+            return f"{self.value:+,.{digits}f} (no interval)"
         return f"{self.value:+,.{digits}f} [{self.low:+,.{digits}f}, {self.high:+,.{digits}f}]"
 
 
@@ -90,7 +100,8 @@ def bootstrap(seeds: Sequence[Groups], num_draws: int = 10_000) -> Difference:
 
     A draw takes seeds with replacement, and groups with replacement. The same groups count for all of its seeds: a
     question that favors one side for every seed is one observation, not one for each seed. Every seed has the same
-    weight. With a single seed the interval covers its items only, not other seeds. The random state is fixed.
+    weight. With a single seed the interval covers its items only, not other seeds; a single group of a single seed has
+    none (NaN). The random state is fixed.
 
     Args:
         seeds: Groups of differences for each seed. Seeds without groups are ignored.
@@ -104,6 +115,9 @@ def bootstrap(seeds: Sequence[Groups], num_draws: int = 10_000) -> Difference:
     sizes = np.array([[len(groups.get(name, ())) for name in names] for groups in seeds], dtype=np.float64)
     generator = np.random.default_rng(0)
     num_seeds = len(seeds)
+    value = (sums.sum(axis=1) / sizes.sum(axis=1)).mean()
+    if num_seeds == len(names) == 1:
+        return Difference(float(value), math.nan, math.nan, int(sizes.sum()))
     chosen = (
         generator.integers(num_seeds, size=(num_draws, num_seeds)) if num_seeds > 1 else np.zeros((num_draws, 1), int)
     )
@@ -115,5 +129,4 @@ def bootstrap(seeds: Sequence[Groups], num_draws: int = 10_000) -> Difference:
         with np.errstate(invalid="ignore"):  # a seed may have none of the groups of a draw
             some[:] = (sums[:, drawn].sum(2) / sizes[:, drawn].sum(2)).T
     low, high = np.nanquantile(np.take_along_axis(means, chosen, axis=1).mean(axis=1), [0.025, 0.975])
-    value = (sums.sum(axis=1) / sizes.sum(axis=1)).mean()
     return Difference(float(value), float(low), float(high), int(sizes.sum()), num_seeds)

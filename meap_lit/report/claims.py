@@ -126,7 +126,7 @@ def verdict(change: Difference, margin: float = 0.0) -> str:
     """Return what the interval of a change says about a claim that it is above 0, or at most `margin` below."""
     bound = f"-{margin:g}" if margin else "0"
     if math.isnan(change.low):
-        return f"{NOT_TESTED}: one seed has no interval"
+        return f"{NOT_TESTED}: one observation has no interval"
     if change.low > -margin:
         text = SUPPORTED
     elif change.high < -margin:

@@ -150,7 +150,7 @@ def test_an_oracle_is_always_right_and_guessing_is_chance(recipe, folder, tmp_pa
     class Reader(LanguageModel):
         """Reads the text of its prompts instead of having weights."""
 
-        def continue_texts(self, prompts, *, max_new_tokens, stop_token_ids=()):
+        def continue_texts(self, prompts, *, max_new_tokens, stop_token_ids=(), is_done=None):
             reply = look_up if self.checkpoint.endswith("oracle") else guess
             return [" " + reply(self.tokenizer.decode(prompt, skip_special_tokens=True)) for prompt in prompts]
 

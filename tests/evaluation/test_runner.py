@@ -66,6 +66,17 @@ class Fake:
         encode = staticmethod(lambda text: [1])
 
 
+def test_old_answers_are_drawn_together_as_the_items_are_now(recipe, source_folder, tmp_path):
+    command = ["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), "--label", "source"]
+    assert main(command) == 0
+    folder = tmp_path / "out" / "letters" / "source"
+    before = records_of(folder)
+    lines = "".join(json.dumps({**record, "group": "of an older version"}) + "\n" for record in before)
+    (folder / "predictions.jsonl").write_text(lines)
+    assert main(command) == 0
+    assert records_of(folder) == before
+
+
 def test_two_processes_find_what_one_does(recipe, source_folder, tmp_path):
     command = ["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), "--label"]
     assert main([*command, "one"]) == 0
@@ -103,7 +114,7 @@ def test_two_checkpoints_stand_side_by_side(recipe, source_folder, tmp_path, cap
     assert content["difference"]["near"]["value"] == 0
     assert content["differences"][:2] == [
         {"length": 10, "value": 100.0, "low": 100.0, "high": 100.0, "n": 6},
-        {"word": "garden", "value": 100.0, "low": 100.0, "high": 100.0, "n": 1},
+        {"word": "garden", "value": 100.0, "low": None, "high": None, "n": 1},  # one item has no interval
     ]
     assert [result["scores"]["right"]["value"] for result in content["results"]] == [0, 100]
     assert content["extra"] == {
@@ -131,7 +142,8 @@ def test_two_checkpoints_stand_side_by_side(recipe, source_folder, tmp_path, cap
     assert events.Tags()["images"] == ["letters/letters"]
     printed = capsys.readouterr().out
     assert "wrong" in printed.splitlines()[0]
-    assert printed.count("+100.00 [+100.00, +100.00]") == 1 + 6  # all items, and each of the words
+    assert printed.count("+100.00 [+100.00, +100.00]") == 1, "all items"
+    assert printed.count("+100.00 (no interval)") == 6, "each of the words"
     assert "right by word" in printed
 
 
@@ -223,6 +235,19 @@ def test_what_belongs_together_is_drawn_together():
     assert once.value == 40
     apart = bootstrap([{str(number): [delta] for number, delta in enumerate(deltas * 50)}])
     assert apart.high - apart.low < (once.high - once.low) / 5
+
+
+def test_one_question_of_one_seed_has_no_interval():
+    change = bootstrap([{"a": [5.0, 7.0]}])
+    assert change[:4:3] == (6.0, 2)
+    assert math.isnan(change.low)
+    assert change.text(1) == "+6.0 (no interval)"
+    assert bootstrap([{"a": [5.0]}, {"a": [7.0]}]).text(1) == "+6.0 [+5.0, +7.0]", "two seeds have one"
+
+
+def test_the_error_over_seeds_estimates_that_of_all_seeds():
+    assert Mean.of_seeds([10.0, 20.0]) == Mean(15.0, 5.0, 2)
+    assert math.isnan(Mean.of_seeds([10.0]).error)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():

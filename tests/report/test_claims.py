@@ -24,7 +24,7 @@ CLAIMS = read(CLAIMS_FILE)
         (-1.5, 0.5, 2, 1.0, "not supported: the interval includes -1"),
         (-2.0, -1.5, 2, 1.0, "not supported: the interval is below -1, on the other side"),
         (0.1, 2.0, 1, 0.0, "supported (one seed: says nothing about other seeds)"),
-        (math.nan, math.nan, 1, 0.0, "not tested at this scale: one seed has no interval"),
+        (math.nan, math.nan, 1, 0.0, "not tested at this scale: one observation has no interval"),
     ],
 )
 def test_verdicts(low, high, num_seeds, margin, says):

@@ -38,7 +38,7 @@ def test_curves_over_the_position(tmp_path):
     assert overall.rows[1][:4] == ["accuracy (%)", "p0.1", "20.00", "1: 20.00"]
     assert overall.rows[1][4].startswith("+20.00 [")
     assert overall.rows[1][4].endswith("(one seed: over items only)")
-    assert by_gold.rows[2] == ["4", "0.00", "40.00 (+40.00 [+40.00, +40.00])"]
+    assert by_gold.rows[2] == ["4", "0.00", "40.00 (+40.00 (one seed, no interval))"]
     (picture,) = (block for block in blocks if isinstance(block, Picture))
     (axes,) = picture.figure.axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}

@@ -23,7 +23,7 @@ class Oracle:
     def chat_template(self, name="tokenizer"):
         return ChatTemplate.load(name, self.tokenizer)
 
-    def continue_texts(self, prompts, *, max_new_tokens, stop_token_ids=()):
+    def continue_texts(self, prompts, *, max_new_tokens, stop_token_ids=(), is_done=None):
         return [self.reply(text_of(self, prompt)) for prompt in prompts]
 
 

@@ -16,7 +16,7 @@ class Reader:
     def encode(self, text):
         return [ord(character) for character in text]
 
-    def continue_texts(self, prompts, *, max_new_tokens, stop_token_ids=()):
+    def continue_texts(self, prompts, *, max_new_tokens, stop_token_ids=(), is_done=None):
         return [self.reply("".join(map(chr, prompt))) for prompt in prompts]
 
 

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from meap_lit.data.corpora.facts import OPENING, Filler, draw_facts, most_facts
 from meap_lit.data.read.find import find_files
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.task import Item, Plot, Record, Result, Task, lengths_that_fit
+from meap_lit.evaluation.task import Item, Plot, Record, Result, Task, check_distinct, lengths_that_fit
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -61,12 +61,10 @@ class FactRetrieval(Task):
     filler: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.lengths:
-            raise UserError("task.lengths must name at least one length, got none")
+        check_distinct("retrieval lengths", self.lengths)
+        check_distinct("retrieval depths", self.depths)
         for depth in self.depths:
             check_range("retrieval depths", depth, "[0, 1]")
-        if not self.depths:
-            raise UserError("retrieval depths must name at least one depth, got none")
         check_range("retrieval num_items", self.num_items, "[1, inf)")
         check_range("retrieval num_options", self.num_options, f"[2, {most_facts(self.near_duplicates)}]")
 
@@ -99,7 +97,7 @@ class FactRetrieval(Task):
             fields = _build_item(self, length, depth, rng, tokenizer, filler, num_tokens)
             num_positions = len(fields["context_ids"]) + max(map(len, fields["options"]))
             cell = {"length": length, "depth": depth}
-            return Item(f"{length}-{depth:g}-{index}", cell, fields, fields["context_ids"], num_positions)
+            return Item(f"{length}-{depth:.10g}-{index}", cell, fields, fields["context_ids"], num_positions)
 
         build(min(self.lengths), self.depths[0], 0)  # a length without room fails before long items are made
         return [

@@ -145,19 +145,26 @@ class HaystackTask(GenerationTask):
         haystacks = [documents.haystack(num_tokens, order, repeat) for order in orders]
         for prompt in prompts:  # fail early if a length has too little room, or the haystack is too short
             for length in (min(self.lengths), max(self.lengths)):
-                _Filler(self, model, prompt, haystacks[prompt.repeat]).item(length, self.depths[0])
-        fillers = [_Filler(self, model, prompt, haystacks[prompt.repeat]) for prompt in prompts]
+                _Filler(self, model, prompt, haystacks[prompt.repeat], "").item(length, self.depths[0])
+        # what is asked under other conditions is drawn together, see `Item.group`
+        questions = {needles: str(n) for n, needles in enumerate(dict.fromkeys(prompt.needles for prompt in prompts))}
+        fillers = [
+            _Filler(self, model, prompt, haystacks[prompt.repeat], questions[prompt.needles]) for prompt in prompts
+        ]
         return [filler.item(length, depth) for length in self.lengths for depth in self.depths for filler in fillers]
 
 
 class _Filler:
     """Fill a prompt with as much of a haystack as a length has room for."""
 
-    def __init__(self, task: HaystackTask, model: LanguageModel, prompt: HaystackPrompt, haystack: Haystack) -> None:
+    def __init__(
+        self, task: HaystackTask, model: LanguageModel, prompt: HaystackPrompt, haystack: Haystack, group: str
+    ) -> None:
         self.task = task
         self.model = model
         self.prompt = prompt
         self.haystack = haystack
+        self.group = group
         self.needle_lengths = [len(model.tokenizer.encode(needle)) for needle in prompt.needles]
         self.num_others = sum(self.needle_lengths)
         """Tokens of the prompt outside the haystack: estimated at first, then measured."""
@@ -197,7 +204,7 @@ class _Filler:
         cell = {**self.prompt.cell, "length": length, "depth": depth}
         id = "/".join(f"{key}={value:.10g}" for key, value in [*cell.items(), ("repeat", self.prompt.repeat)])
         fields = {**self.prompt.fields, **measured}
-        return Item(id, cell, fields, input_ids, len(input_ids) + self.task.max_new_tokens)
+        return Item(id, cell, fields, input_ids, len(input_ids) + self.task.max_new_tokens, self.group)
 
     def _prompt(self, num_tokens: int, depth: float) -> tuple[list[int], list[float]]:
         """Encode the prompt with the first `num_tokens` of the haystack; return also the true depths, in percent."""

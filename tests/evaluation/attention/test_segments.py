@@ -113,9 +113,9 @@ def test_bars_show_the_mean_of_each_segment_beside_that_of_the_other(task):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lengths": []}, "task.lengths must name at least one length, got none"),
+        ({"lengths": []}, "lengths must name at least one value and each once, got []"),
         ({"depths": [50, 101]}, "task.depths must be in [0, 100], got 101"),
-        ({"depths": []}, "depths must name at least one depth, got none"),
+        ({"depths": []}, "depths must name at least one value and each once, got []"),
         ({"num_items": 0}, "num_items must be at least 1, got 0"),
         ({"num_options": 1}, "num_options must be in [2, 8], got 1"),
     ],

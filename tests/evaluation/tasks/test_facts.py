@@ -239,7 +239,8 @@ def test_too_short_a_length_names_what_it_takes(tokenizer):
     ("changes", "message"),
     [
         ({"depths": (0.5, 50)}, "retrieval depths must be in [0, 1], got 50"),
-        ({"depths": ()}, "at least one depth"),
+        ({"depths": ()}, "at least one value"),
+        ({"lengths": [64, 64]}, "each once"),
         ({"num_items": 0}, "num_items must be at least 1, got 0"),
         ({"num_options": 1}, f"num_options must be in [2, {len(NAMES)}], got 1"),
         ({"num_options": 99}, f"num_options must be in [2, {len(NAMES)}], got 99"),

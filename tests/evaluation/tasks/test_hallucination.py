@@ -37,7 +37,7 @@ class Oracle:
     def encode(self, text):
         return [1, *Characters().encode(text)]
 
-    def continue_texts(self, prompts, *, max_new_tokens, stop_token_ids):
+    def continue_texts(self, prompts, *, max_new_tokens, stop_token_ids, is_done):
         assert max_new_tokens == 256
         documents = [Characters().decode(prompt[1:]).split("#Document#: ")[1] for prompt in prompts]
         return [f" {document.split('.')[0]}.\n\n#Document#: More.\n#Summary#: More." for document in documents]

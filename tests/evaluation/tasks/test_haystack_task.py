@@ -9,6 +9,7 @@ import pytest
 from meap_lit.errors import UserError
 from meap_lit.evaluation.figures import draw
 from meap_lit.evaluation.tasks.haystack_task import HaystackPrompt, HaystackTask, grid_plot
+from meap_lit.evaluation.tasks.needle import MagicNumber, Needle
 from meap_lit.tokenizer.tokenizer import Tokenizer
 from tests.support.oracle import Oracle, run, shared_data, text_of
 
@@ -203,6 +204,19 @@ def test_essays_in_llama_2_tokens() -> None:
         assert item.num_tokens == item.cell["length"]
         assert text_of(model, item.input_ids).count("\nThe quiet stone.\n") == 1
         assert abs(item.fields["true_depths"][0] - item.cell["depth"]) < 8
+
+
+def test_a_question_is_drawn_together_at_all_lengths_and_depths(model) -> None:
+    task = MagicNumber(lengths=(1100, 1200), depths=(0.0, 50.0, 100.0), num_repeats=4)
+    groups: dict[str, int] = {}
+    for item in task.items(model):
+        groups[item.group] = groups.get(item.group, 0) + 1
+    assert list(groups.values()) == [6] * 4
+
+
+def test_repeats_of_the_same_needle_are_one_question(model) -> None:
+    task = Needle(lengths=(1100,), depths=(50.0,), num_repeats=3)
+    assert {item.group for item in task.items(model)} == {"0"}
 
 
 def test_figure_has_a_panel_for_each_result(model) -> None:
