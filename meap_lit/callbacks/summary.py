@@ -65,6 +65,7 @@ def measure(trainer: L.Trainer, seconds: float, first_step: int) -> dict[str, An
         "seconds": round(seconds, 3),
         "first_step": first_step,
         "last_step": trainer.global_step,
+        "max_steps": trainer.max_steps,
         "tokens": (trainer.global_step - first_step) * data.tokens_per_step,
         "tokens_per_second": throughput.tokens_per_second(data.tokens_per_step) if throughput is not None else None,
         "peak_memory_bytes": None if memory is None else round(float(memory) * 1e9),

@@ -85,7 +85,7 @@ class Evaluate:
         Raises:
             UserError: If an option, a data file or a checkpoint is invalid.
         """
-        if len(self.checkpoint) > 2:
+        if len(self.checkpoint) not in (1, 2):
             raise UserError(f"--checkpoint takes one checkpoint or two, got {len(self.checkpoint)}")
         check_range("batch_tokens", self.batch_tokens, "[1, inf)")
         labels = self.label or [label_of(path) for path in self.checkpoint]

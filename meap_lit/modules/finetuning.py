@@ -46,7 +46,7 @@ class MEAPFineTuning(DecoderModule):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         with self.dropout_of(batch_idx):
             total, losses = self._losses(batch)  # scalar, [B, T]
-        self.masks_drawn |= self.plain_override is not None
+        self.masks_drawn |= self.plain_override is not None and self.trainer.datamodule.duplication.mask_inputs
         masked = (losses * batch["in_copy"]).sum()
         self._step_sums += torch.stack([losses.sum() - masked, masked])
         # Lightning takes the mean over micro-batches, and data parallelism over devices; the step's sum is wanted

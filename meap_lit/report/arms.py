@@ -52,7 +52,10 @@ class Arm:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing was masked, neither in these runs nor in the pretraining that they started from."""
+        """Whether no position was drawn for masks, neither in these runs nor in the pretraining that they started from.
+
+        Copies whose drawn positions are not masked (`mask_inputs: false`) are not plain: they are another control.
+        """
         if self.origin is not None and self.kind == "pretraining" and not self.origin.is_plain:
             return False
         return not self.recipe.get(self.ratio_key)  # 0 or nothing; a schedule masks
@@ -103,8 +106,9 @@ class Study:
         return [other for other in self.masked if set(other.differs_from(arm)) == {arm.ratio_key}]
 
     def at_ratio(self, ratio: float | None) -> Arm | None:
-        """Return the arm with this mask ratio that differs least from its baseline, if there is one."""
-        arms = [arm for arm in self.masked if arm.ratio is not None and arm.ratio == ratio]
+        """Return the arm with masks at this ratio that differs least from its baseline, if there is one."""
+        masked = [arm for arm in self.masked if arm.recipe.get("data.duplication.mask_inputs") is not False]
+        arms = [arm for arm in masked if arm.ratio is not None and arm.ratio == ratio]
         return min(arms, key=lambda arm: len(arm.differs_from(arm.baseline or arm)), default=None)
 
 

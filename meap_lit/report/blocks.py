@@ -2,12 +2,15 @@
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import jinja2
+
+from meap_lit.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +73,15 @@ Block = Heading | Paragraph | Code | Table | Picture
 
 
 def write(blocks: Sequence[Block], folder: Path) -> None:
-    """Write report.md with its figures, and report.html with the same figures inside, into `folder`."""
+    """Write report.md with its figures, and report.html with the same figures inside, into `folder`.
+
+    Raises:
+        UserError: If two figures have the same name.
+    """
+    names = Counter(block.name for block in blocks if isinstance(block, Picture))
+    twice = [name for name, times in names.items() if times > 1]  # evaluations whose names differ in punctuation only
+    if twice:
+        raise UserError(f"two figures of the report are named {twice[0]}; rename the folder of one of the evaluations")
     figures = folder / FIGURES
     figures.mkdir(parents=True, exist_ok=True)
     for old in figures.glob("*.png"):
@@ -78,7 +89,6 @@ def write(blocks: Sequence[Block], folder: Path) -> None:
     images: dict[str, str] = {}
     for block in blocks:
         if isinstance(block, Picture):
-            assert block.name not in images, f"two figures are named {block.name}"
             buffer = io.BytesIO()
             block.figure.savefig(buffer, format="png", dpi=120)
             (figures / f"{block.name}.png").write_bytes(buffer.getvalue())

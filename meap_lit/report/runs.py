@@ -66,7 +66,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        return self.config["seed_everything"]
+        return int(self.config["seed_everything"])  # false sets none
 
     @property
     def name(self) -> str:

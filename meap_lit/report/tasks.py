@@ -12,7 +12,7 @@ from meap_lit.report.arms import Arm, Study, describe
 from meap_lit.report.blocks import Block, Heading, Paragraph, Picture, Table
 from meap_lit.report.evaluations import Evaluations, check_items
 from meap_lit.report.measures import ONE_SEED, Logged, Results, Score, in_words
-from meap_lit.report.runs import LOSS
+from meap_lit.report.runs import LOSS, shown
 from meap_lit.report.training import PROBE
 
 _MAX_GROUPS = 24
@@ -47,11 +47,24 @@ def task_sections(study: Study, evaluations: Evaluations) -> Iterator[Block]:
                 if score.by_seed(arm)
             ],
         )
+        yield from _elsewhere(arms, results)
         yield from _picture(study, name, {arm.name: results_of(arm, results) for arm in arms})
         for key in result.cell_keys:
             yield from _table_along(key, arms, results)
         if result.task.name == "attention":
             yield from _attention_table(arms, results)
+
+
+def _elsewhere(arms: Sequence[Arm], results: Results) -> Iterator[Block]:
+    """Name the results of checkpoints that are not from the end of their run."""
+    runs = [run for arm in arms for run in arm.runs.values() if run.path in results]
+    found = [
+        f"{shown(run.path)} after {tokens:,} of {run.tokens:,} tokens"
+        for run in runs
+        if (tokens := results[run.path].about.get("tokens_seen")) not in (None, run.tokens)
+    ]
+    if found:
+        yield Paragraph(f"Not evaluated at the last validation of the run: {'; '.join(found)}.")
 
 
 def results_of(arm: Arm, results: Results) -> list[Result]:
@@ -70,7 +83,7 @@ def _picture(study: Study, name: str, groups: Mapping[str, Sequence[Result]]) ->
     if figure is not None:
         what = plot.value_label or f"{result.headline} ({result.task.unit})"
         caption = f"{what}, means over seeds with standard errors: {name}. {plot.caption}"
-        yield Picture(study.file_name(name), figure, caption.strip())
+        yield Picture(study.file_name(f"evaluation {name}"), figure, caption.strip())
 
 
 def _table_along(key: str, arms: Sequence[Arm], results: Results) -> Iterator[Block]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from meap_lit.callbacks.summary import SUMMARY_FILE
 from meap_lit.data.corpora.python_text import FILES_FILE
 from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.data.store.manifest import MANIFEST_FILE
@@ -34,7 +35,12 @@ def setup(studies: Sequence[Study], evaluations: Evaluations) -> list[Block]:
     blocks: list[Block] = [Heading("Setup"), Table(header, [_arm_row(study, arm) for study, arm in arms])]
     unfinished = [shown(run.path) for run in runs if _is_unfinished(run)]
     if unfinished:
-        blocks.append(Paragraph(f"These runs had not spent their budget when they were read: {', '.join(unfinished)}."))
+        blocks.append(
+            Paragraph(
+                f"These runs had not spent their budget when they were read, or it is in epochs and they left no "
+                f"{SUMMARY_FILE}: {', '.join(unfinished)}."
+            )
+        )
     return [
         *blocks,
         Heading("Model and training", 3),
@@ -63,9 +69,11 @@ def span(values: Iterable[int]) -> str:
 
 
 def _is_unfinished(run: Run) -> bool:
-    budget = run.config.get("budget") or {}
+    budget, summary = run.config.get("budget") or {}, run.summaries[-1]
     steps = budget.get("max_steps") or (budget.get("max_tokens") or 0) // run.tokens_per_step
-    return run.curves[LOSS][-1].step < steps
+    if not steps and not summary:  # how many steps its epochs have is not known
+        return True
+    return run.curves[LOSS][-1].step < (steps or summary.get("max_steps", 0))  # older versions kept no max_steps
 
 
 def _model_rows(studies: Sequence[Study]) -> list[list[str]]:
@@ -102,7 +110,7 @@ def _dataset(path: str) -> list[str]:
     """Return how a dataset was made, its tokens and its sources, if it is still there."""
     manifest, record = _read_json(Path(path, MANIFEST_FILE)), _read_json(Path(path, RECORD_FILE))
     if manifest is None:
-        return ["", "", "no longer there"]
+        return ["", "", "remote, not read" if "://" in path else "no longer there"]
     tokens = manifest["splits"].get("train", {}).get("tokens")
     sources = manifest["sources"]
     size = sum(source["bytes"] for source in sources)

@@ -90,6 +90,16 @@ def test_each_arm_is_compared_with_the_nearest_plain_one(tmp_path):
     assert {arm.name: arm.baseline.name for arm in study.masked} == {"meap": "ntp", "meap_long": "ntp_long"}
 
 
+def test_copies_without_masks_are_an_arm_of_their_own(tmp_path):
+    copies = {"fine_tuning": True, "data__init_args__duplication": {"mask_ratio": 0.1, "mask_inputs": False}}
+    recipes = [recipe("plain", 1, 0, fine_tuning=True), recipe("copies", 1, **copies)]
+    (study,) = studies_of(tmp_path / "without", *recipes)
+    assert study.at_ratio(0.1) is None, "it says nothing about masks"
+    (study,) = studies_of(tmp_path / "with", *recipes, recipe("concat", 1, 0.1, fine_tuning=True))
+    assert study.at_ratio(0.1).name == "concat"
+    assert {arm.name: arm.baseline.name for arm in study.masked} == {"copies": "plain", "concat": "plain"}
+
+
 def test_fine_tuning_is_grouped_by_the_arm_that_it_started_from(tmp_path):
     starts = [recipe("ntp", 1, 0), recipe("ntp", 2, 0), recipe("meap", 1, 0.15), recipe("meap", 2, 0.15)]
     tuned = [

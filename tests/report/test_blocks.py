@@ -1,8 +1,10 @@
 import base64
 import re
 
+import pytest
 from matplotlib.figure import Figure
 
+from meap_lit.errors import UserError
 from meap_lit.report.blocks import Code, Heading, Paragraph, Picture, Table, write
 
 
@@ -42,3 +44,10 @@ def test_figures_of_an_earlier_report_go(tmp_path):
     write([Picture("old", drawn(), "")], tmp_path)
     write([Picture("new", drawn(), "")], tmp_path)
     assert [file.name for file in (tmp_path / "figures").iterdir()] == ["new.png"]
+
+
+def test_figures_of_the_same_name_are_refused_and_the_earlier_report_stays(tmp_path):
+    write([Picture("old", drawn(), "")], tmp_path)
+    with pytest.raises(UserError, match="two figures of the report are named new; rename"):
+        write([Picture("new", drawn(), "")] * 2, tmp_path)
+    assert [file.name for file in (tmp_path / "figures").iterdir()] == ["old.png"]

@@ -4,7 +4,7 @@ import pytest
 
 from meap_lit.report import tasks
 from meap_lit.report.arms import find_studies
-from meap_lit.report.blocks import Heading, Picture, Table
+from meap_lit.report.blocks import Heading, Paragraph, Picture, Table
 from meap_lit.report.evaluations import find_evaluations
 from meap_lit.report.runs import find_runs
 from tests.support.toy_study import recipe, write_result, write_run
@@ -81,6 +81,15 @@ def test_ablation_and_variants(tmp_path):
     assert list(scores.lines[0].get_ydata()) == pytest.approx([0, 10, 15])
     (variants,) = tables(tasks.variants_section(study, evaluations, 0.15))
     assert variants.rows == [["odd", "mask_scope batch", "2.0000 (+1.0000 (one seed, no interval))", ""]]
+
+
+def test_results_from_before_the_end_of_a_run_are_named(tmp_path):
+    study, evaluations = study_with(tmp_path, (0, 0.1), lambda ratio: {"a": ratio})
+    assert not any("last validation" in str(block) for block in tasks.task_sections(study, evaluations))
+    study, evaluations = study_with(tmp_path / "early", (0, 0.1), lambda ratio: {"a": ratio}, tokens_seen=20 * 32)
+    texts = [block.text for block in tasks.task_sections(study, evaluations) if isinstance(block, Paragraph)]
+    (found,) = (text for text in texts if "last validation" in text)
+    assert found.count("after 640 of 960 tokens") == 2
 
 
 def test_attention_compares_clean_with_masked(tmp_path):

@@ -1,8 +1,10 @@
+import dataclasses
+
 import pytest
 
 from meap_lit.report import training
 from meap_lit.report.arms import find_studies
-from meap_lit.report.blocks import Table
+from meap_lit.report.blocks import Paragraph, Table
 from meap_lit.report.measures import Logged
 from meap_lit.report.runs import LOSS, find_runs
 from tests.support.toy_study import recipe, write_run
@@ -62,3 +64,32 @@ def test_runs_without_probe_have_no_section_of_it(tmp_path):
     write_run(tmp_path / "a", recipe("ntp", 1, 0))
     (study,) = find_studies(find_runs([str(tmp_path)]))
     assert training.emergence_section(study) == []
+
+
+def test_runs_that_had_not_ended_are_named(tmp_path):
+    def warning(**options):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        write_run(folder, recipe("ntp", 1, 0, budget=options.pop("budget")), **options)
+        blocks = training.setup(find_studies(find_runs([str(folder)])), {})
+        texts = [block.text for block in blocks if isinstance(block, Paragraph) and "budget" in block.text]
+        return folder.name in texts[0] if texts else False
+
+    assert not warning(budget={"max_steps": 30})
+    assert warning(budget={"max_steps": 31})
+    assert warning(budget={"max_tokens": 31 * 32})
+    assert warning(budget={"max_epochs": 2}), "killed: nothing says how many steps two epochs have"
+    machine = {"devices": 1, "device": "cpu", "threads": 1, "platform": "Linux", "versions": {}}
+    ended = {"seconds": 1.0, "first_step": 0, **machine}
+    assert not warning(budget={"max_epochs": 2}, summary={**ended, "max_steps": 30})
+    assert warning(budget={"max_epochs": 2}, summary={**ended, "max_steps": 31}), "ended by trainer.max_time"
+    assert not warning(budget={"max_epochs": 2}, summary=ended), "of an older version"
+
+
+def test_a_dataset_in_a_bucket_is_not_called_gone(tmp_path):
+    run = write_run(tmp_path / "run", recipe("ntp", 1, 0))
+    (run_of,) = find_runs([str(run)])
+    there = {"s3://bucket/text": "0", str(tmp_path / "gone"): "1"}
+    tables = [
+        block for block in training._data([dataclasses.replace(run_of, datasets=there)]) if isinstance(block, Table)
+    ]
+    assert [row[3] for row in tables[0].rows] == ["remote, not read", "no longer there"]

@@ -63,16 +63,17 @@ class JudgeSummaries:
         total = 0.0
         for name, judge in self.judges.items():
             cost = judge.cost(records)
+            written = "without limit" if cost.output_tokens is None else f"at most {cost.output_tokens:,}"
             price = "price unknown" if cost.price is None else f"at most {cost.price:.2f}"
             print(
                 f"{name}: {cost.num_requests} requests, about {cost.input_tokens:,} tokens read, "
-                f"at most {cost.output_tokens:,} written, {price}",
+                f"{written} written, {price}",
                 flush=True,
             )
             if self.max_cost is not None and cost.price is None:
                 raise UserError(
-                    f"max_cost {self.max_cost:g} needs input_price and output_price of judge {name}; give them, "
-                    f"or leave max_cost out"
+                    f"max_cost {self.max_cost:g} needs input_price, output_price and max_tokens of judge {name}; give "
+                    f"them, or leave max_cost out"
                 )
             total += cost.price or 0.0
         if self.max_cost is not None and total > self.max_cost:

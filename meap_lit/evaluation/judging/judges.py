@@ -60,11 +60,14 @@ class Judgement(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """An estimate of what judging takes; `price` is None if the price of a token is not known."""
+    """An estimate of what judging takes.
+
+    `output_tokens` is None if an answer has no limit; `price` is None then, and if the price of a token is not known.
+    """
 
     num_requests: int
     input_tokens: int
-    output_tokens: int
+    output_tokens: int | None
     price: float | None
 
 
@@ -92,8 +95,8 @@ class Judge(ABC):
 class ChatJudge(ChatEndpoint, Judge):
     """A model behind an OpenAI-compatible endpoint; its further options are those of `ChatEndpoint`.
 
-    Answers are kept on disk by the hash of the request, and no request is sent twice: an interrupted run continues, and
-    another run over the same summaries costs nothing.
+    Answers are kept on disk by the hash of address, model and request, and no request is sent twice: an interrupted run
+    continues, and another run over the same summaries costs nothing.
 
     Args:
         cache: File of answers, shared by all judges that name it.
@@ -118,8 +121,9 @@ class ChatJudge(ChatEndpoint, Judge):
         self.key()  # a missing key is reported before anything is asked
         texts = [message["content"] for body in unknown for message in body["messages"]]
         num_read = sum(math.ceil(len(text) / 4) for text in texts)  # about four characters to a token of English
-        num_written = sum(body.get("max_tokens") or body.get("max_completion_tokens", 0) for body in unknown)
-        if self.input_price is None or self.output_price is None:
+        limits = [body.get("max_tokens") or body.get("max_completion_tokens") for body in unknown]
+        num_written = None if None in limits else sum(filter(None, limits))
+        if self.input_price is None or self.output_price is None or num_written is None:
             return Cost(len(unknown), num_read, num_written, None)
         price = (num_read * self.input_price + num_written * self.output_price) / 1e6
         return Cost(len(unknown), num_read, num_written, price)
@@ -153,7 +157,7 @@ class ChatJudge(ChatEndpoint, Judge):
         return {name: value for name, value in body.items() if value is not None}
 
     def _key_of(self, body: Mapping[str, Any]) -> str:
-        return hashlib.sha256(json.dumps([self.model, body], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.url.rstrip("/"), self.model, body], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(kw_only=True)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import threading
@@ -182,12 +183,29 @@ def test_cost(server, folder, capsys):
         f"a: 6 requests, about {num_read:,} tokens read, at most 600 written, at most 0.01\n" in capsys.readouterr().out
     )
     unknown = chat(server, folder)
-    with pytest.raises(UserError, match="max_cost 1 needs input_price and output_price of judge a; give them"):
+    with pytest.raises(UserError, match="max_cost 1 needs input_price, output_price and max_tokens of judge a; give"):
         JudgeSummaries(predictions=[str(folder)], judges={"a": unknown}, max_cost=1).run()
     assert server.asked == []
     JudgeSummaries(predictions=[str(folder)], judges={"a": judge}, max_cost=1).run()
     assert judge.cost(records) == (0, 0, 0, 0)
     assert unknown.cost(records).num_requests == 6  # another max_tokens is another question
+
+
+def test_an_answer_without_limit_has_no_price(server, folder, capsys):
+    judge = chat(server, folder, input_price=2.0, output_price=10.0, options={"max_tokens": None})
+    assert judge.cost(read(folder))[2:] == (None, None)
+    with pytest.raises(UserError, match="max_cost 5 needs input_price, output_price and max_tokens of judge a"):
+        JudgeSummaries(predictions=[str(folder)], judges={"a": judge}, max_cost=5).run()
+    assert "without limit written, price unknown" in capsys.readouterr().out
+    assert server.asked == []
+
+
+def test_endpoints_that_name_their_models_alike_do_not_share_answers(server, folder):
+    judge = chat(server, folder)
+    judge.judge(read(folder)[:1])
+    assert judge.cost(read(folder)[:1]).num_requests == 0
+    assert dataclasses.replace(judge, url=f"{judge.url}/").cost(read(folder)[:1]).num_requests == 0
+    assert dataclasses.replace(judge, url=f"{judge.url}2").cost(read(folder)[:1]).num_requests == 1
 
 
 def test_options_of_the_request(server, folder):
