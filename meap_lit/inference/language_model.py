@@ -151,17 +151,19 @@ class LanguageModel:
         # attention is causal: padding on the right changes nothing
         input_ids = pad_sequence([torch.tensor(row[:-1]) for row in rows], batch_first=True).to(self.device)  # [B, T]
         hidden = self.decoder(input_ids)  # [B, T, D]
-        results = []
-        for number, (row, start) in enumerate(zip(rows, first, strict=True)):
-            targets = torch.tensor(row[start:], device=self.device)
-            found, is_best = [], []
-            # a long row in pieces: [N, V] logits in float32 are large
-            for piece, wanted in zip(hidden[number, start - 1 : len(row) - 1].split(1024), targets.split(1024)):
-                logits = self.decoder.logits(piece).float()  # [n, V]
-                found.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
-                is_best.append(logits.argmax(-1) == wanted)
-            results.append((torch.cat(found).cpu(), torch.cat(is_best).cpu()))
-        return results
+        spans = [range(start, len(row)) for row, start in zip(rows, first, strict=True)]
+        before = [number * hidden.size(1) + place - 1 for number, span in enumerate(spans) for place in span]
+        targets = [row[place] for row, span in zip(rows, spans, strict=True) for place in span]
+        scored = hidden.flatten(0, 1)[torch.tensor(before, dtype=torch.int64, device=self.device)]  # [M, D]
+        found, is_best = [], []
+        # in pieces: [M, V] logits in float32 are large
+        pieces = zip(scored.split(1024), torch.tensor(targets, dtype=torch.int64, device=self.device).split(1024))
+        for piece, wanted in pieces:
+            logits = self.decoder.logits(piece).float()  # [m, V]
+            found.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
+            is_best.append(logits.argmax(-1) == wanted)
+        sizes = [len(span) for span in spans]
+        return list(zip(torch.cat(found).cpu().split(sizes), torch.cat(is_best).cpu().split(sizes), strict=True))
 
 
 load_model = LanguageModel
