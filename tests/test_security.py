@@ -471,6 +471,10 @@ def nested(count):
 
 GROWING = "{% set n = namespace(s='12345678') %}{% for i in range(60) %}{% set n.s = OPERATION %}{% endfor %}"
 
+DOUBLING = (
+    "{% set n = namespace(a=['x'], b=['x']) %}"
+    "{% for _ in range(60) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}USE"
+)
 BOMBS = {
     "loops": nested(3),
     "block": "{% set x %}" + nested(2) + "{% endset %}",
@@ -485,6 +489,21 @@ BOMBS = {
     "format": "{{ '{:9999999999}'.format(1) }}",
     "percent": "{{ '%9999999999d' % 1 }}",
     "range": "{{ range(10**10) | list }}",
+    "nested lists": DOUBLING.replace("USE", "{{ n.a }}"),
+    "nested lists joined": DOUBLING.replace("USE", "{{ 'x' ~ n.a }}"),
+    "nested lists as JSON": DOUBLING.replace("USE", "{{ n.a | tojson }}"),
+    "nested lists as upper case": DOUBLING.replace("USE", "{{ n.a | upper | length }}"),
+    "nested lists in a format": DOUBLING.replace("USE", "{{ ('%s' % (n.a,)) | length }}"),
+    "nested lists in a method": DOUBLING.replace("USE", "{{ '{}'.format(n.a) | length }}"),
+    "nested lists compared": DOUBLING.replace("USE", "{{ n.a == n.b }}"),
+    "nested lists in a namespace": DOUBLING.replace("USE", "{{ n }}"),
+    "width from a value": "{{ ('%*d' % (2000000, 1)) | length }}",
+    "precision from a value": "{{ ('%.*f' % (2000000, 1)) | length }}",
+    "width from a field": "{{ '{0[0]:{0[1]}}'.format([1, 2000000]) | length }}",
+    "a long text many times": "{{ ('%(a)s' * 9999) % {'a': 'x' * 9999} }}",
+    "a long field many times": "{{ ('{0}' * 9999).format('x' * 9999) }}",
+    "references joined": "{{ ''.join(['x' * 99999] * 99999) }}",
+    "text without end": "{{ lipsum(n=9999, min=9000, max=9999) }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "nesting": "{% if true %}" * 500 + "{% endif %}" * 500,
     "python": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -493,11 +512,23 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_template_that_never_ends_or_fills_the_memory_ends_in_one_line(prepared, name):
+def test_a_template_that_never_ends_or_fills_the_memory_ends_in_one_line(prepared, name, monkeypatch):
+    monkeypatch.setattr("meap_lit.tokenizer.bounded_jinja.BUDGET", 1_000_000)  # less, for time
     tokenizer = Tokenizer.load(prepared.tokenizer)
     with pytest.raises(UserError, match=r"^chat template bomb ") as error:
         ChatTemplate("bomb", BOMBS[name], tokenizer).encode_prompt([{"role": "user", "content": "a" * 1000}])
     assert "\n" not in str(error.value)
+
+
+def test_what_looks_like_a_bomb_and_is_none_renders(prepared):
+    source = (
+        "{{ '{{\"name\": \"{}\"}}'.format('a') }} {{ '%-3s|%5.1f%%' % ('b', 2) }} {{ ', '.join(['c', 'd']) }} "
+        "{% for m in messages %}{% if m.role in ['user', 'system'] and m == messages[0] %}"
+        "{{ m | tojson }}{% endif %}{% endfor %}"
+    )
+    tokenizer = Tokenizer.load(prepared.tokenizer)
+    messages = [{"role": "user", "content": "e" * 1000}] * 100
+    assert ChatTemplate("plain", source, tokenizer).encode_prompt(messages)
 
 
 def test_an_exponential_macro_ends(prepared, monkeypatch):

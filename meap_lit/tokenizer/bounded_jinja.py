@@ -2,18 +2,21 @@
 
 The sandbox keeps a template from reaching Python, but a few nested loops hang it and `"x" * 10**10` fills the memory.
 Here every iteration, call and operation takes steps off a budget, and so does every character and element that they
-make. Steps are counted and not timed, so that a template renders on every machine or on none.
+make. What becomes text is counted down to its leaves, and before it is made: a list that holds itself twice, twenty
+times over, is a short program and a long text. Steps are counted and not timed, so that a template renders on every
+machine or on none.
 """
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Sized, ValuesView
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 BUDGET = 20_000_000
 """Steps of one rendering: a few seconds of loops, or a text of several megabytes."""
@@ -21,11 +24,33 @@ BUDGET = 20_000_000
 _OPERATION, _CALL = 10, 50
 """Steps of an operation or filter, and of a call: about as many empty iterations take as long."""
 
+_PART = 5
+"""Steps of a value inside another one that becomes text."""
 _MAX_NUMBER = 10_000
 """The largest number that a method or filter takes, such as the width of `center`."""
 _MAX_BITS = 4096
 _MULTIPLYING = ("replace", "join", "indent", "expandtabs", "tojson")
 """Methods and filters whose result may be as long as the product of what they are given."""
+_SHALLOW = {
+    *(
+        "abs",
+        "attr",
+        "batch",
+        "count",
+        "d",
+        "default",
+        "first",
+        "float",
+        "int",
+        "items",
+        "last",
+        "length",
+        "list",
+        "map",
+    ),
+    *("random", "reject", "rejectattr", "reverse", "round", "select", "selectattr", "slice"),
+}
+"""Filters that neither make text of what is in their arguments nor compare it."""
 
 
 class TooCostly(jinja2.TemplateError):
@@ -51,6 +76,12 @@ class _CountingCompiler(CodeGenerator):
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.visit(_call("concatenate", *node.nodes), frame)
+
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+        node.expr = _call("compared", node.expr)
+        for operand in node.ops:
+            operand.expr = _call("compared", operand.expr)
+        super().visit_Compare(node, frame)
 
     def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
         if not isinstance(node.node, nodes.EnvironmentAttribute):
@@ -88,7 +119,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.spent = 0
-        self.filters = {name: self._bounded(name, filter) for name, filter in self.filters.items()}
+        self.filters = {name: self.bounded(name, filter) for name, filter in self.filters.items()}
+        del self.globals["lipsum"]  # text without end
 
     def spend(self, steps: int) -> None:
         """Take `steps` off the budget; raise `TooCostly` if there are not as many left."""
@@ -110,14 +142,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def write(self, value: Any) -> Any:
         """Return a value that is about to be written."""
-        self.spend(_OPERATION + _size(value))
+        self.spend(_OPERATION + self._text_size(value))
+        return value
+
+    def compared(self, value: Any) -> Any:
+        """Return a value that is about to be compared, or searched."""
+        self.spend(self._text_size(value) if isinstance(value, list | tuple) else _size(value))
         return value
 
     def concatenate(self, *values: Any) -> str:
         """Return the values as one text, as `~` does."""
-        texts = [str(value) for value in values]
-        self.spend(_OPERATION + sum(map(len, texts)))
-        return "".join(texts)
+        self.spend(_OPERATION + self._text_size(values))
+        return "".join(map(str, values))
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function or method for a template, at a cost."""
@@ -125,6 +161,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         name = getattr(obj, "__name__", "")
         if obj is not self.globals["range"]:  # it has a limit of its own
             self._check_arguments(name, (owner, *args, *kwargs.values()))
+        if name in ("format", "format_map", "join"):
+            self.spend(self._text_size((owner, args, kwargs)) * max(1, str(owner).count("{")))
         self.spend(_CALL)
         result = super().call(context, obj, *args, **kwargs)
         self.spend(_size(result))
@@ -137,6 +175,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             sizes *= next((abs(number) for number in (left, right) if isinstance(number, int)), 1)
         elif operator == "%" and isinstance(left, str):
             self._check_format(left)
+            sizes = len(left) + self._text_size(right) * left.count("%")
         elif operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * (abs(right) if operator == "**" else 1)
             if max(bits, right.bit_length()) > _MAX_BITS:
@@ -144,11 +183,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.spend(_OPERATION + sizes)
         return super().call_binop(context, operator, left, right)
 
-    def _bounded(self, name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
+    def bounded(self, name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a filter that takes its cost off the budget."""
+
         @functools.wraps(filter)  # with the marks by which Jinja knows what a filter takes
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self._check_arguments(name, (*args, *kwargs.values()))
-            self.spend(_OPERATION)
+            self.spend(_OPERATION + (0 if name in _SHALLOW else self._text_size((args, kwargs))))
             result = filter(*args, **kwargs)
             self.spend(_size(result))
             return result
@@ -172,6 +213,22 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _check_format(self, text: str) -> None:
         if re.search(r"\d{5}", text):
             raise jinja2.TemplateError(f"a format has a width above {_MAX_NUMBER:,}: {text!r:.40}")
+        if re.search(r"%[^%a-zA-Z]*\*|\{[^{}]+\{", text.replace("{{", "")):
+            raise jinja2.TemplateError(f"a format takes its width from a value: {text!r:.40}")
+
+    def _text_size(self, value: Any) -> int:
+        """Return about how many characters the text of a value has, at most a few more than the budget has left."""
+        size, parts = 0, [value]
+        while parts and size <= BUDGET - self.spent:
+            part = parts.pop()
+            size += len(part) if isinstance(part, str | bytes) else _PART
+            if isinstance(part, Namespace):
+                raise jinja2.TemplateError("a namespace is written or compared; name one of its values")
+            if isinstance(part, dict):
+                parts += [*part, *part.values()]
+            elif isinstance(part, list | tuple | set | KeysView | ValuesView | ItemsView):
+                parts += part
+        return size
 
 
 _SIZED = (str, list, tuple, dict, set, bytes)

@@ -48,7 +48,7 @@ def template_environment(today: datetime) -> BoundedEnvironment:
         # Jinja's own escapes what HTML must
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment.filters["tojson"] = tojson
+    environment.filters["tojson"] = environment.bounded("tojson", tojson)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = today.strftime
     return environment
