@@ -61,8 +61,9 @@ class Samples(L.Callback):
     """Show rows of training with their masks at the start of a run, and continuations of prompts at validations.
 
     Both are texts in TensorBoard, W&B and MLflow; other loggers get nothing. The rows are those that `meap-lit preview`
-    shows. While they have no masks, the rows of a later step are shown at each validation. The continuations take the
-    most likely token each time, so they depend on the weights alone. Nothing here changes the state of training.
+    shows. Until a schedule has begun to mask, the rows of a later step are shown at each validation. The continuations
+    take the most likely token each time, so they depend on the weights alone. Nothing here changes the state of
+    training.
 
     Args:
         rows: Rows of training to show; 0 for none.
@@ -128,7 +129,8 @@ class Samples(L.Callback):
         rows = rows_of_step(pl_module, trainer.datamodule, step=step, max_steps=trainer.max_steps, num_rows=self.rows)
         for writer in writers(trainer):
             writer.add_text("rows", as_code(text_of_rows(rows, _WIDTH)), step)
-        self._shows_rows = not any(row.num_masked for row in rows)
+        # until a schedule has begun to mask; a plain run never does
+        self._shows_rows = pl_module.plain_override is not None and not any(row.num_masked for row in rows)
 
     def _show_continuations(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         tokenizer = trainer.datamodule.tokenizer

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
 import lightning as L
 import numpy as np
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 from meap_lit import hub
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.store.manifest import Kind, Manifest
-from meap_lit.data.store.remote import Storage
+from meap_lit.data.store.remote import Storage, scheme_of
 from meap_lit.data.stream.loader import Loader
 from meap_lit.data.stream.micro_batches import Reader, Slice, TrainStream, ValidationStream
 from meap_lit.data.stream.order import MixedOrder, ShuffledOrder, Visit
@@ -96,11 +95,11 @@ class StreamingData(L.LightningDataModule, ABC):
         if not self.datasets:
             raise UserError("data.datasets names no dataset; name a folder, or several with the weight of each")
         for path, weight in self.datasets.items():
-            if "@" in urlsplit(path).netloc:
-                raise UserError(
-                    f"data.datasets: the address of {urlsplit(path).path.strip('/')} must not hold credentials; put "
-                    f"them into the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                )
+            if "://" in path:
+                try:
+                    scheme_of(path)
+                except UserError as error:
+                    raise UserError(f"data.datasets: {error}") from error
             check_range(f"data.datasets: the weight of {path}", weight, "(0, inf)")
         smallest = {"seq_len": 1, "global_batch_size": 1, "micro_batch_size": 1, "val_samples": 1, "num_workers": 0}
         for name, limit in smallest.items():

@@ -14,6 +14,7 @@ and models of transformers shift them. A row without a `sample_id` is never mask
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import repeat
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -260,12 +261,18 @@ class MEAPPretrainingCollator(MEAPCollator):
         seq_len, device = input_ids.size(1), input_ids.device
         num_inputs = attention_mask.sum(dim=1) - 1  # [B]
         # a table, since reading the lengths would wait for the device
-        counts = torch.tensor([num_masked(mask_ratio, length) for length in range(seq_len)]).to(device)[num_inputs]
+        counts = _counts(mask_ratio, seq_len).to(device)[num_inputs]
         eligible = torch.arange(seq_len, device=device) < num_inputs[:, None]  # [B, T]
         if self.protected_ids:
             eligible &= ~torch.isin(input_ids, torch.tensor(self.protected_ids).to(device))
         input_mask = sample_positions(eligible, counts, sample_ids, seed=self.seed, step=self.step)
         return input_ids.masked_fill(input_mask, self.mask_token_id)
+
+
+@lru_cache(maxsize=8)
+def _counts(mask_ratio: float, seq_len: int) -> Tensor:
+    """Return the number of masks for each number of inputs below `seq_len`, [T]."""
+    return torch.tensor([num_masked(mask_ratio, length) for length in range(seq_len)])
 
 
 class MEAPFineTuningCollator(MEAPCollator):

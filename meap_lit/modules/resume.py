@@ -29,12 +29,21 @@ def check_same_model(about: dict[str, Any], config: DecoderConfig, lora: LoRA | 
             )
     _check_adapters(about.get("lora"), lora)
     trained_on = about.get("init_from")
-    is_there = trained_on and (Path(trained_on).exists() or is_pinned(trained_on))
-    if lora is not None and is_there and trained_on != init_from:
+    if lora is not None and trained_on and trained_on != init_from and not _may_have_moved(trained_on, init_from):
         raise UserError(
             f"the checkpoint's adapters were trained on {trained_on}, model.init_from is {init_from} now; "
             f"set model.init_from to {trained_on}"
         )
+
+
+def _may_have_moved(trained_on: str, init_from: str | None) -> bool:
+    """Return whether `init_from` can be what the adapters were trained on, at another place.
+
+    A checkpoint keeps its name when its run is moved. When a run goes on, its last checkpoint has another.
+    """
+    if Path(trained_on).exists() or is_pinned(trained_on):
+        return False
+    return not trained_on.endswith(".ckpt") or Path(trained_on).name == Path(init_from or "").name
 
 
 def _check_adapters(were: dict[str, Any] | None, lora: LoRA | None) -> None:

@@ -142,7 +142,8 @@ class Plan:
             packed=isinstance(data, FineTuningData),
             devices=devices,
         )
-        prepared = all(Path(path, MANIFEST_FILE).is_file() for path in data.datasets)
+        # one in a bucket is there, or `setup` says that it is not
+        prepared = all("://" in path or Path(path, MANIFEST_FILE).is_file() for path in data.datasets)
         needs_data = budget.max_epochs is not None or step.packed
         if needs_data and prepared:
             data.setup("fit")
@@ -276,7 +277,14 @@ def decoder_config(module: DecoderModule, data: StreamingData, stand_in: str | N
     if tokenizer is not None:
         if is_new:
             return with_vocabulary(config, tokenizer), []
-        rows = vocab_rows(tokenizer.vocab_size, config.vocab_size, new_tokens=tokenizer.vocab_size)
+        num_new = tokenizer.mask_is_new if stand_in is None else tokenizer.vocab_size
+        rows = vocab_rows(tokenizer.vocab_size, config.vocab_size, new_tokens=num_new)
+        if rows is None:
+            raise UserError(
+                f"model.init_from {module.init_from} has {config.vocab_size} vocabulary rows, too few for the "
+                f"{tokenizer.vocab_size - num_new} ids of tokenizer {tokenizer.path}; name the tokenizer that belongs "
+                f"to it"
+            )
         return dataclasses.replace(config, vocab_size=rows), []
     missing = f"tokenizer {data.tokenizer_folder} does not exist: a vocabulary of"
     if config.vocab_size is None:

@@ -43,7 +43,7 @@ def find(path: Path) -> Path:
 
 def is_packaged(name: str) -> bool:
     """Return whether the package has a recipe or sample input of this name."""
-    return (name.startswith("recipes/") or name in SAMPLES) and (root() / name).is_file()
+    return (name.startswith("recipes/") or name in SAMPLES) and os.path.isfile(root() / name)
 
 
 def nearest(name: str) -> str | None:
@@ -57,9 +57,12 @@ def nearest(name: str) -> str | None:
 
 def with_paths(options: Any) -> Any:
     """Return a copy of parsed options in which the name of a packaged file is its path, see `find`."""
-    return replace_texts(
-        options, lambda text: str(find(Path(text))) if text.startswith(("recipes/", "data/")) else text
-    )
+
+    def path_of(text: str) -> str:
+        name = os.path.normpath(text) if text.startswith(("recipes/", "data/")) else ""
+        return str(root() / name) if is_packaged(name) and not os.path.exists(text) else text
+
+    return replace_texts(options, path_of)
 
 
 def with_names(options: Any) -> Any:

@@ -76,6 +76,7 @@ def test_rows_are_shown_from_the_start_until_they_have_masks(toy_recipe):
     shown = texts(fit(toy_recipe, "--model.mask_ratio", hold), "rows")
     assert [(step, "[MASK]" in text) for step, text in shown.items()] == [(0, False), (5, False), (10, True)]
     assert "row 80 of the run, step 10:" in shown[10]
+    assert list(texts(fit(toy_recipe, "--model.mask_ratio", 0), "rows")) == [0], "a plain run has no masks to wait for"
 
 
 def test_every_curve_has_a_title(toy_recipe, toy_sft_recipe, prepared, tmp_path):

@@ -1,7 +1,9 @@
 """Fine-tuning on duplicated sequences, against the same training written down plainly."""
 
+import dataclasses
 import json
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 
@@ -22,6 +24,7 @@ from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig, linear_cross_en
 from meap_lit.model.attention import Documents
 from meap_lit.model.lora import LoRA
 from meap_lit.modules import AdamW, MEAPFineTuning
+from meap_lit.modules.resume import check_same_model
 from tests.support.hf_models import edit_config
 
 TOY = DecoderConfig(num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=32, intermediate_size=64, max_seq_len=400)
@@ -342,6 +345,21 @@ def test_adapters_of_another_model_are_refused(prepared, chat, tmp_path, source_
     shutil.copytree(source_folder, tmp_path / "other")
     with pytest.raises(UserError, match=r"adapters were trained on .*source0, model.init_from is .*other now; set"):
         fit(prepared, chat, tmp_path=tmp_path, module=adapted(tmp_path / "other"), ckpt_path=tmp_path / "adapters.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("now", "is_refused"),
+    [
+        ("elsewhere/checkpoints/step=1000.ckpt", False),  # moved with its run
+        ("run/checkpoints/step=5000.ckpt", True),  # the run went on, and keeps two
+        ("elsewhere/model", True),
+    ],
+)
+def test_adapters_of_a_checkpoint_that_is_gone(now, is_refused):
+    config = DecoderConfig(vocab_size=8)
+    about = {"lora": dataclasses.asdict(LoRA()), "init_from": "/gone/run/checkpoints/step=1000.ckpt"}
+    with pytest.raises(UserError, match="adapters were trained on /gone") if is_refused else nullcontext():
+        check_same_model(about, config, LoRA(), now)
 
 
 # ------------------------------------------------------------------------------------------------- wrong input

@@ -85,6 +85,15 @@ def test_a_dataset_that_is_not_there_leaves_epochs_open(capsys, toy_sft_recipe):
     assert "attention is counted over whole rows" in out
 
 
+def test_a_tokenizer_of_another_model_is_refused_as_fit_does(capsys, source_folder, toy_sft_recipe, tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    config = json.loads((source_folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 64}))
+    line = complain(capsys, "--config", toy_sft_recipe, "--devices", 1, "--model.init_from", folder)
+    assert f"model.init_from {folder} has 64 vocabulary rows, too few for the 320 ids of tokenizer" in line
+
+
 def test_a_config_file_stands_in_for_a_model_that_is_not_there(capsys, source_folder, toy_sft_recipe):
     away = ("--config", toy_sft_recipe, "--devices", 1, "--model.init_from", "nowhere")
     assert "parameters trained" in plan(capsys, *away, "--decoder", source_folder / "config.json")

@@ -83,6 +83,11 @@ def test_sample_inputs_are_found_and_saved_by_name(elsewhere):
     assert parser.parse_args(["--config", "a.yaml"]).input[0] == "data/instructions.jsonl"
 
 
+@pytest.mark.parametrize("text", ["data/a//b/", "data/./x", f"recipes/{'x' * 300}", "data/instructions.jsonl and more"])
+def test_a_text_that_only_begins_like_a_name_is_left_as_it_is(elsewhere, text):
+    assert packaged.with_paths({"prompt": text}) == {"prompt": text}
+
+
 def test_recipes_are_listed_with_their_first_line(elsewhere, capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -119,7 +119,7 @@ def _sources(packages: bool) -> Iterator[tuple[str, str]]:
     for name, file in sorted(named, key=lambda entry: hashlib.sha256(entry[0].encode()).digest()):
         try:
             text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):  # a link to nowhere, a folder named x.py
             continue
         if text.strip():
             yield name, text

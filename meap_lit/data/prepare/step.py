@@ -51,8 +51,13 @@ class Preparation(ABC):
         """Make `output` unless this very step made it before; raise `UserError` if it was made otherwise."""
         output = Path(self.output)
         if not output.exists():
-            self.run()
-            return
+            try:
+                self.run()
+                return
+            except UserError:
+                if not output.exists():
+                    raise
+            # another process, such as one on another node, has made it meanwhile
         record = output / RECORD_FILE
         if not record.is_file():
             raise UserError(f"folder {output} exists but was not made by meap_lit; remove it or name another output")

@@ -112,7 +112,8 @@ def _find_remote(name: str) -> tuple[list[InputFile], list[InputFile]]:
         raise UserError(f"input {name} does not exist")
     if glob.has_magic(name) or [file.address for file in found] == [name]:
         return [*found], []
-    return [], [file for file in found if not _is_left_out(file.address.partition("://")[2].split("/"))]
+    folder = f"{name.rstrip('/')}/"  # what was named is input, hidden or not
+    return [], [file for file in found if not _is_left_out(file.address.removeprefix(folder).split("/"))]
 
 
 def _is_left_out(names: Sequence[str]) -> bool:

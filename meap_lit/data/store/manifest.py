@@ -165,6 +165,10 @@ class Manifest:
             )
             for entry in filter(None, (manifest, manifest.chat, manifest.part, *sources, *splits.values())):
                 _check_types(entry)
+            if not isinstance(manifest.kind, str) or not all(
+                isinstance(split.files, dict) for split in splits.values()
+            ):
+                raise TypeError("kind or files have another type")
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{location}/{MANIFEST_FILE} is not a manifest of meap_lit ({error})") from error
         if not splits.keys() <= _SPLITS or (part is None and "train" not in splits):

@@ -162,7 +162,7 @@ def _get(address: str, file: IO[bytes], storage: Storage) -> None:
 @contextlib.contextmanager
 def _open(address: str, storage: Storage) -> Iterator[tuple[Any, int | None]]:
     """Open an object as a stream, with its size if that is known."""
-    if _scheme(address) in _S3:
+    if scheme_of(address) in _S3:
         with open_s3(address, storage.timeout, storage.options) as opened:
             yield opened
     else:
@@ -171,7 +171,7 @@ def _open(address: str, storage: Storage) -> Iterator[tuple[Any, int | None]]:
 
 
 def _find(address: str, storage: Storage) -> list[RemoteFile]:
-    if _scheme(address) in _S3:
+    if scheme_of(address) in _S3:
         sizes: dict[str, int | None] = {**find_s3(address, storage.timeout, storage.options)}
     else:
         with _faults(address):
@@ -191,7 +191,7 @@ def _find(address: str, storage: Storage) -> list[RemoteFile]:
     return files
 
 
-def _scheme(address: str) -> str:
+def scheme_of(address: str) -> str:
     """Return the scheme of an address that can be read."""
     url = urlsplit(address)
     if url.scheme not in REMOTE_SCHEMES or not url.netloc:

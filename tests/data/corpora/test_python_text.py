@@ -95,3 +95,11 @@ def test_wrong_options_leave_nothing(tmp_path, options, message):
         PythonText(output=str(tmp_path / "text"), **options).run()
     assert message in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_links_to_nowhere_and_folders_named_like_files_are_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("x = 1")
+    (tmp_path / "b.py").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "c.py").mkdir()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert list(python_text._sources(packages=False)) == [("python/a.py", "x = 1")]

@@ -54,6 +54,26 @@ def test_failure_leaves_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
+@dataclass(kw_only=True)
+class Overtaken(Write):
+    """Another process makes the same folder, of another text perhaps, before this one has finished."""
+
+    recorded_as = "Write"
+    theirs: str = field(compare=False)
+
+    def make(self, folder):
+        Write(output=f"{self.output}.theirs", text=self.theirs).run()
+        os.rename(f"{self.output}.theirs", self.output)
+        return super().make(folder)
+
+
+def test_what_another_process_makes_meanwhile_is_taken(tmp_path):
+    Overtaken(output=str(tmp_path / "out"), text="hello", theirs="hello").ensure()
+    assert names(tmp_path) == ["out"]
+    with pytest.raises(UserError, match="was made with text = 'other', the recipe says 'hello'"):
+        Overtaken(output=str(tmp_path / "other"), text="hello", theirs="other").ensure()
+
+
 def test_output_below_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot make folder \S+/file/out: Not a directory"):

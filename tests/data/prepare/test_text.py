@@ -17,6 +17,7 @@ from tokenizers import models, processors
 from transformers import AutoTokenizer
 
 from meap_lit.data.prepare.text import PrepareText
+from meap_lit.data.read.find import find_files
 from meap_lit.data.store.manifest import Manifest
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -207,6 +208,16 @@ def test_remote_input_makes_the_same_dataset(tmp_path, store, tokenizer_folder, 
             assert manifest.splits == expected.splits
             assert [source.bytes for source in manifest.sources] == [source.bytes for source in expected.sources]
     assert Manifest.load(str(tmp_path / "s3")).sources[2].path == "s3://bucket/texts/more/c.parquet"
+
+
+def test_a_remote_folder_that_is_named_is_read_also_below_a_hidden_one(store, monkeypatch):  # noqa: F811
+    folder = store.root / "bucket" / ".staging" / "texts"
+    (folder / ".hidden").mkdir(parents=True)
+    for name in ("a.txt", ".hidden/b.txt"):
+        (folder / name).write_text("x")
+    store.put_into_environment(monkeypatch)
+    for name in ("s3://bucket/.staging/texts", "s3://bucket/.staging/texts/"):
+        assert [file.address for file in find_files([name])] == ["s3://bucket/.staging/texts/a.txt"]
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,8 @@ def test_index_missing_damaged_or_of_other_data(dataset):
 
 def test_damaged_foreign_and_newer_manifests(dataset):
     file = dataset / "manifest.json"
+    whole = {**json.loads(file.read_text()), "version": 1}
+    del whole["sha256"]
     edit(file, version=VERSION + 1, something_new=1)
     with pytest.raises(
         UserError, match=rf"has a manifest of version {VERSION + 1}, this meap_lit reads up to {VERSION}"
@@ -125,6 +127,10 @@ def test_damaged_foreign_and_newer_manifests(dataset):
     file.write_text('{"name": "a web app"}')
     with pytest.raises(UserError, match=r"set/manifest.json is not a manifest of meap_lit"):
         Manifest.load(str(dataset))
+    for changes in ({"kind": []}, {"splits": {"train": {"tokens": 1, "samples": 1, "files": "x"}}}):
+        file.write_text(json.dumps({**whole, **changes}))
+        with pytest.raises(UserError, match=r"set/manifest.json is not a manifest of meap_lit"):
+            Manifest.load(str(dataset))
     file.write_text('{"name": ')
     with pytest.raises(UserError, match=r"set/manifest.json: not valid JSON .*; copy or prepare the dataset again"):
         Manifest.load(str(dataset))

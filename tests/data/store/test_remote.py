@@ -7,6 +7,7 @@ import time
 import pytest
 from fsspec import AbstractFileSystem
 
+from meap_lit.data.pretraining import PretrainingData
 from meap_lit.data.store.remote import Storage
 from meap_lit.errors import UserError
 from tests.support.object_store import one_store, store  # noqa: F401  fixtures
@@ -218,6 +219,13 @@ def test_a_file_system_that_tries_by_itself_is_asked_once_and_logs_nothing(monke
         getattr(Storage(), method)(address)
     assert Unreachable.requests == 1
     assert not caplog.records
+
+
+def test_a_dataset_in_a_container_of_azure_has_no_credentials_in_its_address():
+    address = "abfs://container@account.dfs.core.windows.net/text"
+    assert PretrainingData(address, "tokenizer", seq_len=8, global_batch_size=1).datasets == {address: 1}
+    with pytest.raises(UserError, match=r"^data.datasets: the address of text must not hold credentials"):
+        PretrainingData("s3://key:secret@bucket/text", "tokenizer", seq_len=8, global_batch_size=1)
 
 
 def test_credentials_in_an_address_of_azure_are_refused():
