@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -391,6 +392,19 @@ def test_an_export_is_pushed(server, source_folder, monkeypatch, capsys):
     assert not server.repositories["models", "org/new"].private
     about = yaml.safe_load((repository / "README.md").read_text().split("---\n")[1])
     assert about == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["meap"]}
+
+
+def test_an_export_from_before_its_checkpoint_is_not_described_by_it(server, source_folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    shutil.copytree(source_folder, "model")
+    export = ["export", "--checkpoint", "model", "--output", "exported"]
+    assert main(export) == 0
+    later = Path("exported").stat().st_mtime + 10
+    os.utime("model", (later, later))
+    assert "model is newer than exported, which was exported before; remove exported" in complain(
+        capsys, *export, "--push", "org/later"
+    )
+    assert ("models", "org/later") not in server.repositories
 
 
 def test_a_push_that_failed_is_repeated_by_the_same_command(server, source_folder, monkeypatch, capsys):

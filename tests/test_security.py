@@ -387,6 +387,20 @@ def test_a_remote_dataset_is_compared_with_its_hashes(prepared, store, tmp_path)
         open_dataset("s3://bucket/dataset", "text", storage)
 
 
+def test_a_split_that_was_replaced_since_its_manifest_was_read_is_refused(prepared, store, tmp_path):  # noqa: F811
+    folder = Path(shutil.copytree(prepared.dataset, store.root / "bucket" / "dataset"))
+    storage = store.storage(tmp_path / "cache")
+    files = Manifest.load("s3://bucket/dataset", storage).splits["train"].files
+    locations = ("s3://bucket/dataset/train", f"{folder}/train")
+    for location in locations:
+        TokenBlocks(location, 32, storage, files)
+    index = folder / "train" / "index.json"
+    index.write_text(index.read_text() + "\n")
+    for location in locations:
+        with pytest.raises(UserError, match=rf"^{location}/index.json is damaged: its SHA-256 differs from that in"):
+            TokenBlocks(location, 32, storage, files)
+
+
 def test_a_damaged_index_in_the_cache_is_written_again(prepared, store, tmp_path):  # noqa: F811
     shutil.copytree(prepared.dataset, store.root / "bucket" / "dataset")
     storage = store.storage(tmp_path)

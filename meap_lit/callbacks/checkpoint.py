@@ -18,14 +18,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from meap_lit.callbacks.budget import Budget
 from meap_lit.callbacks.loggers import run_folder
 from meap_lit.checkpoint.checksums import check, checksums, seal, to_disk
+from meap_lit.checkpoint.find import LAST
 from meap_lit.checkpoint.folder import StoredCheckpoint, write
 from meap_lit.errors import UserError, check_range
 from meap_lit.files import is_abandoned, partial_path, remove
 from meap_lit.modules.log_steps import ends_step
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
-
-LAST = "last.ckpt"
 
 
 class Checkpoint(callbacks.Checkpoint):

@@ -1,5 +1,6 @@
 """Write a checkpoint as a Hugging Face folder, which transformers loads without code of ours."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -75,9 +76,20 @@ class Export(Preparation):
             super().run()
         card = output / "README.md"
         if not card.exists():
-            write_file(card, model_card(open_source(self.checkpoint, verify=False), self.push, self.adapter_only))
+            write_file(card, self._card(output, self.push))
         address = push(output, self.push, private=self.private, ignore=(RECORD_FILE,))
         print(f"pushed {output} to {address}")
+
+    def _card(self, output: Path, repository: str) -> str:
+        """Return the card of what was exported, which may be from before the run went on."""
+        source = open_source(self.checkpoint, verify=False)
+        if source.path.stat().st_mtime > output.stat().st_mtime:
+            raise UserError(
+                f"{source.path} is newer than {output}, which was exported before; remove {output} to export again"
+            )
+        if not self.adapter_only:  # an export may lack rows of the vocabulary that training had
+            source = dataclasses.replace(source, config=open_source(output, verify=False).config)
+        return model_card(source, repository, self.adapter_only)
 
     def make(self, folder: Path) -> str:
         max_bytes = parse_bytes(self.max_shard_size, "max_shard_size")

@@ -7,6 +7,9 @@ from meap_lit.checkpoint.checksums import INDEX, is_whole
 from meap_lit.errors import UserError
 from meap_lit.files import run_versions
 
+LAST = "last.ckpt"
+"""Link to the checkpoint that a run saved last."""
+
 
 def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
     """Return the checkpoint that `path` names: itself, or the newest whole one of a run's folder.
@@ -28,7 +31,7 @@ def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run; None if there is none.
+    """Return the newest whole checkpoint of a run, the one that `last.ckpt` leads to; None if there is none.
 
     Args:
         folder: Folder of one run (`runs/NAME/version_0`) or of its checkpoints, or the one above (`runs/NAME`), whose
@@ -37,6 +40,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for run in [folder, *reversed(run_versions(folder))]:
         for checkpoints in (run / "checkpoints", run):
             steps = sorted(checkpoints.glob("step=*.ckpt"), key=_age, reverse=True)
+            link = checkpoints / LAST  # a run that went back to an earlier step leaves those after it behind
+            if link.is_symlink() and (saved_last := checkpoints / link.readlink()) in steps:
+                steps.insert(0, saved_last)
             newest = next((path for path in steps if is_whole(path)), None)
             if newest is not None:
                 return newest

@@ -82,8 +82,7 @@ class FineTuningData(StreamingData):
     def example_prompt(self) -> str | None:
         if not self.paths_with_val:
             return None
-        samples = ChatSamples(f"{self.paths_with_val[0].rstrip('/')}/val", self.tokenizer.vocab_size, self.storage)
-        input_ids, answers = samples[0]
+        input_ids, answers = self._open(self.paths_with_val[0], "val")[0]
         # the sample holds the message as the template writes it
         template, message = ChatTemplate.load("tokenizer", self.tokenizer), "MESSAGE"
         around = self._text(template.encode_prompt([{"role": "user", "content": message}])).partition(message)
@@ -134,15 +133,18 @@ class FineTuningData(StreamingData):
         return self.indexes[path, "train"].chunk_sizes
 
     def _reader(self, split: Literal["train", "val"]) -> RowReader:
-        paths = [f"{path.rstrip('/')}/{split}" for path in self._paths_with(split)]
         return RowReader(
-            [ChatSamples(path, self.tokenizer.vocab_size, self.storage) for path in paths],
+            [self._open(path, split) for path in self._paths_with(split)],
             self.duplication if split == "train" else _PLAIN,
             seq_len=self.seq_len,
             mask_token_id=self.tokenizer.mask_token_id,
             pad_token_id=self.tokenizer.eos_token_id,
             seed=self.seed,
         )
+
+    def _open(self, path: str, split: str) -> ChatSamples:
+        files = self.manifests[path].splits[split].files
+        return ChatSamples(f"{path.rstrip('/')}/{split}", self.tokenizer.vocab_size, self.storage, files)
 
     def _val_labels(self, path: str) -> np.ndarray:
         return self._val_sizes(path).num_supervised

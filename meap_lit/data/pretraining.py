@@ -72,7 +72,8 @@ class PretrainingData(StreamingData):
         return np.full(len(self._open(path, "val")), self.seq_len)
 
     def _open(self, path: str, split: str) -> TokenBlocks:
-        blocks = TokenBlocks(f"{path.rstrip('/')}/{split}", self.seq_len, self.storage)
+        files = self.manifests[path].splits[split].files
+        blocks = TokenBlocks(f"{path.rstrip('/')}/{split}", self.seq_len, self.storage, files)
         if len(blocks) == 0:
             raise UserError(
                 f"the {split} split of dataset {path} has no chunk with data.seq_len + 1 = {self.seq_len + 1} tokens "

@@ -1,6 +1,7 @@
 """What `open_source` opens and refuses; adapters against the layers that trained them."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,25 @@ def save_checkpoint(
 
 
 # ------------------------------------------------------------------------------------------ where weights lie
+
+
+def test_a_run_that_went_back_to_an_earlier_step_goes_on_from_there(tmp_path: Path) -> None:
+    for step, context in ((4, 104), (5, 105), (45, 145), (50, 150)):
+        config = dataclasses.replace(CONFIG, max_seq_len=context)
+        save_checkpoint(tmp_path / "checkpoints" / f"step={step}.ckpt", config)
+    assert open_source(tmp_path).config.max_seq_len == 150
+    (tmp_path / "checkpoints" / "last.ckpt").symlink_to("step=45.ckpt")
+    assert open_source(tmp_path).config.max_seq_len == 145
+    shutil.rmtree(tmp_path / "checkpoints" / "step=45.ckpt")
+    assert open_source(tmp_path).config.max_seq_len == 150, "the link leads nowhere"
+
+
+def test_a_folder_named_tokenizer_is_that_of_a_run_only_beside_its_recipe(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "data" / "ckpts" / "step=5.ckpt")
+    save_word_level(tmp_path / "data" / "tokenizer", 64, has_mask=True)
+    assert open_source(tmp_path / "data" / "ckpts").tokenizer_folder is None
+    (tmp_path / "data" / "config.yaml").touch()
+    assert open_source(tmp_path / "data" / "ckpts").tokenizer_folder == tmp_path / "data" / "tokenizer"
 
 
 def test_a_run_its_file_and_the_folder_above_are_one(tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ import os
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from io import BufferedRandom
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from meap_lit.data.store.chunks import INDEX_FILE, check_chunk, chunk_problem, parse_index
+from meap_lit.data.store.chunks import INDEX_FILE, check_chunk, check_hash, chunk_problem, parse_index
 from meap_lit.data.store.remote import Storage
 from meap_lit.errors import UserError
 from meap_lit.files import write_file
@@ -38,9 +39,11 @@ together may come from both sides of a border."""
 class LocalChunks:
     """A split in a local folder. Each chunk is verified before this process reads from it for the first time."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, files: Mapping[str, str]) -> None:
         self.folder = path
-        self._chunks = parse_index(Path(path, INDEX_FILE).read_bytes(), path)["chunks"]
+        index = Path(path, INDEX_FILE).read_bytes()
+        check_hash(index, files, f"{path}/{INDEX_FILE}")
+        self._chunks = parse_index(index, path)["chunks"]
         self._verified: set[int] = set()
 
     def ensure(self, number: int) -> None:
@@ -53,11 +56,12 @@ class LocalChunks:
 class CachedChunks:
     """A split at a remote address. Each chunk is fetched into the cache when it is first needed."""
 
-    def __init__(self, address: str, storage: Storage) -> None:
+    def __init__(self, address: str, storage: Storage, files: Mapping[str, str] = MappingProxyType({})) -> None:
         self.address = address
         self.storage = storage
         self.root = Path(storage.cache_dir or "~/.cache/meap_lit").expanduser()
         index = storage.read(f"{address}/{INDEX_FILE}")
+        check_hash(index, files, f"{address}/{INDEX_FILE}")
         self._chunks = parse_index(index, address)["chunks"]
         # another index, another folder: what was fetched for older data of this address is never taken for it
         name = hashlib.sha256(f"{address}\n".encode() + index).hexdigest()[:32]
@@ -163,9 +167,13 @@ class CachedChunks:
         return {**self.__dict__, "_held": OrderedDict()}  # open files stay in their process
 
 
-def open_chunks(path: str, storage: Storage) -> LocalChunks | CachedChunks:
-    """Return the chunks of the split at `path`, a folder or an address."""
-    return CachedChunks(path, storage) if "://" in path else LocalChunks(path)
+def open_chunks(path: str, storage: Storage, files: Mapping[str, str]) -> LocalChunks | CachedChunks:
+    """Return the chunks of the split at `path`, a folder or an address.
+
+    Raises:
+        UserError: If the index has not the hash in `files`, those of the manifest: the split was replaced since.
+    """
+    return CachedChunks(path, storage, files) if "://" in path else LocalChunks(path, files)
 
 
 _caches: weakref.WeakSet[CachedChunks] = weakref.WeakSet()

@@ -1,7 +1,8 @@
 """Rows of conversations: a row is some documents, samples with or without their masked copies, packed together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NotRequired, TypedDict
 
 import torch
@@ -53,8 +54,14 @@ class PackedBatch(TypedDict):
 class ChatSamples(ChunkedSamples):
     """Random access to the samples of one split of a dataset of conversations."""
 
-    def __init__(self, path: str, vocab_size: int, storage: Storage | None = None) -> None:
-        super().__init__(path, storage)
+    def __init__(
+        self,
+        path: str,
+        vocab_size: int,
+        storage: Storage | None = None,
+        files: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(path, storage, files)
         self.vocab_size = vocab_size
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[Answer]]:

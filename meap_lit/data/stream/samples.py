@@ -1,6 +1,8 @@
 """Random access to the samples of a prepared dataset, read from LitData chunks."""
 
 from bisect import bisect_right
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from litdata import StreamingDataset
@@ -16,12 +18,22 @@ from meap_lit.errors import UserError
 class ChunkedSamples:
     """Random access to the samples of the split at `path`, a folder or an address, which is fetched chunk by chunk.
 
-    `item_loader` is how LitData cuts a chunk into samples, if it is not as they were written.
+    Args:
+        path: The split.
+        storage: How an address is read.
+        files: Hashes of the files that describe the split, from its manifest; nothing is compared without them.
+        item_loader: How LitData cuts a chunk into samples, if it is not as they were written.
     """
 
-    def __init__(self, path: str, storage: Storage | None = None, item_loader: BaseItemLoader | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        storage: Storage | None = None,
+        files: Mapping[str, str] = MappingProxyType({}),
+        item_loader: BaseItemLoader | None = None,
+    ) -> None:
         self.path = path
-        self._chunks = open_chunks(path, storage or Storage())
+        self._chunks = open_chunks(path, storage or Storage(), files)
         self._dataset = StreamingDataset(self._chunks.folder, item_loader=item_loader, shuffle=False)
         len(self._dataset)  # reads the index
         assert self._dataset.shuffler is not None

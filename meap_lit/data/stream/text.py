@@ -1,7 +1,8 @@
 """Rows of plain text: a row is one block of tokens, which are predicted one after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NotRequired, TypedDict
 
 import torch
@@ -36,8 +37,14 @@ class TokenBlocks(ChunkedSamples):
     Neighboring blocks share no token and never cross a chunk; LitData drops a chunk's last, incomplete block.
     """
 
-    def __init__(self, path: str, seq_len: int, storage: Storage | None = None) -> None:
-        super().__init__(path, storage, TokensLoader(block_size=seq_len + 1))
+    def __init__(
+        self,
+        path: str,
+        seq_len: int,
+        storage: Storage | None = None,
+        files: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(path, storage, files, TokensLoader(block_size=seq_len + 1))
 
     def __getitem__(self, index: int) -> Tensor:
         """Return block number `index`, [T + 1], int64."""

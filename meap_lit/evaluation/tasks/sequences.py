@@ -56,7 +56,8 @@ class SequenceTask(Task):
                 f"dataset {self.dataset} has no {self.split} split, only {', '.join(manifest.splits)}; "
                 f"prepare it with a val_share above 0, or choose another task.split"
             )
-        blocks = TokenBlocks(f"{self.dataset.rstrip('/')}/{self.split}", self.seq_len)
+        files = manifest.splits[self.split].files
+        blocks = TokenBlocks(f"{self.dataset.rstrip('/')}/{self.split}", self.seq_len, files=files)
         if len(blocks) == 0:
             raise UserError(
                 f"the {self.split} split of dataset {self.dataset} has no chunk with task.seq_len + 1 = "
