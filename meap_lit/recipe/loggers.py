@@ -1,5 +1,7 @@
 """The loggers of a recipe: their options and folders, and when a run opens them."""
 
+import contextlib
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ class OpenLoggers(L.Callback):
 
     def __init__(self, checkpoint: str | None) -> None:
         self._checkpoint = None if checkpoint == "best" else checkpoint
+        self._made: str | None = None
 
     def hold_back(self, trainer: L.Trainer) -> None:
         """Take the loggers from a new Trainer."""
@@ -46,15 +49,37 @@ class OpenLoggers(L.Callback):
         if stage != "fit":
             return
         trainer.loggers = self._loggers
+        if trainer.is_global_zero and trainer.loggers:
+            self._make_folder(trainer)
         trainer.profiler.dirpath = self._profiles  # its first setup had no folder of the run
         trainer.profiler.setup(stage, trainer.local_rank, trainer.log_dir)
         ids: dict[str, str] = {}
         if self._checkpoint is not None and any(service.resume for service in services(trainer)):
             ids = StoredCheckpoint(Path(self._checkpoint)).trainer_state.get("services", {})
         for service in services(trainer):
-            _ = service.version  # before another logger makes the folder of this run
             if service.resume:
                 service.run_id = ids.get(type(service).__name__)
+
+    def _make_folder(self, trainer: L.Trainer) -> None:
+        """Number a new run and make its folder, one process at a time: runs that start together must not share one."""
+        above = os.open(trainer.loggers[0].save_dir or trainer.default_root_dir, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(above, fcntl.LOCK_EX)
+            for logger in trainer.loggers:
+                _ = logger.version  # all of them before one makes the folder of this run
+            folder = run_folder(trainer)
+            if not os.path.exists(folder):
+                os.makedirs(folder)
+                self._made = folder
+        finally:
+            os.close(above)  # and unlocks it
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave no empty folder of a run that did not begin."""
+        if self._made is not None:
+            with contextlib.suppress(OSError):
+                os.rmdir(self._made)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if ids := {type(service).__name__: service.run_id for service in services(trainer)}:

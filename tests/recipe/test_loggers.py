@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -259,3 +260,23 @@ def test_a_second_logger_has_the_folder_of_the_first(toy_recipe, here, tmp_path)
         cli = RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "2"])
         folder = str(tmp_path / "runs" / "toy" / f"version_{number}")
         assert {cli.trainer.log_dir, *(logger.log_dir for logger in cli.trainer.loggers[:2])} == {folder}
+
+
+def test_runs_that_start_together_have_folders_of_their_own(toy_recipe, tmp_path):
+    """With slow probes: their items are made between the choice of the folder and the first file in it."""
+    words = ["fit", "--config", str(toy_recipe), *PROBE, "--probe.num_items", "60"]
+    command = [sys.executable, "-m", "meap_lit", *words]
+    runs = [subprocess.Popen([*command, "--model.seed", str(seed)], stderr=subprocess.DEVNULL) for seed in (1, 2, 3)]
+    assert [run.wait(timeout=300) for run in runs] == [0, 0, 0]
+    folders = sorted((tmp_path / "runs" / "toy").iterdir())
+    assert [folder.name for folder in folders] == ["version_0", "version_1", "version_2"]
+    recipes = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
+    assert sorted(recipe["model"]["init_args"]["seed"] for recipe in recipes) == [1, 2, 3]
+    steps = [[point.step for point in read_metrics(folder)["val/loss"]] for folder in folders]
+    assert steps[0] == steps[1] == steps[2] == sorted(set(steps[0]))
+
+
+def test_a_run_that_does_not_begin_leaves_no_folder(toy_recipe, tmp_path, capsys):
+    assert main(["fit", "--config", str(toy_recipe), *PROBE, "--probe.lengths", "[8]"]) == 2
+    assert "retrieval length 8 has no room" in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/*/*"))
