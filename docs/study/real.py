@@ -172,7 +172,8 @@ def page(setting: str) -> str:
         rows.append(["H4", "held-out loss, `concat` minus `plain`", *words])
     lines += _table(["", "difference", "95%", "seeds", "verdict"], rows)
     lines += ["", "Words in the line that is scored, on average:", ""]
-    lines += _table(["arm", "words, by seed"], [[f"`{arm}`", _words(study, arm)] for arm in study.arms])
+    lengths = {arm: _words(study, arm) for arm in study.arms}
+    lines += _table(["arm", "words, by seed"], [[f"`{arm}`", text] for arm, text in lengths.items() if text])
     for name, results in sorted(study.results.items(), key=lambda item: item[0] != MAIN):
         any_result = next(iter(results.values()))
         lines += ["" if name == MAIN else f"\n## {name}\n", f"{_items(results)} items for each seed, bounds included."]

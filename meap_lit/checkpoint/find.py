@@ -31,7 +31,7 @@ def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, the one that `last.ckpt` leads to; None if there is none.
+    """Return the whole checkpoint of a run that was saved last; None if there is none.
 
     Args:
         folder: Folder of one run (`runs/NAME/version_0`) or of its checkpoints, or the one above (`runs/NAME`), whose
@@ -40,13 +40,20 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for run in [folder, *reversed(run_versions(folder))]:
         for checkpoints in (run / "checkpoints", run):
             steps = sorted(checkpoints.glob("step=*.ckpt"), key=_age, reverse=True)
-            link = checkpoints / LAST  # a run that went back to an earlier step leaves those after it behind
-            if link.is_symlink() and (saved_last := checkpoints / link.readlink()) in steps:
-                steps.insert(0, saved_last)
+            link = checkpoints / LAST
+            if link.is_symlink() and (linked := checkpoints / link.readlink()) in steps:
+                # a run that went back to an earlier step has left those after it behind, unless a kill came between
+                # the save and the link
+                saved_later = [path for path in steps[: steps.index(linked)] if _saved(path) > _saved(linked)]
+                steps = [*saved_later, linked, *steps]
             newest = next((path for path in steps if is_whole(path)), None)
             if newest is not None:
                 return newest
     return None
+
+
+def _saved(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def _age(path: Path) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What `open_source` opens and refuses; adapters against the layers that trained them."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def test_a_run_that_went_back_to_an_earlier_step_goes_on_from_there(tmp_path: Pa
         save_checkpoint(tmp_path / "checkpoints" / f"step={step}.ckpt", config)
     assert open_source(tmp_path).config.max_seq_len == 150
     (tmp_path / "checkpoints" / "last.ckpt").symlink_to("step=45.ckpt")
+    assert open_source(tmp_path).config.max_seq_len == 150, "saved later: a kill came before the link was moved"
+    os.utime(tmp_path / "checkpoints" / "step=50.ckpt", (0, 0))
     assert open_source(tmp_path).config.max_seq_len == 145
     shutil.rmtree(tmp_path / "checkpoints" / "step=45.ckpt")
     assert open_source(tmp_path).config.max_seq_len == 150, "the link leads nowhere"
@@ -87,6 +90,7 @@ def test_a_run_its_file_and_the_folder_above_are_one(tmp_path: Path) -> None:
         assert source.tokenizer_folder is None
     (newest / "tokenizer").mkdir()
     (newest / "tokenizer" / "tokenizer.json").touch()
+    (newest / "config.yaml").touch()
     assert open_source(str(tmp_path)).tokenizer_folder == newest / "tokenizer"
     assert isinstance(open_source(_hf(tmp_path / "hf")), HFFolder)
 
