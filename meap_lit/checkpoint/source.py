@@ -161,15 +161,13 @@ class CheckpointSource(WeightSource):
             raise UserError(f"checkpoint {path} does not describe its decoder as meap_lit does ({error!r})") from error
         # a model that was adapted from random weights has all of them in its own checkpoint
         init_from = about.get("init_from")
-        run = path.absolute().parent.parent
-        of_run = run / "tokenizer"  # not another folder of this name, such as that of data/tokenizer
-        has_tokenizer = (of_run / "tokenizer.json").is_file() and (run / "config.yaml").is_file()
+        tokenizer = path.absolute().parent.parent / "tokenizer"
         return cls(
             path=path,
             config=config,
             model_type=family(config, about.get("model_type")),
             dtype=dtype,
-            tokenizer_folder=of_run if has_tokenizer else None,
+            tokenizer_folder=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
             generation=about.get("generation") or {},
             positions=about.get("positions") or {},
             tokens_seen=about.get("tokens_seen"),

@@ -64,14 +64,6 @@ def test_a_run_that_went_back_to_an_earlier_step_goes_on_from_there(tmp_path: Pa
     assert open_source(tmp_path).config.max_seq_len == 150, "the link leads nowhere"
 
 
-def test_a_folder_named_tokenizer_is_that_of_a_run_only_beside_its_recipe(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "data" / "ckpts" / "step=5.ckpt")
-    save_word_level(tmp_path / "data" / "tokenizer", 64, has_mask=True)
-    assert open_source(tmp_path / "data" / "ckpts").tokenizer_folder is None
-    (tmp_path / "data" / "config.yaml").touch()
-    assert open_source(tmp_path / "data" / "ckpts").tokenizer_folder == tmp_path / "data" / "tokenizer"
-
-
 def test_a_run_its_file_and_the_folder_above_are_one(tmp_path: Path) -> None:
     for version in (0, 2, 10, 11):
         (tmp_path / f"version_{version}").mkdir()
@@ -90,7 +82,6 @@ def test_a_run_its_file_and_the_folder_above_are_one(tmp_path: Path) -> None:
         assert source.tokenizer_folder is None
     (newest / "tokenizer").mkdir()
     (newest / "tokenizer" / "tokenizer.json").touch()
-    (newest / "config.yaml").touch()
     assert open_source(str(tmp_path)).tokenizer_folder == newest / "tokenizer"
     assert isinstance(open_source(_hf(tmp_path / "hf")), HFFolder)
 
