@@ -230,7 +230,7 @@ def test_a_retrieval_length_without_room_is_said_first(prepared, monkeypatch):
     with pytest.raises(UserError, match="retrieval length 10 has no room for 4 facts"):
         FactRetrieval(lengths=[200, 10]).build(Tokenizer.load(prepared.tokenizer))
     assert built == [10]
-    with pytest.raises(UserError, match=r"task\.lengths must name at least one length, got none"):
+    with pytest.raises(UserError, match=r"retrieval lengths must name at least one value and each once, got \[\]"):
         FactRetrieval(lengths=[])
 
 
