@@ -62,7 +62,9 @@ class OpenLoggers(L.Callback):
 
     def _make_folder(self, trainer: L.Trainer) -> None:
         """Number a new run and make its folder, one process at a time: runs that start together must not share one."""
-        above = os.open(trainer.loggers[0].save_dir or trainer.default_root_dir, os.O_RDONLY)
+        folder_of_runs = _expanded(trainer.loggers[0].save_dir or trainer.default_root_dir)
+        os.makedirs(folder_of_runs, exist_ok=True)
+        above = os.open(folder_of_runs, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(above, fcntl.LOCK_EX)
