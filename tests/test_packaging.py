@@ -1,9 +1,12 @@
 """Files that a maintainer or a package index reads agree with the package."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 import meap_lit
@@ -27,3 +30,34 @@ def test_extras_and_dependencies_are_pinned():
     named = {re.match(r"[\w.-]+", name)[0].lower() for name in [*project["dependencies"], *extras]} - {"meap-lit"}
     pinned = set(re.findall(r"^([\w.-]+)==", (PROJECT / "constraints.txt").read_text().lower(), re.MULTILINE))
     assert named <= pinned
+
+
+WITHOUT_EXTRAS = """
+import sys
+from meap_lit.cli import main
+# not scipy and transformers, which other packages import where they find them
+sys.modules.update(dict.fromkeys(("gcsfs", "adlfs", "torchao", "lm_eval", "wandb", "mlflow", "trl")))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("fit --config recipes/quickstart.yaml --model.mask_ratio 10", "model.mask_ratio must be in"),
+        ("evaluate --config recipes/eval/needle.yaml --checkpoint nowhere", "checkpoint nowhere does not exist"),
+        ("judge --config recipes/eval/judge.yaml --predictions nowhere", "nowhere does not exist"),
+        ("report --runs nowhere", "--runs nowhere is not a folder"),
+        ("plan --config nowhere.yaml", "nowhere.yaml does not exist"),
+        ("preview --config nowhere.yaml", "nowhere.yaml does not exist"),
+        ("export --checkpoint nowhere --output out", "checkpoint nowhere does not exist"),
+        ("generate --checkpoint nowhere --prompt a", "checkpoint nowhere does not exist"),
+        ("prepare text --input nowhere --tokenizer nowhere --output out", "nowhere"),
+    ],
+)
+def test_commands_need_no_package_of_an_extra_before_it_is_used(words, message, tmp_path):
+    """An installation without extras, as README's: each command comes as far as its own error."""
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, *words.split()]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]

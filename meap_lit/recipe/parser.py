@@ -164,7 +164,8 @@ def command_parser(command: type, prog: str) -> Parser:
     mode = "omegaconf+" if reads_recipes(command) else "yaml"  # `${` in a prompt is no reference
     parser = Parser(prog=prog, description=doc.short_description, parser_mode=mode)
     if reads_recipes(command):
-        import_choices("meap_lit.evaluation")
+        for package in ("tasks", "attention", "judging"):  # not the harness, which needs a package of its own
+            import_choices(f"meap_lit.evaluation.{package}")
         add_recipe_option(parser)
     lists = [field for field in dataclasses.fields(command) if "list" in str(field.type)]
     for field in lists:
