@@ -32,24 +32,9 @@ _MAX_BITS = 4096
 _MULTIPLYING = ("replace", "join", "indent", "expandtabs", "tojson")
 """Methods and filters whose result may be as long as the product of what they are given."""
 _SHALLOW = {
-    *(
-        "abs",
-        "attr",
-        "batch",
-        "count",
-        "d",
-        "default",
-        "first",
-        "float",
-        "int",
-        "items",
-        "last",
-        "length",
-        "list",
-        "map",
-    ),
-    *("random", "reject", "rejectattr", "reverse", "round", "select", "selectattr", "slice"),
-}
+    "abs", "attr", "batch", "count", "d", "default", "first", "float", "int", "items", "last", "length", "list", "map",
+    "random", "reject", "rejectattr", "reverse", "round", "select", "selectattr", "slice",
+}  # fmt: skip
 """Filters that neither make text of what is in their arguments nor compare it."""
 
 
