@@ -65,8 +65,11 @@ class KVCache:
         # heads that share a key head stand in it one after the other, see `_biased_attention`.
         bias = torch.zeros(unseen.shape, device=unseen.device, dtype=self.keys.dtype).masked_fill_(unseen, -math.inf)
         bias = bias.repeat(1, 1, self.num_groups, 1)  # [B, 1, H / H_kv * T, S]
+        rows = torch.arange(self.keys.size(1), device=slots.device)[:, None]  # [B, 1]
         return [
-            partial(_extend, cache=(keys[:, :, :num_slots], values[:, :, :num_slots]), slots=slots, bias=bias)
+            partial(
+                _extend, cache=(keys[:, :, :num_slots], values[:, :, :num_slots]), rows=rows, slots=slots, bias=bias
+            )
             for keys, values in zip(self.keys, self.values, strict=True)
         ]
 
@@ -118,9 +121,8 @@ _BLOCK_SIZE = 256  # queries that share a mask; 128 to 512 are about as fast on 
 
 
 def _extend(
-    query: Tensor, key: Tensor, value: Tensor, cache: tuple[Tensor, Tensor], slots: Tensor, bias: Tensor
+    query: Tensor, key: Tensor, value: Tensor, cache: tuple[Tensor, Tensor], rows: Tensor, slots: Tensor, bias: Tensor
 ) -> Tensor:
-    rows = torch.arange(slots.size(0), device=slots.device)[:, None]  # [B, 1]
     for stored, new in zip(cache, (key, value), strict=True):  # [B, H_kv, S, head_dim] and [B, H_kv, T, head_dim]
         # `scatter_` would need as long as the whole cache is large (benchmarks/log.md)
         stored[rows, :, slots] = new.transpose(1, 2).to(stored.dtype)  # [B, T, H_kv, head_dim]
