@@ -31,7 +31,7 @@ from benchmarks.fresh import in_fresh_process
 from benchmarks.step import environment, publish
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.data.read.find import find_files, size_of
-from meap_lit.data.read.readers import DocumentReader
+from meap_lit.data.read.readers import TextReader, read_texts
 from meap_lit.data.store.manifest import Manifest
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -68,7 +68,10 @@ def benchmark(
     with TemporaryDirectory() as place:
         documents, tokenizer = Path(place, "documents.jsonl"), Path(place, "tokenizer")
         with documents.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in DocumentReader(files, on_error="skip"))
+            file.writelines(
+                json.dumps({"text": text}) + "\n"
+                for text in (entry.content for entry in TextReader(files, on_error="skip"))
+            )
         tokenizer.mkdir()
         TrainTokenizer(input=[str(documents)], vocab_size=vocab_size, max_megabytes=20, output=str(tokenizer)).make(
             tokenizer
@@ -127,7 +130,7 @@ def prepare(documents: Path, tokenizer: Path) -> float:
 
 def encode(documents: Path, tokenizer: Path, fast: bool) -> float:
     """Tokens a second of the library alone, on texts in memory and with its own threads."""
-    texts = [text for text in DocumentReader([documents]) if text.strip()]
+    texts = [text for text in read_texts([documents]) if text.strip()]
     backend = Tokenizer.load(str(tokenizer)).copy_backend()
     backend.encode_special_tokens = True
     encode_batch = backend.encode_batch_fast if fast else backend.encode_batch

@@ -9,13 +9,14 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from meap_lit.errors import UserError
 
-_PARTIAL = re.compile(r"\.partial-(?:(?P<pid>\d+)@(?P<host>.+)|[0-9a-f]{8})$")  # eight digits: of version 0.1
+_PARTIAL = re.compile(r"\.partial-(?:(?P<pid>\d+)@(?P<space>.+)|[0-9a-f]{8})$")  # eight digits: of version 0.1
 _SECONDS_PER_DAY = 86_400
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some Windows programs begin a file with it
 
@@ -49,16 +50,29 @@ def _read(file: Path) -> bytes:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
 
 
-def parse_json(content: str | bytes, where: str) -> Any:
-    """Return the value of JSON text, or of its bytes; raise `UserError` that begins with `where` if it is not valid."""
+def parse_json(content: str | bytes, where: str, unique_keys: bool = False) -> Any:
+    """Return the value of JSON text, or of its bytes.
+
+    Raises:
+        UserError: If it is not valid or, with `unique_keys`, has a key twice in one object, of which the standard
+            library keeps the last. The message begins with `where`.
+    """
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=_unique if unique_keys else None)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise UserError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{where}: not valid JSON ({reason})") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r:.60} is given twice in one object")
+    return entries
 
 
 def decode(raw: bytes, path: str) -> str:
@@ -104,7 +118,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     folder = partial_path(output)
     for old in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
-        if old == folder or is_abandoned(old):  # a container that starts again has the same host and process id
+        if old == folder or is_abandoned(old):  # a container that starts again has the same process id
             remove(old)
     try:
         folder.mkdir(parents=True)
@@ -125,7 +139,20 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 def partial_path(path: Path) -> Path:
     """Return the name beside `path` under which this process writes it before it is whole, or removes it."""
-    return path.parent / f"{path.name}.partial-{os.getpid()}@{socket.gethostname()}"
+    return path.parent / f"{path.name}.partial-{os.getpid()}@{_process_space()}"
+
+
+@cache
+def _process_space() -> str:
+    """Return a name of the processes among which this one's id is unique: the host, its boot and the container.
+
+    Containers may share a host name but not the ids of processes.
+    """
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # Linux alone has these files
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text()[:8])
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return "-".join(parts)
 
 
 def is_partial(path: Path) -> bool:
@@ -134,12 +161,19 @@ def is_partial(path: Path) -> bool:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Return whether the process that wrote such a file or folder has ended; on another host, after a silent day."""
+    """Return whether the process that wrote such a file or folder has ended.
+
+    Processes of another host or container cannot be asked: theirs has ended if nothing was written for a day. False if
+    the path goes meanwhile, since its owner has renamed or removed it.
+    """
     match = _PARTIAL.search(path.name)
     if match is None or match["pid"] is None:
         return False
-    if match["host"] != socket.gethostname():
-        newest = max(file.lstat().st_mtime for file in (path, *path.rglob("*")))
+    if match["space"] != _process_space():
+        try:
+            newest = max(file.lstat().st_mtime for file in (path, *path.rglob("*")))
+        except FileNotFoundError:
+            return False
         return time.time() - newest > _SECONDS_PER_DAY
     try:
         os.kill(int(match["pid"]), 0)
@@ -151,11 +185,12 @@ def is_abandoned(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder; nothing if there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a file, a link or a whole folder; nothing if there is none, or if another process removes it meanwhile."""
+    with suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -1,11 +1,14 @@
 """Reading JSON with errors that name the file; writing a whole file or none."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 from meap_lit.errors import UserError
-from meap_lit.files import parse_json, read_json, write_file
+from meap_lit.files import _process_space, is_abandoned, parse_json, partial_path, read_json, remove, write_file
 
 
 def test_an_object_is_read(tmp_path):
@@ -53,3 +56,41 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         write_file(file, b"new")
     assert file.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_leftover_that_goes_while_it_is_looked_at_is_not_abandoned(tmp_path, monkeypatch):
+    partial = tmp_path / "out.partial-1@elsewhere"
+    partial.mkdir()
+    os.utime(partial, (0, 0))
+    assert is_abandoned(partial)
+    monkeypatch.setattr(type(partial), "rglob", lambda self, pattern: [self / "gone"])
+    assert not is_abandoned(partial)
+
+
+def test_two_processes_may_remove_the_same_folder(tmp_path):
+    def start():
+        barrier.wait()
+        remove(tmp_path / "old")
+
+    for _ in range(20):
+        for number in range(50):
+            (tmp_path / "old" / str(number) / "deep").mkdir(parents=True)
+        barrier = threading.Barrier(2)
+        with ThreadPoolExecutor(2) as pool:
+            for future in [pool.submit(start) for _ in range(2)]:
+                future.result()
+        remove(tmp_path / "old")
+        assert not (tmp_path / "old").exists()
+
+
+def test_processes_of_two_containers_of_one_host_name_are_told_apart(tmp_path, monkeypatch):
+    ours = partial_path(tmp_path / "out")
+    _process_space.cache_clear()
+    monkeypatch.setattr(os, "stat", lambda path: SimpleNamespace(st_ino=1))
+    theirs = partial_path(tmp_path / "out")
+    monkeypatch.undo()
+    _process_space.cache_clear()
+    assert ours.name.partition("@")[0] == theirs.name.partition("@")[0]
+    assert ours != theirs
+    theirs.mkdir()
+    assert not is_abandoned(theirs)  # whatever process has its number here

@@ -38,7 +38,7 @@ from meap_lit.data.stream.chat import ChatSamples
 from meap_lit.data.stream.text import TokenBlocks
 from meap_lit.errors import UserError
 from meap_lit.evaluation.runner import Records
-from meap_lit.files import new_folder
+from meap_lit.files import new_folder, partial_path
 from meap_lit.hf.folder import HFFolder
 from meap_lit.tokenizer.chat_template import ChatTemplate
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -572,7 +572,8 @@ def test_answers_of_an_evaluation_are_json_and_damage_is_named(tmp_path):
 def test_nothing_behind_a_link_beside_an_output_is_removed(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
-    (tmp_path / f"out.partial-4194304@{os.uname().nodename}").symlink_to(tmp_path / "mine")
+    ended = partial_path(tmp_path / "out").name.replace(f"-{os.getpid()}@", "-4194304@")
+    (tmp_path / ended).symlink_to(tmp_path / "mine")
     with new_folder(tmp_path / "out"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]

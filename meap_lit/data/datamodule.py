@@ -1,5 +1,6 @@
 """The base of the datamodules: prepared datasets, micro-batches of the global batch, and the check of a resume."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -74,7 +75,8 @@ class StreamingData(L.LightningDataModule, ABC):
         preparation: list[Preparation] | None = None,
     ) -> None:
         super().__init__()
-        self.datasets = {datasets: 1.0} if isinstance(datasets, str) else datasets
+        weights = {datasets: 1.0} if isinstance(datasets, str) else datasets
+        self.datasets = {os.path.expanduser(path): weight for path, weight in weights.items()}
         self.tokenizer_folder = tokenizer
         self.seq_len = seq_len
         self.global_batch_size = global_batch_size
@@ -177,6 +179,23 @@ class StreamingData(L.LightningDataModule, ABC):
             if "val" not in manifest.splits:
                 rank_zero_info(f"dataset {path} has no validation split; val/loss does not include it")
 
+    def check_alike(self, found: list[dict[str, str]]) -> None:
+        """Make sure that all ranks read the same datasets, of which each computes the rows of all ranks.
+
+        Args:
+            found: `fingerprints` of every rank.
+
+        Raises:
+            UserError: If those of a rank are not those of rank 0.
+        """
+        for rank, fingerprints in enumerate(found):
+            for path, fingerprint in fingerprints.items():
+                if fingerprint != found[0][path]:
+                    raise UserError(
+                        f"dataset {path} on rank {rank} is not that of rank 0 (contents differ); all ranks must read "
+                        f"the same, so copy it again to the node of rank {rank}"
+                    )
+
     @property
     def samples_seen(self) -> int:
         """Number of rows in the optimizer steps so far, over all devices."""
@@ -188,19 +207,20 @@ class StreamingData(L.LightningDataModule, ABC):
         return {
             "step": self.trainer.global_step,
             "samples": self.samples_seen,
-            "datasets": self._fingerprints,
+            "datasets": self.fingerprints,
             "rows": self.row_settings,
         }
 
     @property
-    def _fingerprints(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the content of the datasets, by path."""
         return {path: manifest.fingerprint for path, manifest in self.manifests.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse the checkpoint of a run on other rows. Nothing is restored: the step decides the next rows."""
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return  # a model may be validated on any data
-        now = self._fingerprints
+        now = self.fingerprints
         if list(state_dict["datasets"].values()) != list(now.values()):
             raise UserError(
                 f"the checkpoint was trained on other data: {', '.join(state_dict['datasets'])} then, "

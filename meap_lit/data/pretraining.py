@@ -4,6 +4,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from meap_lit.data.datamodule import StreamingData
@@ -22,6 +23,16 @@ class PretrainingData(StreamingData):
     """Prepared texts, joined and cut into rows of `seq_len` tokens; arguments as in `StreamingData`."""
 
     kind = "text"
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for path in self.datasets if stage == "fit" else ():
+            share = len(self._open(path, "train")) * (self.seq_len + 1) / self.manifests[path].splits["train"].tokens
+            if share < 0.95:
+                rank_zero_info(
+                    f"dataset {path}: rows of {self.seq_len} tokens hold {share:.0%} of its tokens; the ends of its "
+                    f"chunk files fill no row (shorten data.seq_len, or prepare it with a larger --chunk_bytes)"
+                )
 
     def describe_rows(self, start: int, stop: int) -> str:
         return f"{stop - start} row{'s' if stop - start > 1 else ''}"

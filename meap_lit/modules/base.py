@@ -117,6 +117,10 @@ class DecoderModule(L.LightningModule, ABC):
             raise UserError(
                 f"model.lora.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {self.trainer.precision}"
             )
+        if (data := self.data) is not None:
+            ranks = Ranks(self.trainer)
+            found = ranks.do(lambda: data.fingerprints)
+            ranks.do(lambda: data.check_alike(found))
 
     def configure_model(self) -> None:
         """Build the decoder, now that the vocabulary is known and the strategy has chosen devices.
@@ -236,6 +240,11 @@ class DecoderModule(L.LightningModule, ABC):
             self.mask_token_id = tokenizer.mask_token_id
         if self.mask_token_id is None:
             raise UserError("without a datamodule, decoder.vocab_size and model.mask_token_id must be given")
+        if tokenizer is not None and self.mask_token_id != tokenizer.mask_token_id:
+            raise UserError(
+                f"model.mask_token_id is {self.mask_token_id}, but the mask token of tokenizer {tokenizer.path} is "
+                f"{tokenizer.mask_token_id}, which generation and evaluation avoid; leave model.mask_token_id out"
+            )
         assert self.config.vocab_size is not None
         if not 0 <= self.mask_token_id < self.config.vocab_size:
             raise UserError(

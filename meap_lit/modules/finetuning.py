@@ -76,7 +76,8 @@ class MEAPFineTuning(DecoderModule):
             answer, masked = self._step_sums * self.num_replicas  # `sync_dist` takes the mean over devices
             num_masked = batch["num_masked"]
             self.log("train/loss", (answer + masked) / batch["num_labels"], sync_dist=True)
-            self.log("train/answer_loss", answer / (batch["num_labels"] - num_masked), sync_dist=True)
+            if num_masked < batch["num_labels"]:  # with the layout `separate` a small step may have copies only
+                self.log("train/answer_loss", answer / (batch["num_labels"] - num_masked), sync_dist=True)
             if num_masked:
                 self.log("train/masked_loss", masked / num_masked, sync_dist=True)
             data = self.trainer.datamodule

@@ -180,7 +180,7 @@ class ChatTemplate:
         return arguments in text
 
     def _check_written(self, chat: "HiddenChat") -> None:
-        """Make sure that the template writes the conversation's tools, their calls and results, and its reasoning.
+        """Make sure that the template writes the system message, tools, their calls and results, and reasoning.
 
         transformers leaves out without a word what a template does not know.
         """
@@ -190,11 +190,12 @@ class ChatTemplate:
         for key, names in (("tool_calls", ("tool_calls",)), ("reasoning_content", REASONING)):
             if any(message.get(key) for message in chat.messages) and self._mentioned.isdisjoint(names):
                 missing.append(key)
-        returned = [turn for turn, message in enumerate(chat.messages) if message["role"] == "tool"]
-        if returned and not missing:
-            marked, _ = self._render(chat, marks=dict.fromkeys(returned, chat.place))
-            if marked.count(chat.place) < len(returned):
-                missing.append("messages of the role tool")
+        for role in ("system", "tool"):
+            turns = [turn for turn, message in enumerate(chat.messages) if message["role"] == role]
+            if turns and not missing:
+                marked, _ = self._render(chat, marks=dict.fromkeys(turns, chat.place))
+                if marked.count(chat.place) < len(turns):
+                    missing.append(f"messages of the role {role}")
         if missing:
             raise UserError(
                 f"chat template {self.name} does not write {' or '.join(missing)}, which this conversation has; name "

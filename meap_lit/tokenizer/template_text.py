@@ -59,8 +59,13 @@ class TextEncoder:
         return first, within
 
     def encode(self, text: str, spellings: dict[str, str]) -> Tokens:
-        """Return the tokens of a text of a template; `spellings` replace characters of it and are never special."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        """Return the tokens of a text of a template; `spellings` replace characters of it and are never special.
+
+        Raises:
+            UserError: If the vocabulary has no pieces for a part of the text, or only a special token.
+        """
+        with self._tokenizer.explained():
+            encoding = self._backend.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
         special = [id in self._spelling for id in ids]
         for number in [number for number, is_special in enumerate(special) if is_special]:
@@ -69,7 +74,9 @@ class TextEncoder:
             special[number] = text[start:stop].strip() == self._spelling[ids[number]]
         # the vocabulary may have "</s>" as a piece like any other, or a normalizer may make it of other characters
         ordinary = {id for id, is_special in zip(ids, special, strict=True) if not is_special}
-        is_clean = not (ordinary & self._spelling.keys() - {self._tokenizer.unk_token_id})
+        is_clean = ordinary.isdisjoint(
+            self._spelling.keys() - {self._tokenizer.unk_token_id} | self._tokenizer.control_ids
+        )
         if is_clean and not any(character in text for character in spellings):
             return Tokens(ids, offsets, special)
         # Special tokens cut a text into pieces that the tokenizer encodes one by one. Here it does so with the pieces
@@ -88,7 +95,9 @@ class TextEncoder:
         """Append the tokens of text[start:stop]; their offsets are those of `text`, where a spelling is a character."""
         spelled = [spellings.get(character, character) for character in text[start:stop]]
         origin = [start + number for number, piece in enumerate(spelled) for _ in piece] + [stop]
-        encoding = self._plain[start > 0].encode("".join(spelled), add_special_tokens=False)
+        with self._tokenizer.explained():
+            encoding = self._plain[start > 0].encode("".join(spelled), add_special_tokens=False)
+        self._tokenizer.check_free_of_control(encoding, "".join(spelled))
         # a token may stand for no character, such as a space that the tokenizer puts in front
         offsets = [(origin[first], origin[max(first, last - 1)] + 1) for first, last in encoding.offsets]
         tokens.extend(encoding.ids, offsets, [False] * len(offsets))

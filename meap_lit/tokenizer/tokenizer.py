@@ -75,6 +75,11 @@ class Tokenizer:
                 f"or name it one of {', '.join(_WELL_KNOWN['eos'])}"
             )
         bos = _find_special(backend, settings, "bos")
+        if mask in (eos, bos):
+            raise UserError(
+                f"tokenizer {path} has {mask!r} both as mask_token and as {'eos' if mask == eos else 'bos'}_token; the "
+                f"mask token must stand for nothing else: remove mask_token from its tokenizer_config.json"
+            )
         self._special = {"eos": eos, "bos": bos, "mask": mask}
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.eos_token_id = vocabulary[eos]
@@ -85,7 +90,8 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         special = {token_id for token_id, token in added.items() if token.special} - {self.unk_token_id}
         roles = {vocabulary[token] for token in self._special.values() if token is not None}
-        self._control_ids = frozenset(special | roles)
+        self.control_ids = frozenset(special | roles)
+        """Ids that no text may become: of the special tokens, without one that only stands for unknown text."""
         self.before_text, self.after_text = _written_around(self._backend)
 
     @classmethod
@@ -163,11 +169,11 @@ class Tokenizer:
         return self._checked(text, self._encoding(self._backend, text).ids)
 
     def _encoding(self, backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
-        with self._explained():
+        with self.explained():
             return backend.encode(text, add_special_tokens=False)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -199,28 +205,32 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, as `encode` does. Uses all cores unless TOKENIZERS_PARALLELISM is false."""
         # the fast variant leaves out character offsets, which nobody here needs, and saves a fifth of the time
-        with self._explained():
+        with self.explained():
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._checked(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
 
     def _checked(self, text: str, ids: list[int]) -> list[int]:
         """Return `ids`, which the backend gave `text`, or others where a special token is among them."""
         # whatever the model: it may have "</s>" as a piece like any other
-        return ids if self._control_ids.isdisjoint(ids) else self._encode_spelled(text)
+        return ids if self.control_ids.isdisjoint(ids) else self._encode_spelled(text)
 
     def _encode_spelled(self, text: str) -> list[int]:
         """Return the ids of a text that spells a special token, in other pieces of the vocabulary."""
         found, encoding = (self._encoding(backend, text) for backend in (self._backend, self._speller))
         # a model without an unknown token leaves out what it has no piece for
         is_whole = _num_encoded_characters(encoding) >= _num_encoded_characters(found)
-        if not (is_whole and self._control_ids.isdisjoint(encoding.ids)):
-            spans = zip(found.ids, found.offsets, strict=True)
-            token_id, (start, stop) = next(pair for pair in spans if pair[0] in self._control_ids)
-            raise UserError(
-                f"tokenizer {self.path} can only write {text[start:stop]!r:.60} as the special token "
-                f"{self._backend.id_to_token(token_id)!r}; replace it in the text, or use another tokenizer"
-            )
+        if not (is_whole and self.control_ids.isdisjoint(encoding.ids)):
+            self.check_free_of_control(found, text)
         return encoding.ids
+
+    def check_free_of_control(self, encoding: tokenizers.Encoding, text: str) -> None:
+        """Raise `UserError` if a part of `text` became the id of a special token."""
+        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self.control_ids:
+                raise UserError(
+                    f"tokenizer {self.path} can only write {text[start:stop]!r:.60} as the special token "
+                    f"{self._backend.id_to_token(token_id)!r}; replace it in the text, or use another tokenizer"
+                )
 
     @cached_property
     def _speller(self) -> tokenizers.Tokenizer:
@@ -236,7 +246,7 @@ class Tokenizer:
         Every piece keeps its id. Those of special tokens get names that no text has, and no merge makes them.
         """
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        hidden = {piece for piece, token_id in vocabulary.items() if token_id in self._control_ids}
+        hidden = {piece for piece, token_id in vocabulary.items() if token_id in self.control_ids}
         names = {piece: hashlib.sha256(piece.encode()).hexdigest() for piece in hidden}
         model = dict(content["model"])
         pieces = model["vocab"]
@@ -287,7 +297,7 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         """Return whether a token controls the model, and no text becomes it."""
-        return token_id in self._control_ids
+        return token_id in self.control_ids
 
     @property
     def chat_template(self) -> Any:

@@ -181,7 +181,7 @@ def test_a_resume_counts_on_the_same_rows(toy_sft_recipe, tmp_path, option, valu
 
 def test_a_checkpoint_from_before_an_option_of_the_copies_resumes(data):
     data.setup("fit")
-    state = {"step": 1, "samples": data.global_batch_size, "datasets": data._fingerprints, "rows": data.row_settings}
+    state = {"step": 1, "samples": data.global_batch_size, "datasets": data.fingerprints, "rows": data.row_settings}
     older = {name: value for name, value in data.row_settings["duplication"].items() if name != "mask_inputs"}
     data.load_state_dict({**state, "rows": {**data.row_settings, "duplication": older}})
     data.duplication = dataclasses.replace(data.duplication, mask_inputs=False)

@@ -165,7 +165,7 @@ def test_files_and_options_are_checked_before_items_are_made(name, changes, mess
     forbid(monkeypatch, type(task), "items")
     with pytest.raises(AssertionError, match="was called before"):
         task.items(None)
-    monkeypatch.setattr("meap_lit.evaluation.tasks.haystack.DocumentReader", None)  # no text is read either
+    monkeypatch.setattr("meap_lit.evaluation.tasks.haystack.read_texts", None)  # no text is read either
     assert re.search(message, command.refusal(task))
 
 

@@ -270,7 +270,10 @@ def test_what_a_run_logs(toy_recipe, tmp_path):
     [
         (["--model.decoder.vocab_size", "256"], r"vocab_size 256 is smaller than the tokenizer's 320 tokens"),
         (["--data.seq_len", "65"], r"65 tokens \(data.seq_len 65\), is longer than the model's context, 64 tokens;"),
-        (["--model.mask_token_id", "999"], r"mask_token_id 999 is outside the vocabulary of 320"),
+        (
+            ["--model.mask_token_id", "5"],
+            r"mask_token_id is 5, but the mask token of tokenizer \S+ is 1, which .*; leave",
+        ),
         (["--trainer.gradient_clip_algorithm", "value"], r"gradient_clip_algorithm value is not supported; use norm"),
         (["--model.mask_cycle", "0"], r"mask_cycle must be at least 1, got 0"),
         (["--model.span_len", "0"], r"^model.span_len must be at least 1, got 0$"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import transformers
+from tokenizers import models, pre_tokenizers
 
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
@@ -527,8 +528,34 @@ def test_a_template_is_given_the_same_date_in_every_process(byte_tokenizer):
 def test_templates_that_fail(byte_tokenizer, source, message):
     template = ChatTemplate("mine", source, byte_tokenizer)
     with pytest.raises(UserError, match=f"^chat template mine {message}") as caught:
-        template.encode(CHAT)
+        template.encode(CHAT[1:])
     assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_leaves_out_the_system_message_is_refused(byte_tokenizer):
+    source = (
+        "{% for message in messages %}{% if message.role != 'system' %}{{ message.content }}{% endif %}{% endfor %}"
+    )
+    template = ChatTemplate("mine", source, byte_tokenizer)
+    with pytest.raises(UserError, match=r"^chat template mine does not write messages of the role system, which this"):
+        template.encode(CHAT)
+    assert template.encode(CHAT[1:]).input_ids
+
+
+def test_text_outside_the_vocabulary_never_becomes_a_special_token():
+    vocabulary = {word: id for id, word in enumerate(["<s>", "</s>", "<mask>", "the", "cow", "sat"])}
+    source = "{% for message in messages %}{{ message.content }} {{ eos_token }}{% endfor %}"
+    chat = [{"role": "user", "content": "the cow"}, {"role": "assistant", "content": "sat"}]
+    for options, reason in (
+        ({"unk_token": "</s>"}, "can only write 'dog' as the special token '</s>'"),
+        ({}, "has no token for a part of a text"),
+    ):
+        backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, **options))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        template = ChatTemplate("mine", source, Tokenizer(backend, {"eos_token": "</s>", "mask_token": "<mask>"}))
+        assert template.encode(chat).input_ids == [3, 4, 1, 5, 1]
+        with pytest.raises(UserError, match=reason):
+            template.encode([*chat[:1], {"role": "assistant", "content": "the dog sat"}])
 
 
 def test_answers_that_change_as_the_conversation_grows(byte_tokenizer):

@@ -58,6 +58,15 @@ def test_a_special_token_is_text(tmp_path, token):
         Tokenizer.load(folder)
 
 
+@pytest.mark.parametrize("role", ["eos", "bos"])
+def test_a_mask_token_that_is_another_special_token_is_refused(role):
+    vocabulary = {"<s>": 0, "</s>": 1, "a": 2}
+    settings = {"eos_token": "</s>", "bos_token": "<s>"}
+    settings["mask_token"] = settings[f"{role}_token"]
+    with pytest.raises(UserError, match=rf"has '\S+' both as mask_token and as {role}_token; .*: remove mask_token"):
+        Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary)), settings)
+
+
 def test_special_tokens_named_by_the_settings_go_before_well_known_ones(tmp_path):
     vocab = {"<unk>": 0, "</s>": 1, "<stop>": 2, "<s>": 3, "<hide>": 4, "a": 5}
     settings = {"eos_token": {"content": "<stop>", "special": True}, "bos_token": None, "mask_token": "<hide>"}

@@ -24,7 +24,7 @@ from textwrap import shorten
 
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.read.find import find_files
-from meap_lit.data.read.readers import DocumentReader
+from meap_lit.data.read.readers import read_texts
 from meap_lit.errors import UserError, check_range
 
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Hugo", "Maria", "Peter")
@@ -94,7 +94,7 @@ class Filler:
     @classmethod
     def read(cls, path: str) -> "Filler":
         """Read the sentences of a file, or of all files in a folder, of 20 to 100 characters; longer ones are cut."""
-        pieces = (piece for text in DocumentReader(find_files([path])) for piece in _SENTENCE_END.split(text))
+        pieces = (piece for text in read_texts(find_files([path])) for piece in _SENTENCE_END.split(text))
         sentences = [shorten(piece, 100, placeholder="") for piece in pieces]
         sentences = [sentence for sentence in sentences if len(sentence) >= 20]
         if not sentences:
@@ -167,6 +167,10 @@ class FactCorpus(Preparation):
     filler: str | None = None
     num_files: int = 4
 
+    @property
+    def sources(self) -> list[str]:
+        return [] if self.filler is None else [self.filler]
+
     def make(self, folder: Path) -> str:
         for name in ("num_documents", "num_mentions", "num_files"):
             check_range(name, getattr(self, name), "[1, inf)")
@@ -223,6 +227,10 @@ class FactInstructions(Preparation):
     num_records: int = 400
     seed: int = 0
     filler: str | None = None
+
+    @property
+    def sources(self) -> list[str]:
+        return [] if self.filler is None else [self.filler]
 
     def make(self, folder: Path) -> str:
         check_range("num_records", self.num_records, "[1, inf)")

@@ -17,7 +17,7 @@ from typing import Any
 from meap_lit.data.prepare.splits import draw
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.read.find import find_files
-from meap_lit.data.read.readers import DocumentReader
+from meap_lit.data.read.readers import read_texts
 from meap_lit.errors import UserError, check_range
 from meap_lit.files import parse_bytes
 
@@ -47,6 +47,10 @@ class PythonText(Preparation):
     packages: bool = False
     held_out_share: float = 0.05
     max_bytes: str = "1GB"
+
+    @property
+    def sources(self) -> list[str]:
+        return self.prose
 
     def make(self, folder: Path) -> str:
         check_range("held_out_share", self.held_out_share, "(0, 1)", "; write 0.05 for 5%")
@@ -80,7 +84,7 @@ class PythonText(Preparation):
                 hint = "put text there, or leave it out with prose: [] in the recipe"
                 raise UserError(f"prose of {self.output}: {error}; {hint}") from error
             for path in paths:
-                for number, text in enumerate(DocumentReader([path])):
+                for number, text in enumerate(read_texts([path])):
                     yield f"{path.name}:{number}" if number else path.name, "prose", text
         room = parse_bytes(self.max_bytes, "max_bytes")
         for name, text in _sources(self.packages):

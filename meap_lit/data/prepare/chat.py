@@ -15,7 +15,7 @@ from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
 from meap_lit.data.read.conversations import Conversation, to_conversation
 from meap_lit.data.read.find import Input, find_input
 from meap_lit.data.read.formats import RECORD_FORMATS, Entry
-from meap_lit.data.read.readers import SKIP_HINT, InputPart, RecordReader, check_text
+from meap_lit.data.read.readers import InputPart, RecordReader, check_text
 from meap_lit.data.store.manifest import ChatDetails
 from meap_lit.data.store.writers import ChatWriter
 from meap_lit.errors import UserError, check_range
@@ -48,6 +48,10 @@ class PrepareChat(PrepareDataset):
     system: str | None = None
     max_tokens: int | None = None
     on_long: Literal["stop", "drop", "truncate"] = "stop"
+
+    @property
+    def sources(self) -> list[str]:
+        return [*self.input, *([self.template] if self.template.endswith(".jinja") else [])]
 
     def new_encoder(self, tokenizer: Tokenizer) -> "ChatEncoder":
         check_range("max_tokens", self.max_tokens, "[1, inf)")
@@ -99,7 +103,7 @@ class ChatEncoder(Encoder[Entry]):
     batch_size = 256  # records
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, options: PrepareChat, long_answer: int) -> None:
-        super().__init__(tokenizer)
+        super().__init__(tokenizer, options.on_error)
         self.template = template
         self.options = options
         self.long_answer = long_answer
@@ -114,10 +118,7 @@ class ChatEncoder(Encoder[Entry]):
                     continue
                 chat = self.template.encode(conversation.messages, conversation.tools, conversation.trained)
             except UserError as error:
-                if self.options.on_error == "stop":
-                    raise UserError(f"{record.where}: {error}; {SKIP_HINT}") from error
-                batch.counts["skipped"] += 1
-                batch.first_skipped = batch.first_skipped or f"{record.where}: {error}"
+                self.skip(record.where, error, batch)
                 continue
             limit = self.options.max_tokens
             if limit is not None and len(chat.input_ids) > limit:

@@ -19,7 +19,7 @@ from meap_lit.data.prepare.splits import SplitWriter, draw
 from meap_lit.data.prepare.step import Preparation, progress_bar
 from meap_lit.data.prepare.workers import default_num_workers, map_in_order
 from meap_lit.data.read.find import Input
-from meap_lit.data.read.readers import InputPart, Reader
+from meap_lit.data.read.readers import SKIP_HINT, InputPart, Reader
 from meap_lit.data.store.manifest import ChatDetails, Kind, Manifest, PartDetails, Source, fingerprint_for
 from meap_lit.data.store.writers import ChunkWriter
 from meap_lit.errors import UserError, check_range
@@ -53,12 +53,20 @@ class Encoder(ABC, Generic[Item]):
     batch_size: ClassVar[int]
     """Sum of the sizes of a batch's items; a worker should take about a tenth of a second for it."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, on_error: Literal["stop", "skip"]) -> None:
         self.tokenizer = tokenizer
+        self.on_error = on_error
 
     @abstractmethod
     def encode(self, items: list[Item], batch: EncodedBatch) -> None:
         """Encode items into `batch`; raise `UserError` if one cannot be encoded and is not to be skipped."""
+
+    def skip(self, where: str, error: UserError, batch: EncodedBatch) -> None:
+        """Count an item that cannot be encoded, unless the first one is to stop the command, and name it."""
+        if self.on_error == "stop":
+            raise UserError(f"{where}: {error}; {SKIP_HINT}") from error
+        batch.counts["skipped"] += 1
+        batch.first_skipped = batch.first_skipped or f"{where}: {error}"
 
     def size(self, item: Item) -> int:
         """Return the size of an item, in the unit of `batch_size`."""
@@ -122,6 +130,10 @@ class PrepareDataset(Preparation, ABC):
     chunk_bytes: str = "64MB"
     shard: str | None = None
     num_workers: int | None = field(default=None, compare=False)
+
+    @property
+    def sources(self) -> list[str]:
+        return self.input
 
     @abstractmethod
     def new_encoder(self, tokenizer: Tokenizer) -> Encoder:

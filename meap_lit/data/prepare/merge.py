@@ -53,6 +53,10 @@ class MergeParts(Preparation):
 
     input: list[str]
 
+    @property
+    def sources(self) -> list[str]:
+        return self.input
+
     def make(self, folder: Path) -> str:
         started = time.perf_counter()
         parts = _all_of_them(_load(_find_folders(self.input)))
@@ -202,12 +206,13 @@ def _assign(parts: Sequence[_Part]) -> dict[str, list[_Piece]]:
     reserves = [part for part in parts if RESERVE in part.manifest.splits]
     if any("val" in part.manifest.splits for part in parts):
         reserves = []
-    # one run would have held out the document of the smallest draw, the first of equal ones
-    held_out = min(reserves, key=lambda part: part.details.reserve_draw or 0.0, default=None)
+    # one run would have held out the document of the smallest draw, and its copies
+    draws = [part.details.reserve_draw for part in reserves if part.details.reserve_draw is not None]
     pieces: dict[str, list[_Piece]] = {"train": [], "val": []}
     for part in parts:
         for name, split in part.manifest.splits.items():
-            target = name if name != RESERVE else "val" if part is held_out else "train"
+            held_out = bool(draws) and part.details.reserve_draw == min(draws)
+            target = name if name != RESERVE else "val" if held_out else "train"
             pieces[target].append(_Piece(part.folder / name, split))
     if not pieces["train"]:
         count = sum(piece.split.documents for piece in pieces["val"])

@@ -9,7 +9,7 @@ from meap_lit.data.store.writers import ChunkWriter
 from meap_lit.errors import UserError, check_range
 
 RESERVE = "reserve"
-"""Split of a part of a dataset that has no document for validation: the one to use if no other part has any."""
+"""Split of a part of a dataset that has no document for validation: what to use if no other part has any."""
 
 
 def draw(text: bytes) -> float:
@@ -20,8 +20,9 @@ def draw(text: bytes) -> float:
 class SplitWriter:
     """Write documents whose draw is below `val_share` into `val`, the others into `train`.
 
-    A small corpus may have no such document. The one with the smallest draw is therefore kept back to the end, and
-    becomes the validation split if nothing else did. `new_writer` returns the writer of a split, given its name.
+    A small corpus may have no such document. Until there is one, the document with the smallest draw is therefore kept
+    back, with its copies, and becomes the validation split if nothing else did. `new_writer` returns the writer of a
+    split, given its name.
     """
 
     def __init__(self, new_writer: Callable[[str], ChunkWriter], val_share: float) -> None:
@@ -30,29 +31,34 @@ class SplitWriter:
         self._writers = {name: new_writer(name) for name in (("train", "val") if val_share > 0 else ("train",))}
         self._val_share = val_share
         self.reserve_draw: float | None = None
-        """Draw of the document in the split `reserve`; None without such a split."""
-        self._reserve: Any = None
-        self._reserve_draw = 1.0 if val_share > 0 else 0.0
+        """Draw of the documents in the split `reserve`; None without such a split."""
+        self._reserve: list[Any] = []
+        self._smallest_draw = 1.0
 
     def add(self, document: Any, draw: float) -> None:
         """Write one document, or keep it back."""
         if draw < self._val_share:
             self._writers["val"].add(document)
-        elif draw >= self._reserve_draw:
+        elif draw > self._smallest_draw or not self._lacks_val:
             self._writers["train"].add(document)
         else:
-            self._release("train")
-            self._reserve, self._reserve_draw = document, draw
+            if draw < self._smallest_draw:
+                self._release("train")
+            self._reserve.append(document)
+            self._smallest_draw = draw
+
+    @property
+    def _lacks_val(self) -> bool:
+        return "val" in self._writers and self._writers["val"].num_documents == 0
 
     def _release(self, name: str) -> None:
-        if self._reserve is not None:
-            self._writers[name].add(self._reserve)
-            self._reserve = None
+        for document in self._reserve:
+            self._writers[name].add(document)
+        self._reserve = []
 
     def close(self) -> dict[str, Split]:
         """Finish both splits; raise `UserError` if one of them is empty, since LitData could not open it."""
-        without_val = "val" in self._writers and self._writers["val"].num_documents == 0
-        self._release("val" if without_val else "train")
+        self._release("val" if self._lacks_val else "train")
         if self._writers["train"].num_documents == 0:
             count = self._writers["val"].num_documents
             if count == 1:
@@ -69,12 +75,12 @@ class SplitWriter:
     def close_part(self) -> dict[str, Split]:
         """Finish the splits that have a document, such that the parts of a dataset hold what one run would.
 
-        Whether a document that was kept back is needed for validation is known when all parts are there. Until then it
-        is a split of its own, `RESERVE`.
+        Whether documents that were kept back are needed for validation is known when all parts are there. Until then
+        they are a split of their own, `RESERVE`.
         """
-        if "val" in self._writers and self._writers["val"].num_documents == 0 and self._reserve is not None:
+        if self._lacks_val and self._reserve:
             self._writers[RESERVE] = self._new_writer(RESERVE)
-            self.reserve_draw = self._reserve_draw
+            self.reserve_draw = self._smallest_draw
             self._release(RESERVE)
         self._release("train")
         for name in [name for name, writer in self._writers.items() if writer.num_documents == 0]:

@@ -6,7 +6,9 @@ the run. A folder is built aside and renamed when it is whole, so a folder that 
 """
 
 import dataclasses
+import hashlib
 import json
+import os
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from meap_lit.data.read.find import RECORD_FILE
+from meap_lit.data.read.find import RECORD_FILE, find_all, size_of
 from meap_lit.errors import UserError
 from meap_lit.files import new_folder, read_json
 
@@ -32,6 +34,14 @@ class Preparation(ABC):
     """Name of the step in preparation.json, if it is not that of the class."""
 
     output: str
+
+    def __post_init__(self) -> None:
+        self.output = os.path.expanduser(self.output)  # no shell does so in a recipe, or after --output=
+
+    @property
+    def sources(self) -> list[str]:
+        """Paths, patterns and addresses of what the step reads, except a tokenizer, which datasets know by its ids."""
+        return []
 
     @abstractmethod
     def make(self, folder: Path) -> str | None:
@@ -73,11 +83,39 @@ class Preparation(ABC):
                     f"folder {output} was made with {name} = {before!r}, the recipe says {value!r}; "
                     f"remove the folder or name another output"
                 )
+        for source, stamp in now["sources"].items():
+            if was.get("sources", {}).get(source, stamp) != stamp:
+                raise UserError(
+                    f"folder {output} was made when {source} had other content; remove {output} to make it again, or "
+                    f"take the step out of the recipe to use it as it is"
+                )
 
     def _record(self) -> dict[str, Any]:
         names = [f.name for f in dataclasses.fields(self) if f.compare and f.name != "output"]
         arguments = {name: getattr(self, name) for name in names}
-        return {"step": self.recorded_as or type(self).__name__, "arguments": json.loads(json.dumps(arguments))}
+        return {
+            "step": self.recorded_as or type(self).__name__,
+            "arguments": json.loads(json.dumps(arguments)),
+            "sources": {name: stamp for name in self.sources if (stamp := _stamp(name)) is not None},
+        }
+
+
+def _stamp(source: str) -> str | None:
+    """Return a hash that changes when another step makes `source` anew, or a file in it gets another size.
+
+    None if it is remote or no longer there.
+    """
+    if "://" in source:
+        return None
+    path = Path(source).expanduser()
+    made = next((folder for folder in (path, *path.parents) if (folder / RECORD_FILE).is_file()), None)
+    if made is not None:
+        return hashlib.sha256((made / RECORD_FILE).read_bytes()).hexdigest()[:16]
+    try:
+        files = sorted((str(file), size_of(file)) for file in find_all(source))
+    except UserError:
+        return None
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
 
 def _read_record(file: Path) -> dict[str, Any]:

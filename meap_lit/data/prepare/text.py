@@ -11,8 +11,10 @@ from typing import Any
 
 from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
 from meap_lit.data.read.find import Input, find_input
-from meap_lit.data.read.readers import DocumentReader, InputPart
+from meap_lit.data.read.formats import Entry
+from meap_lit.data.read.readers import InputPart, TextReader
 from meap_lit.data.store.writers import TokenWriter
+from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
 
@@ -37,11 +39,11 @@ class PrepareText(PrepareDataset):
     suffixes: list[str] | None = None
 
     def new_encoder(self, tokenizer: Tokenizer) -> "TextEncoder":
-        return TextEncoder(tokenizer)
+        return TextEncoder(tokenizer, self.on_error)
 
-    def open_input(self, part: InputPart | None) -> tuple[Input, DocumentReader]:
+    def open_input(self, part: InputPart | None) -> tuple[Input, TextReader]:
         found = find_input(self.input, self.suffixes)
-        return found, DocumentReader(found.files, self.text_field, self.on_error, part)
+        return found, TextReader(found.files, self.text_field, self.on_error, part)
 
     def left_out(self, counts: Counter[str]) -> str:
         return f"{counts['empty']} empty"
@@ -51,19 +53,32 @@ class PrepareText(PrepareDataset):
             yield "  unknown  characters outside the vocabulary are left out: the tokenizer has no token for them"
 
 
-class TextEncoder(Encoder[str]):
+class TextEncoder(Encoder[Entry]):
     """Encodes texts as documents."""
 
     batch_size = 1 << 19  # characters
 
-    def size(self, item: str) -> int:
-        return len(item)
+    def size(self, item: Entry) -> int:
+        return len(item.content)  # type: ignore[arg-type]  # a text
 
-    def encode(self, items: list[str], batch: EncodedBatch) -> None:
-        texts = [text for text in items if text.strip()]
+    def encode(self, items: list[Entry], batch: EncodedBatch) -> None:
+        entries = [entry for entry in items if str(entry.content).strip()]
+        texts = [str(entry.content) for entry in entries]
+        try:
+            encoded: list[list[int] | None] = [*self.tokenizer.encode_batch(texts)]
+        except UserError:  # of one of them: which one, and what about the others?
+            encoded = [self._encode_one(entry, batch) for entry in entries]
         unknown = self.tokenizer.unk_token_id
-        for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
+        for text, ids in zip(texts, encoded, strict=True):
             if ids:  # a normalizer may leave nothing
                 batch.add(self.to_array(self.tokenizer.as_document(ids)), text.encode())
                 batch.counts["unknown"] += 0 if unknown is None else ids.count(unknown)
-        batch.counts["empty"] = len(items) - len(batch.samples)
+        batch.counts["empty"] = len(items) - len(batch.samples) - batch.counts["skipped"]
+
+    def _encode_one(self, entry: Entry, batch: EncodedBatch) -> list[int] | None:
+        """Return the ids of a document, or None if it cannot be encoded and is to be skipped."""
+        try:
+            return self.tokenizer.encode(str(entry.content))
+        except UserError as error:
+            self.skip(entry.where, error, batch)
+            return None

@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.read.find import find_input
-from meap_lit.data.read.readers import DocumentReader
+from meap_lit.data.read.readers import TextReader
 from meap_lit.errors import UserError, check_range
 from meap_lit.tokenizer.tokenizer import END_OF_TEXT, MASK_TOKEN, Tokenizer
 
@@ -38,6 +38,10 @@ class TrainTokenizer(Preparation):
     max_megabytes: float | None = None
     on_error: Literal["stop", "skip"] = "stop"
 
+    @property
+    def sources(self) -> list[str]:
+        return self.input
+
     def make(self, folder: Path) -> str:
         special = [END_OF_TEXT, MASK_TOKEN]
         alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -48,7 +52,7 @@ class TrainTokenizer(Preparation):
             )
         check_range("max_megabytes", self.max_megabytes, "(0, inf)")
         found = find_input(self.input, self.suffixes)
-        reader = DocumentReader(found.files, self.text_field, self.on_error)
+        reader = TextReader(found.files, self.text_field, self.on_error)
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -59,7 +63,7 @@ class TrainTokenizer(Preparation):
             min_frequency=2,
             show_progress=False,
         )
-        texts = _Counted(reader, self.max_megabytes)
+        texts = _Counted((str(entry.content) for entry in reader), self.max_megabytes)
         backend.train_from_iterator(texts, trainer)
         if texts.num_bytes == 0:
             skipped = f"{reader.num_skipped} lines unreadable{reader.why_skipped}"

@@ -102,6 +102,11 @@ def to_conversation(record: Mapping[str, Any], system: str | None = None) -> Con
     for name in (*_REFUSED_FIELDS, *(() if "instruction" in fields else ("history",))):
         if fields.get(name):
             raise UserError(f"field {name!r} would change the text, and is not read here; remove it")
+    for name in (*_WEIGHTS, *(("label",) if "prompt" in fields else ())):
+        if isinstance(fields.get(name), (bool, int, float)) and not fields[name]:  # TRL's label: the answer is bad
+            raise UserError(
+                f"field {name!r} is {fields[name]}: the record is not to be learned; remove it from the data"
+            )
     trained = trained or [message["role"] == "assistant" for message in messages]
     before = _system_messages(fields, messages, system)
     messages, trained = before + messages, [False] * len(before) + trained
@@ -177,6 +182,8 @@ def _message(where: str, fields: dict[str, Any], kind: str, content: str) -> Mes
         raise UserError(f"{where} has no {content!r}")
     for key, entry in fields.items():
         place = f"{where}.{key}"
+        if key in ("tool_calls", _FUNCTION_CALL) and entry and "tool_calls" in message:
+            raise UserError(f"{place}: the calls of this turn are given twice; keep one of them")
         if key in _OF_ASSISTANT and message["role"] != "assistant" and entry:
             raise UserError(f"{place}: only the assistant may have {key}")
         if key == "tool_calls" and entry:
@@ -201,6 +208,9 @@ def _text(where: str, value: Any) -> str:
         place = f"{where}[{number}]"
         if isinstance(part, Mapping) and part.get("type", "text") != "text":
             raise UserError(f"{place} is of type {_short(part['type'])}; only parts of type 'text' are read")
+        for key in part if isinstance(part, Mapping) else ():
+            if key not in ("type", "text", *_METADATA) and part[key]:
+                raise UserError(f"{place}.{key} is not known, and may change what is learned; remove it")
         texts.append(check_text(place, part.get("text") if isinstance(part, Mapping) else part))
     return "".join(texts)
 

@@ -16,7 +16,7 @@ import zstandard
 
 from meap_lit.data.store.remote import RemoteFile
 from meap_lit.errors import UserError
-from meap_lit.files import BYTE_ORDER_MARK, check_object, decode, parse_json, parse_object, why_no_text
+from meap_lit.files import BYTE_ORDER_MARK, check_object, decode, parse_json, why_no_text
 
 MAX_LINE_BYTES = 1 << 28
 """Longest line of a .jsonl file, decompressed: 256 MiB."""
@@ -42,10 +42,14 @@ class Entry(NamedTuple):
     """File and line, for messages."""
     content: str | dict[str, Any] | UserError
     """A plain text, the fields of a record, or why there is neither."""
+    ends_file: bool = False
+    """Whether the rest of the file cannot be read, which may hold any number of entries."""
 
 
 Format = Callable[[InputFile, IO[bytes], Span, str | None], Iterator[Entry]]
 """Reads a span of a file; the last argument is the only column to read of a Parquet file."""
+
+_ZSTD_WINDOW = 1 << 31  # bytes, the largest that `zstd --long=31` writes; the frame says how many it takes
 
 DIVISIBLE = (".jsonl", ".parquet")
 """File name endings of files that can be read by spans; others are read whole, whatever the span."""
@@ -92,9 +96,9 @@ def _read_json(path: InputFile, file: IO[bytes], span: Span, column: str | None)
     """Yield the objects of an array, or one object."""
     raw, name = file.read(), str(path)
     try:
-        content = parse_json(decode(raw, name), name)
+        content = parse_json(decode(raw, name), name, unique_keys=True)
     except UserError as error:
-        yield Entry(len(raw), name, error)
+        yield Entry(len(raw), name, error, ends_file=True)
         return
     if not isinstance(content, list):
         yield _entry(len(raw), name, check_object, content)
@@ -134,7 +138,7 @@ def _read_parquet(path: InputFile, file: IO[bytes], span: Span, column: str | No
                 yield _entry(size * row // table.metadata.num_rows, where, _row, batch, number)
     except (pyarrow.ArrowException, OSError) as error:
         reason = UserError(f"{path}, row {row + 1}: cannot be read as Parquet ({_first_line(error)})")
-        yield Entry(size, str(path), reason)
+        yield Entry(size, str(path), reason, ends_file=True)
 
 
 _TABLES: dict[str, Format] = {
@@ -174,7 +178,7 @@ def _parse_lines(path: InputFile, file: IO[bytes], lines: Iterable[bytes], start
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         where = f"{path}, line {number + 1}"
         reason = UserError(f"{where}: damaged or cut compressed file ({_first_line(error)})")
-        yield Entry(file.tell(), where, reason)
+        yield Entry(file.tell(), where, reason, ends_file=True)
 
 
 def _lines_of(file: IO[bytes], span: Span) -> Iterator[bytes]:
@@ -206,7 +210,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         text = "\0"
     if "\0" in text:
         raise UserError(f"{where}: {why_no_text(line)}")
-    return parse_object(text, where)
+    return check_object(parse_json(text, where, unique_keys=True), where)
 
 
 def _row_groups(metadata: Any, size: int, span: Span) -> tuple[int, list[int]]:
@@ -247,7 +251,7 @@ def _decompress_zstd(file: IO[bytes]) -> Iterator[bytes]:
     try:
         while block := file.read(1 << 12):  # which may become 2^15 times as much
             while block:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
                 yield frame.decompress(block)
                 block = b""
                 if frame.eof:

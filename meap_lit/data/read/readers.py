@@ -69,7 +69,8 @@ class Reader(ABC, Generic[Item]):
     """Iterates over the items of many files, one file after the other; all of them, or those of a part of the input.
 
     At the first item that cannot be read, `UserError` names file and line, unless `on_error` is `skip`, which counts
-    it. A file that cannot be opened and a Parquet file without the column are never skipped.
+    it. The message names this option only if `on_error` is given. A file that cannot be opened and a Parquet file
+    without the column are never skipped.
     """
 
     formats: ClassVar[Mapping[str, Format]]
@@ -78,7 +79,7 @@ class Reader(ABC, Generic[Item]):
     def __init__(
         self,
         files: Sequence[InputFile],
-        on_error: Literal["stop", "skip"] = "stop",
+        on_error: Literal["stop", "skip"] | None = None,
         part: InputPart | None = None,
         column: str | None = None,
     ) -> None:
@@ -87,6 +88,8 @@ class Reader(ABC, Generic[Item]):
         self.column = column
         self.num_skipped = 0
         self.first_skipped = ""
+        self.cut: list[InputFile] = []
+        """Files whose end could not be read."""
         self.bytes_read = 0
         """Bytes on disk that have been read so far, of `num_bytes`."""
         self.sizes = [size_of(file) for file in files]
@@ -95,8 +98,15 @@ class Reader(ABC, Generic[Item]):
 
     @property
     def why_skipped(self) -> str:
-        """Why the first item was skipped, as the end of a sentence; empty if none was."""
-        return f", first: {self.first_skipped}" if self.first_skipped else ""
+        """Why the first item was skipped and which files were cut, as the end of a sentence; empty if none was."""
+        why = f", first: {self.first_skipped}" if self.first_skipped else ""
+        if self.cut:
+            names = [*map(str, self.cut[:3]), *(["and others"] if len(self.cut) > 3 else [])]
+            files = (
+                "1 file was not read to its" if len(self.cut) == 1 else f"{len(self.cut)} files were not read to their"
+            )
+            why += f"; {files} end: {', '.join(names)}"
+        return why
 
     @abstractmethod
     def convert(self, entry: Entry) -> Item:
@@ -113,9 +123,10 @@ class Reader(ABC, Generic[Item]):
                         raise entry.content
                     item = self.convert(entry)
                 except UserError as error:
-                    if self.on_error == "stop":
-                        raise UserError(f"{error}; {SKIP_HINT}") from error
+                    if self.on_error != "skip":
+                        raise UserError(f"{error}; {SKIP_HINT}" if self.on_error else str(error)) from error
                     self.num_skipped += 1
+                    self.cut += [file] if entry.ends_file else []
                     self.first_skipped = self.first_skipped or str(error)
                 else:
                     yield item
@@ -123,8 +134,11 @@ class Reader(ABC, Generic[Item]):
             self.bytes_read = finished
 
 
-class DocumentReader(Reader[str]):
-    """Iterates over the documents of many files: plain texts, and the field `text_field` of records."""
+class TextReader(Reader[Entry]):
+    """Iterates over the documents of many files, plain texts and the field `text_field` of records.
+
+    Its items are entries whose content is the text.
+    """
 
     formats = FORMATS
 
@@ -132,23 +146,28 @@ class DocumentReader(Reader[str]):
         self,
         files: Sequence[InputFile],
         text_field: str = "text",
-        on_error: Literal["stop", "skip"] = "stop",
+        on_error: Literal["stop", "skip"] | None = None,
         part: InputPart | None = None,
     ) -> None:
         super().__init__(files, on_error, part, column=text_field)
         self.text_field = text_field
 
-    def convert(self, entry: Entry) -> str:
+    def convert(self, entry: Entry) -> Entry:
         if isinstance(entry.content, str):
-            return entry.content
+            return entry
         assert isinstance(entry.content, dict)
         if self.text_field not in entry.content:
             only = ", ".join(map(repr, entry.content)) or "an empty object"
             raise UserError(f"{entry.where}: no field {self.text_field!r}, only {only}")
         try:
-            return check_text(self.text_field, entry.content[self.text_field])
+            return entry._replace(content=check_text(self.text_field, entry.content[self.text_field]))
         except UserError as error:
             raise UserError(f"{entry.where}: {error}") from error
+
+
+def read_texts(files: Sequence[InputFile]) -> Iterator[str]:
+    """Yield the documents of many files; raise `UserError` at the first one that cannot be read."""
+    return (str(entry.content) for entry in TextReader(files))
 
 
 class RecordReader(Reader[Entry]):

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from meap_lit.data.read.find import find_files
-from meap_lit.data.read.formats import FORMATS, InputFile, Span, read_file
-from meap_lit.data.read.readers import DocumentReader
+from meap_lit.data.read.formats import InputFile
+from meap_lit.data.read.readers import read_texts
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -98,15 +98,7 @@ class Documents:
         Raises:
             UserError: If there is no file, or a document cannot be read.
         """
-        files = cls.find(path)
-        reader = DocumentReader(files)
-        texts = []
-        for file, size in zip(files, reader.sizes, strict=True):
-            for entry in read_file(file, FORMATS, Span(0, size), reader.text_field):
-                if isinstance(entry.content, UserError):
-                    raise entry.content
-                texts.append(reader.convert(entry))
-        return cls(texts, tokenizer, path)
+        return cls(list(read_texts(cls.find(path))), tokenizer, path)
 
     @classmethod
     def noise(cls, tokenizer: Tokenizer) -> "Documents":

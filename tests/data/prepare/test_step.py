@@ -1,14 +1,18 @@
 import errno
 import json
 import os
-import socket
+import shutil
 from dataclasses import dataclass, field
 
 import pytest
 
+from meap_lit.data.corpora.facts import FactCorpus
 from meap_lit.data.prepare.step import Preparation
+from meap_lit.data.prepare.text import PrepareText
+from meap_lit.data.prepare.tokenizer import TrainTokenizer
+from meap_lit.data.pretraining import PretrainingData
 from meap_lit.errors import UserError
-from meap_lit.files import is_partial, new_folder
+from meap_lit.files import is_partial, new_folder, partial_path
 
 
 @dataclass(kw_only=True)
@@ -94,6 +98,60 @@ def test_ensure_runs_once_and_compares(tmp_path, capsys):
         Write(output=str(tmp_path / "foreign"), text="hello").ensure()
 
 
+def test_what_is_made_of_a_source_that_changed_is_refused_down_the_chain(tmp_path, tokenizer_folder):
+    corpus, made, dataset = (str(tmp_path / name) for name in ("corpus", "tokenizer", "dataset"))
+
+    def steps(num_documents):
+        yield FactCorpus(output=corpus, num_documents=num_documents)
+        yield TrainTokenizer(output=made, input=[corpus], vocab_size=300)
+        yield PrepareText(output=dataset, input=[f"{corpus}/*.jsonl"], tokenizer=made, num_workers=1)
+
+    for _ in range(2):
+        for step in steps(20):
+            step.ensure()
+    shutil.rmtree(corpus)
+    for step in steps(20):
+        step.ensure()  # the same corpus again
+    shutil.rmtree(corpus)
+    first, *others = steps(30)
+    first.ensure()
+    for step in others:
+        message = rf"^folder {step.output} was made when {corpus}\S* had other content; remove {step.output} to make"
+        with pytest.raises(UserError, match=message):
+            step.ensure()
+        shutil.rmtree(step.output)
+        step.ensure()
+
+
+def test_files_of_the_user_that_change_are_noticed_and_those_that_go_are_not_needed(tmp_path, tokenizer_folder):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.txt").write_text("one")
+    (source / "b.txt").write_text("two")
+    step = PrepareText(output=str(tmp_path / "out"), input=[str(source)], tokenizer=tokenizer_folder, num_workers=1)
+    step.ensure()
+    step.ensure()
+    (source / "c.txt").write_text("three")
+    with pytest.raises(UserError, match=f"was made when {source} had other content"):
+        step.ensure()
+    shutil.rmtree(source)
+    step.ensure()
+    record = tmp_path / "out" / "preparation.json"
+    before = json.loads(record.read_text())
+    record.write_text(json.dumps({name: before[name] for name in ("step", "arguments")}))  # of version 0.1
+    source.mkdir()
+    (source / "d.txt").write_text("four")
+    step.ensure()
+
+
+def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Write(output="~/out", text="hello").run()
+    assert names(tmp_path) == ["out"]
+    assert list(PretrainingData("~/out", "tokenizer").datasets) == [str(tmp_path / "out")]
+
+
 def test_a_folder_of_an_older_version_lacks_options_that_have_a_default(tmp_path):
     output = tmp_path / "out"
     Write(output=str(output), text="hello").run()
@@ -113,7 +171,7 @@ def dead_process():
 
 
 def test_only_what_an_ended_run_left_behind_is_removed(tmp_path):
-    dead, host = dead_process(), socket.gethostname()
+    dead, host = dead_process(), partial_path(tmp_path / "out").name.partition("@")[2]
     kept = [f"out.partial-{os.getppid()}@{host}", f"out.partial-{dead}@elsewhere", "out.partial-mine"]
     kept.append(f"other.partial-{dead}@{host}")
     old = f"out.partial-{dead}@elsewhere.org"

@@ -13,9 +13,10 @@ import pyarrow.parquet
 import pytest
 from litdata import StreamingDataset, TokensLoader
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, processors
+from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
+from meap_lit.data.prepare.merge import MergeParts
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.read.find import find_files
 from meap_lit.data.store.manifest import Manifest
@@ -266,6 +267,18 @@ def test_a_small_corpus_still_gets_a_validation_document(tmp_path, tokenizer_fol
     assert splits(tmp_path / "out") == {"train": 2, "val": 1}
 
 
+def test_copies_of_the_document_that_is_held_out_of_a_small_corpus_go_with_it(tmp_path, tokenizer_folder):
+    texts = ["one", "two", "three", "four"]
+    source = write_jsonl(tmp_path / "in.jsonl", texts * 3)
+    prepare(tmp_path / "out", source, tokenizer_folder, val_share=1e-9)
+    assert splits(tmp_path / "out") == {"train": 9, "val": 3}
+    for index in range(2):
+        options = {"val_share": 1e-9, "shard": f"{index}/2"}
+        prepare(tmp_path / f"part{index}", source, tokenizer_folder, **options)
+    MergeParts(input=[str(tmp_path / "part*")], output=str(tmp_path / "merged")).run()
+    assert splits(tmp_path / "merged") == {"train": 9, "val": 3}
+
+
 def test_no_validation_split_if_none_is_asked(tmp_path, tokenizer_folder):
     prepare(tmp_path / "out", write_jsonl(tmp_path / "in.jsonl", ["one", "two"]), tokenizer_folder, val_share=0)
     assert splits(tmp_path / "out") == {"train": 2}
@@ -339,6 +352,20 @@ def test_bad_lines_stop_or_are_counted(tmp_path, tokenizer_folder, capsys, num_w
     prepare(tmp_path / "out", source, tokenizer_folder, on_error="skip", **options)
     assert "0 empty, 1 unreadable" in capsys.readouterr().out
     assert Manifest.load(str(tmp_path / "out")).num_skipped == 1
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_document_that_cannot_be_encoded_is_named_or_skipped(tmp_path, num_workers):
+    backend = Backend(models.WordLevel({"</s>": 0, "<mask>": 1, "the": 2, "cow": 3}, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    Tokenizer(backend, {"eos_token": "</s>", "mask_token": "<mask>"}).save(tmp_path / "tokenizer")
+    source = write_jsonl(tmp_path / "in.jsonl", ["the cow", "the dog", "", "cow the"])
+    options = {"num_workers": num_workers}
+    with pytest.raises(UserError, match=r"^\S+/in.jsonl, line 2: tokenizer .* only write 'dog' as .*; use --on_error"):
+        prepare(tmp_path / "out", source, str(tmp_path / "tokenizer"), **options)
+    prepare(tmp_path / "out", source, str(tmp_path / "tokenizer"), on_error="skip", **options)
+    manifest = Manifest.load(str(tmp_path / "out"))
+    assert (manifest.splits["train"].documents, manifest.num_empty, manifest.num_skipped) == (2, 1, 1)
 
 
 def test_nothing_of_the_users_is_touched(tmp_path, tokenizer_folder):

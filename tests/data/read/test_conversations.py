@@ -310,6 +310,19 @@ def test_real_calls(shared_data):
         ({"conversations": "text"}, "field 'conversations' is not a list but str"),
         ({"conversations": ["text"]}, r"conversations\[0\] is not an object but str"),
         (SHAREGPT | {"system": 1}, "field 'system' is not a string but int"),
+        (OPENAI | {"weight": 0}, "field 'weight' is 0: the record is not to be learned; remove it from the data$"),
+        (
+            {"prompt": "q", "completion": "a", "label": False},
+            "field 'label' is False: the record is not to be learned; remove it",
+        ),
+        (
+            turn(tool_calls=[CALL], function_call='{"name": "g", "arguments": {}}'),
+            r"messages\[1\].function_call: the calls of this turn are given twice; keep one of them",
+        ),
+        (
+            openai("user", "assistant", content=[{"text": "x", "image": "u"}]),
+            r"messages\[0\].content\[0\].image is not known, and may change what is learned; remove it",
+        ),
         (turn(weight=0.5), r"messages\[1\].weight must be 0 or 1, false or true, got 0.5; a turn is learned or not$"),
         (turn(train="no"), r"messages\[1\].train must be 0 or 1, false or true, got 'no'"),
         (

@@ -11,14 +11,14 @@ import zstandard
 
 from meap_lit.data.read.find import find_files, find_input
 from meap_lit.data.read.formats import RECORD_FORMATS
-from meap_lit.data.read.readers import DocumentReader, InputPart, RecordReader
+from meap_lit.data.read.readers import InputPart, RecordReader, TextReader, read_texts
 from meap_lit.errors import UserError
 
 SKIP_HINT = "use --on_error skip to leave such lines out"
 
 
 def read(*files, **options):
-    return list(DocumentReader(list(files), **options))
+    return [entry.content for entry in TextReader(list(files), **{"on_error": "stop", **options})]
 
 
 def jsonl(*texts):
@@ -143,7 +143,7 @@ def test_the_hint_on_what_is_passed_over_reads_all_of_it(tmp_path):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(UserError, match=r"^cannot read \S+/pipe.txt: not a regular file$"):
-        DocumentReader(find_files([str(tmp_path)]))
+        TextReader(find_files([str(tmp_path)]))
 
 
 def test_every_format_gives_the_same_documents(tmp_path):
@@ -193,7 +193,7 @@ def test_long_lines_over_many_blocks(tmp_path):
 def test_bytes_read_grows_to_the_size_on_disk(tmp_path):
     files = [write(tmp_path / f"{i}.jsonl", jsonl(*["text"] * 1000)) for i in range(3)]
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "c"]}), tmp_path / "d.parquet")
-    reader = DocumentReader([*files, tmp_path / "d.parquet"])
+    reader = TextReader([*files, tmp_path / "d.parquet"])
     seen = [reader.bytes_read for _ in reader]
     assert seen == sorted(seen)
     assert reader.bytes_read == sum(reader.sizes) == sum(file.stat().st_size for file in reader.files)
@@ -219,8 +219,8 @@ def test_bad_line(tmp_path, line, message):
     file = write(tmp_path / "d.jsonl", jsonl("before") + line + b"\n" + jsonl("after"))
     with pytest.raises(UserError, match=rf"^\S+/d.jsonl, {message}.*; {SKIP_HINT}$"):
         read(file)
-    reader = DocumentReader([file], on_error="skip")
-    assert list(reader) == ["before", "after"]
+    reader = TextReader([file], on_error="skip")
+    assert [entry.content for entry in reader] == ["before", "after"]
     assert reader.num_skipped == 1
 
 
@@ -237,12 +237,12 @@ def test_utf16_is_named_with_the_fix(tmp_path, encoding, order, name):
     content = (json.dumps({"text": "One line.", "messages": []}) + "\n").encode(encoding) * 2
     file = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
     other = write(tmp_path / ("other.json" if name == "a.json" else "other.jsonl"), b'{"text": "fine"}\n')
-    reader = RecordReader if name == "a.json" else DocumentReader
+    reader = RecordReader if name == "a.json" else TextReader
     message = (
         rf"{name}, line 1: UTF-16 instead of UTF-8; convert the file: iconv -f UTF-16{order} -t UTF-8 FILE > NEW; "
     )
     with pytest.raises(UserError, match=f"{re.escape(message)}{SKIP_HINT}$"):
-        list(reader([file, other]))
+        list(reader([file, other], on_error="stop"))
     lenient = reader([file, other], on_error="skip")
     assert len(list(lenient)) == 1
     assert lenient.num_skipped > 0
@@ -270,8 +270,8 @@ def test_a_line_has_a_limit(tmp_path, monkeypatch, name, place):
     )
     with pytest.raises(UserError, match=message):
         read(file)
-    reader = DocumentReader([file], on_error="skip")
-    assert list(reader) == texts
+    reader = TextReader([file], on_error="skip")
+    assert [entry.content for entry in reader] == texts
     assert reader.num_skipped == 1
 
 
@@ -279,8 +279,8 @@ def test_shards_agree_on_a_line_that_is_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr("meap_lit.data.read.formats.MAX_LINE_BYTES", 1000)
     texts = [str(number) * (400 if number == 3 else 5000 if number == 5 else 1) for number in range(9)]
     file = write(tmp_path / "d.jsonl", jsonl(*texts))
-    readers = [DocumentReader([file], on_error="skip", part=InputPart(index, 4)) for index in range(4)]
-    assert [text for reader in readers for text in reader] == texts[:5] + texts[6:]
+    readers = [TextReader([file], on_error="skip", part=InputPart(index, 4)) for index in range(4)]
+    assert [entry.content for reader in readers for entry in reader] == texts[:5] + texts[6:]
     assert sum(reader.num_skipped for reader in readers) == 1
 
 
@@ -327,11 +327,44 @@ def test_damaged_compression(tmp_path, name, content):
     file, other = write(tmp_path / name, content), write(tmp_path / "other.txt", b"fine")
     with pytest.raises(UserError, match=rf"^\S+/{name}, line \d+: damaged or cut compressed file.*; {SKIP_HINT}$"):
         read(file, other)
-    reader = DocumentReader([file, other], on_error="skip")
-    documents = list(reader)
+    reader = TextReader([file, other], on_error="skip")
+    documents = [entry.content for entry in reader]
     assert documents[-1] == "fine"
     assert documents[:-1] == list(map(str, range(len(documents) - 1)))
     assert reader.num_skipped == 1
+    assert reader.why_skipped.endswith(f"; 1 file was not read to its end: {file}")
+
+
+def test_every_file_that_was_cut_is_counted_after_other_bad_lines(tmp_path):
+    lines = b"bad\n" + jsonl(*map(str, range(20_000)))
+    files = [write(tmp_path / f"{name}.jsonl.gz", gzip.compress(lines)[:-2000]) for name in "abcd"]
+    reader = TextReader(files, on_error="skip")
+    assert len(list(reader)) > 1000
+    assert reader.num_skipped == 8
+    first, cut = reader.why_skipped.split("; ")
+    assert first.startswith(f", first: {files[0]}, line 1: not valid JSON")
+    assert cut == f"4 files were not read to their end: {files[0]}, {files[1]}, {files[2]}, and others"
+
+
+def test_a_command_without_the_option_does_not_advise_it(tmp_path):
+    file = write(tmp_path / "d.jsonl", b"not json\n")
+    with pytest.raises(UserError) as caught:
+        list(read_texts([file]))
+    assert "on_error" not in str(caught.value)
+
+
+def test_zstandard_with_a_long_window(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=28, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # the size is not known before
+    file = write(tmp_path / "d.jsonl.zst", compressor.compress(jsonl("text")) + compressor.flush())
+    assert read(file) == ["text"]
+
+
+@pytest.mark.parametrize("line", [b'{"text": "a", "text": "b"}', b'{"text": "a", "meta": {"k": 1, "k": 2}}'])
+def test_a_key_given_twice_is_refused(tmp_path, line):
+    file = write(tmp_path / "d.jsonl", jsonl("before") + line + b"\n")
+    with pytest.raises(UserError, match=r"line 2: not valid JSON \(key '(text|k)' is given twice in one object\)"):
+        read(file)
 
 
 def test_parquet_rows_and_columns(tmp_path):
