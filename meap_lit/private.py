@@ -20,6 +20,10 @@ NAMES = {
     "lightning.pytorch.strategies.ModelParallelStrategy._data_parallel_size",
     # the constructor takes it, but the device is known only when the environment is set up
     "lightning.pytorch.strategies.ModelParallelStrategy._process_group_backend",
+    # the groups of a mesh are made with NCCL's timeout; no public function changes it for every backend
+    "torch.distributed.distributed_c10d._set_pg_timeout",
+    # DDP's optimizer would cut each compiled block at every 25 MB of parameters; documented, under this name
+    "torch._dynamo.config",
     # the rows of a DTensor that a rank holds, where FSDP splits what tensor parallelism has already split
     "torch.distributed.tensor._utils",
     # tensors without memory and the hook on each operation, by which `plan` counts bytes; documented, under these names

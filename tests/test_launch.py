@@ -71,6 +71,25 @@ def test_a_rank_that_reads_another_dataset_is_named(toy_recipe, prepared, tmp_pa
     ), line
 
 
+def test_a_failure_of_the_first_rank_leaves_none_behind(toy_recipe, tmp_path):
+    """On a GPU the others do not notice that it has gone, and hold their devices for minutes."""
+    words = arguments(toy_recipe, "--config", "recipes/strategy/ddp.yaml", "--trainer.devices", "2")
+    words += ["--trainer.callbacks+=tests.support.interruption.FailOnFirstRank"]
+    command = [sys.executable, "-m", "meap_lit", *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert result.stderr.rstrip().endswith("RuntimeError: as asked")
+    running = [process for process in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in _read(process)]
+    assert not running
+
+
+def _read(file):
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
 SRUN = """\
 #!/usr/bin/env bash
 # Starts the tasks of a job as srun does, on one machine: what SLURM tells a task is in its environment.

@@ -98,7 +98,7 @@ class Checkpoint(callbacks.Checkpoint):
         self.dirpath = trainer.strategy.broadcast(self.dirpath or os.path.join(run_folder(trainer), "checkpoints"))
         _refuse_remote(self.dirpath)
         _use_folders(trainer.strategy)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if self.asynchronous else None
+        self._thread = _writing_thread(trainer.strategy.root_device) if self.asynchronous else None
         self._ranks = Ranks(trainer, beside_training=self.asynchronous)
         if stage == "fit":
             self._ranks.do(self._make_folder)
@@ -263,6 +263,13 @@ class Checkpoint(callbacks.Checkpoint):
             for old in {*folder.glob("*.partial-*"), *versions}:
                 if old.parent == here or is_abandoned(old):
                     remove(old)
+
+
+def _writing_thread(device: torch.device) -> ThreadPoolExecutor:
+    """Return a thread that writes; on a GPU each thread begins with the first one of the node as its own."""
+    on_gpu = device.type == "cuda"
+    options: dict[str, Any] = {"initializer": torch.cuda.set_device, "initargs": (device,)} if on_gpu else {}
+    return ThreadPoolExecutor(1, thread_name_prefix="checkpoint", **options)
 
 
 def _refuse_remote(dirpath: Any) -> None:

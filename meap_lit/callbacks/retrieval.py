@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
+import torch
 
 from meap_lit.callbacks.loggers import writers
 from meap_lit.errors import check_range
@@ -112,7 +113,8 @@ class RetrievalProbe(L.Callback):
         return trainer.strategy.broadcast(share <= self.max_share)
 
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with trainer.precision_plugin.forward_context():
+        # the lengths of a probe would be compiled anew, which takes longer than the probe
+        with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             label = f"Retrieval at step {trainer.global_step}"
             result = self.task.result(pl_module.decoder, self._items, label, self.batch_size)
         self.accuracy = result.mean().value / 100

@@ -10,7 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from meap_lit.callbacks.loggers import as_code, writers
 from meap_lit.errors import UserError, check_range
 from meap_lit.inference.generation import check_prompts, generate
+from meap_lit.model.config import DecoderConfig
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
+from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
 from meap_lit.preview.rows import rows_of_step
 from meap_lit.preview.text import text_of_rows
@@ -87,7 +89,7 @@ class Samples(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._prompt_ids: list[list[int]] = []
-        if not self.prompts or not writers(trainer):
+        if not self.prompts:
             return
         if why := _why_left_out(trainer, pl_module):
             rank_zero_info(f"samples.prompts are left out: {why}")
@@ -102,6 +104,11 @@ class Samples(L.Callback):
             self._stop_token_ids = [data.tokenizer.eos_token_id]
         longest = max(map(len, self._prompt_ids))
         self._num_new_tokens = max(1, min(self.max_new_tokens, config.max_seq_len - longest))
+        Ranks(trainer).do(lambda: self._check(config))  # only the first rank has writers
+        if not writers(trainer):
+            self._prompt_ids = []
+
+    def _check(self, config: DecoderConfig) -> None:
         try:
             check_prompts(self._prompt_ids, self._num_new_tokens, len(self._prompt_ids), config)
         except UserError as error:

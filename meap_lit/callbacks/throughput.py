@@ -26,13 +26,20 @@ class Throughput(L.Callback):
         # of all devices, at the precision of the matrix products
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
         self._peak_flops = trainer.world_size * (peak_flops(trainer.strategy.root_device, dtype) or 0.0)
+        self._compiles = pl_module.is_compiled
         self._start_window(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         steps = trainer.global_step - self._step
-        if not ends_step(trainer, batch_idx) or steps == 0 or not is_logged(trainer, trainer.global_step):
+        if not ends_step(trainer, batch_idx) or steps == 0:
+            return
+        if self._compiles:  # the first step is not one of many
+            self._compiles = False
+            self._start_window(trainer)
+            return
+        if not is_logged(trainer, trainer.global_step):
             return
         data = trainer.datamodule
         seconds = time.perf_counter() - self._start - self._excluded
@@ -70,10 +77,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the dense peak of one device in FLOP/s; None if it is unknown, as on a CPU."""
     if device.type != "cuda":
         return None
-    if dtype is torch.bfloat16 and "h200" in torch.cuda.get_device_name(device).lower():
-        # dense, from NVIDIA's datasheet: Lightning's table lacks this name and lists peaks with sparsity
-        return 989.4e12
+    name = torch.cuda.get_device_name(device).lower()
+    if dtype is torch.bfloat16 and (peak := next((peak for key, peak in _PEAKS.items() if key in name), None)):
+        return peak
     return get_available_flops(device, dtype)
+
+
+_PEAKS = {"h200": 989.4e12, "h100 nvl": 835.5e12}
+"""Dense FLOP/s in bfloat16, from NVIDIA's datasheets: Lightning lacks the first, and has twice the second."""
 
 
 def _memory(trainer: L.Trainer) -> float:

@@ -24,6 +24,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend from every token to itself and to all earlier tokens of its row."""
     grouped = query.size(1) != key.size(1)
+    if grouped and query.dtype == torch.float32 and query.device.type == "cuda":
+        # there only FlashAttention takes groups, and it takes no float32; what is left would hold all scores [T, T]
+        key, value = (x.repeat_interleave(query.size(1) // key.size(1), dim=1) for x in (key, value))
+        grouped = False
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
 

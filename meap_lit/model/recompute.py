@@ -34,6 +34,8 @@ def checkpoint_and_compile(
     The forward is replaced, not the block, so that parameters keep their names. The second forward repeats the random
     state of the first, for the dropout of adapters.
     """
+    if compile:  # blocks are compiled one by one, so DDP's buckets need no cuts inside them
+        torch._dynamo.config.optimize_ddp = False
     selective = partial(create_selective_checkpoint_contexts, list(_SAVED))
     for block in blocks_of(decoder):
         if activation_checkpointing == "selective":  # inside of what is compiled: it chooses among operations

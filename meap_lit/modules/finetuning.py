@@ -28,7 +28,6 @@ class MEAPFineTuning(DecoderModule):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.register_buffer("_step_sums", torch.zeros(2), persistent=False)
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -42,6 +41,11 @@ class MEAPFineTuning(DecoderModule):
     def plain_override(self) -> str | None:
         masked = self.trainer.datamodule.duplication.mask_ratio > 0
         return "--data.duplication.mask_ratio 0" if masked else None
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        # no buffer, which bf16-true would round to three digits at every micro-batch
+        self._step_sums = torch.zeros(2, dtype=torch.float32, device=self.device)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         with self.dropout_of(batch_idx):

@@ -20,4 +20,4 @@ def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
 
 def host_number(value: float) -> Tensor:
     """Return a number as a tensor on the host; Lightning would copy a float to the device, and wait for it."""
-    return torch.tensor(float(value))
+    return torch.tensor(float(value), dtype=torch.float32)  # not bf16-true's default

@@ -64,7 +64,6 @@ class MEAPPretraining(DecoderModule):
         self.mask_token_id = mask_token_id
         self.protected: Tensor | None = None
         """Ids that are never masked, [V], bool; set when a run starts. As a buffer, it would be sent every step."""
-        self.register_buffer("_step_loss", torch.zeros(()), persistent=False)
 
     @property
     def plain_override(self) -> str | None:
@@ -92,6 +91,11 @@ class MEAPPretraining(DecoderModule):
         if self.protect_rare:
             protected |= rare_ids(data.token_counts(), self.protect_rare)
         self.protected = protected.to(self.device)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        # no buffer, which bf16-true would round to three digits at every micro-batch
+        self._step_loss = torch.zeros((), dtype=torch.float32, device=self.device)
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         input_ids, input_mask = self.mask_batch(batch, self.global_step, self.trainer.max_steps)

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
@@ -90,6 +91,18 @@ class Sharded(ModelParallelStrategy):
             (self._data_parallel_size // self._shard_size, self._shard_size, self.tensor_parallel_size),
             mesh_dim_names=("replicate", "shard", "tensor"),
         )
+        for group in self._mesh.get_all_groups():  # NCCL would give those that do not hold all ranks ten minutes
+            _set_pg_timeout(timedelta(minutes=self.timeout_minutes), group)
+
+    def model_to_device(self) -> None:
+        """Move what is not sharded, but never offloaded weights: torch would keep them and call them the GPU's."""
+        module = self.lightning_module
+        assert module is not None
+        decoder = module.decoder
+        if self.cpu_offload:
+            module.decoder = None
+        super().model_to_device()
+        module.decoder = decoder
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:

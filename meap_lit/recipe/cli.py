@@ -1,7 +1,10 @@
 """Commands on a recipe, which composes model, data, mask schedule and trainer into a run."""
 
+import atexit
 import inspect
 import re
+import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -42,7 +45,7 @@ from meap_lit.errors import NO_SPACE, UserError
 from meap_lit.files import write_file
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.modules.cpu_memory import keep_freed_memory
-from meap_lit.parallel.strategies import follow_launcher
+from meap_lit.parallel.strategies import Sharded, follow_launcher
 from meap_lit.recipe.explain import Known, causes, check_values, explain, find_user_error, input_errors, raised_by
 from meap_lit.recipe.file import recipe_words
 from meap_lit.recipe.help import help_page
@@ -245,6 +248,9 @@ class RecipeCLI:
         options["default_root_dir"] = options["default_root_dir"] or "runs"
         if self.config.ckpt_path is None:
             _refuse_requeued(Path(options["default_root_dir"]))
+        if isinstance(options["strategy"], Sharded):
+            # over NCCL Lightning would validate in inference mode, whose tensors FSDP2 could not write to in training
+            options["inference_mode"] = False
         first = options["callbacks"] or []
         try:
             if options["max_time"] is not None:
@@ -266,6 +272,14 @@ class RecipeCLI:
         Raises:
             UserError: If the disk is full.
         """
+        try:
+            self._start()
+        except BaseException:
+            # not now: Lightning kills this process when another one ends, and the error is not printed yet
+            atexit.register(_end_ranks, getattr(self.trainer.strategy.launcher, "procs", []))
+            raise
+
+    def _start(self) -> None:
         arguments = {name: self.config[name] for name in ("ckpt_path", "weights_only", *self._arguments)}
         try:
             getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **arguments)
@@ -279,6 +293,18 @@ class RecipeCLI:
                 f"cannot write into {where}: {full.strerror}; free some space or name another folder, such as "
                 f"trainer.logger.save_dir; last good checkpoint: {saved or 'none was saved yet'}"
             ) from error
+
+
+def _end_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End the ranks that this process has started; on a GPU they would wait for it, in a collective, for minutes.
+
+    Those that end by themselves, with a reason of their own, have a moment to say so.
+    """
+    deadline = time.monotonic() + 3
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()  # nothing, if it has ended
 
 
 def _long_words(words: Sequence[str]) -> list[str]:

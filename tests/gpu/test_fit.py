@@ -27,11 +27,13 @@ def weights(run):
 
 @pytest.mark.parametrize(
     ("device", "overlay"),
-    [("cpu", "fsdp"), *(pytest.param("cuda", overlay, marks=on_gpu) for overlay in ("single", "fsdp"))],
+    [("cpu", "fsdp"), *(pytest.param("cuda", overlay, marks=on_gpu) for overlay in ("single", "fsdp", "offload"))],
 )
 def test_a_resumed_run_ends_with_the_same_bits(toy_recipe, tmp_path, device, overlay):
     """With `fsdp` this saves and reads shards, over NCCL on a GPU."""
-    words = ["fit", "--config", str(toy_recipe), "--config", f"recipes/strategy/{overlay}.yaml"]
+    options = ["--trainer.strategy.cpu_offload", "true"] if overlay == "offload" else []
+    overlay = "fsdp" if overlay == "offload" else overlay
+    words = ["fit", "--config", str(toy_recipe), "--config", f"recipes/strategy/{overlay}.yaml", *options]
     words += ["--trainer.accelerator", ACCELERATORS[device], "--trainer.devices", "1", "--model.compile", "false"]
     words += ["--trainer.deterministic", "true", "--trainer.precision", "bf16-mixed"]
     words += ["--budget.max_steps", "4", "--checkpoint.every_n_steps", "2", "--budget.val_every_n_steps", "4"]

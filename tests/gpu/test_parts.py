@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.loss import measure
 from meap_lit.model import IGNORE_INDEX, DecoderConfig, Documents, linear_cross_entropy
-from meap_lit.model.attention import attention_within, packed_attention
+from meap_lit.model.attention import attention_within, causal_attention, packed_attention
 from meap_lit.model.norm import rms_norm
 from meap_lit.model.rope import apply_rope, rope_angles
 from tests.support.devices import on_devices, on_gpu, relative_error
@@ -142,3 +143,14 @@ def test_packed_rows_attend_as_document_by_document(device: str, head_dim: int, 
         for expected, by_document, ours in zip(*results.values(), strict=True):
             error, usual = ((x.double() - expected).abs().max().item() for x in (ours, by_document))
             assert error <= 4 * usual
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu)])
+def test_grouped_heads_never_hold_all_scores(device: str, dtype: torch.dtype) -> None:
+    query, key, value = (random(1, heads, 256, 64, device=device).to(dtype) for heads in (4, 2, 2))
+    expected = F.scaled_dot_product_attention(
+        *(x.double() for x in (query, key, value)), is_causal=True, enable_gqa=True
+    )
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        assert relative_error(causal_attention(query, key, value), expected) < 1e-2

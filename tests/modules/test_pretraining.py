@@ -336,6 +336,19 @@ def test_blocks_are_compiled_on_a_gpu_unless_the_recipe_says_otherwise(monkeypat
     assert len(compiled) == (TOY.num_layers if is_compiled else 0)
 
 
+def test_the_logged_loss_of_many_micro_batches_is_exact_in_bf16_true(toy_recipe, tmp_path, monkeypatch):
+    """Summed in bfloat16, 64 times 10 / 64 is 9.6."""
+    monkeypatch.setattr(
+        MEAPPretraining,
+        "_summed_loss",
+        lambda self, input_ids, labels: self.decoder(input_ids).sum() * 0 + 10 * labels.numel(),
+    )
+    words = ["--trainer.precision", "bf16-true", "--data.global_batch_size", "64", "--data.micro_batch_size", "1"]
+    words += ["--budget.max_steps", "1", "--trainer.log_every_n_steps", "1"]
+    cli = RecipeCLI.run(["fit", "--config", str(toy_recipe), *words])
+    assert cli.trainer.callback_metrics["train/loss"] == 10
+
+
 def test_a_run_that_compiles_says_so_at_its_first_step(toy_recipe, monkeypatch, caplog):
     monkeypatch.setattr(torch, "compile", lambda forward: forward)
     for words in ([], ["--model.compile", "true"]):

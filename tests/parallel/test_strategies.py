@@ -1,8 +1,11 @@
 """One recipe on any number of devices: real processes (gloo) against a single one."""
 
 import json
+import os
 import subprocess
 import sys
+from datetime import timedelta
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -186,6 +189,38 @@ def test_parts_of_many_devices_are_exported(toy_recipe, tmp_path):
     assert {*parts.names()} == {*folder.names()}
     for name in folder.names():
         assert torch.equal(parts.read(name), folder.read(name)), name
+
+
+@pytest.mark.parametrize(("overlay", "num_devices"), [("ddp", 2), ("fsdp", 2), ("fsdp_tp", 4)])
+def test_compiled_blocks_learn_the_same_on_any_devices(toy_recipe, tmp_path, overlay, num_devices):
+    """As on a GPU, where blocks are compiled by default, but without the kernels, which take a minute to build."""
+    alone = train(toy_recipe, *CLIPPED)
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+        train_forked(num_devices, toy_recipe, *CLIPPED, "--model.compile", "true", overlay=overlay)
+    assert_close(weights_of(tmp_path / "runs" / "toy" / "version_1"), alone)
+
+
+def test_sharded_weights_are_validated_without_inference_mode(toy_recipe):
+    """FSDP2 keeps buffers from one forward to the next, and could not write to those of inference mode."""
+    modes = []
+    for overlay in ("single", "fsdp"):
+        overlays = ["--config", f"recipes/strategy/{overlay}.yaml", "--trainer.devices", "1"]
+        cli = RecipeCLI("fit", ["--config", str(toy_recipe), *overlays])
+        cli.build()
+        modes.append(cli.trainer.validate_loop.inference_mode)
+    assert modes == [True, False]
+
+
+def test_all_groups_of_a_mesh_wait_as_long_as_the_recipe_says(toy_recipe, tmp_path):
+    def record(timeout, group):
+        with open(tmp_path / f"groups-{os.getpid()}", "a") as file:
+            file.write(f"{timeout / timedelta(minutes=1):g} minutes: {group.size()}\n")
+
+    options = ["--trainer.strategy.shard_size", "2", "--trainer.strategy.timeout_minutes", "7"]
+    with mock.patch("meap_lit.parallel.strategies._set_pg_timeout", record):
+        train_forked(4, toy_recipe, *MODEL, *options, "--budget.max_steps", "1", overlay="hsdp")
+    recorded = [sorted(file.read_text().splitlines()) for file in tmp_path.glob("groups-*")]
+    assert recorded == [["7 minutes: 1", "7 minutes: 2", "7 minutes: 2"]] * 4
 
 
 # ------------------------------------------------------------------------------------------------- wrong input

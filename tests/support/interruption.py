@@ -58,3 +58,12 @@ class KillWorkerAt(L.Callback):
         if batch_idx == self.batch:
             [worker, *_] = multiprocessing.active_children()
             os.kill(worker.pid, signal.SIGKILL)
+
+
+class FailOnFirstRank(L.Callback):
+    """Has the first rank fail while the others are busy, as in a collective of a GPU, which does not notice."""
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank == 0:
+            raise RuntimeError("as asked")
+        time.sleep(600)

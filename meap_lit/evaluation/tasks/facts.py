@@ -218,8 +218,9 @@ def option_scores(decoder: nn.Module, items: Sequence[Item], batch_size: int) ->
         ]
         # attention is causal, so padding on the right has no effect
         input_ids = pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True)  # [B, T]
-        row_ids, positions, targets = torch.tensor([entry[:3] for entry in read], device=device).unbind(1)  # [N]
-        hidden = decoder(input_ids.to(device))[row_ids, positions]  # [N, D]
+        hidden = decoder(input_ids.to(device))  # [B, T, D], not on `device` if the strategy keeps weights on the host
+        row_ids, positions, targets = torch.tensor([entry[:3] for entry in read], device=hidden.device).unbind(1)  # [N]
+        hidden = hidden[row_ids, positions]  # [N, D]
         log_probs = decoder.logits(hidden).float().log_softmax(dim=-1)  # type: ignore[operator]  # [N, V]
         for (*_, i, j), log_prob in zip(read, log_probs.gather(1, targets[:, None])[:, 0].tolist(), strict=True):
             scores[i][j] += log_prob
