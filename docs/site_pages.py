@@ -240,12 +240,12 @@ def recipes_page() -> Iterator[str]:
     for name in packaged.names():
         if name.endswith(".yaml"):
             text = (packaged.root() / name).read_text()
-            yield f'??? example "`{name}`: {first_line(text)}"\n'
+            yield f'??? example "`{name}`: {quoted(packaged.description(name))}"\n'
             yield "    ```yaml\n" + "".join(f"    {line}\n" for line in text.splitlines()) + "    ```\n"
 
 
-def first_line(recipe: str) -> str:
-    return next((line.lstrip("# ") for line in recipe.splitlines() if line.startswith("#")), "").replace('"', "'")
+def quoted(title: str) -> str:
+    return title.replace('"', "'")
 
 
 def python_page() -> Iterator[str]:

@@ -70,7 +70,7 @@ EXAMPLES = {
     "export": "--checkpoint runs/quickstart --output exported",
     "generate": '--checkpoint runs/quickstart --prompt "In Oslo Anna sings. Who sings in Oslo? In Oslo"',
     "evaluate": "--config recipes/eval/needle.yaml --checkpoint runs/ntp_1.1b runs/meap_1.1b",
-    "judge": "--config recipes/eval/judge.yaml --predictions evaluations/hallucination_xsum/meap",
+    "judge": "--config recipes/eval/judge.yaml --predictions evaluations/xsum/meap_1.1b",
     "report": "--runs runs --evaluations evaluations --output report",
     "recipes": "",
     "recipes copy": "recipes/quickstart.yaml recipes/eval",

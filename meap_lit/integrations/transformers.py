@@ -295,8 +295,8 @@ class MEAPFineTuningCollator(MEAPCollator):
 
     Args:
         tokenizer: Tokenizer with a mask token, see `add_mask_token`.
-        duplication: How samples are duplicated and masked. Unlike in a recipe, samples without room for a copy are
-            trained without one: a collator reads one batch at a time, and could only stop in the midst of a run.
+        duplication: How samples are duplicated and masked. If not given, samples without room for a copy are trained
+            without one, unlike in a recipe; with `no_room="stop"` the run ends at the first of them.
         seed: Seed of the masks.
         max_length: Tokens of the longest row, copy included; the context of the model (`max_position_embeddings`) if
             not given.

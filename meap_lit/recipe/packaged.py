@@ -6,9 +6,11 @@ folder takes precedence.
 
 import difflib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,14 @@ def find(path: Path) -> Path:
 def is_packaged(name: str) -> bool:
     """Return whether the package has a recipe or sample input of this name."""
     return (name.startswith("recipes/") or name in SAMPLES) and os.path.isfile(root() / name)
+
+
+def description(name: str) -> str:
+    """Return the first sentence of the comment with which a packaged recipe begins."""
+    lines = (root() / name).read_text(encoding="utf-8").splitlines()
+    comment = takewhile(lambda line: line.startswith("# ") and not line.startswith("#  "), lines)  # commands follow
+    text = " ".join(line.removeprefix("# ").strip() for line in comment)
+    return re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0]
 
 
 def nearest(name: str) -> str | None:
@@ -89,13 +99,12 @@ def replace_texts(value: Any, replacement: Callable[[str], str]) -> Any:
 
 @dataclass(kw_only=True)
 class ListRecipes:
-    """List the recipes that come with this package, each with the first line of its description."""
+    """List the recipes that come with this package, each with the first sentence of its description."""
 
     def run(self) -> None:
         for name in names():
             if name.endswith(".yaml"):
-                first, *_ = (root() / name).read_text(encoding="utf-8").splitlines()
-                print(f"{name}\n    {first.removeprefix('#').strip()}")
+                print(f"{name}\n    {description(name)}")
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,7 @@
 """Recipes that come with the package: found by name from any folder, listed, copied, and whole in a wheel."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -88,12 +89,14 @@ def test_a_text_that_only_begins_like_a_name_is_left_as_it_is(elsewhere, text):
     assert packaged.with_paths({"prompt": text}) == {"prompt": text}
 
 
-def test_recipes_are_listed_with_their_first_line(elsewhere, capsys):
+def test_recipes_are_listed_with_their_first_sentence(elsewhere, capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = dict(zip(lines[::2], lines[1::2], strict=True))
     assert set(found) == {name for name in tracked("recipes") if name.endswith(".yaml")}
-    assert all(text.startswith("    ") and len(text) > 20 for text in found.values())
+    for name, text in found.items():
+        assert re.fullmatch(r"    [A-Z0-9][^\n]*[.]", text), f"{name}: {text}"
+        assert len(text) > 12
 
 
 def test_recipes_are_copied_and_nothing_is_overwritten(elsewhere, capsys):
