@@ -30,7 +30,6 @@ Train and fine-tune decoder-only language models with Mask-Enhanced Autoregressi
 from a recipe (--config FILE, may be given several times; any value can follow as --key value):
   fit               train a model
   validate          print the clean validation loss of a checkpoint (--ckpt_path)
-  test, predict     Lightning's test and predict loops, for modules that define them
   preview           show the first rows of training as the model gets them, with masks and labels
   plan              memory and time that a recipe needs on given devices
 
@@ -80,7 +79,7 @@ EXAMPLES = {
 }
 """Options of an example of each command, for its help."""
 
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+TRAINER_COMMANDS = ("fit", "validate")
 RECIPE_COMMANDS = (*TRAINER_COMMANDS, "preview", "plan")
 
 

@@ -144,7 +144,7 @@ def test_words_of_a_newcomer_get_a_line_with_a_fix(capsys, words, message):
 
 
 def test_an_unknown_command_gets_the_list(capsys):
-    assert "choose from fit, validate, test, predict, " in complain(capsys, "frobnicate")
+    assert "choose from fit, validate, preview, " in complain(capsys, "frobnicate")
 
 
 MASKS = "mask_ratio: {class_path: meap_lit.masking.Linear, init_args: {end: 0.15}}"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -197,36 +196,22 @@ class Export(Preparation):
 
 def _write_weights(folder: Path, source: WeightSource, dtype: torch.dtype, max_bytes: int) -> list[str]:
     """Write all parameters, one file at a time, and return the names of the files."""
+    from huggingface_hub import split_state_dict_into_shards_factory  # takes half a second
+
     with torch.device("meta"):
         names = list(check_weights(Decoder(source.config), source))
-    groups = list(_groups(source, names, max_bytes // dtype.itemsize))
-    files = [_file_name(number, len(groups)) for number in range(len(groups))]
-    for file, group in zip(files, groups, strict=True):
+    split = split_state_dict_into_shards_factory(
+        {name: torch.Size(source.shape(name)).numel() * dtype.itemsize for name in names},
+        get_storage_size=lambda size: size,
+        filename_pattern=WEIGHTS_FILE.replace(".", "{suffix}."),
+        max_shard_size=max_bytes,
+    )
+    for file, group in split.filename_to_tensors.items():
         _save({hf_name(name): _cast(source.read(name), dtype, name) for name in group}, folder / file)
-    if len(files) > 1:
-        total = sum(_numel(source, name) for name in names) * dtype.itemsize
-        weight_map = {hf_name(name): file for file, group in zip(files, groups, strict=True) for name in group}
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return files
-
-
-def _groups(source: WeightSource, names: list[str], max_numel: int) -> Iterator[list[str]]:
-    """Yield the names of each file in order, of at most `max_numel` elements; a larger tensor has its own file."""
-    group: list[str] = []
-    size = 0
-    for name in names:
-        numel = _numel(source, name)
-        if group and size + numel > max_numel:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += numel
-    yield group
-
-
-def _file_name(number: int, num_files: int) -> str:
-    stem = WEIGHTS_FILE.removesuffix(".safetensors")
-    return WEIGHTS_FILE if num_files == 1 else f"{stem}-{number + 1:05}-of-{num_files:05}.safetensors"
+    if split.is_sharded:
+        weight_map = {hf_name(name): file for name, file in split.tensor_to_filename.items()}
+        _write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": weight_map})
+    return sorted(split.filename_to_tensors)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -234,10 +219,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if dtype == torch.float16 and not torch.isfinite(cast).all():
         raise UserError(f"{name} has values outside the range of float16; write --dtype bfloat16")
     return cast
-
-
-def _numel(source: WeightSource, name: str) -> int:
-    return torch.Size(source.shape(name)).numel()
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

@@ -77,8 +77,6 @@ SHORT = {"--devices": "--trainer.devices", "--nodes": "--trainer.num_nodes"}
 DESCRIPTIONS = {
     "fit": "Train the model of a recipe.",
     "validate": "Print the clean validation loss of a checkpoint.",
-    "test": "Run the test loop of a module that defines one.",
-    "predict": "Run the predict loop of a module that defines one.",
 }
 """The methods of the Trainer that are commands."""
 
