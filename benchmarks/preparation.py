@@ -68,10 +68,7 @@ def benchmark(
     with TemporaryDirectory() as place:
         documents, tokenizer = Path(place, "documents.jsonl"), Path(place, "tokenizer")
         with documents.open("w", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps({"text": text}) + "\n"
-                for text in (entry.content for entry in TextReader(files, on_error="skip"))
-            )
+            file.writelines(json.dumps({"text": entry.content}) + "\n" for entry in TextReader(files, on_error="skip"))
         tokenizer.mkdir()
         TrainTokenizer(input=[str(documents)], vocab_size=vocab_size, max_megabytes=20, output=str(tokenizer)).make(
             tokenizer

@@ -50,15 +50,19 @@ def _read(file: Path) -> bytes:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
 
 
-def parse_json(content: str | bytes, where: str, unique_keys: bool = False) -> Any:
-    """Return the value of JSON text, or of its bytes.
+class Repeated(dict[str, Any]):
+    """A JSON object in which keys are given more than once; of each it holds the last value."""
 
-    Raises:
-        UserError: If it is not valid or, with `unique_keys`, has a key twice in one object, of which the standard
-            library keeps the last. The message begins with `where`.
+    keys_repeated: set[str]
+
+
+def parse_json(content: str | bytes, where: str, mark_repeated: bool = False) -> Any:
+    """Return the value of JSON text, or of its bytes; raise `UserError` that begins with `where` if it is not valid.
+
+    With `mark_repeated` an object with a key given more than once is a `Repeated`.
     """
     try:
-        return json.loads(content, object_pairs_hook=_unique if unique_keys else None)
+        return json.loads(content, object_pairs_hook=_entries if mark_repeated else None)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise UserError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from error
@@ -67,11 +71,12 @@ def parse_json(content: str | bytes, where: str, unique_keys: bool = False) -> A
         raise UserError(f"{where}: not valid JSON ({reason})") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r:.60} is given twice in one object")
+        entries = Repeated(entries)
+        seen: set[str] = set()
+        entries.keys_repeated = {key for key, _ in pairs if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
     return entries
 
 
@@ -118,7 +123,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     folder = partial_path(output)
     for old in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
-        if old == folder or is_abandoned(old):  # a container that starts again has the same process id
+        if old == folder or is_abandoned(old):  # of an ended process that had the same id
             remove(old)
     try:
         folder.mkdir(parents=True)

@@ -35,28 +35,28 @@ class Throughput(L.Callback):
         steps = trainer.global_step - self._step
         if not ends_step(trainer, batch_idx) or steps == 0:
             return
-        if self._compiles:  # the first step is not one of many
-            self._compiles = False
-            self._start_window(trainer)
-            return
-        if not is_logged(trainer, trainer.global_step):
+        compiled, self._compiles = self._compiles, False  # in this step, whose time is that of no other
+        logged = is_logged(trainer, trainer.global_step)
+        if not (compiled or logged):
             return
         data = trainer.datamodule
         seconds = time.perf_counter() - self._start - self._excluded
-        self._train_seconds += seconds
-        self._train_steps += steps
-        rate = steps * data.tokens_per_step / seconds
-        flops = rate * pl_module.config.flops_per_token(data.mean_span, frozen=pl_module.lora is not None)
         self._start_window(trainer)
         metrics = {
             "throughput/tokens_seen": data.samples_seen * data.seq_len,
-            "throughput/tokens_per_second": rate,
-            "throughput/model_teraflops_per_second": flops / 1e12,
             "memory/gigabytes": _memory(trainer),
         }
-        if self._peak_flops:
-            metrics["throughput/mfu"] = flops / self._peak_flops
-        pl_module.log_dict({name: host_number(value) for name, value in metrics.items()})
+        if not compiled:
+            self._train_seconds += seconds
+            self._train_steps += steps
+            rate = steps * data.tokens_per_step / seconds
+            flops = rate * pl_module.config.flops_per_token(data.mean_span, frozen=pl_module.lora is not None)
+            metrics["throughput/tokens_per_second"] = rate
+            metrics["throughput/model_teraflops_per_second"] = flops / 1e12
+            if self._peak_flops:
+                metrics["throughput/mfu"] = flops / self._peak_flops
+        if logged:
+            pl_module.log_dict({name: host_number(value) for name, value in metrics.items()})
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause = time.perf_counter()
@@ -83,8 +83,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return get_available_flops(device, dtype)
 
 
-_PEAKS = {"h200": 989.4e12, "h100 nvl": 835.5e12}
-"""Dense FLOP/s in bfloat16, from NVIDIA's datasheets: Lightning lacks the first, and has twice the second."""
+_PEAKS = {"h200 nvl": 835.5e12, "h200": 989.4e12, "h100 nvl": 835.5e12}
+"""Dense FLOP/s in bfloat16, from NVIDIA's datasheets: Lightning lacks H200, and has that of two for the H100 NVL."""
 
 
 def _memory(trainer: L.Trainer) -> float:

@@ -92,6 +92,8 @@ class StreamingData(L.LightningDataModule, ABC):
             options=storage_options or {},
         )
         self.preparation = preparation or []
+        self.resumes = False
+        """Whether the run continues another one."""
         check_range("data.storage_tries", storage_tries, "[1, inf)")
         check_range("data.storage_timeout", storage_timeout, "(0, inf)", " seconds")
         if not self.datasets:
@@ -162,7 +164,7 @@ class StreamingData(L.LightningDataModule, ABC):
 
     def prepare_data(self) -> None:
         for step in self.preparation:
-            step.ensure()
+            step.ensure(check_sources=not self.resumes)  # a checkpoint refuses other datasets by their content
         hub.download(self.tokenizer_folder, "tokenizer", hub.TOKENIZER_FILES)
 
     def setup(self, stage: str) -> None:
@@ -188,9 +190,10 @@ class StreamingData(L.LightningDataModule, ABC):
         Raises:
             UserError: If those of a rank are not those of rank 0.
         """
+        first = list(found[0].values())  # a home folder may have another name on another node
         for rank, fingerprints in enumerate(found):
-            for path, fingerprint in fingerprints.items():
-                if fingerprint != found[0][path]:
+            for number, (path, fingerprint) in enumerate(fingerprints.items()):
+                if fingerprint != first[number]:
                     raise UserError(
                         f"dataset {path} on rank {rank} is not that of rank 0 (contents differ); all ranks must read "
                         f"the same, so copy it again to the node of rank {rank}"

@@ -27,11 +27,13 @@ class PretrainingData(StreamingData):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         for path in self.datasets if stage == "fit" else ():
-            share = len(self._open(path, "train")) * (self.seq_len + 1) / self.manifests[path].splits["train"].tokens
+            blocks = self._open(path, "train")
+            share = len(blocks) * (self.seq_len + 1) / self.manifests[path].splits["train"].tokens
             if share < 0.95:
+                larger = ", or prepare it with a larger --chunk_bytes" if len(blocks.chunk_sizes) > 1 else ""
                 rank_zero_info(
-                    f"dataset {path}: rows of {self.seq_len} tokens hold {share:.0%} of its tokens; the ends of its "
-                    f"chunk files fill no row (shorten data.seq_len, or prepare it with a larger --chunk_bytes)"
+                    f"dataset {path}: rows of {self.seq_len} tokens hold {share:.0%} of its tokens; the end of a chunk "
+                    f"file fills no row (shorten data.seq_len{larger})"
                 )
 
     def describe_rows(self, start: int, stop: int) -> str:

@@ -246,7 +246,7 @@ class DecoderModule(L.LightningModule, ABC):
                 f"{tokenizer.mask_token_id}, which generation and evaluation avoid; leave model.mask_token_id out"
             )
         assert self.config.vocab_size is not None
-        if not 0 <= self.mask_token_id < self.config.vocab_size:
+        if not 0 <= self.mask_token_id < self.config.vocab_size:  # a tokenizer's id is inside
             raise UserError(
                 f"model.mask_token_id {self.mask_token_id} is outside the vocabulary of {self.config.vocab_size}"
             )

@@ -216,6 +216,8 @@ class RecipeCLI:
             self.model, self.datamodule = built.model, built.data
             self.trainer = self.make_trainer(dict(vars(built.trainer)), [built[key] for key in CALLBACKS])
         check_pair(self.model, self.datamodule)
+        if isinstance(self.datamodule, StreamingData):
+            self.datamodule.resumes = config.ckpt_path is not None
         if isinstance(self.trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
 
@@ -274,7 +276,8 @@ class RecipeCLI:
             self._start()
         except BaseException:
             # not now: Lightning kills this process when another one ends, and the error is not printed yet
-            atexit.register(_end_ranks, getattr(self.trainer.strategy.launcher, "procs", []))
+            started = getattr(self.trainer.strategy.launcher, "procs", [])
+            atexit.register(_end_ranks, [process for process in started if isinstance(process, subprocess.Popen)])
             raise
 
     def _start(self) -> None:

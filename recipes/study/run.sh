@@ -50,8 +50,7 @@ export -f meap_lit evaluate pretrain tune
 each() { xargs -r -P "$JOBS" -L 1 bash -euc "$1"' "$@"' _; }
 
 # prepare the data once, so that runs that start together do not all prepare it
-# shellcheck disable=SC2086 # several options
-meap_lit fit --config "recipes/study/$SIZE.yaml" $OPTIONS --budget.max_steps 1 --trainer.logger.save_dir runs/data_of_study
+meap_lit fit --config "recipes/study/$SIZE.yaml" --budget.max_steps 1 --trainer.logger.save_dir runs/data_of_study
 for seed in $SEEDS; do for arm in $ARMS; do echo "$arm $seed"; done; done | each pretrain
 for seed in $SEEDS; do for arm in $TUNED; do for way in ntp concat separate; do echo "$way $arm $seed"; done; done; done |
     each tune

@@ -24,6 +24,7 @@ from textwrap import shorten
 
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.read.find import find_files
+from meap_lit.data.read.formats import InputFile
 from meap_lit.data.read.readers import read_texts
 from meap_lit.errors import UserError, check_range
 
@@ -167,9 +168,8 @@ class FactCorpus(Preparation):
     filler: str | None = None
     num_files: int = 4
 
-    @property
-    def sources(self) -> list[str]:
-        return [] if self.filler is None else [self.filler]
+    def source_files(self) -> Sequence[InputFile]:
+        return [] if self.filler is None else find_files([self.filler])
 
     def make(self, folder: Path) -> str:
         for name in ("num_documents", "num_mentions", "num_files"):
@@ -228,9 +228,8 @@ class FactInstructions(Preparation):
     seed: int = 0
     filler: str | None = None
 
-    @property
-    def sources(self) -> list[str]:
-        return [] if self.filler is None else [self.filler]
+    def source_files(self) -> Sequence[InputFile]:
+        return [] if self.filler is None else find_files([self.filler])
 
     def make(self, folder: Path) -> str:
         check_range("num_records", self.num_records, "[1, inf)")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import site
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from meap_lit.data.prepare.splits import draw
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.read.find import find_files
+from meap_lit.data.read.formats import InputFile
 from meap_lit.data.read.readers import read_texts
 from meap_lit.errors import UserError, check_range
 from meap_lit.files import parse_bytes
@@ -48,9 +49,8 @@ class PythonText(Preparation):
     held_out_share: float = 0.05
     max_bytes: str = "1GB"
 
-    @property
-    def sources(self) -> list[str]:
-        return self.prose
+    def source_files(self) -> Sequence[InputFile]:
+        return find_files(self.prose) if self.prose else []
 
     def make(self, folder: Path) -> str:
         check_range("held_out_share", self.held_out_share, "(0, 1)", "; write 0.05 for 5%")

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
 from meap_lit.data.read.conversations import Conversation, to_conversation
 from meap_lit.data.read.find import Input, find_input
-from meap_lit.data.read.formats import RECORD_FORMATS, Entry
+from meap_lit.data.read.formats import RECORD_FORMATS, Entry, InputFile
 from meap_lit.data.read.readers import InputPart, RecordReader, check_text
 from meap_lit.data.store.manifest import ChatDetails
 from meap_lit.data.store.writers import ChatWriter
@@ -49,9 +50,9 @@ class PrepareChat(PrepareDataset):
     max_tokens: int | None = None
     on_long: Literal["stop", "drop", "truncate"] = "stop"
 
-    @property
-    def sources(self) -> list[str]:
-        return [*self.input, *([self.template] if self.template.endswith(".jinja") else [])]
+    def source_files(self) -> Sequence[InputFile]:
+        template = [Path(self.template)] if self.template.endswith(".jinja") else []
+        return [*find_input(self.input, formats=RECORD_FORMATS).files, *template]
 
     def new_encoder(self, tokenizer: Tokenizer) -> "ChatEncoder":
         check_range("max_tokens", self.max_tokens, "[1, inf)")

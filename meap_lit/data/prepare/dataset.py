@@ -131,10 +131,6 @@ class PrepareDataset(Preparation, ABC):
     shard: str | None = None
     num_workers: int | None = field(default=None, compare=False)
 
-    @property
-    def sources(self) -> list[str]:
-        return self.input
-
     @abstractmethod
     def new_encoder(self, tokenizer: Tokenizer) -> Encoder:
         """Return the encoder that all workers use."""

@@ -53,10 +53,6 @@ class MergeParts(Preparation):
 
     input: list[str]
 
-    @property
-    def sources(self) -> list[str]:
-        return self.input
-
     def make(self, folder: Path) -> str:
         started = time.perf_counter()
         parts = _all_of_them(_load(_find_folders(self.input)))

@@ -67,8 +67,8 @@ class SplitWriter:
                     f"into several (files, or lines of a .jsonl), or set val_share to 0 for no validation split"
                 )
             raise UserError(
-                f"no document is left to train on: the validation split took {count} of {count}; "
-                f"lower val_share, got {self._val_share:g}, or set it to 0 for no validation split"
+                f"no document is left to train on: the validation split took {count} of {count}, since copies stay "
+                f"together; lower val_share, got {self._val_share:g}, or set it to 0 for no validation split"
             )
         return {name: writer.close() for name, writer in self._writers.items()}
 

@@ -11,13 +11,15 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from meap_lit.data.read.find import RECORD_FILE, find_all, size_of
+from meap_lit.data.read.find import RECORD_FILE, size_of
+from meap_lit.data.read.formats import InputFile
 from meap_lit.errors import UserError
 from meap_lit.files import new_folder, read_json
 
@@ -38,9 +40,12 @@ class Preparation(ABC):
     def __post_init__(self) -> None:
         self.output = os.path.expanduser(self.output)  # no shell does so in a recipe, or after --output=
 
-    @property
-    def sources(self) -> list[str]:
-        """Paths, patterns and addresses of what the step reads, except a tokenizer, which datasets know by its ids."""
+    def source_files(self) -> Sequence[InputFile]:
+        """Return the files that the step reads, except a tokenizer, which a dataset knows by its ids.
+
+        Raises:
+            UserError: If a source is not there, as after its removal.
+        """
         return []
 
     @abstractmethod
@@ -51,14 +56,22 @@ class Preparation(ABC):
         """Make `output`; raise `UserError` if it exists already, without touching it."""
         if Path(self.output).exists():
             raise UserError(f"output folder {self.output} exists already; remove it or name another --output")
+        record = {**self._record(), "sources": self._stamp()}  # before: files may come while they are read
         with new_folder(Path(self.output)) as folder:
             summary = self.make(folder)
-            (folder / RECORD_FILE).write_text(json.dumps(self._record(), indent=2) + "\n")
+            (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
         if summary:
             print(summary)
 
-    def ensure(self) -> None:
-        """Make `output` unless this very step made it before; raise `UserError` if it was made otherwise."""
+    def ensure(self, check_sources: bool = True) -> None:
+        """Make `output` unless this very step made it before.
+
+        Args:
+            check_sources: Refuse a folder that was made of other files than there are now.
+
+        Raises:
+            UserError: If it was made otherwise.
+        """
         output = Path(self.output)
         if not output.exists():
             try:
@@ -83,12 +96,12 @@ class Preparation(ABC):
                     f"folder {output} was made with {name} = {before!r}, the recipe says {value!r}; "
                     f"remove the folder or name another output"
                 )
-        for source, stamp in now["sources"].items():
-            if was.get("sources", {}).get(source, stamp) != stamp:
-                raise UserError(
-                    f"folder {output} was made when {source} had other content; remove {output} to make it again, or "
-                    f"take the step out of the recipe to use it as it is"
-                )
+        before, stamp = was.get("sources"), self._stamp() if check_sources else None
+        if before is not None and stamp not in (None, before):
+            raise UserError(
+                f"folder {output} was made of other files than its sources hold now; remove it to make it again, or "
+                f"use it as it is with --data.preparation null"
+            )
 
     def _record(self) -> dict[str, Any]:
         names = [f.name for f in dataclasses.fields(self) if f.compare and f.name != "output"]
@@ -96,26 +109,17 @@ class Preparation(ABC):
         return {
             "step": self.recorded_as or type(self).__name__,
             "arguments": json.loads(json.dumps(arguments)),
-            "sources": {name: stamp for name in self.sources if (stamp := _stamp(name)) is not None},
         }
 
-
-def _stamp(source: str) -> str | None:
-    """Return a hash that changes when another step makes `source` anew, or a file in it gets another size.
-
-    None if it is remote or no longer there.
-    """
-    if "://" in source:
-        return None
-    path = Path(source).expanduser()
-    made = next((folder for folder in (path, *path.parents) if (folder / RECORD_FILE).is_file()), None)
-    if made is not None:
-        return hashlib.sha256((made / RECORD_FILE).read_bytes()).hexdigest()[:16]
-    try:
-        files = sorted((str(file), size_of(file)) for file in find_all(source))
-    except UserError:
-        return None
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+    def _stamp(self) -> str | None:
+        """Return a hash of the names and sizes of the files that the step reads; None if one cannot be found."""
+        output = Path(self.output).absolute()
+        try:
+            files = [file for file in self.source_files() if output not in Path(str(file)).absolute().parents]
+            sizes = sorted((file.name, size_of(file)) for file in files)
+        except UserError:
+            return None
+        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
 
 def _read_record(file: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from meap_lit.data.prepare.dataset import EncodedBatch, Encoder, PrepareDataset
 from meap_lit.data.read.find import Input, find_input
-from meap_lit.data.read.formats import Entry
+from meap_lit.data.read.formats import Entry, InputFile
 from meap_lit.data.read.readers import InputPart, TextReader
 from meap_lit.data.store.writers import TokenWriter
 from meap_lit.errors import UserError
@@ -37,6 +37,9 @@ class PrepareText(PrepareDataset):
 
     text_field: str = "text"
     suffixes: list[str] | None = None
+
+    def source_files(self) -> Sequence[InputFile]:
+        return find_input(self.input, self.suffixes).files
 
     def new_encoder(self, tokenizer: Tokenizer) -> "TextEncoder":
         return TextEncoder(tokenizer, self.on_error)

@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer, as a preparation step."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.read.find import find_input
+from meap_lit.data.read.formats import InputFile
 from meap_lit.data.read.readers import TextReader
 from meap_lit.errors import UserError, check_range
 from meap_lit.tokenizer.tokenizer import END_OF_TEXT, MASK_TOKEN, Tokenizer
@@ -38,9 +39,8 @@ class TrainTokenizer(Preparation):
     max_megabytes: float | None = None
     on_error: Literal["stop", "skip"] = "stop"
 
-    @property
-    def sources(self) -> list[str]:
-        return self.input
+    def source_files(self) -> Sequence[InputFile]:
+        return find_input(self.input, self.suffixes).files
 
     def make(self, folder: Path) -> str:
         special = [END_OF_TEXT, MASK_TOKEN]

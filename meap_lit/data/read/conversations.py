@@ -66,6 +66,7 @@ _METADATA = {
     *("timestamp", "time", "date", "created_at", "create_time", "language", "lang", "country", "state", "score"),
     *("rating", "num_tokens", "token_count", "tokens", "hashed_ip", "header", "redacted", "toxic", "markdown"),
 }
+_OF_PART = ("type", "text", "annotations", "cache_control", "citations")
 # of a record; each would change the text
 _REFUSED_FIELDS = (
     *("documents", "chat_template", "chat_template_kwargs"),
@@ -102,11 +103,10 @@ def to_conversation(record: Mapping[str, Any], system: str | None = None) -> Con
     for name in (*_REFUSED_FIELDS, *(() if "instruction" in fields else ("history",))):
         if fields.get(name):
             raise UserError(f"field {name!r} would change the text, and is not read here; remove it")
-    for name in (*_WEIGHTS, *(("label",) if "prompt" in fields else ())):
-        if isinstance(fields.get(name), (bool, int, float)) and not fields[name]:  # TRL's label: the answer is bad
-            raise UserError(
-                f"field {name!r} is {fields[name]}: the record is not to be learned; remove it from the data"
-            )
+    for name, value in fields.items():
+        is_unwanted = name in _WEIGHTS and isinstance(value, (int, float)) and not value
+        if is_unwanted or (name == "label" and value is False and "prompt" in fields):  # of TRL: a bad answer
+            raise UserError(f"field {name!r} is {value}: the record is not to be learned; remove it from the data")
     trained = trained or [message["role"] == "assistant" for message in messages]
     before = _system_messages(fields, messages, system)
     messages, trained = before + messages, [False] * len(before) + trained
@@ -209,7 +209,7 @@ def _text(where: str, value: Any) -> str:
         if isinstance(part, Mapping) and part.get("type", "text") != "text":
             raise UserError(f"{place} is of type {_short(part['type'])}; only parts of type 'text' are read")
         for key in part if isinstance(part, Mapping) else ():
-            if key not in ("type", "text", *_METADATA) and part[key]:
+            if key not in (*_OF_PART, *_METADATA) and part[key]:
                 raise UserError(f"{place}.{key} is not known, and may change what is learned; remove it")
         texts.append(check_text(place, part.get("text") if isinstance(part, Mapping) else part))
     return "".join(texts)

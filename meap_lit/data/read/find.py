@@ -74,12 +74,6 @@ def find_input(
     return Input(sorted(found.values(), key=str), endings, taken if formats is FORMATS else None)
 
 
-def find_all(name: str) -> list[InputFile]:
-    """Return all files of a local path or pattern, whatever their endings; raise `UserError` if it names nothing."""
-    named, inside = _find_local(name)
-    return named + inside
-
-
 def _identity(file: InputFile) -> str:
     """Return a name that a file has alone, whatever links lead to it."""
     return os.path.realpath(file) if isinstance(file, Path) else str(file)

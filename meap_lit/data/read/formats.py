@@ -96,7 +96,7 @@ def _read_json(path: InputFile, file: IO[bytes], span: Span, column: str | None)
     """Yield the objects of an array, or one object."""
     raw, name = file.read(), str(path)
     try:
-        content = parse_json(decode(raw, name), name, unique_keys=True)
+        content = parse_json(decode(raw, name), name, mark_repeated=True)
     except UserError as error:
         yield Entry(len(raw), name, error, ends_file=True)
         return
@@ -210,7 +210,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         text = "\0"
     if "\0" in text:
         raise UserError(f"{where}: {why_no_text(line)}")
-    return check_object(parse_json(text, where, unique_keys=True), where)
+    return check_object(parse_json(text, where, mark_repeated=True), where)
 
 
 def _row_groups(metadata: Any, size: int, span: Span) -> tuple[int, list[int]]:

@@ -19,6 +19,7 @@ from meap_lit.data.read.formats import (
     read_file,
 )
 from meap_lit.errors import UserError
+from meap_lit.files import Repeated
 
 Item = TypeVar("Item")
 
@@ -159,6 +160,8 @@ class TextReader(Reader[Entry]):
         if self.text_field not in entry.content:
             only = ", ".join(map(repr, entry.content)) or "an empty object"
             raise UserError(f"{entry.where}: no field {self.text_field!r}, only {only}")
+        if isinstance(entry.content, Repeated) and self.text_field in entry.content.keys_repeated:
+            raise UserError(f"{entry.where}: field {self.text_field!r} is given more than once")
         try:
             return entry._replace(content=check_text(self.text_field, entry.content[self.text_field]))
         except UserError as error:
@@ -176,7 +179,17 @@ class RecordReader(Reader[Entry]):
     formats = RECORD_FORMATS
 
     def convert(self, entry: Entry) -> Entry:
+        if keys := _repeated(entry.content):
+            raise UserError(f"{entry.where}: key {min(keys)!r} is given more than once in an object")
         return entry
+
+
+def _repeated(value: Any) -> set[str]:
+    """Return the keys that are given more than once in an object of nested JSON."""
+    if isinstance(value, Repeated):
+        return value.keys_repeated
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((keys for part in parts if (keys := _repeated(part))), set())
 
 
 def check_text(name: str, text: Any) -> str:

@@ -98,7 +98,7 @@ def test_ensure_runs_once_and_compares(tmp_path, capsys):
         Write(output=str(tmp_path / "foreign"), text="hello").ensure()
 
 
-def test_what_is_made_of_a_source_that_changed_is_refused_down_the_chain(tmp_path, tokenizer_folder):
+def test_what_is_made_of_a_source_that_changed_is_refused_down_the_chain(tmp_path):
     corpus, made, dataset = (str(tmp_path / name) for name in ("corpus", "tokenizer", "dataset"))
 
     def steps(num_documents):
@@ -116,7 +116,10 @@ def test_what_is_made_of_a_source_that_changed_is_refused_down_the_chain(tmp_pat
     first, *others = steps(30)
     first.ensure()
     for step in others:
-        message = rf"^folder {step.output} was made when {corpus}\S* had other content; remove {step.output} to make"
+        step.ensure(check_sources=False)
+        message = (
+            rf"^folder {step.output} was made of other files than its sources hold now; remove it to make it again"
+        )
         with pytest.raises(UserError, match=message):
             step.ensure()
         shutil.rmtree(step.output)
@@ -128,20 +131,46 @@ def test_files_of_the_user_that_change_are_noticed_and_those_that_go_are_not_nee
     source.mkdir()
     (source / "a.txt").write_text("one")
     (source / "b.txt").write_text("two")
-    step = PrepareText(output=str(tmp_path / "out"), input=[str(source)], tokenizer=tokenizer_folder, num_workers=1)
+    options = {"tokenizer": tokenizer_folder, "num_workers": 1}
+    step = PrepareText(output=str(source / "out"), input=[str(source)], **options)  # inside of what it reads
     step.ensure()
+    (source / "notes.pdf").write_text("not read")
     step.ensure()
     (source / "c.txt").write_text("three")
-    with pytest.raises(UserError, match=f"was made when {source} had other content"):
+    with pytest.raises(UserError, match=f"^folder {source / 'out'} was made of other files"):
         step.ensure()
-    shutil.rmtree(source)
-    step.ensure()
-    record = tmp_path / "out" / "preparation.json"
+    record = source / "out" / "preparation.json"
     before = json.loads(record.read_text())
     record.write_text(json.dumps({name: before[name] for name in ("step", "arguments")}))  # of version 0.1
-    source.mkdir()
-    (source / "d.txt").write_text("four")
     step.ensure()
+    record.write_text(json.dumps(before))
+    moved = tmp_path / "moved"
+    source.rename(moved)
+    (moved / "c.txt").unlink()
+    for paths in ([str(moved)], [f"{moved}/*.txt"]):
+        assert PrepareText(output=str(moved / "out"), input=paths, **options)._stamp() == before["sources"]
+    for file in moved.glob("*.txt"):
+        file.unlink()
+    assert PrepareText(output=str(moved / "out"), input=[str(moved)], **options)._stamp() is None
+
+
+def test_a_file_that_comes_while_others_are_read_is_noticed(tmp_path, tokenizer_folder):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.txt").write_text("one")
+
+    class Slow(PrepareText):
+        recorded_as = "PrepareText"
+
+        def make(self, folder):
+            summary = super().make(folder)
+            (source / "b.txt").write_text("two")
+            return summary
+
+    options = {"input": [str(source)], "tokenizer": tokenizer_folder, "val_share": 0, "num_workers": 1}
+    Slow(output=str(tmp_path / "out"), **options).ensure()
+    with pytest.raises(UserError, match="was made of other files"):
+        PrepareText(output=str(tmp_path / "out"), **options).ensure()
 
 
 def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch):

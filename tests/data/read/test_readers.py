@@ -360,11 +360,23 @@ def test_zstandard_with_a_long_window(tmp_path):
     assert read(file) == ["text"]
 
 
-@pytest.mark.parametrize("line", [b'{"text": "a", "text": "b"}', b'{"text": "a", "meta": {"k": 1, "k": 2}}'])
-def test_a_key_given_twice_is_refused(tmp_path, line):
-    file = write(tmp_path / "d.jsonl", jsonl("before") + line + b"\n")
-    with pytest.raises(UserError, match=r"line 2: not valid JSON \(key '(text|k)' is given twice in one object\)"):
+def test_a_field_given_twice_is_refused_where_it_counts(tmp_path):
+    metadata = b'{"text": "a", "id": 1, "id": 2, "meta": {"k": 1, "k": 2}}\n'
+    twice = b'{"text": "a", "text": "b"}\n'
+    file = write(tmp_path / "d.jsonl", metadata + twice + jsonl("after"))
+    with pytest.raises(UserError, match=r"line 2: field 'text' is given more than once; use"):
         read(file)
+    assert read(file, on_error="skip") == ["a", "after"]
+
+
+def test_a_record_with_a_key_given_twice_is_refused_alone(tmp_path):
+    twice = '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    file = write(tmp_path / "d.json", f'[{{"prompt": "x"}}, {twice}, {{"prompt": "y"}}]'.encode())
+    with pytest.raises(UserError, match=r"element 2: key 'content' is given more than once in an object"):
+        list(RecordReader([file]))
+    reader = RecordReader([file], on_error="skip")
+    assert [entry.content for entry in reader] == [{"prompt": "x"}, {"prompt": "y"}]
+    assert (reader.num_skipped, reader.cut) == (1, [])
 
 
 def test_parquet_rows_and_columns(tmp_path):
