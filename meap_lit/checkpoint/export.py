@@ -21,6 +21,7 @@ from meap_lit.hf.config import family, hf_name, write_config
 from meap_lit.hf.folder import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE
 from meap_lit.hf.weights import WeightSource, check_weights
 from meap_lit.hub import check_push, is_pinned, push
+from meap_lit.model.config import DecoderConfig
 from meap_lit.model.decoder import Decoder
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -116,7 +117,9 @@ class Export(Preparation):
         content = write_config(source.config, model_type, dtype, source.positions)
         _write_json(folder / CONFIG_FILE, content | special)
         _write_json(folder / GENERATION_FILE, generation)
-        is_known = tokenizer.mask_token_id < (source.config.vocab_size or 0)
+        # no run of ours has used a mask token that was added in memory to the tokenizer of a Hugging Face folder
+        is_ours = isinstance(source, CheckpointSource) or not tokenizer.mask_is_new
+        is_known = is_ours and tokenizer.mask_token_id < (source.config.vocab_size or 0)
         if is_unused or is_known:
             tokenizer.save(folder, with_mask=not is_unused)
         else:  # the model has no row for the mask token: copy the tokenizer as it is
@@ -154,6 +157,7 @@ class Export(Preparation):
                 f"{source.path} has adapters for a model that no other folder holds; leave out --adapter_only"
             )
         _refuse_other_training(source)
+        _refuse_other_context(source.config, source.base.config)
         assert source.init_from is not None
         from_hub = is_pinned(source.init_from)
         adapters = {_peft_name(name): tensor.to(dtype) for name, tensor in source.adapters().items()}
@@ -260,6 +264,16 @@ def _refuse_other_training(source: CheckpointSource) -> None:
         if not torch.equal(stored, source.read_base(name).to(stored.dtype)):
             raise UserError(
                 f"{source.path} has trained all of {name}, which adapters do not hold; leave out --adapter_only"
+            )
+
+
+def _refuse_other_context(config: DecoderConfig, base: DecoderConfig) -> None:
+    """Raise `UserError` if the run changed the rotary embedding, which a folder of adapters cannot say."""
+    for name in ("rope_theta", "rope_scaling"):
+        if getattr(config, name) != getattr(base, name):
+            raise UserError(
+                f"the run has {name} {getattr(config, name)} and the model of its adapters {getattr(base, name)} "
+                f"(model.context), which adapters do not hold; leave out --adapter_only"
             )
 
 

@@ -220,7 +220,7 @@ class CheckpointSource(WeightSource):
         if name not in (EMBEDDING, HEAD):
             return weight
         rows = torch.empty(self.shape(name))
-        copy_rows(rows, weight, self.first_new_token)
+        copy_rows(rows, weight[: len(rows)], self.first_new_token)  # the base may have a row for a mask token
         return rows
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -140,19 +140,20 @@ class MEAPCollator(TrainerCallback, ABC):
         )
         self.seed = seed
         self.is_callback = False
+        self._is_training = torch.zeros((), dtype=torch.int64).share_memory_()
+        """1 between the beginning and the end of training, in memory that dataloader workers share."""
 
     @abstractmethod
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return the batch of some rows of the dataset."""
 
     def _sample_ids(self, rows: Sequence[Row]) -> list[int]:
-        """Return the ids of training rows; none of evaluation rows."""
-        ids = [int(row[SAMPLE_ID]) for row in rows] if SAMPLE_ID in rows[0] else []
-        if ids and not self.is_callback:
+        """Return the ids of rows, in training; none of evaluation rows, or outside of it."""
+        if not self.is_callback:  # the trainer has removed the ids then, unless it was told not to
             raise UserError(
                 f"pass the {type(self).__name__} to the trainer twice: data_collator=meap, callbacks=[meap]"
             )
-        return ids
+        return [int(row[SAMPLE_ID]) for row in rows] if SAMPLE_ID in rows[0] and self._is_training else []
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.is_callback = True
@@ -174,6 +175,7 @@ class MEAPCollator(TrainerCallback, ABC):
                 f"call add_mask_token(model, tokenizer) before the trainer is made"
             )
         self.on_train_end(args, state, control, model)  # of an interrupted run, with whatever collator
+        self._is_training.fill_(1)
         _HOOKS[model] = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def on_train_end(
@@ -184,6 +186,7 @@ class MEAPCollator(TrainerCallback, ABC):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        self._is_training.fill_(0)
         if model is not None and model in _HOOKS:
             _HOOKS.pop(model).remove()
 
@@ -287,7 +290,7 @@ class MEAPFineTuningCollator(MEAPCollator):
     read, so masks do not depend on workers, batch size, accumulation or devices, and a resume continues with them.
     Rows that a sampler repeats to fill the last batch of an epoch have the same masks twice.
 
-    A row with a `sample_id` gets a copy; an evaluation set must have no such column.
+    A row with a `sample_id` gets a copy in training; an evaluation set must have no such column.
 
     What is learned of a row follows from `answers` ([A, 3] int: start, stop, end; see `duplication.Answer`), or from
     `labels`: every run of labels is an answer, and special tokens at its end close it, so they are learned but never

@@ -13,6 +13,7 @@ from typing import Self
 from jsonargparse import Namespace
 
 from meap_lit.callbacks import Budget
+from meap_lit.callbacks.budget import check_trainer
 from meap_lit.checkpoint.source import open_source
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.data.finetuning import FineTuningData
@@ -27,7 +28,7 @@ from meap_lit.modules.base import DecoderModule, with_vocabulary
 from meap_lit.planning.devices import Devices, devices_of, precision
 from meap_lit.planning.memory import Memory, Step, memory_of, parameters_of
 from meap_lit.planning.remedies import smallest_changes
-from meap_lit.recipe.cli import KEYS, RecipeCLI
+from meap_lit.recipe.cli import KEYS, RecipeCLI, check_pair
 from meap_lit.recipe.parser import Parser
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -89,7 +90,9 @@ class PlanCLI(RecipeCLI):
     def build(self) -> None:
         """Build the recipe's model, data and budget, none of which reads anything yet; no Trainer."""
         recipe = self.config
+        check_trainer(recipe.trainer.as_dict())
         parts = self.parser.instantiate(Namespace(model=recipe.model, data=recipe.data, budget=recipe.budget))
+        check_pair(parts.model, parts.data)
         hardware = Hardware(**{f.name: recipe[f.name] for f in dataclasses.fields(Hardware)})
         self.plan = Plan.of(parts.model, parts.data, parts.budget, recipe.trainer, hardware)
 
@@ -149,6 +152,12 @@ class Plan:
             data.setup("fit")
         elif step.packed:
             notes.append("the dataset is not prepared: attention is counted over whole rows")
+        longest = data.longest_input if prepared or not step.packed else 0
+        if longest > decoder.max_seq_len:
+            raise UserError(
+                f"the longest input of the data, {longest} tokens (data.seq_len {data.seq_len}), is longer than the "
+                f"model's context, {decoder.max_seq_len} tokens; shorten the one or raise the other"
+            )
         num_steps = budget.steps(data) if prepared or budget.max_epochs is None else None
         span = data.mean_span if prepared or not step.packed else data.seq_len
         per_token = decoder.flops_per_token(span, frozen=module.lora is not None)

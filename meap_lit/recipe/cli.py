@@ -144,7 +144,7 @@ class RecipeCLI:
         parser.add_argument(
             "--weights_only", type=bool | None, default=None, help="A checkpoint never runs code; false is refused."
         )
-        parser.add_argument("--seed_everything", type=bool | int, default=0, help="Seed; true draws one.")
+        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of weights, order and masks.")
         parser.add_argument(
             "--base", type=str | None, default=None, help="Recipe that this one starts from, relative to its folder."
         )
@@ -195,10 +195,7 @@ class RecipeCLI:
             UserError: If a value is wrong, or the parts do not fit.
         """
         config = self.config
-        if config.seed_everything is not False:
-            config.seed_everything = L.seed_everything(
-                None if config.seed_everything is True else config.seed_everything, workers=True
-            )
+        L.seed_everything(config.seed_everything, workers=True)
         config.base = None  # it is part of the resolved recipe now
         if config.weights_only is False:
             raise UserError("weights_only false would run code from a checkpoint, which is never done; leave it out")

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from meap_lit.callbacks import Budget, RetrievalProbe
@@ -58,7 +59,8 @@ class Arm:
         """
         if self.origin is not None and self.kind == "pretraining" and not self.origin.is_plain:
             return False
-        return not self.recipe.get(self.ratio_key)  # 0 or nothing; a schedule masks
+        # 0 or nothing; a schedule masks
+        return not (self.recipe.get(self.ratio_key) or self.recipe.get(_BEFORE + self.ratio_key))
 
     @property
     def ratio_key(self) -> str:
@@ -165,7 +167,7 @@ def _find_arms(runs: Sequence[Run]) -> list[Arm]:
         """Return the arm of a run, and its seed, after the seed of the run that it started from if that differs."""
         if run.path in found:
             return found[run.path]
-        recipe, seed, origin = recipe_of(run), str(run.seed), None
+        recipe, seed, origin = _recipe(run), str(run.seed), None
         identity = dict(recipe)
         start = _origin(run, runs)
         if start is not None:
@@ -200,16 +202,40 @@ def _origin(run: Run, runs: Sequence[Run]) -> Run | None:
     return next(reversed(around or below), None)
 
 
-def recipe_of(run: Run) -> dict[str, Any]:
-    """Return the values of a recipe that decide the result, by dotted key, without seeds and nulls."""
+_BEFORE = "before "
+"""In front of the key of a value that an earlier part of a resumed run had, where the last part has another."""
+
+
+def _recipe(run: Run) -> dict[str, Any]:
+    """Return the recipe of a run, and what earlier parts had instead; how long a part was to last does not count."""
+    recipe = recipe_of(run.config, run.datasets)
+    before: dict[str, Any] = {}
+    for config in run.earlier:
+        earlier = recipe_of(config, run.datasets)
+        keys = [key for key in {**recipe, **earlier} if not key.startswith(("budget.", "model.init_from"))]
+        before |= {_BEFORE + key: earlier.get(key, 0) for key in keys if earlier.get(key) != recipe.get(key)}
+    return recipe | before
+
+
+def recipe_of(config: Mapping[str, Any], fingerprints: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """Return the values of a recipe that decide the result, by dotted key, without seeds and nulls.
+
+    Datasets are named by the last part of their path and their content, which includes the tokenizer.
+    """
     values: dict[str, Any] = {}
     for part, kind in _PARTS.items():
         found: dict[str, Any] = {}
-        _flatten(part, run.config.get(part), found)
+        _flatten(part, config.get(part), found)
         ignored = {f"{part}.{name}" for one in (kind, *kind.__subclasses__()) for name in one.incidental}
         values |= {key: value for key, value in found.items() if ".".join(key.split(".")[:2]) not in ignored}
     for name in TRAINER_OPTIONS:
-        _flatten(f"trainer.{name}", run.config["trainer"].get(name), values)
+        _flatten(f"trainer.{name}", config["trainer"].get(name), values)
+    datasets = values.get("data.datasets", {})
+    datasets = {datasets: 1} if isinstance(datasets, str) else datasets
+    if datasets and all(path in fingerprints for path in datasets):
+        named = {f"{Path(path).name} ({fingerprints[path][:8]})": weight for path, weight in datasets.items()}
+        values["data.datasets"] = named if len(named) > 1 else next(iter(named))
+        values.pop("data.tokenizer", None)
     return values
 
 

@@ -12,7 +12,7 @@ import yaml
 from meap_lit.errors import UserError
 from meap_lit.evaluation.attention.masked import STATISTICS
 from meap_lit.evaluation.statistics import Difference, t_interval
-from meap_lit.report.arms import Arm, Study
+from meap_lit.report.arms import Arm, Study, describe
 from meap_lit.report.blocks import Block, Heading, Paragraph, Table
 from meap_lit.report.evaluations import Evaluations
 from meap_lit.report.measures import Results, Score, in_words
@@ -106,13 +106,21 @@ def find(claims: Claims, studies: Sequence[Study], evaluations: Evaluations) -> 
     findings = []
     for claim in claims.claims:
         found = [
-            Finding(claim.claim, study.title, claim.paper, *tested)
+            Finding(claim.claim, study.title, claim.paper, ours + _other_differences(arm), difference, said)
             for study in studies
             if study.kind == claim.kind and (arm := study.at_ratio(claims.mask_ratios.get(claim.kind))) is not None
-            for tested in TESTS[claim.test](Case(claims, claim, study, arm, evaluations))
+            for ours, difference, said in TESTS[claim.test](Case(claims, claim, study, arm, evaluations))
         ]
         findings += found or [Finding(claim.claim, "", claim.paper, "", "", NOT_TESTED)]
     return findings
+
+
+def _other_differences(arm: Arm) -> str:
+    """Return a note on the options of an arm that differ from its baseline, apart from those of masks and copies."""
+    values = arm.differs_from(arm.baseline or arm)
+    about_masks = (arm.ratio_key, "data.duplication", "model.span_len", "model.mask_", "model.protect")
+    others = {key: value for key, value in values.items() if not key.startswith(about_masks)}
+    return f" (also differs in {describe(others)})" if others else ""
 
 
 def count(findings: Sequence[Finding]) -> dict[str, int]:
@@ -172,8 +180,16 @@ def _score(case: Case) -> Iterator[Tested]:
             yield (
                 f"{name}{note}: {before} to {after}",
                 in_words(change, score.digits),
-                verdict(change, case.claim.margin),
+                verdict(_for_the_better(change, score), case.claim.margin),
             )
+
+
+def _for_the_better(change: Difference, score: Score) -> Difference:
+    """Return a change of the headline metric such that it is above 0 if the arm is better."""
+    is_headline = score.metric in (None, score.result.headline)
+    if score.result.task.higher_is_better or not is_headline:
+        return change
+    return change._replace(value=-change.value, low=-change.high, high=-change.low)
 
 
 def _attention(case: Case) -> Iterator[Tested]:
@@ -195,7 +211,7 @@ def _mask_ratio(case: Case) -> Iterator[Tested]:
         found = [(other, score.change(case.arm, other)) for other in case.study.rivals(case.arm)]
         changes = [(other, change) for other, change in found if change is not None]
         if len(changes) > 1:
-            worst = min((change for _, change in changes), key=lambda change: change.low)
+            worst = min((_for_the_better(change, score) for _, change in changes), key=lambda change: change.low)
             texts = [f"against P = {other.ratio:g} {in_words(change, 2)}" for other, change in changes]
             yield name, "; ".join(texts), verdict(worst)
 

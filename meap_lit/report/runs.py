@@ -38,6 +38,7 @@ class Run:
         decoder: Configuration of the model.
         datasets: Fingerprint of each dataset by its path.
         summaries: Content of the summary.json of each part, the first part first; empty if it left none.
+        earlier: Content of config.yaml of the parts before the last.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Run:
     decoder: dict[str, Any]
     datasets: dict[str, str]
     summaries: tuple[dict[str, Any], ...]
+    earlier: tuple[dict[str, Any], ...] = ()
 
     def holds(self, path: Path) -> bool:
         """Return whether a resolved path is one of the run's folders or inside one."""
@@ -66,7 +68,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        return int(self.config["seed_everything"])  # false sets none
+        return int(self.config["seed_everything"])
 
     @property
     def name(self) -> str:
@@ -175,15 +177,17 @@ def _parts(path: Path, continued: dict[Path, Path | None]) -> list[Path]:
 
 def _open(parts: list[Path], configs: dict[Path, dict[str, Any]]) -> Run:
     path, config = parts[0], configs[parts[0]]
+    summaries = tuple(_read_summary(part) for part in reversed(parts))
     curves: Curves = {}
-    for part in parts:
-        curves = _continued(_read_curves(part, configs[part]), curves)
+    start: int | None = None
+    for part, summary in zip(parts, reversed(summaries), strict=True):
+        curves = _continued(_read_curves(part, configs[part]), curves, start)
+        start = summary.get("first_step", _step_of(configs[part].get("ckpt_path")))
     if not curves.get(LOSS):
         raise UserError(f"run {path} has no validation yet ({LOSS}); let it finish, or leave it out of --runs")
     dirpath = (config.get("checkpoint") or {}).get("dirpath")
     folders = [Path(dirpath)] if dirpath and Path(dirpath).is_dir() else parts
     checkpoint = next(filter(None, map(newest_checkpoint, folders)), None)
-    summaries = tuple(_read_summary(part) for part in reversed(parts))
     if "decoder" in summaries[-1]:
         model = summaries[-1]
     elif checkpoint is not None:
@@ -194,7 +198,14 @@ def _open(parts: list[Path], configs: dict[Path, dict[str, Any]]) -> Run:
             f"writes when it ends; leave it out of --runs"
         )
     folders = [*parts, checkpoint.parent] if checkpoint else parts
-    return Run(path, config, curves, tuple(folders), model["decoder"], model["datasets"], summaries)
+    earlier = tuple(configs[part] for part in parts[1:])
+    return Run(path, config, curves, tuple(folders), model["decoder"], model["datasets"], summaries, earlier)
+
+
+def _step_of(checkpoint: str | None) -> int | None:
+    """Return the optimizer step in the name of a checkpoint."""
+    found = re.fullmatch(r"step=(\d+)\.ckpt", Path(checkpoint or "").name)
+    return int(found[1]) if found else None
 
 
 def _read_curves(path: Path, config: dict[str, Any]) -> Curves:
@@ -217,12 +228,16 @@ def _read_events(path: Path) -> Curves:
     return curves
 
 
-def _continued(earlier: Curves, later: Curves) -> Curves:
-    """Return `later` with the points of `earlier` before it: a resumed run repeats the steps after its checkpoint."""
+def _continued(earlier: Curves, later: Curves, start: int | None = None) -> Curves:
+    """Return `later` with the points of `earlier` before it: a resumed run repeats the steps after its checkpoint.
+
+    `start` is the step of that checkpoint, if it is known.
+    """
     curves = dict(later)
     for tag, points in earlier.items():
         own = later.get(tag, [])
-        curves[tag] = [*(point for point in points if not own or point.step < own[0].step), *own]
+        kept = [point for point in points if start is None or point.step <= start]
+        curves[tag] = [*(point for point in kept if not own or point.step < own[0].step), *own]
     return curves
 
 

@@ -334,6 +334,16 @@ def test_a_model_that_never_met_the_mask_keeps_its_tokenizer(tmp_path: Path) -> 
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["suppress_tokens"] == []
 
 
+def test_a_folder_with_rows_to_spare_keeps_its_tokenizer_too(tmp_path: Path) -> None:
+    """As that of Qwen: a mask token would have a row, but no run has trained it."""
+    save_variant("llama", tmp_path / "in")
+    save_word_level(tmp_path / "in", 80, has_mask=False)
+    Export(checkpoint=str(tmp_path / "in"), output=str(tmp_path / "out")).run()
+    assert Tokenizer.load(str(tmp_path / "out")).mask_is_new
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "in" / name).read_text()
+
+
 # --------------------------------------------------------------------------------------------------- adapters
 
 
@@ -395,6 +405,29 @@ def test_adapters_alone_in_the_format_of_peft(tmp_path: Path, capsys: pytest.Cap
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
     assert not (tmp_path / "out" / "config.json").exists()
     assert "512 parameters in adapters, float32" in capsys.readouterr().out
+
+
+def test_adapters_of_a_run_with_another_context_are_not_written_alone(tmp_path: Path) -> None:
+    save_adapters(tmp_path, torch.float32)
+    config = dataclasses.asdict(open_source(tmp_path / "base").config)
+    stored = read(tmp_path / "lora.ckpt")
+    shutil.rmtree(tmp_path / "lora.ckpt")
+    about = {**stored["decoder"], "config": {**config, "rope_theta": 640_000.0}}
+    save({"state_dict": stored["state_dict"], "decoder": about}, tmp_path / "lora.ckpt")
+    with pytest.raises(
+        UserError, match=r"the run has rope_theta 640000.0 and the model of its adapters \d+.*; leave out"
+    ):
+        Export(checkpoint=str(tmp_path / "lora.ckpt"), output=str(tmp_path / "out"), adapter_only=True).run()
+
+
+def test_plain_adapters_on_a_plain_run_lose_both_rows_of_the_mask(
+    toy_recipe: Path, without_mask: Path, tmp_path: Path
+) -> None:
+    """320 tokens, so that the mask token takes a block of rows of its own."""
+    train(toy_recipe, without_mask, "plain", "--model.mask_ratio", "0")
+    options = ["--model.mask_ratio", "0", "--model.lora.rank", "2"]
+    output = train(toy_recipe, without_mask, "adapters", *options, init_from=tmp_path / "runs" / "plain")
+    assert open_source(output).config.vocab_size == 320
 
 
 # ---------------------------------------------------------------------------------------------- command, errors

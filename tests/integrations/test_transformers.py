@@ -265,11 +265,16 @@ def test_padding_the_last_token_and_protected_tokens_are_never_masked(small, tmp
     assert masked > 20
 
 
+def as_in_training(collator):
+    collator.is_callback = True
+    collator._is_training.fill_(1)
+
+
 def test_masks_do_not_depend_on_padding_or_on_the_rows_beside(small):
     _, tokenizer = small
     rows = list(with_sample_ids(short_rows()))
     collator = MEAPPretrainingCollator(tokenizer, mask_ratio=0.3)
-    collator.is_callback = True
+    as_in_training(collator)
     batch = collator(rows)
     together = collator._masked(batch["input_ids"], batch["attention_mask"], batch["sample_ids"])
     for row, input_ids in zip(rows, together, strict=True):
@@ -282,7 +287,7 @@ def test_ratio_zero_is_the_plain_batch(small):
     _, tokenizer = small
     rows = list(with_sample_ids(short_rows()))
     collator = MEAPPretrainingCollator(tokenizer, mask_ratio=0.0)
-    collator.is_callback = True
+    as_in_training(collator)
     batch = collator(rows)
     sample_ids = batch["sample_ids"]
     assert collator.prepare_inputs(batch, sample_ids, True)["input_ids"] is batch["input_ids"]
@@ -496,6 +501,9 @@ def test_what_the_trainers_need_is_asked_for(source_folder, conversations, tmp_p
     add_mask_token(model, tokenizer)
     with pytest.raises(UserError, match=r"data_collator=meap, callbacks=\[meap\]"):
         train(MEAPPretrainingCollator(tokenizer), ids, callback=False, remove_unused_columns=False)
+    for collator in (MEAPPretrainingCollator(tokenizer), MEAPFineTuningCollator(tokenizer)):
+        with pytest.raises(UserError, match=r"data_collator=meap, callbacks=\[meap\]"):
+            train(collator, with_sample_ids(conversations), callback=False)  # which removes the ids
     with pytest.raises(UserError, match="pass train_dataset=with_sample_ids"):
         train(MEAPPretrainingCollator(tokenizer), rows)
     with pytest.raises(UserError, match="pass train_dataset=with_sample_ids"):
@@ -513,6 +521,26 @@ def test_what_the_trainers_need_is_asked_for(source_folder, conversations, tmp_p
     model.resize_token_embeddings(tokenizer.mask_token_id)
     with pytest.raises(UserError, match="none for the mask token"):
         train(MEAPPretrainingCollator(tokenizer), ids)
+
+
+def test_no_evaluation_outside_of_training_has_copies_or_masks(small, conversations, tmp_path):
+    model, tokenizer = small
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for collator in (MEAPPretrainingCollator(tokenizer, 0.5), MEAPFineTuningCollator(tokenizer, SHORT)):
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to="none")
+        rows = with_sample_ids(conversations)
+        trainer = Trainer(
+            model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collator, callbacks=[collator]
+        )
+        losses = [trainer.evaluate()["eval_loss"]]
+        trainer.train()
+        seen.clear()
+        losses.append(trainer.evaluate()["eval_loss"])
+        longest = max(len(row["input_ids"]) for row in conversations)
+        assert all(input_ids.size(1) <= longest for input_ids in seen)
+        assert not any((input_ids == tokenizer.mask_token_id).any() for input_ids in seen)
+        assert losses[0] != losses[1]
 
 
 def test_a_run_leaves_nothing_on_the_model(small, tmp_path):

@@ -174,6 +174,8 @@ def test_70b_takes_32_devices():
         (["--devices", "8", "--trainer.strategy", "deepspeed"], "trainer.strategy deepspeed is not known to plan"),
         (["--devices", "8", "--trainer.precision", "16-mixed"], "trainer.precision 16-mixed is not known to plan"),
         (["--devices", "8", "--model.init_from", "nowhere"], "set one of model.decoder"),
+        (["--devices", "8", "--trainer.max_steps", "5"], "trainer.max_steps 5 contradicts the budget"),
+        (["--devices", "8", "--model.decoder.max_seq_len", "64"], "is longer than the model's context, 64 tokens"),
     ],
 )
 def test_wrong_options_are_named(capsys, arguments, message):

@@ -144,7 +144,6 @@ def test_a_value_that_the_parser_lets_pass_is_named(path, value, message):
         ("data.init_args.implicit", None),
         ("budget.steps", None),
         ("data", None),
-        ("seed_everything", True),
         ("trainer.log_every_n_steps", None),
     ],
 )

@@ -9,7 +9,7 @@ from meap_lit.errors import UserError
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.report.arms import describe, find_studies
 from meap_lit.report.runs import find_runs
-from tests.support.toy_study import recipe, write_run
+from tests.support.toy_study import DECODER, recipe, write_run
 
 
 def studies_of(folder, *configs):
@@ -117,6 +117,27 @@ def test_fine_tuning_is_grouped_by_the_arm_that_it_started_from(tmp_path):
         assert study.at_ratio(0.1) is masked
         assert masked.baseline is plain
         assert describe(masked.differs_from(plain)) == "duplication.mask_ratio 0.1"
+
+
+def test_a_run_that_masked_before_it_was_resumed_is_not_plain(tmp_path):
+    first = write_run(tmp_path / "annealed/version_0", recipe("annealed", 1, 0.15))
+    resumed = recipe("annealed", 1, 0, ckpt_path=str(first / "checkpoints" / "step=20.ckpt"))
+    write_run(tmp_path / "annealed/version_1", resumed)
+    write_run(tmp_path / "ntp", recipe("ntp", 1, 0))
+    (study,) = find_studies(find_runs([str(tmp_path)]))
+    plain, annealed = study.arms
+    assert (plain.name, annealed.name, annealed.baseline) == ("ntp", "annealed", plain)
+    assert annealed.differs_from(plain) == {"before model.mask_ratio": 0.15}
+
+
+def test_the_path_of_a_dataset_does_not_make_an_arm(tmp_path):
+    for seed, folder in ((1, "data"), (2, "/mnt/b/data")):
+        values = {"data__init_args__datasets": f"{folder}/text", "data__init_args__tokenizer": f"{folder}/tokenizer"}
+        summary = {"first_step": 0, "seconds": 1.0, "decoder": {**DECODER, "vocab_size": 8}}
+        summary["datasets"] = {f"{folder}/text": "f" * 64}
+        write_run(tmp_path / f"ntp_{seed}", recipe("ntp", seed, **values), summary=summary)
+    (study,) = find_studies(find_runs([str(tmp_path)]))
+    assert [list(arm.runs) for arm in study.arms] == [["1", "2"]]
 
 
 def test_continued_pretraining_is_plain_only_if_it_began_plain(tmp_path):

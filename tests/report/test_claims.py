@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import yaml
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.statistics import Difference
@@ -60,6 +61,36 @@ def test_a_claim_is_about_the_arm_with_the_papers_ratio(tmp_path):
     evaluations, _ = find_evaluations([str(tmp_path / "out")], runs)
     findings = find(CLAIMS, find_studies(runs), evaluations)
     assert {finding.verdict for finding in findings} == {"not tested at this scale"}
+
+
+def test_a_loss_is_better_where_it_is_lower_and_other_differences_are_said(tmp_path):
+    file = tmp_path / "claims.yaml"
+    claim = {
+        "claim": "c",
+        "paper": "p",
+        "kind": "pretraining",
+        "test": "score",
+        "tasks": ["perplexity"],
+        "margin": 0.05,
+    }
+    content = {"claims": [claim], "scale": "", "rule": "", "mask_ratios": {"pretraining": 0.15}}
+    file.write_text(yaml.safe_dump(content))
+    said = []
+    for loss in (3.55, 1.05):
+        place = tmp_path / str(loss)
+        for name, ratio, value in (("ntp", 0, 2.05), ("meap", 0.15, loss)):
+            for seed in (1, 2):
+                run = write_run(
+                    place / f"runs/{name}_{seed}", recipe(name, seed, ratio, budget__max_steps=30 + 10 * (ratio > 0))
+                )
+                scores = {"a": value, "b": value}
+                write_result(place / f"out/loss/{name}_{seed}", run, scores, task="perplexity", metric="nll")
+        runs = find_runs([str(place / "runs")])
+        evaluations, _ = find_evaluations([str(place / "out")], runs)
+        (finding,) = find(read(str(file)), find_studies(runs), evaluations)
+        assert finding.ours.endswith(" (also differs in budget.max_steps 40)")
+        said.append(finding.verdict)
+    assert said == ["not supported: the interval is below -0.05, on the other side", "supported"]
 
 
 def test_retrieval_that_never_emerges_where_that_of_the_baseline_does_is_a_verdict(tmp_path):
