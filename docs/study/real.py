@@ -30,7 +30,7 @@ FOLDER = Path(__file__).parent / "real"
 BASELINE, MAIN, UNTRAINED = "plain", "qa_5", "untrained"
 SMALLEST = 4.0
 """Smallest difference of interest, in points of the main measure (plan.md)."""
-OTHERS = {"alpaca": ("plain", "copies", "plain_79"), "questions": ("plain", "copies", "plain_58")}
+OTHERS = {"alpaca": ("plain", "copies", "plain_79"), "questions": ("plain", "copies", "plain_116")}
 """The arms that `concat` is compared with by the main measure: H1, H2 and H3 of each setting."""
 NUM_SEEDS = 3
 """Planned seeds of these arms."""

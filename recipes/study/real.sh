@@ -10,7 +10,7 @@ SETTING=${1:?name a setting: alpaca or questions}
 PYTHON=${PYTHON:-python}
 case $SETTING in
     alpaca) SEEDS=${SEEDS-"11 12 13"} ARMS=${ARMS-"plain concat copies plain_79"} ONCE=${ONCE-"separate concat_all plain_48 untrained"} ;;
-    questions) SEEDS=${SEEDS-"21 22 23"} ARMS=${ARMS-"plain concat copies plain_58"} ONCE=${ONCE-"untrained"} ;;
+    questions) SEEDS=${SEEDS-"21 22 23"} ARMS=${ARMS-"plain concat copies plain_116"} ONCE=${ONCE-"untrained"} ;;
     *) echo "error: no setting $SETTING; name alpaca or questions" >&2 && exit 2 ;;
 esac
 TASKS=${TASKS-qa_5}
