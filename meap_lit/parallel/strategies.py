@@ -96,11 +96,12 @@ class Sharded(ModelParallelStrategy):
 
     def model_to_device(self) -> None:
         """Move what is not sharded, but never offloaded weights: torch would keep them and call them the GPU's."""
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
         module = self.lightning_module
         assert module is not None
-        decoder = module.decoder
-        if self.cpu_offload:
-            module.decoder = None
+        decoder, module.decoder = module.decoder, None
         super().model_to_device()
         module.decoder = decoder
 

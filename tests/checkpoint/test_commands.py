@@ -1,6 +1,5 @@
 """`checkpoint consolidate | inspect | verify`, on what two processes wrote, one process, and version 0.1."""
 
-import pickle
 import shutil
 from functools import partial
 
@@ -99,24 +98,6 @@ def test_verify_names_the_first_damaged_file(parts, tmp_path, capsys):
     assert complain(capsys, "verify", "--checkpoint", path).startswith(damaged)
     consolidate = ["consolidate", "--checkpoint", path, "--output", tmp_path / "one.ckpt"]
     assert complain(capsys, *consolidate).startswith(damaged)
-
-
-class Harm:
-    def __reduce__(self):
-        return (print, ("code was run",))
-
-
-@pytest.mark.parametrize("name", [".metadata", "meta.pt"])
-@pytest.mark.parametrize("command", ["inspect", "consolidate"])
-def test_no_code_is_run_from_parts(parts, tmp_path, capsys, name, command):
-    path = tmp_path / "harm.ckpt"
-    shutil.copytree(parts / "checkpoints" / "step=4.ckpt", path)
-    (path / "checksums.json").unlink()
-    (path / name).write_bytes(pickle.dumps(Harm(), protocol=2))
-    output = ["--output", tmp_path / "one.ckpt"] if command == "consolidate" else []
-    line = complain(capsys, command, "--checkpoint", path, *output, notes=[unverified(path)])
-    assert line.startswith(f"error: checkpoint file {path}/{name} is damaged or contains code, and is not read")
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -153,3 +153,13 @@ def test_questions_to_train_on_have_their_passage_at_any_position(tmp_path):
     assert places == {0, 1, 2}
     again = {**rows[3], "question": "where again"}
     assert questions.unseen([*rows, again, rows[29]], num_rest=29) == [rows[29], rows[29]]
+
+
+def test_the_results_in_the_readme_are_those_of_the_page():
+    readme = Path("README.md").read_text().partition("**A real model, fine-tuned.**")[2].partition("**Small models")[0]
+    page = Path("docs/study/real/alpaca.md").read_text()
+    shares = re.findall(r"\| (\d+\.\d)% \|", readme)
+    intervals = re.findall(r"[+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\]", readme)
+    assert (len(shares), len(intervals)) == (5, 5)
+    for number in (*shares, *intervals):
+        assert number in page, number

@@ -47,15 +47,13 @@ def assert_same_weights(one, other):
 
 def test_a_resumed_run_equals_one_that_never_stopped(any_recipe, tmp_path):
     whole = run(any_recipe)
-    stopped = run(any_recipe, "--budget.max_steps", "12")
-    checkpoints = tmp_path / "runs" / "toy" / "version_1" / "checkpoints"
+    checkpoints = tmp_path / "runs" / "toy" / "version_0" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "last.ckpt",
         "step=10.ckpt",
         "step=12.ckpt",
         "step=5.ckpt",
     ]
-    assert_same_weights(whole, stopped)
     for name in ("step=5.ckpt", "step=10.ckpt"):
         resumed = run(any_recipe, "--ckpt_path", str(checkpoints / name))
         assert resumed.trainer.global_step == 12

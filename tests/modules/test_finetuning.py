@@ -6,6 +6,7 @@ import shutil
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -17,10 +18,11 @@ from meap_lit.checkpoint.export import Export
 from meap_lit.data.finetuning import FineTuningData
 from meap_lit.data.store.manifest import load_samples
 from meap_lit.data.stream.chat import ChatSamples
+from meap_lit.data.stream.micro_batches import Slice
 from meap_lit.errors import UserError
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.masking.duplication import Duplication, concatenate, masked_copy, original
-from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig, linear_cross_entropy
+from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig, linear_cross_entropy, recompute
 from meap_lit.model.attention import Documents
 from meap_lit.model.lora import LoRA
 from meap_lit.modules import AdamW, MEAPFineTuning
@@ -210,10 +212,13 @@ def test_validation_is_clean_and_does_not_depend_on_rows(prepared, chat, tmp_pat
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("lora", [None, LoRA(rank=4, targets=["q_proj", "down_proj"], dropout=0.1)])
 def test_activation_checkpointing_changes_no_bit(prepared, chat, tmp_path, lora, mode):
-    kept, _ = fit(prepared, chat, tmp_path=tmp_path, module=MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=lora))
-    L.seed_everything(3)
+    kept = MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=lora)
     again = MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=lora, activation_checkpointing=mode)
-    again, _ = fit(prepared, chat, tmp_path=tmp_path, module=again)
+    for module, recomputes in ((kept, False), (again, True)):
+        L.seed_everything(3)
+        with mock.patch("meap_lit.model.recompute.checkpoint", wraps=recompute.checkpoint) as checkpoint:
+            fit(prepared, chat, tmp_path=tmp_path, module=module)
+        assert checkpoint.called == recomputes
     assert_same_weights(kept, again)
 
 
@@ -319,17 +324,25 @@ def test_targets_may_be_named_in_another_order_and_dropout_may_change(prepared, 
     assert resumed.trainer.global_step == 2
 
 
-def test_dropout_follows_from_step_and_micro_batch_and_leaves_the_random_state_alone(prepared, chat, tmp_path):
+def test_dropout_follows_from_seed_step_micro_batch_and_rank_and_leaves_the_random_state_alone(
+    prepared, chat, tmp_path
+):
     module = MEAPFineTuning(decoder=TOY, optimizer=OPTIMIZER, lora=LoRA(dropout=0.5))
     module, _ = fit(prepared, chat, tmp_path=tmp_path, module=module, max_steps=1)  # of two micro-batches
     state = torch.get_rng_state()
 
-    def drawn(batch_idx):
+    def drawn(batch_idx=0, seed=0, step=1, rank=0):
         torch.rand(batch_idx)
-        with module.dropout_of(batch_idx):
-            return torch.rand(8).tolist()
+        with (
+            mock.patch.object(module.data, "seed", seed),
+            mock.patch.object(type(module), "global_step", step),
+            mock.patch.object(type(module.data), "rank_slice", Slice(rank, 2)),
+            module.dropout_of(batch_idx),
+        ):
+            return tuple(torch.rand(8).tolist())
 
-    assert drawn(0) == drawn(0) == drawn(2) != drawn(1), "a micro-batch is counted within its step"
+    assert drawn(0) == drawn(0) == drawn(2), "a micro-batch is counted within its step"
+    assert len({drawn(), drawn(1), drawn(seed=1), drawn(step=2), drawn(rank=1)}) == 5
     torch.set_rng_state(state)
     with module.dropout_of(1):
         torch.rand(8)
