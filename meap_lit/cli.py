@@ -14,8 +14,10 @@ import re
 import select
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Any
 
 from meap_lit import __version__
@@ -86,6 +88,8 @@ RECIPE_COMMANDS = (*TRAINER_COMMANDS, "preview", "plan")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 after wrong input (one line on stderr), or 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # an error of a library may hold an address with its password
+        sys.excepthook = _print_without_secrets
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(USAGE, end="")
@@ -126,6 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         _close_process_group()
     return 0
+
+
+def _print_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(hide_in_text("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _stdout_is_closed() -> bool:

@@ -108,7 +108,9 @@ def write_file(file: Path, content: str | bytes) -> None:
     """Write a file in one step: readers see its old content or the new, and a killed process leaves no half of it."""
     partial = partial_path(file)
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.unlink(missing_ok=True)  # of an ended process that had the same id, or a link that others put there
+        with open(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb") as opened:
+            opened.write(content.encode() if isinstance(content, str) else content)
         os.replace(partial, file)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -16,17 +16,21 @@ HIDDEN = "***"
 
 _ANYWHERE = {"secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd", "apikey", "bearer"}
 _ANYWHERE |= {"credential", "credentials", "accesskey", "accesstoken", "accountkey", "authtoken", "secretkey"}
-_LAST = {"auth", "authorization", "cookie", "sas", "sig", "signature"}
+_LAST = {"auth", "authorization", "cookie", "dsn", "jwt", "pass", "pat", "sas", "sig", "signature"}
 _KEYS = {"access", "account", "api", "auth", "client", "customer", "encryption", "private", "shared", "signing", "ssh"}
-_KEYS |= {"storage"}
+_KEYS |= {"functions", "host", "master", "storage", "subscription"}
 _TOKENS_OF_TEXT = {"added", "begin", "bos", "cls", "end", "eos", "every", "first", "image", "last", "mask", "new"}
 _TOKENS_OF_TEXT |= {"next", "pad", "sep", "special", "start", "stop", "text", "unk"}
 _BEFORE_TOKEN = tuple(f"{word} " for word in _TOKENS_OF_TEXT)
 _PLACES = {"dir", "env", "file", "folder", "name", "path", "url", "var", "variable"}
 """The last word of a name that says where a secret is kept."""
 
-_LOGIN = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]+(?=@)")
-_VALUE = re.compile(r"""([A-Za-z][\w.-]*)(["']?\s*[:=]\s*["']?)([^\s,;&"'}\]]+)""")
+# a password may hold "@"; a name without one is a token in http, but a container or a bucket elsewhere
+_LOGIN = re.compile(
+    r"""(?<=://)[^/\s?\#"':]*:[^/\s?\#"']+(?=@)|(?<=http://)[^/\s?\#"']+(?=@)|(?<=https://)[^/\s?\#"']+(?=@)"""
+)
+_VALUE = re.compile(r"""([A-Za-z][\w.-]*)(["']?\s*[:=]\s*)("[^"\n]*"|'[^'\n]*'|[^\s,;&"'{}\[\]]+)""")
+_PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL)
 _GOT = re.compile(r"""([A-Za-z][\w.-]*)(["']? must be .*, got )(.+)""")
 _QUERY = re.compile(r"""([?&])([\w-]+)=[^&\s"']+""")
 _BEARER = re.compile(r"(?<=\bBearer )\S+")
@@ -50,6 +54,7 @@ def is_secret(name: str) -> bool:
         or words[-2:] == ["connection", "string"]
         or (words[-1] in ("token", "tokens") and _is_token_of_access(words[-1], before))
         or any(word in ("key", "keys") and earlier in _KEYS for earlier, word in pairwise(words))
+        or any(word == "header" and earlier in _LAST for earlier, word in pairwise(words))
     )
 
 
@@ -97,8 +102,13 @@ def _reference(where: Sequence[str]) -> str:
 def _in_queries(text: str, replacement: Callable[[str], str]) -> str:
     """Replace the secrets in the queries of addresses, such as `https://host/x?sig=123`, by what their names give."""
     return _QUERY.sub(
-        lambda match: f"{match[1]}{match[2]}={replacement(match[2])}" if is_secret(match[2]) else match[0], text
+        lambda match: f"{match[1]}{match[2]}={replacement(match[2])}" if _is_secret_of_query(match[2]) else match[0],
+        text,
     )
+
+
+def _is_secret_of_query(name: str) -> bool:
+    return name == "key" or is_secret(name)
 
 
 def hide_in_text(text: str) -> str:
@@ -110,7 +120,7 @@ def hide_in_text(text: str) -> str:
             return match[0]  # prose, such as "has no mask token: ..."
         return f"{name}{between}{HIDDEN}" if any(map(is_secret, name.split("."))) else match[0]
 
-    shown = _in_queries(_BEARER.sub(HIDDEN, _LOGIN.sub(HIDDEN, text)), lambda _: HIDDEN)
+    shown = _in_queries(_BEARER.sub(HIDDEN, _LOGIN.sub(HIDDEN, _PEM.sub(HIDDEN, text))), lambda _: HIDDEN)
     return _GOT.sub(hide, _VALUE.sub(hide, shown))
 
 
@@ -119,7 +129,27 @@ def hide_in_words(words: Sequence[str]) -> list[str]:
     shown: list[str] = []
     for word in words:
         before = shown[-1] if shown else ""
-        is_value = before.startswith("--") and "=" not in before and not word.startswith("--")
-        is_hidden = is_value and any(map(is_secret, before.lstrip("-").split(".")))
-        shown.append(HIDDEN if is_hidden else hide_in_text(word))
+        option, equals, value = word.partition("=")
+        if word.startswith("--") and equals:
+            shown.append(f"{option}={_hide_value(option, value)}")
+        elif before.startswith("--") and "=" not in before and not word.startswith("--"):
+            shown.append(_hide_value(before, word))
+        else:
+            shown.append(hide_in_text(word))
     return shown
+
+
+def _hide_value(option: str, value: str) -> str:
+    """Return the value of an option with `***` for secrets; a mapping or a list is searched key by key."""
+    if any(map(is_secret, option.lstrip("-").split("."))):
+        return HIDDEN
+    if value.lstrip().startswith(("{", "[")):
+        import yaml  # which no --help needs
+
+        try:
+            content = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return hide_in_text(value)
+        hidden = without_secrets(content)
+        return value if hidden == content else yaml.safe_dump(hidden, default_flow_style=True, width=10**6).strip()
+    return hide_in_text(value)

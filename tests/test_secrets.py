@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from meap_lit.cli import main
+from meap_lit.data.prepare.text import PrepareText
 from meap_lit.evaluation.command import describe
 from meap_lit.evaluation.task import Task
 from meap_lit.recipe.cli import RecipeCLI
@@ -97,6 +99,12 @@ def test_a_secret_is_replaced_by_where_it_is_read_from():
         f"cannot reach https://host/x?se=1&sig={SECRET}&st=2",
         f'{{endpoint_url: "https://host/x?X-Amz-Signature={SECRET}"}}',
         f"got {{'api_key': '{SECRET}'}}",
+        f"storage_options: {{aws_secret_access_key: {SECRET}}}",
+        f'{{"password": "correct {SECRET}"}}',
+        f"cannot reach https://{SECRET}@host/x",
+        f"cannot reach http://me:p@{SECRET}@host/x",
+        f"cannot reach https://host/x?key={SECRET}",
+        f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n-----END PRIVATE KEY-----",
     ],
 )
 def test_messages(text):
@@ -111,6 +119,7 @@ def test_messages(text):
         "tokenizer: max_tokens must be at least 1, got 0; eos_token: </s>, see https://host:80/x?page=1",
         "checkpoint x has no vocabulary row for the mask token: its id is 5, the vocabulary has 4",
         "its answers are none closed by a special token: a model cannot learn from them where to stop",
+        "abfs://container@account.dfs.core.windows.net/x, hf://datasets/ORG/NAME@main/x and ORG/NAME@main stay",
     ],
 )
 def test_a_message_without_secrets_stays_as_it_is(text):
@@ -124,6 +133,36 @@ def test_the_words_of_a_command():
     assert SECRET not in " ".join(shown)
     assert [shown[n] for n in (0, 1, 4, 5)] == [words[n] for n in (0, 1, 4, 5)]
     assert "region_name: eu" in shown[7]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        f"{{client_kwargs: {{aws_secret_access_key: {SECRET}}}}}",
+        f'{{headers: {{Authorization: "Basic {SECRET}"}}}}',
+        f'{{"token": {{"private_key": "-----BEGIN PRIVATE KEY-----\\n{SECRET}"}}}}',
+        f"[{{x_functions_key: {SECRET}}}, {{Ocp-Apim-Subscription-Key: {SECRET}}}, {{auth_header: {SECRET}}}]",
+    ],
+)
+def test_a_mapping_among_the_words_is_searched_key_by_key(value):
+    for words in (["--data.storage_options", value], [f"--data.storage_options={value}"]):
+        assert SECRET not in " ".join(hide_in_words(words))
+    assert hide_in_words([f"--x.password=p&{SECRET};x"]) == ["--x.password=***"]
+    assert hide_in_words(["--task.lengths", "[1, 2]"]) == ["--task.lengths", "[1, 2]"]
+
+
+def test_what_a_library_raises_is_printed_without_the_password_of_an_address(tmp_path):
+    script = "import meap_lit.cli\ndef fail(arguments): raise RuntimeError('http://me:SECRET@host')\n"
+    script += "meap_lit.cli.read_command = fail\nmeap_lit.cli.main()"
+    words = [sys.executable, "-c", script, "export"]
+    result = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert result.stderr.endswith("RuntimeError: http://***@host\n")
+    assert "SECRET" not in result.stderr.splitlines()[-1]
+
+
+def test_a_dataset_keeps_no_signature_of_an_address():
+    step = PrepareText(input=[f"https://host/x.jsonl?sig={SECRET}"], tokenizer="tokenizer", output="out")
+    assert SECRET not in json.dumps(step._record())
 
 
 def secret_words(folder):

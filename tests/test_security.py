@@ -27,9 +27,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, TensorStorageMetadata
 
 from meap_lit.checkpoint.checksums import CHECKSUMS_FILE, check, checksums, seal
+from meap_lit.checkpoint.content import load
 from meap_lit.checkpoint.folder import read_index
 from meap_lit.cli import main
 from meap_lit.data.prepare.text import PrepareText
@@ -38,7 +39,7 @@ from meap_lit.data.stream.chat import ChatSamples
 from meap_lit.data.stream.text import TokenBlocks
 from meap_lit.errors import UserError
 from meap_lit.evaluation.runner import Records
-from meap_lit.files import new_folder, partial_path
+from meap_lit.files import new_folder, partial_path, write_file
 from meap_lit.hf.folder import HFFolder
 from meap_lit.tokenizer.chat_template import ChatTemplate
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -258,9 +259,35 @@ def test_an_index_stays_in_its_folder_and_within_what_there_is(folder):
     index = pickle.loads(good)
     (weight, *_) = (about for about in index.state_dict_metadata.values() if isinstance(about, TensorStorageMetadata))
     weight.size = torch.Size([1 << 40])
+    weight.chunks = [ChunkStorageMetadata(torch.Size([0]), weight.size)]
     file.write_bytes(pickle.dumps(index))
     with pytest.raises(UserError, match=r"announces \d+ bytes of tensors, its parts hold \d+"):
         read_index(folder)
+
+
+@pytest.mark.parametrize("chunks", [[], [([0], [1])], [([0], [1 << 40]), ([0], [-(1 << 40)])], [([1], None)]])
+def test_an_index_whose_chunks_are_not_the_whole_tensor_is_damaged(folder, chunks):
+    """What no chunk fills would be whatever the memory held."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    (weight, *_) = (about for about in index.state_dict_metadata.values() if isinstance(about, TensorStorageMetadata))
+    weight.size = torch.Size([4])
+    weight.chunks = [
+        ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes or weight.size)) for offsets, sizes in chunks
+    ]
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match=r"\.metadata is not the index of a checkpoint, or is damaged$"):
+        read_index(folder)
+
+
+def test_a_compressed_state_is_not_read(folder):
+    file = folder / "meta.pt"
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", compression=zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    with pytest.raises(UserError, match=rf"^checkpoint file {file} is damaged or contains code, and is not read$"):
+        load(file)
 
 
 @pytest.mark.parametrize("part", ["size", "properties", "chunks"])
@@ -510,6 +537,14 @@ BOMBS = {
     "nested lists in a format": DOUBLING.replace("USE", "{{ ('%s' % (n.a,)) | length }}"),
     "nested lists in a method": DOUBLING.replace("USE", "{{ '{}'.format(n.a) | length }}"),
     "nested lists compared": DOUBLING.replace("USE", "{{ n.a == n.b }}"),
+    "nested lists in a test": DOUBLING.replace("USE", "{{ n.a is eq(n.b) }}"),
+    "nested lists in a filter by a test": DOUBLING.replace("USE", "{{ [n.a] | select('eq', n.b) | list | length }}"),
+    "nested lists in loop.changed": DOUBLING.replace(
+        "USE", "{% for _ in [1, 2] %}{{ loop.changed([n.a, n.b][loop.index0]) }}{% endfor %}"
+    ),
+    "nested tuples as a key": DOUBLING.replace("[n.a, n.a]", "(n.a, n.a)").replace("USE", "{{ {n.a: 1} | length }}"),
+    "nested tuples as an index": DOUBLING.replace("[n.a, n.a]", "(n.a, n.a)").replace("USE", "{{ {1: 2}[n.a] }}"),
+    "translate": "{{ ('x' * 9999).translate({120: 'y' * 9999}) | length }}",
     "nested lists in a namespace": DOUBLING.replace("USE", "{{ n }}"),
     "width from a value": "{{ ('%*d' % (2000000, 1)) | length }}",
     "precision from a value": "{{ ('%.*f' % (2000000, 1)) | length }}",
@@ -567,6 +602,15 @@ def test_answers_of_an_evaluation_are_json_and_damage_is_named(tmp_path):
     settings.write_text("{")
     with pytest.raises(UserError, match=rf"^{settings}: not valid JSON .*; remove the folder .* to evaluate again$"):
         Records(tmp_path / "out", {"task": "x"})
+
+
+def test_a_link_in_the_place_of_a_partial_file_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    partial_path(tmp_path / "file").symlink_to(tmp_path / "mine")
+    write_file(tmp_path / "file", "new")
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert (tmp_path / "file").read_text() == "new"
+    assert not (tmp_path / "file").is_symlink()
 
 
 def test_nothing_behind_a_link_beside_an_output_is_removed(tmp_path):

@@ -2,8 +2,10 @@
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from meap_lit.checkpoint.checksums import check, checksums, seal, to_disk
 from meap_lit.checkpoint.find import LAST
 from meap_lit.checkpoint.folder import StoredCheckpoint, write
 from meap_lit.errors import UserError, check_range
-from meap_lit.files import is_abandoned, partial_path, remove
+from meap_lit.files import is_abandoned, is_partial, partial_path, remove
 from meap_lit.modules.log_steps import ends_step
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
+
+_NAME = re.compile(r"step=\d+(-v\d+)?\.ckpt")
 
 
 class Checkpoint(callbacks.Checkpoint):
@@ -81,6 +85,9 @@ class Checkpoint(callbacks.Checkpoint):
         """The newest checkpoint, under the name by which Lightning takes `--ckpt_path best`."""
         self.best_k_models: dict[str, int] = {}
         """Optimizer steps of the checkpoints that are kept, by path; the last may not be whole yet."""
+        self._inherited: dict[str, int] = {}
+        """The same of the checkpoint that this run resumes from, by name."""
+        self._newest_inherited = ""
         self.last_saved: str | None = None
         """The newest whole checkpoint of this run."""
         self._step = 0
@@ -124,9 +131,13 @@ class Checkpoint(callbacks.Checkpoint):
             rank_zero_warn(f"Checkpoint directory {self.dirpath} exists and is not empty.")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["dirpath"] == self.dirpath:  # a resume in a new folder does not manage the old one
-            self.best_k_models = {path: int(step) for path, step in state_dict["best_k_models"].items()}
-            self.best_model_path = state_dict["best_model_path"]
+        """Take over the checkpoints of the run that this one continues; `on_train_start` says where they are.
+
+        Only names are taken: a checkpoint of others could name any folder as one to be removed.
+        """
+        names = {Path(path).name: int(step) for path, step in state_dict["best_k_models"].items()}
+        self._inherited = {name: step for name, step in names.items() if _NAME.fullmatch(name)}
+        self._newest_inherited = Path(state_dict["best_model_path"]).name
 
     def state_dict(self) -> dict[str, Any]:
         names = ("dirpath", "best_k_models", "best_model_path")
@@ -134,6 +145,12 @@ class Checkpoint(callbacks.Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step  # of the checkpoint that this run resumes from
+        assert self.dirpath is not None
+        here = Path(self.dirpath)
+        # a resume in a new folder does not manage the old one
+        if trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == here.resolve():
+            self.best_k_models = {str(here / name): step for name, step in self._inherited.items()}
+            self.best_model_path = str(here / self._newest_inherited)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -261,8 +278,11 @@ class Checkpoint(callbacks.Checkpoint):
         for folder in (here, resumed_from):
             versions = folder.parent.parent.glob(f"version_*/{folder.name}/*.partial-*")
             for old in {*folder.glob("*.partial-*"), *versions}:
-                if old.parent == here or is_abandoned(old):
+                if old.parent == here and is_partial(old):
                     remove(old)
+                elif is_abandoned(old):
+                    with suppress(OSError):  # such as in the folder of a colleague
+                        remove(old)
 
 
 def _writing_thread(device: torch.device) -> ThreadPoolExecutor:

@@ -47,7 +47,10 @@ def next_steps(trainer: L.Trainer, run: str | None, checkpoint: str, probe: Retr
         if checkpoint and has_val:
             yield _command("validate", "--config", recipe, "--ckpt_path", checkpoint)
         if (plain := trainer.lightning_module.plain_override) is not None:
-            yield _command("fit", "--config", recipe, *plain.split()) + "   # the baseline: the same without masking"
+            # the recipe of a resumed run names a checkpoint
+            anew = ["--ckpt_path", "null"] if trainer.ckpt_path else []
+            words = ["fit", "--config", recipe, *anew, *plain.split()]
+            yield _command(*words) + "   # the baseline: the same without masking"
             if has_val:  # which a report compares
                 report = _command("report", "--runs", str(Path(run).parent))
                 yield f"{report}   # then: both and their evaluations, as a page"

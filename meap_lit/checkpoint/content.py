@@ -1,5 +1,6 @@
 """Read what `torch.save` wrote without running code in it, and divide a checkpoint into what goes where on disk."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ def load(file: Path) -> dict[str, Any]:
         UserError: If the file cannot be read, is damaged, has code in it, or holds anything but a dict.
     """
     try:
+        # torch compresses nothing, and what is compressed may be a thousand times as large
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("compressed")
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read checkpoint file {file}: {error.strerror}") from error

@@ -8,6 +8,7 @@ or one weight, and the ranks of a run that resumes.
 """
 
 import io
+import math
 import pickle
 import re
 import warnings
@@ -288,10 +289,25 @@ def _is_consistent(index: Metadata) -> bool:
                 and isinstance(about.size, torch.Size)
                 and isinstance(about.properties.dtype, torch.dtype)
                 and isinstance(about.chunks, list)
+                and _is_covered(about)
             )
             for about in index.state_dict_metadata.values()
         )
     )
+
+
+def _is_covered(about: TensorStorageMetadata) -> bool:
+    """Return whether the chunks of a tensor lie inside of it, and have as many elements: none would be left unread."""
+    sizes = tuple(about.size)
+    inside = all(
+        len(chunk.offsets) == len(chunk.sizes) == len(sizes)
+        and all(
+            offset >= 0 and length >= 0 and offset + length <= size
+            for offset, length, size in zip(chunk.offsets, chunk.sizes, sizes, strict=True)
+        )
+        for chunk in about.chunks
+    )
+    return inside and sum(math.prod(chunk.sizes) for chunk in about.chunks) == math.prod(sizes)
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -31,6 +31,7 @@ _NEUTRAL = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
+    "is_causal": (True,),
     "attention_dropout": (0,),
     "partial_rotary_factor": (1,),
     "quantization_config": (),

@@ -165,8 +165,13 @@ class DecoderModule(L.LightningModule, ABC):
             return None if self.init_from is None else open_source(self.init_from)
         path, ranks = hub.pinned(self.init_from), Ranks(self._trainer)
         verify = getattr(self._trainer.checkpoint_callback, "verify", True) and ranks.rank == 0
-        ranks.do(lambda: bool(open_source(path, verify)))
-        return open_source(path, verify=False)
+
+        def found() -> str:
+            source = open_source(path, verify)
+            return str(source.path) if isinstance(source, CheckpointSource) else path
+
+        # a run that is still saving may have another checkpoint a moment later
+        return open_source(ranks.do(found)[0], verify=False)
 
     def _rows_without_mask(self) -> int | None:
         """Return the vocabulary rows that the model would have without the mask token; None if it came with one."""

@@ -334,8 +334,7 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
         rank_zero_only(print)(f"checkpoint: none in {given} yet, so a new run starts")
         return None
     found = find_checkpoint(given, "--ckpt_path last" if path == "last" else "--ckpt_path")
-    if found != given:
-        rank_zero_only(print)(f"checkpoint: {found}")
+    rank_zero_only(print)(f"checkpoint: {found}")  # also one that a recipe names, as that of a resumed run does
     return str(found)
 
 

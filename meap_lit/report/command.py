@@ -39,7 +39,8 @@ class Report:
             UserError: If a folder, a run, a result or the file of claims is missing or wrong.
         """
         folder = Path(self.output)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "report.md").is_file()):
+        is_report = all((folder / name).is_file() for name in ("report.md", "report.html"))
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_report):
             raise UserError(f"--output {folder} exists and is not a report; name another folder")
         tested = claims.read(self.claims)
         runs = find_runs(self.runs)

@@ -29,13 +29,17 @@ _PART = 5
 _MAX_NUMBER = 10_000
 """The largest number that a method or filter takes, such as the width of `center`."""
 _MAX_BITS = 4096
-_MULTIPLYING = ("replace", "join", "indent", "expandtabs", "tojson")
+_MULTIPLYING = ("replace", "join", "indent", "expandtabs", "tojson", "translate")
 """Methods and filters whose result may be as long as the product of what they are given."""
 _SHALLOW = {
     "abs", "attr", "batch", "count", "d", "default", "first", "float", "int", "items", "last", "length", "list", "map",
     "random", "reject", "rejectattr", "reverse", "round", "select", "selectattr", "slice",
 }  # fmt: skip
 """Filters that neither make text of what is in their arguments nor compare it."""
+_COMPARING = {
+    *("==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le", "in"),
+}
+"""Tests that compare all of what is in their arguments."""
 
 
 class TooCostly(jinja2.TemplateError):
@@ -67,6 +71,11 @@ class _CountingCompiler(CodeGenerator):
         for operand in node.ops:
             operand.expr = _call("compared", operand.expr)
         super().visit_Compare(node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        for pair in node.items:  # keys are hashed
+            pair.key = pair.key if isinstance(pair.key, nodes.Const) else _call("compared", pair.key)
+        super().visit_Dict(node, frame)
 
     def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
         if not isinstance(node.node, nodes.EnvironmentAttribute):
@@ -105,6 +114,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(**options)
         self.spent = 0
         self.filters = {name: self.bounded(name, filter) for name, filter in self.filters.items()}
+        comparing: dict[str, Any] = {name: self.tests[name] for name in _COMPARING}
+        self.tests |= {name: self.bounded(name, test) for name, test in comparing.items()}
         del self.globals["lipsum"]  # text without end
 
     def spend(self, steps: int) -> None:
@@ -146,12 +157,20 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         name = getattr(obj, "__name__", "")
         if obj is not self.globals["range"]:  # it has a limit of its own
             self._check_arguments(name, (owner, *args, *kwargs.values()))
+        if name == "changed":  # of a loop, which compares
+            self.spend(self._text_size(args))
         if name in ("format", "format_map", "join"):
             self.spend(self._text_size((owner, args, kwargs)) * max(1, str(owner).count("{")))
         self.spend(_CALL)
         result = super().call(context, obj, *args, **kwargs)
         self.spend(_size(result))
         return result
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """Return an item for a template, at the cost of hashing its key."""
+        if isinstance(argument, tuple):
+            self.spend(self._text_size(argument))
+        return super().getitem(obj, argument)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Compute `left operator right` for a template, at a cost."""
@@ -189,7 +208,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                     raise jinja2.TemplateError(f"{name} is given a number above {_MAX_NUMBER:,}")
                 cost *= max(1, abs(argument))
             elif name in _MULTIPLYING:
-                cost *= max(1, _size(argument))
+                cost *= max(1, self._text_size(argument) if isinstance(argument, dict) else _size(argument))
             elif name == "format" and isinstance(argument, str):
                 self._check_format(argument)
         if name in _MULTIPLYING:

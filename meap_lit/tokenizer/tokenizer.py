@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from meap_lit.errors import UserError
-from meap_lit.files import read_json, read_text, run_versions
+from meap_lit.files import read_json, read_text, run_versions, write_file
 from meap_lit.hub import TOKENIZER_FILES, local_folder
 
 MASK_TOKEN = "[MASK]"
@@ -339,11 +339,11 @@ class Tokenizer:
             assert self.mask_token_id == self.vocab_size - 1, "the mask token was not added to the others"
             content = _without_token(content, str(roles.pop("mask")))
         # written here because the library's own `save` does not say that a disk is full
-        (target / "tokenizer.json").write_text(content, encoding="utf-8")
+        write_file(target / "tokenizer.json", content)
         settings = {name: self._settings[name] for name in _KEPT_SETTINGS if name in self._settings}
         settings |= {f"{role}_token": token for role, token in roles.items() if token is not None}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        write_file(target / "tokenizer_config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     @staticmethod
     def copy_files(path: str, folder: Path) -> None:

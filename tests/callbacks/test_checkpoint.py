@@ -221,6 +221,41 @@ def test_milestones_stay(tmp_path):
     assert (tmp_path / "last.ckpt").readlink().name == "step=8.ckpt"
 
 
+def test_a_checkpoint_of_others_removes_no_folder_of_this_machine(tmp_path):
+    """It holds what the run that wrote it kept; here the paths of other things."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    train(tmp_path / "run", max_steps=4)
+    checkpoint = tmp_path / "run" / "step=4.ckpt"
+    state = torch.load(checkpoint / "meta.pt", weights_only=True)
+    kept = {str(precious): 1, "step=1.ckpt": 1, f"{precious}/step=2.ckpt": 2}
+    state["callbacks"]["Checkpoint"]["best_k_models"] = kept
+    torch.save(state, checkpoint / "meta.pt")
+    (checkpoint / "checksums.json").unlink()
+    (precious / "step=2.ckpt").mkdir()
+    train(tmp_path / "run", max_steps=8, keep=1, ckpt_path=checkpoint)
+    train(tmp_path / "elsewhere", max_steps=8, keep=1, ckpt_path=checkpoint)
+    assert (precious / "step=2.ckpt").is_dir()
+
+
+def test_what_may_not_be_removed_elsewhere_does_not_end_a_save(tmp_path, monkeypatch):
+    train(tmp_path / "theirs", max_steps=4)
+    old = tmp_path / "theirs" / "step=9.ckpt.partial-1@far"
+    old.mkdir()
+    os.utime(old, (0, 0))
+    (tmp_path / "ours").mkdir()
+    mine = tmp_path / "ours" / "notes.partial-draft.txt"
+    mine.touch()
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("meap_lit.callbacks.checkpoint.remove", refuse)
+    train(tmp_path / "ours", max_steps=6, ckpt_path=tmp_path / "theirs" / "step=4.ckpt")
+    assert (tmp_path / "ours" / "step=6.ckpt").is_dir()
+    assert mine.is_file()
+
+
 def test_a_resume_that_keeps_fewer_removes_the_others(tmp_path):
     train(tmp_path, max_steps=6, keep=3)
     train(tmp_path, max_steps=8, keep=1, ckpt_path=tmp_path / "step=6.ckpt")

@@ -54,6 +54,17 @@ def test_after_a_run_on_own_text(toy_recipe, tmp_path, monkeypatch, capsys):
     assert "nll" in paste(capsys, commands)["evaluate"]
 
 
+def test_the_baseline_of_a_resumed_run_starts_anew(toy_recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    named_by(capsys, "--config", str(toy_recipe), "--budget.max_steps", "5")
+    commands = named_by(capsys, "--config", str(toy_recipe), "--ckpt_path", "last")
+    (baseline,) = [words for words in commands if words[0] == "fit"]
+    assert main(baseline) == 0
+    runs = sorted(Path("runs/toy").iterdir())
+    steps = [line.split(",")[0] for line in (runs[-1] / "curves.csv").read_text().splitlines()[1:]]
+    assert steps[0] == "1"
+
+
 def test_a_run_without_a_validation_split_names_what_needs_none(prepared, toy_recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     output = str(tmp_path / "unseen")

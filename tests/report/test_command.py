@@ -107,6 +107,9 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
     runs = ["--runs", str(tmp_path / "runs")]
     (line,) = complain(*runs, "--output", str(tmp_path / "taken"))
     assert line.endswith("taken exists and is not a report; name another folder")
+    (tmp_path / "taken/report.md").touch()  # of the user
+    (line,) = complain(*runs, "--output", str(tmp_path / "taken"))
+    assert line.endswith("taken exists and is not a report; name another folder")
     (line,) = complain(*runs, "--output", str(tmp_path / "new"))
     assert line.startswith("error: no baseline (model.mask_ratio 0)")
     assert not (tmp_path / "new").exists()

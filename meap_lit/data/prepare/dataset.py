@@ -24,6 +24,7 @@ from meap_lit.data.store.manifest import ChatDetails, Kind, Manifest, PartDetail
 from meap_lit.data.store.writers import ChunkWriter
 from meap_lit.errors import UserError, check_range
 from meap_lit.files import parse_bytes
+from meap_lit.secrets import without_secrets
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -175,7 +176,9 @@ class PrepareDataset(Preparation, ABC):
             dtype=encoder.dtype.name,
             val_share=self.val_share,
             splits=splits,
-            sources=[Source(str(file), size) for file, size in zip(reader.files, reader.sizes, strict=True)],
+            sources=[
+                Source(without_secrets(str(file)), size) for file, size in zip(reader.files, reader.sizes, strict=True)
+            ],
             num_empty=counts["empty"],
             num_skipped=counts["skipped"],
             chat=self.chat_details(encoder, counts),

@@ -22,6 +22,7 @@ from meap_lit.data.read.find import RECORD_FILE, size_of
 from meap_lit.data.read.formats import InputFile
 from meap_lit.errors import UserError
 from meap_lit.files import new_folder, read_json
+from meap_lit.secrets import without_secrets
 
 
 @dataclass(kw_only=True)
@@ -90,7 +91,7 @@ class Preparation(ABC):
         defaults = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
         for name, value in now["arguments"].items():
             # a step of an older version may lack the option
-            before = was["arguments"].get(name, defaults.get(name))
+            before = without_secrets(was["arguments"].get(name, defaults.get(name)), (name,))
             if before != value:
                 raise UserError(
                     f"folder {output} was made with {name} = {before!r}, the recipe says {value!r}; "
@@ -105,7 +106,7 @@ class Preparation(ABC):
 
     def _record(self) -> dict[str, Any]:
         names = [f.name for f in dataclasses.fields(self) if f.compare and f.name != "output"]
-        arguments = {name: getattr(self, name) for name in names}
+        arguments = without_secrets({name: getattr(self, name) for name in names})  # of signed addresses
         return {
             "step": self.recorded_as or type(self).__name__,
             "arguments": json.loads(json.dumps(arguments)),
