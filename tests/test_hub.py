@@ -69,12 +69,13 @@ def complain(capsys, *arguments):
 
 
 def other_weights(source_folder, folder):
-    """Copy a model with its embedding doubled."""
+    """Copy a model with its embedding and its last norm doubled."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(source_folder, folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"] *= 2
+    weights["model.norm.weight"] *= 2
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -174,7 +174,7 @@ class CheckpointSource(WeightSource):
             mask_token_id=about.get("mask_token_id"),
             rows_without_mask=about.get("rows_without_mask"),
             init_from=init_from,
-            base=_open_base(path, init_from, verify) if lora and init_from else None,
+            base=_open_base(path, init_from, about.get("base"), verify) if lora and init_from else None,
             lora=lora,
             first_new_token=about.get("first_new_token"),
             stored=stored,
@@ -242,12 +242,17 @@ def _decoder_config(content: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**{**content, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
-def _open_base(file: Path, init_from: str, verify: bool) -> WeightSource:
+def _open_base(file: Path, init_from: str, fingerprint: str | None, verify: bool) -> WeightSource:
+    """Open the model of adapters; `fingerprint` is that of its weights, unless an earlier version wrote them."""
     try:
         if not Path(init_from).expanduser().exists() and not is_pinned(init_from):
             # a path like ORG/NAME that is gone: anybody may have made a repository of that name
             raise UserError(f"checkpoint {init_from} does not exist")
-        return open_source(init_from, verify)
+        base = open_source(init_from, verify)
+        if fingerprint not in (None, base.fingerprint()):
+            # such as a run of the same name in another folder, or one that was trained again
+            raise UserError(f"{base.path} has other weights than the model that they were trained on")
+        return base
     except UserError as error:
         raise UserError(
             f"checkpoint {file} holds adapters, and their model cannot be opened: {error}; restore that model"

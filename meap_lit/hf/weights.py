@@ -4,6 +4,7 @@ A decoder is allocated once, in its final dtype, and filled in place. So loading
 tensor.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,16 @@ class WeightSource(ABC):
         if stated is None or window is None or self.config.max_seq_len != window or window == stated:
             return tokens
         return f"{tokens} (its sliding window; max_position_embeddings is {stated})"
+
+    def fingerprint(self) -> str:
+        """Return a hash of some weights: the last norm, and the queries and values of the first block.
+
+        Any training of the model or of usual adapters changes one of them. They are read in a moment.
+        """
+        digest = hashlib.sha256()
+        for name in ("norm.weight", "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.v_proj.weight"):
+            digest.update(self.read(name).contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @abstractmethod
     def names(self) -> list[str]:

@@ -211,6 +211,7 @@ class DecoderModule(L.LightningModule, ABC):
         rows_before = None if new_mask is None else source.config.vocab_size
         self.origin = {
             "init_from": self._init_from_of(source),
+            "base": None if self.lora is None else source.fingerprint(),
             "first_new_token": new_mask,
             "rows": source.rows_without_mask if isinstance(source, CheckpointSource) else rows_before,
             "model_type": source.model_type,
@@ -368,7 +369,7 @@ class DecoderModule(L.LightningModule, ABC):
             return  # a run of another kind: `Budget` says so
         about = checkpoint.get("decoder", {})
         self.masks_drawn |= about.get("rows_without_mask") is None
-        check_same_model(about, self.config, self.lora, self.origin.get("init_from"))
+        check_same_model(about, self.config, self.lora, self.origin)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # names hold for every strategy, and torch's optimizers take them for their own numbers

@@ -1,8 +1,9 @@
 """Compare the model of a checkpoint with that of the recipe, and name the optimizer's state for a checkpoint."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,8 +15,16 @@ from meap_lit.model import DecoderConfig
 from meap_lit.model.lora import LoRA
 
 
-def check_same_model(about: dict[str, Any], config: DecoderConfig, lora: LoRA | None, init_from: str | None) -> None:
+def check_same_model(
+    about: dict[str, Any], config: DecoderConfig, lora: LoRA | None, origin: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Compare a checkpoint's entry `decoder` with model, adapters and source of the frozen weights of the recipe.
+
+    Args:
+        about: The entry.
+        config: Configuration of the recipe's model.
+        lora: Adapters of the recipe.
+        origin: Of the frozen weights: `init_from`, their place, and `base`, their hash.
 
     Raises:
         UserError: If the checkpoint does not continue such a run.
@@ -28,11 +37,15 @@ def check_same_model(about: dict[str, Any], config: DecoderConfig, lora: LoRA | 
                 f"as it was, or start a new run with model.init_from"
             )
     _check_adapters(about.get("lora"), lora)
-    trained_on = about.get("init_from")
-    if lora is not None and trained_on and trained_on != init_from and not _may_have_moved(trained_on, init_from):
+    trained_on, init_from = about.get("init_from"), origin.get("init_from")
+    if lora is None or not trained_on:
+        return
+    # a checkpoint of an earlier version knows the place alone
+    same_place = trained_on == init_from or _may_have_moved(trained_on, init_from)
+    if not (about["base"] == origin.get("base") if about.get("base") else same_place):
         raise UserError(
-            f"the checkpoint's adapters were trained on {trained_on}, model.init_from is {init_from} now; "
-            f"set model.init_from to {trained_on}"
+            f"the checkpoint's adapters were trained on {trained_on}, model.init_from is {init_from} now, a model with "
+            f"other weights; set model.init_from to {trained_on}, as it was then"
         )
 
 

@@ -12,9 +12,11 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from meap_lit.callbacks import Budget
 from meap_lit.checkpoint.export import Export
+from meap_lit.checkpoint.source import open_source
 from meap_lit.data.finetuning import FineTuningData
 from meap_lit.data.store.manifest import load_samples
 from meap_lit.data.stream.chat import ChatSamples
@@ -355,9 +357,31 @@ def test_adapters_of_another_model_are_refused(prepared, chat, tmp_path, source_
 
     module, _ = fit(prepared, chat, tmp_path=tmp_path, module=adapted(source_folder))
     module.trainer.save_checkpoint(tmp_path / "adapters.ckpt")
-    shutil.copytree(source_folder, tmp_path / "other")
-    with pytest.raises(UserError, match=r"adapters were trained on .*source0, model.init_from is .*other now; set"):
+    for name in ("copy", "other"):
+        shutil.copytree(source_folder, tmp_path / name)
+    options = {"ckpt_path": tmp_path / "adapters.ckpt", "max_steps": module.trainer.global_step + 1}
+    fit(prepared, chat, tmp_path=tmp_path, module=adapted(tmp_path / "copy"), **options)
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + 1}, tmp_path / "other/model.safetensors")
+    with pytest.raises(
+        UserError, match=r"adapters were trained on .*source0, model.init_from is .*other now, a model wi"
+    ):
         fit(prepared, chat, tmp_path=tmp_path, module=adapted(tmp_path / "other"), ckpt_path=tmp_path / "adapters.ckpt")
+
+
+def test_adapters_never_go_onto_another_model_of_the_same_name(prepared, chat, tmp_path, source_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(source_folder, tmp_path / "model")
+    module = MEAPFineTuning(init_from="model", optimizer=OPTIMIZER, lora=LoRA())
+    module, _ = fit(prepared, chat, tmp_path=tmp_path, module=module)
+    module.trainer.save_checkpoint(tmp_path / "adapters.ckpt")
+    assert open_source(tmp_path / "adapters.ckpt").base
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + 1}, tmp_path / "model/model.safetensors")
+    with pytest.raises(
+        UserError, match=r"model cannot be opened: model has other weights than the model that they were"
+    ):
+        open_source(tmp_path / "adapters.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -372,7 +396,7 @@ def test_adapters_of_a_checkpoint_that_is_gone(now, is_refused):
     config = DecoderConfig(vocab_size=8)
     about = {"lora": dataclasses.asdict(LoRA()), "init_from": "/gone/run/checkpoints/step=1000.ckpt"}
     with pytest.raises(UserError, match="adapters were trained on /gone") if is_refused else nullcontext():
-        check_same_model(about, config, LoRA(), now)
+        check_same_model(about, config, LoRA(), {"init_from": now})
 
 
 # ------------------------------------------------------------------------------------------------- wrong input
