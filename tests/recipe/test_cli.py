@@ -425,15 +425,15 @@ def runs(toy_recipe, tmp_path):
         ("last", "version_1/checkpoints/step=6.ckpt"),
         ("{runs}", "version_1/checkpoints/step=6.ckpt"),
         ("{runs}/version_0", "version_0/checkpoints/step=6.ckpt"),
-        ("{runs}/version_0/checkpoints/step=5.ckpt", None),
+        ("{runs}/version_0/checkpoints/step=5.ckpt", "version_0/checkpoints/step=5.ckpt"),
     ],
 )
 def test_a_run_is_resumed_from_its_newest_whole_checkpoint_which_is_named(runs, toy_recipe, given, found, capsys):
     path = given.format(runs=runs)
     cli = RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "7", "--ckpt_path", path])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoint: ")]
-    assert said == ([f"checkpoint: {runs / found}"] if found else [])
-    assert cli.trainer.ckpt_path == (str(runs / found) if found else path)
+    assert said == [f"checkpoint: {runs / found}"]
+    assert cli.trainer.ckpt_path == str(runs / found)
     assert cli.trainer.global_step == 7
 
 
