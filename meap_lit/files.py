@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -16,7 +17,7 @@ from typing import Any
 
 from meap_lit.errors import UserError
 
-_PARTIAL = re.compile(r"\.partial-(?:(?P<pid>\d+)@(?P<space>.+)|[0-9a-f]{8})$")  # eight digits: of version 0.1
+_PARTIAL = re.compile(r"\.partial-(?:(?P<pid>\d+)@(?P<namespace>.+)|[0-9a-f]{8})$")  # eight digits: of version 0.1
 _SECONDS_PER_DAY = 86_400
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some Windows programs begin a file with it
 
@@ -75,8 +76,8 @@ def _entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
         entries = Repeated(entries)
-        seen: set[str] = set()
-        entries.keys_repeated = {key for key, _ in pairs if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
+        counts = Counter(key for key, _ in pairs)
+        entries.keys_repeated = {key for key, count in counts.items() if count > 1}
     return entries
 
 
@@ -108,7 +109,7 @@ def write_file(file: Path, content: str | bytes) -> None:
     """Write a file in one step: readers see its old content or the new, and a killed process leaves no half of it."""
     partial = partial_path(file)
     try:
-        partial.unlink(missing_ok=True)  # of an ended process that had the same id, or a link that others put there
+        partial.unlink(missing_ok=True)  # left by an ended process with the same PID, or a planted link
         with open(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb") as opened:
             opened.write(content.encode() if isinstance(content, str) else content)
         os.replace(partial, file)
@@ -125,7 +126,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     folder = partial_path(output)
     for old in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
-        if old == folder or is_abandoned(old):  # of an ended process that had the same id
+        if old == folder or is_abandoned(old):  # left by an ended process with the same PID
             remove(old)
     try:
         folder.mkdir(parents=True)
@@ -146,14 +147,14 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 def partial_path(path: Path) -> Path:
     """Return the name beside `path` under which this process writes it before it is whole, or removes it."""
-    return path.parent / f"{path.name}.partial-{os.getpid()}@{_process_space()}"
+    return path.parent / f"{path.name}.partial-{os.getpid()}@{_pid_namespace()}"
 
 
 @cache
-def _process_space() -> str:
-    """Return a name of the processes among which this one's id is unique: the host, its boot and the container.
+def _pid_namespace() -> str:
+    """Return an identifier of this process's PID namespace: host name, boot ID and inode of the namespace.
 
-    Containers may share a host name but not the ids of processes.
+    Containers may share a host name but not a PID namespace.
     """
     parts = [socket.gethostname()]
     with suppress(OSError):  # Linux alone has these files
@@ -176,7 +177,7 @@ def is_abandoned(path: Path) -> bool:
     match = _PARTIAL.search(path.name)
     if match is None or match["pid"] is None:
         return False
-    if match["space"] != _process_space():
+    if match["namespace"] != _pid_namespace():
         try:
             newest = max(file.lstat().st_mtime for file in (path, *path.rglob("*")))
         except FileNotFoundError:

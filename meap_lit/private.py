@@ -49,3 +49,14 @@ def skip_sigterm_broadcast(trainer: Any) -> None:
     option for it.
     """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def disable_ddp_graph_splits() -> None:
+    """Compile each block as one graph under DDP.
+
+    By default TorchDynamo splits a graph at the bucket boundaries of DDP (25 MB of parameters), so that gradient
+    communication overlaps with the backward of a model that is compiled as a whole. Blocks are compiled one by one.
+    """
+    import torch  # imported late: --help does not need it
+
+    torch._dynamo.config.optimize_ddp = False

@@ -144,7 +144,7 @@ def _hide_value(option: str, value: str) -> str:
     if any(map(is_secret, option.lstrip("-").split("."))):
         return HIDDEN
     if value.lstrip().startswith(("{", "[")):
-        import yaml  # which no --help needs
+        import yaml  # imported late, for a fast --help
 
         try:
             content = yaml.safe_load(value)

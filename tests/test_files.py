@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from meap_lit.errors import UserError
-from meap_lit.files import _process_space, is_abandoned, parse_json, partial_path, read_json, remove, write_file
+from meap_lit.files import _pid_namespace, is_abandoned, parse_json, partial_path, read_json, remove, write_file
 
 
 def test_an_object_is_read(tmp_path):
@@ -84,11 +84,11 @@ def test_two_processes_may_remove_the_same_folder(tmp_path):
 
 def test_processes_of_two_containers_of_one_host_name_are_told_apart(tmp_path, monkeypatch):
     ours = partial_path(tmp_path / "out")
-    _process_space.cache_clear()
+    _pid_namespace.cache_clear()
     monkeypatch.setattr(os, "stat", lambda path: SimpleNamespace(st_ino=1))
     theirs = partial_path(tmp_path / "out")
     monkeypatch.undo()
-    _process_space.cache_clear()
+    _pid_namespace.cache_clear()
     assert ours.name.partition("@")[0] == theirs.name.partition("@")[0]
     assert ours != theirs
     theirs.mkdir()

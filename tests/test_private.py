@@ -11,8 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+from meap_lit.model import Decoder
+from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.private import NAMES
+from tests.model.test_float8 import TOY
 
 PACKAGE = Path(__file__).parents[1] / "meap_lit"
 MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file.name != "__main__.py")
@@ -92,3 +96,9 @@ def test_a_private_name_exists_and_is_used(name):
             owner = importlib.import_module(".".join(name.split(".")[: number + 1]))
         else:
             owner = getattr(owner, part)
+
+
+def test_blocks_are_not_cut_at_the_buckets_of_ddp():
+    torch._dynamo.config.optimize_ddp = True
+    checkpoint_and_compile(Decoder(TOY), "none", compile=True)
+    assert torch._dynamo.config.optimize_ddp is False

@@ -281,7 +281,7 @@ class Checkpoint(callbacks.Checkpoint):
                 if old.parent == here and is_partial(old):
                     remove(old)
                 elif is_abandoned(old):
-                    with suppress(OSError):  # such as in the folder of a colleague
+                    with suppress(OSError):  # for example, a folder without write access
                         remove(old)
 
 

@@ -113,7 +113,7 @@ class RetrievalProbe(L.Callback):
         return trainer.strategy.broadcast(share <= self.max_share)
 
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # the lengths of a probe would be compiled anew, which takes longer than the probe
+        # compiling for the lengths of the probe would take longer than the probe
         with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             label = f"Retrieval at step {trainer.global_step}"
             result = self.task.result(pl_module.decoder, self._items, label, self.batch_size)

@@ -35,7 +35,7 @@ class Throughput(L.Callback):
         steps = trainer.global_step - self._step
         if not ends_step(trainer, batch_idx) or steps == 0:
             return
-        compiled, self._compiles = self._compiles, False  # in this step, whose time is that of no other
+        compiled, self._compiles = self._compiles, False  # the first step includes compilation
         logged = is_logged(trainer, trainer.global_step)
         if not (compiled or logged):
             return

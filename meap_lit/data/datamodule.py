@@ -182,13 +182,15 @@ class StreamingData(L.LightningDataModule, ABC):
                 rank_zero_info(f"dataset {path} has no validation split; val/loss does not include it")
 
     def check_alike(self, found: list[dict[str, str]]) -> None:
-        """Make sure that all ranks read the same datasets, of which each computes the rows of all ranks.
+        """Check that all ranks read the same datasets.
+
+        Every rank computes the order of all rows, so different datasets would give overlapping or missing rows.
 
         Args:
-            found: `fingerprints` of every rank.
+            found: `fingerprints` of each rank, in rank order.
 
         Raises:
-            UserError: If those of a rank are not those of rank 0.
+            UserError: If the fingerprints of a rank differ from those of rank 0.
         """
         first = list(found[0].values())  # a home folder may have another name on another node
         for rank, fingerprints in enumerate(found):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from meap_lit.model.decoder import Block, Decoder
+from meap_lit.private import disable_ddp_graph_splits
 
 _SAVED = {
     torch.ops.aten.mm.default,
@@ -34,8 +35,8 @@ def checkpoint_and_compile(
     The forward is replaced, not the block, so that parameters keep their names. The second forward repeats the random
     state of the first, for the dropout of adapters.
     """
-    if compile:  # blocks are compiled one by one, so DDP's buckets need no cuts inside them
-        torch._dynamo.config.optimize_ddp = False
+    if compile:
+        disable_ddp_graph_splits()
     selective = partial(create_selective_checkpoint_contexts, list(_SAVED))
     for block in blocks_of(decoder):
         if activation_checkpointing == "selective":  # inside of what is compiled: it chooses among operations

@@ -180,12 +180,12 @@ def _score(case: Case) -> Iterator[Tested]:
             yield (
                 f"{name}{note}: {before} to {after}",
                 in_words(change, score.digits),
-                verdict(_for_the_better(change, score), case.claim.margin),
+                verdict(_improvement(change, score), case.claim.margin),
             )
 
 
-def _for_the_better(change: Difference, score: Score) -> Difference:
-    """Return a change of the headline metric such that it is above 0 if the arm is better."""
+def _improvement(change: Difference, score: Score) -> Difference:
+    """Return the change with its sign flipped if lower values of the headline metric are better."""
     is_headline = score.metric in (None, score.result.headline)
     if score.result.task.higher_is_better or not is_headline:
         return change
@@ -211,7 +211,7 @@ def _mask_ratio(case: Case) -> Iterator[Tested]:
         found = [(other, score.change(case.arm, other)) for other in case.study.rivals(case.arm)]
         changes = [(other, change) for other, change in found if change is not None]
         if len(changes) > 1:
-            worst = min((_for_the_better(change, score) for _, change in changes), key=lambda change: change.low)
+            worst = min((_improvement(change, score) for _, change in changes), key=lambda change: change.low)
             texts = [f"against P = {other.ratio:g} {in_words(change, 2)}" for other, change in changes]
             yield name, "; ".join(texts), verdict(worst)
 

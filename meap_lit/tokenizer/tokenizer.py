@@ -91,7 +91,8 @@ class Tokenizer:
         special = {token_id for token_id, token in added.items() if token.special} - {self.unk_token_id}
         roles = {vocabulary[token] for token in self._special.values() if token is not None}
         self.control_ids = frozenset(special | roles)
-        """Ids that no text may become: of the special tokens, without one that only stands for unknown text."""
+        """IDs of the special tokens, which encoding a text never returns. The unknown token is excluded, unless it is
+        also the BOS, EOS or mask token."""
         self.before_text, self.after_text = _written_around(self._backend)
 
     @classmethod

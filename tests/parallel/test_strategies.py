@@ -15,11 +15,8 @@ from meap_lit.checkpoint.export import Export
 from meap_lit.checkpoint.source import open_source
 from meap_lit.cli import main
 from meap_lit.errors import UserError
-from meap_lit.model import Decoder
-from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.modules import MEAPPretraining
 from meap_lit.recipe.cli import RecipeCLI
-from tests.model.test_float8 import TOY
 from tests.support.checkpoints import read, save_as_0_1
 from tests.support.split_model import save_split_model
 from tests.support.toy_module import fork
@@ -201,12 +198,6 @@ def test_compiled_blocks_learn_the_same_on_any_devices(toy_recipe, tmp_path, ove
     with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
         train_forked(num_devices, toy_recipe, *CLIPPED, "--model.compile", "true", overlay=overlay)
     assert_close(weights_of(tmp_path / "runs" / "toy" / "version_1"), alone)
-
-
-def test_blocks_are_not_cut_at_the_buckets_of_ddp():
-    torch._dynamo.config.optimize_ddp = True
-    checkpoint_and_compile(Decoder(TOY), "none", compile=True)
-    assert torch._dynamo.config.optimize_ddp is False
 
 
 def test_sharded_weights_are_validated_without_inference_mode(toy_recipe):

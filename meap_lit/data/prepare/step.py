@@ -57,7 +57,7 @@ class Preparation(ABC):
         """Make `output`; raise `UserError` if it exists already, without touching it."""
         if Path(self.output).exists():
             raise UserError(f"output folder {self.output} exists already; remove it or name another --output")
-        record = {**self._record(), "sources": self._stamp()}  # before: files may come while they are read
+        record = {**self._record(), "sources": self._stamp()}  # first, because files may be added while `make` runs
         with new_folder(Path(self.output)) as folder:
             summary = self.make(folder)
             (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
@@ -106,7 +106,7 @@ class Preparation(ABC):
 
     def _record(self) -> dict[str, Any]:
         names = [f.name for f in dataclasses.fields(self) if f.compare and f.name != "output"]
-        arguments = without_secrets({name: getattr(self, name) for name in names})  # of signed addresses
+        arguments = without_secrets({name: getattr(self, name) for name in names})  # signed URLs contain secrets
         return {
             "step": self.recorded_as or type(self).__name__,
             "arguments": json.loads(json.dumps(arguments)),

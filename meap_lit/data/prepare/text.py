@@ -69,7 +69,7 @@ class TextEncoder(Encoder[Entry]):
         texts = [str(entry.content) for entry in entries]
         try:
             encoded: list[list[int] | None] = [*self.tokenizer.encode_batch(texts)]
-        except UserError:  # of one of them: which one, and what about the others?
+        except UserError:  # encode one by one to find the text that failed
             encoded = [self._encode_one(entry, batch) for entry in entries]
         unknown = self.tokenizer.unk_token_id
         for text, ids in zip(texts, encoded, strict=True):
