@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from meap_lit import hub
@@ -116,6 +116,13 @@ class DecoderModule(L.LightningModule, ABC):
         if self.lora is not None and self.lora.frozen_dtype == "bfloat16" and self.trainer.precision != "bf16-mixed":
             raise UserError(
                 f"model.lora.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {self.trainer.precision}"
+            )
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if on_cpu and self.trainer.precision.startswith("bf16") and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            # a step takes 12 times as long as in float32 (benchmarks/log.md)
+            rank_zero_warn(
+                f"this CPU has no AVX-512, without which PyTorch multiplies bfloat16 slowly; "
+                f"trainer.precision 32-true is much faster here than {self.trainer.precision}"
             )
         if (data := self.data) is not None:
             ranks = Ranks(self.trainer)

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import warnings
 from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
@@ -297,6 +298,29 @@ def test_float16_is_refused():
     module._trainer = SimpleNamespace(precision="16-mixed")  # on a CPU the Trainer itself falls back to bfloat16
     with pytest.raises(UserError, match=r"trainer.precision 16-mixed is not supported: .*; use bf16-mixed"):
         module.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "device", "warns"),
+    [
+        ("AVX2", "bf16-mixed", "cpu", True),
+        ("AVX2", "bf16-true", "cpu", True),
+        ("AVX2", "32-true", "cpu", False),
+        ("AVX512", "bf16-mixed", "cpu", False),
+        ("AVX2", "bf16-mixed", "cuda", False),
+    ],
+)
+def test_bfloat16_on_a_cpu_that_multiplies_it_slowly_is_a_warning(monkeypatch, capability, precision, device, warns):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    module = MEAPPretraining(decoder=TOY, mask_ratio=0.15, optimizer=AdamW())
+    module._trainer = SimpleNamespace(
+        precision=precision, gradient_clip_algorithm="norm", strategy=SimpleNamespace(root_device=torch.device(device))
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        module.setup("fit")
+    found = [str(one.message) for one in caught]
+    assert bool(found) == warns
+    assert all(f"trainer.precision 32-true is much faster here than {precision}" in one for one in found)
 
 
 def test_a_context_is_extended_and_goes_out_with_the_model(toy_recipe, source_folder, tmp_path):
