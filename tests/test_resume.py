@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -179,3 +180,26 @@ def test_fine_tuning(toy_sft_recipe, prepared, chat, tmp_path):
     samples = [sample_of(document) for row in rows for document in row]
     assert_once_an_epoch(samples, len(conversations), sum(map(len, rows[: 3 * 4])))
     assert any(tuple(document) not in number for row in rows for document in row), "there are copies"
+
+
+@pytest.mark.parametrize(
+    ("folder", "key"),
+    [
+        (["--trainer.logger.version", "mine"], "trainer.logger.version"),
+        (["--checkpoint.dirpath", "{}/saved"], "checkpoint.dirpath"),
+    ],
+)
+def test_a_new_run_does_not_replace_an_earlier_one(toy_recipe, tmp_path, capfd, folder, key):
+    words = ["fit", "--config", str(toy_recipe), "--budget.max_steps", "2", *(word.format(tmp_path) for word in folder)]
+    main(words)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capfd.readouterr()
+    assert main(words) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        rf"error: .* has an earlier run \((checkpoints/)?step=2.ckpt\), .*--ckpt_path last, .* as {key}", error
+    )
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    main([*words, "--ckpt_path", "last", "--budget.max_steps", "4"])
+    assert any(path.name == "step=4.ckpt" for path in tmp_path.rglob("*.ckpt"))

@@ -206,8 +206,11 @@ class RecipeCLI:
         if config.ckpt_path not in (None, "best") and any(hub.is_hub_id(name) for _, name in _hub_names(config)):
             # the revisions with which the run of the checkpoint began
             hub.remember(StoredCheckpoint(Path(config.ckpt_path)).trainer_state.get("hub", {}))
-        for options in options_of_loggers(config) if self.command == "fit" else ():
-            make_log_folder(options)
+        if self.command == "fit":
+            if config.ckpt_path is None:
+                _refuse_folder_of_another(config)
+            for options in options_of_loggers(config):
+                make_log_folder(options)
         with input_errors(KEYS):
             built = self.parser.instantiate(config)
             self.model, self.datamodule = built.model, built.data
@@ -336,6 +339,22 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
     found = find_checkpoint(given, "--ckpt_path last" if path == "last" else "--ckpt_path")
     rank_zero_only(print)(f"checkpoint: {found}")  # also one that a recipe names, as that of a resumed run does
     return str(found)
+
+
+def _refuse_folder_of_another(config: Namespace) -> None:
+    """Raise `UserError` if a new run would replace files of an earlier one: its recipe, its curves, its checkpoints."""
+    if config.checkpoint.dirpath is not None:
+        folder, key = Path(config.checkpoint.dirpath), "checkpoint.dirpath"
+    elif any(options.get("version") is not None for options in options_of_loggers(config)[:1]):
+        folder, key = runs_of(config), "trainer.logger.version"
+    else:
+        return  # each run gets a folder of its own
+    found = next(iter(sorted(folder.rglob("step=*.ckpt"))), None)
+    if found is not None:
+        raise UserError(
+            f"{folder} has an earlier run ({found.relative_to(folder)}), which a new one would replace; continue it "
+            f"with --ckpt_path last, or name another folder as {key}"
+        )
 
 
 def _refuse_requeued(folder: Path) -> None:
