@@ -15,7 +15,6 @@ from meap_lit.evaluation.tasks.multi_document_qa import MultiDocumentQA
 from tests.support.reader import write_rows
 
 FOLDER = Path(__file__).parents[2] / "docs" / "study"
-SETTINGS = sorted(path.stem for path in (FOLDER / "real").glob("*.csv"))
 
 
 def script(name):
@@ -25,7 +24,8 @@ def script(name):
     return module
 
 
-real, questions = script("real"), script("questions")
+records, questions = script("records"), script("questions")
+ALPACA = records.SETTINGS["alpaca"]
 
 
 def make_part(arm, seed, right, loss, items="0a1b"):
@@ -56,22 +56,21 @@ def make_part(arm, seed, right, loss, items="0a1b"):
 @pytest.fixture
 def parts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(real, "FOLDER", tmp_path / "real")
-    real.FOLDER.mkdir()
+    monkeypatch.setattr(records, "HERE", tmp_path)
     for seed in (11, 12, 13):
         make_part("plain", seed, [[1, 0, 0, 0], [0, 0, 0, 0]], 1.5)
         make_part("concat", seed, [[1, 1, 1, 1], [1, 1, 1, 0]], 1.4)
-    real.collect("alpaca")
+    records.collect(ALPACA)
 
 
 def test_what_is_kept_has_no_text_and_gives_the_tables(parts):
-    study = real.read("alpaca")
+    study = records.read(ALPACA)
     assert study.arms == ["concat", "plain"]
     kept = study.results["qa_5"]["plain", "11"].records
     assert all(record.keys() == {"id", "group", "cell", "scores", "words"} for record in kept)
     assert {record["words"] for record in kept} == {2}
     assert len(kept) == 8
-    page = real.page("alpaca")
+    page = records.page(ALPACA)
     assert re.search(r"\| H1 \| `concat` minus `plain` \| \+75\.0 \[\+\d+\.\d, \+\d+\.\d\] \| 3 \| above 0 \|", page)
     assert "| H2 | `concat` minus `copies` | not run |  |  |" in page
     assert "| H4 | held-out loss, `concat` minus `plain` | -0.1000 [-0.1000, -0.1000] | 3 | at most 0.02 |" in page
@@ -80,30 +79,30 @@ def test_what_is_kept_has_no_text_and_gives_the_tables(parts):
 
 
 def test_parts_of_another_machine_are_added(parts):
-    before = (real.FOLDER / "alpaca.jsonl.gz").read_bytes()
-    real.collect("alpaca")
-    assert (real.FOLDER / "alpaca.jsonl.gz").read_bytes() == before
+    before = ALPACA.file(".jsonl.gz").read_bytes()
+    records.collect(ALPACA)
+    assert ALPACA.file(".jsonl.gz").read_bytes() == before
     for folder in ("runs", "evaluations"):
         Path(folder).rename(f"moved_{folder}")
     make_part("copies", 11, [[1, 1, 0, 0], [0, 0, 0, 0]], 1.45)
-    real.collect("alpaca")
-    study = real.read("alpaca")
+    records.collect(ALPACA)
+    study = records.read(ALPACA)
     assert study.arms == ["concat", "copies", "plain"]
     assert study.difference("qa_5", "concat", "copies").num_seeds == 1
 
 
 def test_results_of_other_items_are_not_compared(parts):
     make_part("copies", 11, [[1, 1, 0, 0], [0, 0, 0, 0]], 1.45, items="another")
-    real.collect("alpaca")
+    records.collect(ALPACA)
     with pytest.raises(UserError, match="the results of qa_5 are of different items"):
-        real.read("alpaca")
+        records.read(ALPACA)
 
 
 def test_answers_of_a_run_that_did_not_end_are_refused(parts):
     Path("runs/study_real_alpaca/plain/seed_11/summary.json").unlink()
-    (real.FOLDER / "alpaca.csv").unlink()
+    ALPACA.file(".csv").unlink()
     with pytest.raises(UserError, match="has answers of plain, seed 11, which has no run that ended"):
-        real.collect("alpaca")
+        records.collect(ALPACA)
 
 
 @pytest.mark.parametrize(
@@ -117,16 +116,16 @@ def test_answers_of_a_run_that_did_not_end_are_refused(parts):
     ],
 )
 def test_verdicts_are_those_of_the_plan(low, high, num_seeds, expected):
-    assert real.verdict(Difference((low + high) / 2, low, high, 240, num_seeds)) == expected
+    assert records.verdict(Difference((low + high) / 2, low, high, 240, num_seeds), ALPACA) == expected
     plan = (FOLDER / "plan.md").read_text(encoding="utf-8")
-    assert f"smallest difference of interest is {real.SMALLEST:g} points" in plan
+    assert f"smallest difference of interest is {ALPACA.smallest:g} points" in plan
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", [one for one in records.SETTINGS.values() if one.file(".csv").exists()])
 def test_a_committed_page_is_what_its_records_give(setting):
-    committed = (FOLDER / "real" / f"{setting}.md").read_text(encoding="utf-8")
-    assert committed == real.page(setting), f"run python docs/study/real.py {setting}"
-    assert (FOLDER / "real" / f"{setting}.png").is_file()
+    committed = setting.file(".md").read_text(encoding="utf-8")
+    assert committed == records.page(setting), f"run python docs/study/records.py {setting.name}"
+    assert setting.file(".png").is_file()
 
 
 def test_questions_to_train_on_have_their_passage_at_any_position(tmp_path):

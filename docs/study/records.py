@@ -1,10 +1,10 @@
-"""Keep the results of the study on a real model as small files, and write its tables and figures from these alone.
+"""Keep the results of a study as small files, and write its tables and figures from these alone.
 
-    python docs/study/real.py alpaca --collect      # runs/study_real_alpaca, evaluations/study_real_alpaca -> real/
-    python docs/study/real.py alpaca                # real/alpaca.csv, real/alpaca.jsonl.gz -> real/alpaca.md, .png
+    python docs/study/records.py alpaca --collect   # runs/study_real_alpaca, evaluations/study_real_alpaca -> real/
+    python docs/study/records.py alpaca             # real/alpaca.csv, real/alpaca.jsonl.gz -> real/alpaca.md, .png
 
-real/SETTING.csv has a line for each run. real/SETTING.jsonl.gz has a line for each evaluation of a run: the id, cell
-and scores of every item, without its text. `--collect` adds to what is there, so parts may come from several machines.
+SETTING.csv has a line for each run. SETTING.jsonl.gz has a line for each evaluation of a run: the id, cell and scores
+of every item, without its text. `--collect` adds to what is there, so parts may come from several machines.
 """
 
 import argparse
@@ -26,14 +26,71 @@ from meap_lit.evaluation.statistics import Difference, bootstrap, t_interval
 from meap_lit.evaluation.task import Record, Result, paired_deltas
 from meap_lit.files import read_json
 
-FOLDER = Path(__file__).parent / "real"
-BASELINE, MAIN, UNTRAINED = "plain", "qa_5", "untrained"
-SMALLEST = 4.0
-"""Smallest difference of interest, in points of the main measure (plan.md)."""
-OTHERS = {"alpaca": ("plain", "copies", "plain_79"), "questions": ("plain", "copies", "plain_116")}
-"""The arms that `concat` is compared with by the main measure: H1, H2 and H3 of each setting."""
-NUM_SEEDS = 3
-"""Planned seeds of these arms."""
+HERE = Path(__file__).parent
+UNTRAINED = "untrained"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the plan of a study says of a setting.
+
+    Args:
+        name: Name of its files.
+        runs: Folder of its runs in runs/ and of its evaluations in evaluations/.
+        folder: Folder of its files.
+        main: Evaluation of the main measure.
+        hypotheses: The arms compared by it, as (arm, other): H1, H2, ...
+        smallest: Smallest difference of interest, in points of the main measure.
+        num_seeds: Planned seeds of these arms.
+        held_out_loss: Whether one more hypothesis is about the clean loss of the first pair.
+        place: Key of the cells over which the figure is drawn.
+        first_place: Number of the first place in the figure, where places are counted.
+        title: Title of the figure.
+        x_label: What the places are.
+    """
+
+    name: str
+    runs: str
+    folder: str
+    main: str
+    hypotheses: tuple[tuple[str, str], ...]
+    smallest: float
+    num_seeds: int = 3
+    held_out_loss: bool = False
+    place: str
+    first_place: int = 0
+    title: str
+    x_label: str
+
+    @property
+    def baseline(self) -> str:
+        return self.hypotheses[0][1]
+
+    def file(self, suffix: str) -> Path:
+        return HERE / self.folder / f"{self.name}{suffix}"
+
+
+def _real(name: str, others: Sequence[str], **options: Any) -> Setting:
+    return Setting(
+        name=name,
+        runs=f"study_real_{name}",
+        folder="real",
+        main="qa_5",
+        hypotheses=tuple(("concat", other) for other in others),
+        smallest=4.0,
+        place="gold",
+        first_place=1,
+        title=f"Questions on five passages after fine-tuning: {name}",
+        x_label="position of the passage with the answer, of five",
+        **options,
+    )
+
+
+_ALL = (
+    _real("alpaca", ("plain", "copies", "plain_79"), held_out_loss=True),
+    _real("questions", ("plain", "copies", "plain_116")),
+)
+SETTINGS = {setting.name: setting for setting in _ALL}
 RUN_FIELDS = ("arm", "seed", "steps", "tokens", "seconds", "val_loss", "masked_loss", "device")
 Part = tuple[str, str]
 """Arm and seed."""
@@ -43,6 +100,7 @@ Part = tuple[str, str]
 class Study:
     """Runs by arm and seed, and results by task, then arm and seed."""
 
+    setting: Setting
     runs: dict[Part, dict[str, str]]
     results: dict[str, dict[Part, Result]]
 
@@ -71,10 +129,10 @@ class Study:
         return t_interval(deltas) if deltas else None
 
 
-def collect(setting: str) -> None:
+def collect(setting: Setting) -> None:
     """Add what is under runs/ and evaluations/ to the files of a setting."""
     runs, lines = dict(_read_runs(setting)), dict(_read_lines(setting))
-    for summary in sorted(Path(f"runs/study_real_{setting}").glob("*/seed_*/summary.json")):
+    for summary in sorted(Path("runs", setting.runs).glob("*/seed_*/summary.json")):
         arm, seed = summary.parts[-3], summary.parts[-2].removeprefix("seed_")
         about, metrics = read_json(summary), read_metrics(summary.parent)
         masked = metrics.get("train/masked_loss", [])
@@ -87,7 +145,7 @@ def collect(setting: str) -> None:
             f"{about['device']}, {about['threads']} thread",
         )
         runs[arm, seed] = dict(zip(RUN_FIELDS, map(str, (arm, seed, *values)), strict=True))
-    for file in sorted(Path(f"evaluations/study_real_{setting}").glob("*/*/result.json")):
+    for file in sorted(Path("evaluations", setting.runs).glob("*/*/result.json")):
         for result in load(file):
             arm, _, seed = result.label.rpartition("-seed_")
             if arm != UNTRAINED and (arm, seed) not in runs:
@@ -102,13 +160,13 @@ def collect(setting: str) -> None:
                 "skipped": result.num_skipped,
                 "items": [_without_text(record) for record in result.records],
             }
-    FOLDER.mkdir(exist_ok=True)
-    with open(FOLDER / f"{setting}.csv", "w", encoding="utf-8", newline="") as table:
+    setting.file(".csv").parent.mkdir(exist_ok=True)
+    with open(setting.file(".csv"), "w", encoding="utf-8", newline="") as table:
         writer = csv.DictWriter(table, RUN_FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(runs[part] for part in sorted(runs))
     text = "".join(json.dumps(lines[key], separators=(",", ":")) + "\n" for key in sorted(lines))
-    (FOLDER / f"{setting}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    setting.file(".jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def _without_text(record: Record) -> Record:
@@ -119,7 +177,7 @@ def _without_text(record: Record) -> Record:
     return kept
 
 
-def read(setting: str) -> Study:
+def read(setting: Setting) -> Study:
     """Return the results that are kept of a setting."""
     results: dict[str, dict[Part, Result]] = {}
     for (name, arm, seed), line in _read_lines(setting):
@@ -128,55 +186,62 @@ def read(setting: str) -> Study:
         of_task[arm, seed] = result
         if len({one.about["items"] for one in of_task.values()}) > 1:
             raise UserError(f"the results of {name} are of different items; evaluate {arm}, seed {seed} again")
-    if MAIN not in results:
-        raise UserError(f"no results of {MAIN} for {setting}; run bash recipes/study/real.sh {setting}")
-    return Study(dict(_read_runs(setting)), results)
+    if setting.main not in results:
+        raise UserError(f"no results of {setting.main} in {setting.file('.jsonl.gz')}; run the study, then --collect")
+    return Study(setting, dict(_read_runs(setting)), results)
 
 
-def _read_runs(setting: str) -> Iterator[tuple[Part, dict[str, str]]]:
-    path = FOLDER / f"{setting}.csv"
+def _read_runs(setting: Setting) -> Iterator[tuple[Part, dict[str, str]]]:
+    path = setting.file(".csv")
     if path.is_file():
         with open(path, encoding="utf-8", newline="") as table:
             yield from (((row["arm"], row["seed"]), row) for row in csv.DictReader(table))
 
 
-def _read_lines(setting: str) -> Iterator[tuple[tuple[str, str, str], dict[str, Any]]]:
-    path = FOLDER / f"{setting}.jsonl.gz"
+def _read_lines(setting: Setting) -> Iterator[tuple[tuple[str, str, str], dict[str, Any]]]:
+    path = setting.file(".jsonl.gz")
     if path.is_file():
         lines = map(json.loads, gzip.decompress(path.read_bytes()).decode().splitlines())
         yield from (((line["name"], line["arm"], line["seed"]), line) for line in lines)
 
 
-def verdict(change: Difference) -> str:
-    """Return what an interval of the main measure says by the rule of plan.md."""
-    if change.num_seeds < NUM_SEEDS:
-        return f"incomplete: {change.num_seeds} of {NUM_SEEDS} seeds"
+def verdict(change: Difference, setting: Setting) -> str:
+    """Return what an interval of the main measure says by the rule of the plan."""
+    if change.num_seeds < setting.num_seeds:
+        return f"incomplete: {change.num_seeds} of {setting.num_seeds} seeds"
     if change.low > 0:
         return "above 0"
-    return f"below {SMALLEST:g} points" if change.high < SMALLEST else "open"
+    return f"below {setting.smallest:g} points" if change.high < setting.smallest else "open"
 
 
-def page(setting: str) -> str:
+def page(setting: Setting) -> str:
     """Return the tables of a setting in Markdown."""
     study = read(setting)
-    lines = [f"# Study on a real model: {setting}", "", _INTRODUCTION.format(setting=setting), ""]
-    lines += ["## Main measure", "", f"![Accuracy over the position of the passage]({setting}.png)", ""]
+    lines = [f"# Study on a real model: {setting.name}", "", _INTRODUCTION.format(setting=setting.name), ""]
+    lines += ["## Main measure", "", f"![Accuracy over the position of the passage]({setting.name}.png)", ""]
     rows = []
-    for number, other in enumerate(OTHERS[setting], start=1):
-        change = study.difference(MAIN, "concat", other)
-        words = ["not run", "", ""] if change is None else [change.text(1), str(change.num_seeds), verdict(change)]
-        rows.append([f"H{number}", f"`concat` minus `{other}`", *words])
-    clean = study.loss_difference("concat", BASELINE) if setting == "alpaca" else None
-    if clean is not None and clean.num_seeds == NUM_SEEDS:
+    for number, (arm, other) in enumerate(setting.hypotheses, start=1):
+        change = study.difference(setting.main, arm, other)
+        words = ["not run", "", ""]
+        if change is not None:
+            words = [change.text(1), str(change.num_seeds), verdict(change, setting)]
+        rows.append([f"H{number}", f"`{arm}` minus `{other}`", *words])
+    arm, other = setting.hypotheses[0]
+    clean = study.loss_difference(arm, other) if setting.held_out_loss else None
+    if clean is not None and clean.num_seeds == setting.num_seeds:
         words = [clean.text(4), str(clean.num_seeds), "at most 0.02" if clean.high < 0.02 else "open"]
-        rows.append(["H4", "held-out loss, `concat` minus `plain`", *words])
+        rows.append([f"H{len(rows) + 1}", f"held-out loss, `{arm}` minus `{other}`", *words])
     lines += _table(["", "difference", "95%", "seeds", "verdict"], rows)
-    lines += ["", "Words in the line that is scored, on average:", ""]
-    lengths = {arm: _words(study, arm) for arm in study.arms}
-    lines += _table(["arm", "words, by seed"], [[f"`{arm}`", text] for arm, text in lengths.items() if text])
-    for name, results in sorted(study.results.items(), key=lambda item: item[0] != MAIN):
+    lengths = {arm: text for arm in study.arms if (text := _words(study, arm))}
+    if lengths:
+        lines += ["", "Words in the line that is scored, on average:", ""]
+        lines += _table(["arm", "words, by seed"], [[f"`{arm}`", text] for arm, text in lengths.items()])
+    for name, results in sorted(study.results.items(), key=lambda item: item[0] != setting.main):
         any_result = next(iter(results.values()))
-        lines += ["" if name == MAIN else f"\n## {name}\n", f"{_items(results)} items for each seed, bounds included."]
+        lines += [
+            "" if name == setting.main else f"\n## {name}\n",
+            f"{_items(results)} items for each seed, bounds included.",
+        ]
         for metric in any_result.metrics:
             lines += ["", *_scores(study, name, metric)]
         for key in any_result.cell_keys:
@@ -186,7 +251,7 @@ def page(setting: str) -> str:
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 
-_INTRODUCTION = """`python docs/study/real.py {setting}` writes this page from the records beside it. The
+_INTRODUCTION = """`python docs/study/records.py {setting}` writes this page from the records beside it. The
 [plan](../plan.md) has the arms, the measures and the rules. Differences are paired over seeds and items, with a
 bootstrap interval of 95%; those of the held-out loss have the t interval over seeds."""
 
@@ -199,8 +264,8 @@ def _items(results: dict[Part, Result]) -> str:
 def _words(study: Study, arm: str) -> str:
     words = {
         seed: statistics.mean(record["words"] for record, _ in result.scored())
-        for (one, seed), result in study.results[MAIN].items()
-        if one == arm
+        for (one, seed), result in study.results[study.setting.main].items()
+        if one == arm and "words" in result.records[0]
     }
     return ", ".join(f"{seed}: {number:.1f}" for seed, number in words.items())
 
@@ -213,13 +278,14 @@ def _scores(study: Study, name: str, metric: str) -> list[str]:
         values = {seed: result.mean(metric).value for (one, seed), result in results.items() if one == arm}
         if not values:
             continue
-        change = None if arm == BASELINE else study.difference(name, arm, BASELINE, metric)
+        baseline = study.setting.baseline
+        change = None if arm == baseline else study.difference(name, arm, baseline, metric)
         of_seeds = ", ".join(f"{seed}: {value:.{digits}f}" for seed, value in values.items())
         mean = f"{statistics.mean(values.values()):.{digits}f}"
         difference = "" if change is None else f"{change.text(digits)}, seeds: {change.num_seeds}"
         rows.append([f"`{arm}`", mean, of_seeds, difference])
     unit = next(iter(results.values())).unit_of(metric)
-    return _table(["arm", f"{metric} ({unit})", "by seed", f"minus `{BASELINE}`"], rows)
+    return _table(["arm", f"{metric} ({unit})", "by seed", f"minus `{study.setting.baseline}`"], rows)
 
 
 def _along(study: Study, name: str, key: str) -> list[str]:
@@ -246,11 +312,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def draw(setting: str) -> None:
+def draw(setting: Setting) -> None:
     """Write the figure of the main measure: means over seeds, and each seed as a thin line."""
     study = read(setting)
-    results = study.results[MAIN]
-    tables = {part: {place + 1: mean.value for place, mean in _places(result)} for part, result in results.items()}
+    tables = {part: dict(_places(result, setting)) for part, result in study.results[setting.main].items()}
+    metric = next(iter(study.results[setting.main].values())).metrics[0]
     lines, faint = {}, {}
     for arm in study.arms:
         of_arm = [table for (one, _), table in tables.items() if one == arm]
@@ -260,29 +326,30 @@ def draw(setting: str) -> None:
             faint[name] = of_arm
     figure = curves(
         lines,
-        x_label="position of the passage with the answer, of five",
-        y_label="best_subspan_em (%)",
-        title=f"Questions on five passages after fine-tuning: {setting}",
+        x_label=setting.x_label,
+        y_label=f"{metric} (%)",
+        title=setting.title,
         faint=faint,
     )
-    figure.savefig(FOLDER / f"{setting}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(setting.file(".png"), dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
-def _places(result: Result) -> Iterator[tuple[int, Any]]:
-    for place, mean in result.along("gold").items():
-        if isinstance(place, int) and mean.n:
-            yield place, mean
+def _places(result: Result, setting: Setting) -> Iterator[tuple[float, float]]:
+    for place, mean in result.along(setting.place).items():
+        if isinstance(place, int | float) and mean.n:
+            yield place + setting.first_place, mean.value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", choices=OTHERS)
+    parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--collect", action="store_true", help="add results of runs/ and evaluations/ first")
     arguments = parser.parse_args()
+    setting = SETTINGS[arguments.setting]
     if arguments.collect:
-        collect(arguments.setting)
-    (FOLDER / f"{arguments.setting}.md").write_text(page(arguments.setting), encoding="utf-8")
-    draw(arguments.setting)
+        collect(setting)
+    setting.file(".md").write_text(page(setting), encoding="utf-8")
+    draw(setting)
 
 
 if __name__ == "__main__":
