@@ -182,24 +182,47 @@ def test_fine_tuning(toy_sft_recipe, prepared, chat, tmp_path):
     assert any(tuple(document) not in number for row in rows for document in row), "there are copies"
 
 
-@pytest.mark.parametrize(
-    ("folder", "key"),
-    [
-        (["--trainer.logger.version", "mine"], "trainer.logger.version"),
-        (["--checkpoint.dirpath", "{}/saved"], "checkpoint.dirpath"),
-    ],
-)
-def test_a_new_run_does_not_replace_an_earlier_one(toy_recipe, tmp_path, capfd, folder, key):
-    words = ["fit", "--config", str(toy_recipe), "--budget.max_steps", "2", *(word.format(tmp_path) for word in folder)]
+FIXED_FOLDERS = {
+    "trainer.logger.version": ["--trainer.logger.version", "mine"],
+    "checkpoint.dirpath": ["--checkpoint.dirpath", "$HERE/saved"],
+}
+
+
+@pytest.mark.parametrize("key", FIXED_FOLDERS)
+def test_a_new_run_does_not_replace_an_earlier_one(toy_recipe, tmp_path, monkeypatch, capfd, key):
+    monkeypatch.setenv("HERE", str(tmp_path))
+    words = ["fit", "--config", str(toy_recipe), "--budget.max_steps", "2", *FIXED_FOLDERS[key]]
     main(words)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capfd.readouterr()
     assert main(words) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
-        rf"error: .* has an earlier run \((checkpoints/)?step=2.ckpt\), .*--ckpt_path last, .* as {key}", error
+        rf"error: {tmp_path}/.* has an earlier run \((checkpoints/)?step=2.ckpt\), .*--ckpt_path last, .* as {key}",
+        error,
     )
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
     main([*words, "--ckpt_path", "last", "--budget.max_steps", "4"])
     assert any(path.name == "step=4.ckpt" for path in tmp_path.rglob("*.ckpt"))
+    assert not main([*words, "--checkpoint.dirpath", str(tmp_path / "new"), "--trainer.logger.version", "new"])
+
+
+def test_a_run_without_checkpoints_is_not_replaced(toy_recipe, tmp_path, capfd):
+    words = ["fit", "--config", str(toy_recipe), "--budget.max_steps", "2", *FIXED_FOLDERS["trainer.logger.version"]]
+    main([*words, "--trainer.enable_checkpointing", "false"])
+    assert main([*words, "--checkpoint.dirpath", str(tmp_path / "elsewhere")]) == 2
+    assert "mine has an earlier run (summary.json)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger"])
+def test_folders_may_name_variables(toy_recipe, tmp_path, monkeypatch, logger):
+    monkeypatch.setenv("HERE", str(tmp_path / "there"))
+    words = ["fit", "--config", str(toy_recipe), "--trainer.logger", f"lightning.pytorch.loggers.{logger}"]
+    words += ["--trainer.logger.save_dir", "$HERE/runs", "--trainer.logger.name", "x", "--budget.max_steps"]
+    main([*words, "2"])
+    main([*words, "2"])
+    folders = sorted(path.name for path in (tmp_path / "there" / "runs" / "x").iterdir())
+    assert folders == ["version_0", "version_1"]
+    main([*words, "4", "--ckpt_path", "last"])
+    assert (tmp_path / "there" / "runs" / "x" / "version_2" / "checkpoints" / "step=4.ckpt").is_dir()

@@ -49,7 +49,16 @@ from meap_lit.parallel.strategies import Sharded, follow_launcher
 from meap_lit.recipe.explain import Known, causes, check_values, explain, find_user_error, input_errors, raised_by
 from meap_lit.recipe.file import recipe_words
 from meap_lit.recipe.help import help_page
-from meap_lit.recipe.loggers import OpenLoggers, RunTrainer, log_recipe, make_log_folder, options_of_loggers, runs_of
+from meap_lit.recipe.loggers import (
+    OpenLoggers,
+    RunTrainer,
+    expand_folders,
+    fixed_folder,
+    log_recipe,
+    make_log_folder,
+    options_of_loggers,
+    runs_of,
+)
 from meap_lit.recipe.parser import Parser, add_recipe_option, import_choices
 
 register_unresolvable_import_paths(torch)  # functions that do not know their module: pytorch/pytorch#74483
@@ -202,6 +211,7 @@ class RecipeCLI:
         config.weights_only = True
         if self.command == "validate" and config.ckpt_path is None and not config.model.init_args.get("init_from"):
             raise UserError("the weights of this recipe are random; name a checkpoint with --ckpt_path, such as last")
+        expand_folders(config)
         config.ckpt_path = _resolve_checkpoint(config, starts_anew=self.command == "fit")
         if config.ckpt_path not in (None, "best") and any(hub.is_hub_id(name) for _, name in _hub_names(config)):
             # the revisions with which the run of the checkpoint began
@@ -343,18 +353,19 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
 
 def _refuse_folder_of_another(config: Namespace) -> None:
     """Raise `UserError` if a new run would replace files of an earlier one: its recipe, its curves, its checkpoints."""
-    if config.checkpoint.dirpath is not None:
-        folder, key = Path(config.checkpoint.dirpath), "checkpoint.dirpath"
-    elif any(options.get("version") is not None for options in options_of_loggers(config)[:1]):
-        folder, key = runs_of(config), "trainer.logger.version"
-    else:
-        return  # each run gets a folder of its own
-    found = next(iter(sorted(folder.rglob("step=*.ckpt"))), None)
-    if found is not None:
-        raise UserError(
-            f"{folder} has an earlier run ({found.relative_to(folder)}), which a new one would replace; continue it "
-            f"with --ckpt_path last, or name another folder as {key}"
-        )
+    loggers = options_of_loggers(config)
+    folders = {
+        "checkpoint.dirpath": config.checkpoint.dirpath,
+        "trainer.logger.version": fixed_folder(loggers[0]) if loggers else None,
+    }
+    for key, folder in folders.items():
+        names = ("step=*.ckpt", "checkpoints/step=*.ckpt", "summary.json")
+        found = [file for name in names if folder is not None for file in sorted(Path(folder).glob(name))]
+        if found:
+            raise UserError(
+                f"{folder} has an earlier run ({found[0].relative_to(folder)}), which a new one would replace; "
+                f"continue it with --ckpt_path last, or name another folder as {key}"
+            )
 
 
 def _refuse_requeued(folder: Path) -> None:

@@ -62,7 +62,7 @@ class OpenLoggers(L.Callback):
 
     def _make_folder(self, trainer: L.Trainer) -> None:
         """Number a new run and make its folder, one process at a time: runs that start together must not share one."""
-        folder_of_runs = _expanded(trainer.loggers[0].save_dir or trainer.default_root_dir)
+        folder_of_runs = trainer.loggers[0].save_dir or trainer.default_root_dir
         os.makedirs(folder_of_runs, exist_ok=True)
         above = os.open(folder_of_runs, os.O_RDONLY)
         try:
@@ -111,6 +111,15 @@ def options_of_loggers(config: Namespace) -> list[Namespace]:
     return [getattr(logger, "init_args", None) or Namespace() for logger in loggers]
 
 
+def expand_folders(config: Namespace) -> None:
+    """Replace `~` and `$NAME` in the folders that a run writes: some loggers do it, some do not, and one half-way."""
+    for options in options_of_loggers(config):
+        if options.get("save_dir"):
+            options.save_dir = os.path.expandvars(os.path.expanduser(options.save_dir))
+    if config.checkpoint.dirpath is not None:
+        config.checkpoint.dirpath = os.path.expandvars(os.path.expanduser(config.checkpoint.dirpath))
+
+
 def runs_of(config: Namespace) -> Path:
     """Return the folder of earlier runs of a recipe: `checkpoint.dirpath`, or the logger's folder.
 
@@ -119,12 +128,18 @@ def runs_of(config: Namespace) -> Path:
     if config.checkpoint.dirpath is not None:
         return Path(config.checkpoint.dirpath)
     options = next(iter(options_of_loggers(config)), Namespace())
-    save_dir, name, version = options.get("save_dir"), options.get("name"), options.get("version")
-    if not save_dir or not name:
+    if not options.get("save_dir") or not options.get("name"):
         raise UserError("--ckpt_path last needs a trainer.logger with save_dir and name; name a run's folder instead")
-    if isinstance(version, int):
-        version = f"version_{version}"  # as Lightning's loggers name it
-    return Path(_expanded(save_dir), name, version or "")
+    return fixed_folder(options) or Path(options.save_dir, options.name)
+
+
+def fixed_folder(logger: Namespace) -> Path | None:
+    """Return the folder of a run by the options of its logger; None if each run gets a folder of its own."""
+    version = logger.get("version")
+    if version is None or not logger.get("save_dir"):
+        return None
+    named = f"version_{version}" if isinstance(version, int) else version  # as Lightning's loggers name it
+    return Path(logger.save_dir, logger.get("name") or "", named)
 
 
 def make_log_folder(options: Namespace) -> None:
@@ -136,7 +151,7 @@ def make_log_folder(options: Namespace) -> None:
         )
     if not options.get("save_dir"):
         return
-    key, folder = "trainer.logger.save_dir", Path(_expanded(options.save_dir))
+    key, folder = "trainer.logger.save_dir", Path(options.save_dir)
     if "://" in options.save_dir:
         raise UserError(
             f"{key} must be a folder of this machine or its network, got {options.save_dir}; name one, such as runs, "
@@ -149,8 +164,3 @@ def make_log_folder(options: Namespace) -> None:
     of_name = folder / (options.get("name") or "")
     if not os.access(of_name if of_name.is_dir() else folder, os.W_OK | os.X_OK):
         raise UserError(f"cannot write into the folder of logs {folder}; name another as {key}")
-
-
-def _expanded(folder: str) -> str:
-    """Return the path of a folder as the loggers take it."""
-    return os.path.expandvars(os.path.expanduser(folder))
