@@ -89,6 +89,17 @@ def _real(name: str, others: Sequence[str], **options: Any) -> Setting:
 _ALL = (
     _real("alpaca", ("plain", "copies", "plain_79"), held_out_loss=True),
     _real("questions", ("plain", "copies", "plain_116")),
+    Setting(
+        name="facts",
+        runs="study_facts",
+        folder="facts",
+        main="facts",
+        hypotheses=(("late", "ntp"), ("mask_0.15", "ntp"), ("late", "mask_0.15")),
+        smallest=5.0,
+        place="depth",
+        title="One of eight facts in 64 to 128 tokens, 10.2M tokens of training",
+        x_label="depth of the fact in the context, from 0 (first) to 1 (last)",
+    ),
 )
 SETTINGS = {setting.name: setting for setting in _ALL}
 RUN_FIELDS = ("arm", "seed", "steps", "tokens", "seconds", "val_loss", "masked_loss", "device")

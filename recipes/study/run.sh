@@ -4,18 +4,22 @@
 #   bash recipes/study/run.sh cpu                                      # half an hour on two cores
 #   ARMS="batch_masks spans protect_rare decay" bash recipes/study/run.sh cpu
 #   ARMS=mask_0.15 SEEDS=1 TUNED= bash recipes/study/run.sh gpu        # one arm and seed, no fine-tuning
+#   bash recipes/study/run.sh facts                                    # an hour and a half on two cores
 # An arm is ntp, mask_P for a mask ratio P, or a recipe in recipes/study/variant. OPTIONS go to every pretraining run, and
 # SUFFIX is added to its name. JOBS runs are trained at the same time, each on one core. PYTHON is the interpreter.
 set -euo pipefail
-SIZE=${1:?name a size: cpu or gpu}
+SIZE=${1:?name a size: cpu, gpu or facts}
 PYTHON=${PYTHON:-python}
+if [ "$SIZE" = facts ]; then
+    SEEDS=${SEEDS:-"31 32 33"} ARMS=${ARMS-"ntp late mask_0.15"} TUNED=${TUNED-}
+fi
 SEEDS=${SEEDS:-"1 2"}
 ARMS=${ARMS-"ntp mask_0.05 mask_0.10 mask_0.15 mask_0.20 warmup"}
 TUNED=${TUNED-"ntp mask_0.15"}
 OPTIONS=${OPTIONS:-}
 SUFFIX=${SUFFIX:-}
-JOBS=${JOBS:-$([ "$SIZE" = cpu ] && echo 2 || echo 1)}
-[ "$SIZE" != cpu ] || export OMP_NUM_THREADS=1
+JOBS=${JOBS:-$([ "$SIZE" = gpu ] && echo 1 || echo 2)}
+[ "$SIZE" = gpu ] || export OMP_NUM_THREADS=1
 export SIZE PYTHON OPTIONS SUFFIX
 
 meap_lit() { "$PYTHON" -m meap_lit "$@"; }
@@ -50,7 +54,7 @@ export -f meap_lit evaluate pretrain tune
 each() { xargs -r -P "$JOBS" -L 1 bash -euc "$1"' "$@"' _; }
 
 # prepare the data once, so that runs that start together do not all prepare it
-meap_lit fit --config "recipes/study/$SIZE.yaml" --budget.max_steps 1 --trainer.logger.save_dir runs/data_of_study
+meap_lit preview --config "recipes/study/$SIZE.yaml" >/dev/null
 for seed in $SEEDS; do for arm in $ARMS; do echo "$arm $seed"; done; done | each pretrain
 for seed in $SEEDS; do for arm in $TUNED; do for way in ntp concat separate; do echo "$way $arm $seed"; done; done; done |
     each tune

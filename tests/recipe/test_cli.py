@@ -16,7 +16,7 @@ from meap_lit.recipe.file import lineage
 RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml"))
 OVERLAYS = [path for path in RECIPES if path.parent.name in ("strategy", "variant", "logger")]
 VARIANTS = [path for path in OVERLAYS if path.parent.name == "variant"]
-EVALUATIONS = [path for path in RECIPES if path.parent.name in ("eval", "small", "eval_cpu", "eval_gpu")]
+EVALUATIONS = [path for path in RECIPES if path.parent.name.startswith(("eval", "small"))]
 RUNNABLE = [
     path for path in RECIPES if path.name not in ("base.yaml", "claims.yaml") and path not in (*OVERLAYS, *EVALUATIONS)
 ]
