@@ -94,8 +94,8 @@ class Checkpoint(callbacks.Checkpoint):
         """Optimizer step of the last save; no step, no checkpoint."""
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
-        self._due: Callable[[], None] | None = None
-        """Writes the state that was taken, once its step is logged and validated."""
+        self._due: Callable[[dict[str, Any]], None] | None = None
+        """Writes the state that was taken, with those of the callbacks, once its step is logged and validated."""
 
     @property
     def state_key(self) -> str:
@@ -127,6 +127,9 @@ class Checkpoint(callbacks.Checkpoint):
                 f"cannot make the folder of checkpoints {self.dirpath}: {error.strerror}; name another as "
                 f"checkpoint.dirpath"
             ) from error
+        last = Path(self.dirpath, LAST)
+        if last.is_dir() and not last.is_symlink():
+            raise UserError(f"{last} is a copy of a checkpoint, where a run sets a link to its last one; remove it")
         if os.listdir(self.dirpath):
             rank_zero_warn(f"Checkpoint directory {self.dirpath} exists and is not empty.")
 
@@ -199,10 +202,12 @@ class Checkpoint(callbacks.Checkpoint):
         due, self._due = self._due, None
         for logger in trainer.loggers:
             logger.save()
+        # not those of the step's end: a resume does not repeat the validation that came after it
+        states = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
         if self._thread is None:
-            due()
+            due(states)
         else:
-            self._writing = self._thread.submit(due)
+            self._writing = self._thread.submit(due, on_host(states))
 
     def _save(self, trainer: L.Trainer) -> None:
         """Save unless that was done after this step, and remove the oldest checkpoint when the new one is whole."""
@@ -241,10 +246,18 @@ class Checkpoint(callbacks.Checkpoint):
         return not is_milestone and not is_resumed_from
 
     def _write(
-        self, trainer: L.Trainer, checkpoint: dict[str, Any], path: Path, aside: Path, removed: Sequence[Path]
+        self,
+        trainer: L.Trainer,
+        checkpoint: dict[str, Any],
+        path: Path,
+        aside: Path,
+        removed: Sequence[Path],
+        callback_states: dict[str, Any],
     ) -> None:
         """Write a checkpoint, and remove others when it is whole."""
         ranks, is_first = self._ranks, trainer.is_global_zero
+        if checkpoint:
+            checkpoint["callbacks"] = callback_states
         try:
             ranks.do(lambda: trainer.strategy.save_checkpoint(checkpoint, aside))
             parts = ranks.do(lambda: checksums(aside, ranks.rank, ranks.number))

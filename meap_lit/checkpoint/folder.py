@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -73,18 +74,35 @@ def write(
 
     Raises:
         OSError: If one of the ranks cannot write a file.
+        UserError: If the state of a callback could not be read back.
     """
     states, rest = split(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         dcp.save(states, checkpoint_id=folder, process_group=group, no_dist=rank is None)
         if not rank:
+            _refuse_unreadable(rest)
             torch.save(rest, folder / TRAINER_STATE)
     except (RuntimeError, CheckpointException) as error:
         problem = _file_error(error)
         if problem is None:
             raise
         raise problem from error
+
+
+def _refuse_unreadable(rest: dict[str, Any]) -> None:
+    """Raise `UserError` if a callback keeps what is never read from a checkpoint, such as a number of NumPy."""
+    for name, state in rest.get("callbacks", {}).items():
+        written = io.BytesIO()
+        try:
+            torch.save(state, written)
+            written.seek(0)
+            torch.load(written, weights_only=True)
+        except Exception as error:  # also of a class that cannot be pickled
+            raise UserError(
+                f"the state of callback {name} ({shorten(repr(state), 100, placeholder='...')}) cannot be read back "
+                f"without running code; let its state_dict return numbers, texts, lists, dicts and tensors of torch"
+            ) from error
 
 
 def _file_error(error: BaseException) -> OSError | None:

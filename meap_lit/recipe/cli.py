@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import Namespace, register_unresolvable_import_paths
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -261,11 +262,17 @@ class RecipeCLI:
         if isinstance(options["strategy"], Sharded):
             # over NCCL Lightning would validate in inference mode, whose tensors FSDP2 could not write to in training
             options["inference_mode"] = False
-        first = options["callbacks"] or []
+        given = options["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        if other := next((callback for callback in given if isinstance(callback, LightningCheckpoint)), None):
+            raise UserError(
+                f"trainer.callbacks {type(other).__name__} would take the place of `checkpoint`, by which runs resume; "
+                f"leave it out, and set checkpoint.every_n_steps, checkpoint.keep, checkpoint.milestone_every_n_steps"
+            )
         try:
             if options["max_time"] is not None:
                 callbacks.append(TimeLimit(options.pop("max_time")))
-            options["callbacks"] = [*(first if isinstance(first, list) else [first]), *callbacks]
+            options["callbacks"] = [*given, *callbacks]
             trainer = RunTrainer(**options)
         except UserError:
             raise
@@ -294,6 +301,10 @@ class RecipeCLI:
         arguments = {name: self.config[name] for name in ("ckpt_path", "weights_only", *self._arguments)}
         try:
             getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **arguments)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning ends with the status of an error
+                raise KeyboardInterrupt from None
+            raise
         except (OSError, RuntimeError) as error:  # Lightning's teardown may fail after the first error
             full = next((cause for cause in causes(error) if isinstance(cause, UserError | OSError)), None)
             if not isinstance(full, OSError) or full.errno not in NO_SPACE:
@@ -420,29 +431,50 @@ def _as_user_error(error: Exception) -> Exception:
         return UserError(f"another process of this run has ended ({lost[0]}); its own output has the reason")
     if isinstance(error, ValueError) and raised_by(error, "lightning"):  # it checks some arguments only now
         return UserError(f"trainer: {error}")
+    if isinstance(error, RuntimeError) and raised_by(
+        error, "lightning.pytorch.callbacks"
+    ):  # a metric that is not logged
+        return UserError(f"trainer.callbacks: {error}")
     return error
 
 
 class SaveRecipe(L.Callback):
-    """Write the resolved recipe and the tokenizer beside the checkpoints, and log the recipe."""
+    """Log the resolved recipe, and write it and the tokenizer beside the checkpoints.
+
+    A run that resumes in its own folder is built and restored first: a recipe that does not fit its checkpoint must not
+    replace the one that does.
+    """
 
     def __init__(self, parser: Parser, config: Namespace) -> None:
         self.parser = parser
         self.config = config
+        self._recipe = ""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.loggers:  # without a logger, the log folder is the current one
-            return
-        log_dir = trainer.log_dir  # called on every rank, since Lightning broadcasts it
-        if not trainer.is_global_zero or log_dir is None:
+        if stage != "fit" or not trainer.is_global_zero:
             return
         for key, name in _hub_names(self.config):
             self.config[key] = hub.pinned(name)
-        recipe = self.parser.dump(self.config, skip_none=False)
+        self._recipe = self.parser.dump(self.config, skip_none=False)
         for logger in trainer.loggers:
-            log_recipe(logger, yaml.safe_load(recipe))
-        Path(log_dir).mkdir(parents=True, exist_ok=True)
-        write_file(Path(log_dir, "config.yaml"), recipe)
+            log_recipe(logger, yaml.safe_load(self._recipe))
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Lightning's callbacks keep options in their states, as EarlyStopping its patience
+        for callback in trainer.callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if isinstance(state, dict) and type(callback).__module__.startswith("lightning."):
+                for name in state.keys() & inspect.signature(type(callback)).parameters.keys():
+                    state[name] = getattr(callback, name, state[name])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.loggers:  # the log folder is the current one
+            return
+        folder = Path(trainer.log_dir)  # called on every rank, since Lightning broadcasts it
+        if not trainer.is_global_zero:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "config.yaml", self._recipe)
         for writer in writers(trainer):
-            writer.add_text("recipe", as_code(recipe.rstrip()), 0)
-        trainer.datamodule.tokenizer.save(Path(log_dir, "tokenizer"))
+            writer.add_text("recipe", as_code(self._recipe.rstrip()), 0)
+        trainer.datamodule.tokenizer.save(folder / "tokenizer")

@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -279,8 +279,8 @@ def check_value(value: Any, kind: Any, where: str = "") -> None:
             check_value(entry, kind, f"{where}[{number}]")
     if not isinstance(value, Mapping):
         return
-    if "class_path" in value:
-        value, kind = value.get("init_args") or {}, _class(value["class_path"])
+    if (named := _class_of(value)) is not None:
+        value, kind = value.get("init_args") or {}, named
     parameters = parameters_of(kind) if inspect.isclass(kind) else {}  # a class_path may name a function
     for name, entry in value.items():
         place = f"{where}.{name}" if where else name
@@ -345,6 +345,13 @@ def _wanted(core: str, classes: Sequence[str]) -> str:
         kinds.append(f"a class ({', '.join(classes)})" if classes else "a class_path")
     *others, last = dict.fromkeys(kinds) or [""]
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def _class_of(value: Mapping[str, Any]) -> type | None:
+    """Return the class that a mapping names; None if it names none, although a key of its own is called so."""
+    with suppress(ImportError, AttributeError, ValueError):
+        return _class(value["class_path"]) if "class_path" in value else None
+    return None
 
 
 def _class(class_path: str) -> type:

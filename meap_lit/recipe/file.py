@@ -119,6 +119,8 @@ def recipe_words(words: Sequence[str]) -> list[str]:
         starts = word.startswith("--")
         option, equals, value = word.partition("=") if starts else (option, "", word)
         option = f"--{current_key(option[2:])}" if starts else option
+        if option == "--base":
+            raise UserError("`base` is a key of recipe files; on the command line give both recipes with --config")
         value = _current_text(value, option[2:].removesuffix("+"))
         group, *keys = option.replace(".init_args", "").split(".")
         if group in ("--model", "--data") and len(keys) > 1 and re.search(r"\bnull\b", value):

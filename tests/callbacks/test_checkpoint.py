@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import threading
 from functools import partial
@@ -254,6 +255,16 @@ def test_what_may_not_be_removed_elsewhere_does_not_end_a_save(tmp_path, monkeyp
     train(tmp_path / "ours", max_steps=6, ckpt_path=tmp_path / "theirs" / "step=4.ckpt")
     assert (tmp_path / "ours" / "step=6.ckpt").is_dir()
     assert mine.is_file()
+
+
+def test_a_copy_in_place_of_the_link_is_named_before_the_training(tmp_path):
+    train(tmp_path, max_steps=4)
+    (tmp_path / "last.ckpt").unlink()
+    shutil.copytree(tmp_path / "step=4.ckpt", tmp_path / "last.ckpt")
+    with pytest.raises(
+        UserError, match=r"last.ckpt is a copy of a checkpoint, where a run sets a link to its last one;"
+    ):
+        train(tmp_path, max_steps=6, ckpt_path=tmp_path / "step=4.ckpt")
 
 
 def test_a_resume_that_keeps_fewer_removes_the_others(tmp_path):

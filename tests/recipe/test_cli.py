@@ -399,6 +399,10 @@ def test_options_that_do_nothing_in_fine_tuning_are_refused(toy_sft_recipe, opti
     [
         ("--checkpoint.asynchronus true", "unrecognized arguments: .* true; did you mean '--checkpoint.asynchronous'?"),
         ("--trainer.devics 2", "unrecognized arguments: .* 2; did you mean '--trainer.devices'?"),
+        (
+            "--base recipes/quickstart.yaml",
+            "`base` is a key of recipe files; on the command line give both recipes with .*",
+        ),
         ("--checkpoint '{asynchronus: true}'", "there is no key .*; did you mean 'checkpoint.asynchronous'?"),
     ],
 )
