@@ -6,10 +6,14 @@ sees where the secret belongs, and a run that is resumed from it reads the secre
 
 import argparse
 import copy
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
+
+_SHORTEST = 8
+"""Characters of a secret that is looked for in other texts; a shorter one may be there by chance."""
 
 HIDDEN = "***"
 """Replaces a secret in a message or a command."""
@@ -62,6 +66,18 @@ def _is_token_of_access(word: str, before: str) -> bool:
     if word == "tokens":  # usually a number of tokens
         return before in ("access", "api", "auth", "session")
     return before not in _TOKENS_OF_TEXT
+
+
+def with_variables(text: str) -> str:
+    """Return a text of a recipe with a reference in place of each secret that a variable of the environment holds.
+
+    So a recipe that reads a token by `${oc.env:MY_TOKEN}` is written down with the same reference, whatever the name of
+    its key.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and is_secret(name):
+            text = text.replace(value, f"${{oc.env:{name}}}")
+    return text
 
 
 def without_secrets(content: Any, where: tuple[str, ...] = ()) -> Any:

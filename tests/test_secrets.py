@@ -208,6 +208,38 @@ def test_nothing_that_a_run_writes_holds_a_secret(toy_recipe, tmp_path, monkeypa
     assert cli.trainer.loggers[1].given == (SECRET, f"https://me:{SECRET}@host")
 
 
+def test_a_reference_to_the_environment_stays_one(toy_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", SECRET)
+    monkeypatch.setenv("DEPTH", "2")
+    words = [
+        "fit",
+        "--config",
+        str(toy_recipe),
+        "--budget.max_steps",
+        "2",
+        "--model.decoder.num_layers",
+        "${oc.env:DEPTH}",
+    ]
+    RecipeCLI.run(
+        [*words, "--data.storage_options", "{aws_session_token: '${oc.env:MY_TOKEN}', x: 'a ${oc.env:MY_TOKEN}'}"]
+    )
+    saved = yaml.safe_load((tmp_path / "runs" / "toy" / "version_0" / "config.yaml").read_text())
+    options = saved["data"]["init_args"]["storage_options"]
+    assert options == {"aws_session_token": "${oc.env:MY_TOKEN}", "x": "a ${oc.env:MY_TOKEN}"}
+    assert saved["model"]["init_args"]["decoder"]["num_layers"] == 2
+
+
+@pytest.mark.parametrize("text", ["cost ${x}", r"a\${y} b", "${oc.env:HOME}"])
+def test_a_text_that_looks_like_a_reference_survives(toy_recipe, tmp_path, text):
+    recipe = yaml.safe_load(toy_recipe.read_text())
+    recipe["samples"] = {"prompts": [text.replace("\\$", "\\\\$").replace("${", "\\${")], "max_new_tokens": 1}
+    toy_recipe.write_text(yaml.safe_dump(recipe))
+    before = RecipeCLI("fit", ["--config", str(toy_recipe)])
+    assert before.config.samples.prompts == [text]
+    (tmp_path / "saved.yaml").write_text(before.parser.dump(before.config, skip_none=False))
+    assert RecipeCLI("fit", ["--config", str(tmp_path / "saved.yaml")]).config.samples.prompts == [text]
+
+
 def test_a_printed_recipe_holds_none(toy_recipe, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(toy_recipe), *secret_words(tmp_path)[:2], "--print_config"])

@@ -22,7 +22,7 @@ from meap_lit.errors import UserError
 from meap_lit.recipe import packaged
 from meap_lit.recipe.file import lineage
 from meap_lit.renamed import current
-from meap_lit.secrets import without_secrets
+from meap_lit.secrets import with_variables, without_secrets
 
 _is_dumping: ContextVar[bool] = ContextVar("is_dumping", default=False)
 
@@ -97,8 +97,11 @@ class Parser(ArgumentParser):
         if is_for_reader:
             if not kwargs.get("skip_validation"):
                 self.validate(namespace)
+            if self.parser_mode.startswith("omegaconf"):
+                # texts as a recipe spells them: what looks like a reference is none, since all have been resolved
+                shown = packaged.replace_texts(shown, lambda text: with_variables(_escaped(text)))
             # a reference to the environment would not validate
-            shown, kwargs["skip_validation"] = packaged.with_names(without_secrets(namespace)), True
+            shown, kwargs["skip_validation"] = packaged.with_names(without_secrets(shown)), True
             if self._prints:
                 shown = _from_anywhere(shown)
         before = _is_dumping.set(True)
@@ -114,6 +117,11 @@ def _without_value(words: Sequence[str] | None) -> str | None:
         if word.startswith("--") and "=" not in word and following.startswith("--"):
             return word
     return None
+
+
+def _escaped(text: str) -> str:
+    """Return a text such that OmegaConf reads it as it is, and not as a reference."""
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
 
 
 def _from_anywhere(recipe: Namespace) -> Namespace:
