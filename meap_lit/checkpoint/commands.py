@@ -86,11 +86,12 @@ class Consolidate:
         if output.exists():
             raise UserError(f"--output {output} exists already; remove it or name another")
         check(path, hashes=self.verify)
-        checkpoint = StoredCheckpoint(path).read_all()
+        stored = StoredCheckpoint(path)
+        step, checkpoint = _step(stored), stored.read_all()
         with new_folder(output) as folder:
             write(checkpoint, folder)
             seal(folder, checksums(folder))
-        print(f"{output}: optimizer step {checkpoint['global_step']}, {_gb(_size(output))}")
+        print(f"{output}: optimizer step {step}, {_gb(_size(output))}")
 
 
 def describe(path: Path) -> dict[str, str]:
@@ -100,24 +101,23 @@ def describe(path: Path) -> dict[str, str]:
         UserError: If it cannot be read.
     """
     carries, stored = recorded(path), StoredCheckpoint(path)
-    state = stored.trainer_state
-    if "global_step" not in state:
-        raise UserError(f"{path} is not a checkpoint of a run: it has no global_step in it")
+    step, state = _step(stored), stored.trainer_state
     rows = {
         "checkpoint": str(path),
         "format": _parts(path),
         "size": _gb(_size(path)),
-        "optimizer step": str(state["global_step"]),
+        "optimizer step": str(step),
     }
-    samples = [value["samples"] for value in state.values() if isinstance(value, Mapping) and "samples" in value]
-    if samples:
-        rows["samples seen"] = f"{samples[0]:,}"
+    counters = [value["samples"] for value in state.values() if isinstance(value, Mapping) and "samples" in value]
+    if counters:
+        rows["samples seen"] = f"{counters[0]:,}" if isinstance(counters[0], int) else str(counters[0])
     dtypes: Counter[str] = Counter()
     for weight in stored.weights.values():
         dtypes[str(weight.properties.dtype).removeprefix("torch.")] += weight.size.numel()
     rows["weights"] = ", ".join(f"{count:,} {name}" for name, count in dtypes.items())
-    about = state.get("decoder")
-    if about:
+    if about := state.get("decoder"):
+        if not isinstance(about.get("config"), Mapping) or not isinstance(about.get("lora") or {}, Mapping):
+            raise UserError(f"checkpoint {path} is damaged: it does not describe its decoder")
         rows |= {f"decoder.{name}": str(value) for name, value in about["config"].items() if value is not None}
         if about.get("lora"):
             rows["adapters"] = ", ".join(f"{name} {value}" for name, value in about["lora"].items())
@@ -125,6 +125,12 @@ def describe(path: Path) -> dict[str, str]:
             rows["started from"] = about["init_from"]
     rows["checksums"] = "none" if carries is None else f"of {len(carries)} file{'s' if len(carries) > 1 else ''}"
     return rows
+
+
+def _step(stored: StoredCheckpoint) -> int:
+    if "global_step" not in stored.trainer_state:
+        raise UserError(f"{stored.path} is not a checkpoint of a run: it has no global_step in it")
+    return stored.trainer_state["global_step"]
 
 
 def _parts(path: Path) -> str:

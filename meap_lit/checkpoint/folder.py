@@ -50,6 +50,9 @@ _INDEX_CLASSES = {
     "collections": ("OrderedDict",),
 }
 
+_KINDS = {"global_step": int, **dict.fromkeys(("decoder", "hub", "services", "callbacks", "loops"), dict)}
+"""What the entries of a checkpoint are that are read before anything is restored from it."""
+
 _WEIGHTS = "state_dict."
 """How the names of weights begin in the index."""
 
@@ -141,7 +144,12 @@ class StoredCheckpoint:
         Raises:
             UserError: If it is damaged or has code in it.
         """
-        return self._reader.trainer_state()
+        state = self._reader.trainer_state()
+        for name, kind in _KINDS.items():
+            if name in state and not isinstance(state[name], kind):
+                found = type(state[name]).__name__
+                raise UserError(f"checkpoint {self.path} is damaged: its {name} is {found}, not {kind.__name__}")
+        return state
 
     @cached_property
     def index(self) -> Metadata:
@@ -263,7 +271,7 @@ def read_index(folder: Path) -> Metadata:
         raise UserError(f"checkpoint file {file} is damaged or contains code, and is not read ({error})") from error
     try:
         is_index = isinstance(index, Metadata) and _is_consistent(index)
-    except AttributeError:  # a part of it has fewer fields than its class
+    except (AttributeError, TypeError):  # a part of it has fewer fields than its class, or a field of another type
         is_index = False
     if not is_index:
         raise UserError(f"checkpoint file {file} is not the index of a checkpoint, or is damaged")

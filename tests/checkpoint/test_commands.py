@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from meap_lit.cli import main
-from tests.support.checkpoints import read, save_as_0_1
+from tests.support.checkpoints import read, save, save_as_0_1
 from tests.support.toy_module import Toy, fork, train
 
 
@@ -144,3 +144,28 @@ def test_what_is_no_checkpoint_or_has_no_checksums_is_named(tmp_path, capsys):
     torch.save({"weights": 1}, path)
     line = complain(capsys, "inspect", "--checkpoint", path, notes=[unverified(path)])
     assert line == f"error: {path} is not a checkpoint: it has no state_dict in it"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"global_step": "4"}, "is damaged: its global_step is str, not int"),
+        ({"decoder": [1]}, "is damaged: its decoder is list, not dict"),
+        ({"decoder": {"config": 3}}, "is damaged: it does not describe its decoder"),
+        ({"hub": 3}, "is damaged: its hub is int, not dict"),
+    ],
+)
+def test_a_checkpoint_with_values_of_other_types_is_damaged(parts, tmp_path, capsys, entry, message):
+    content = read(parts / "checkpoints" / "step=2.ckpt")
+    save(content | entry, tmp_path / "step=2.ckpt")
+    assert complain(capsys, "inspect", "--checkpoint", tmp_path / "step=2.ckpt").endswith(message)
+
+
+def test_what_no_run_wrote_is_not_consolidated(parts, tmp_path, capsys):
+    content = read(parts / "checkpoints" / "step=2.ckpt")
+    del content["global_step"]
+    save(content, tmp_path / "step=2.ckpt")
+    output = tmp_path / "one.ckpt"
+    line = complain(capsys, "consolidate", "--checkpoint", tmp_path / "step=2.ckpt", "--output", output)
+    assert line.endswith("is not a checkpoint of a run: it has no global_step in it")
+    assert not output.exists()
