@@ -31,10 +31,10 @@ def next_steps(trainer: L.Trainer, run: str | None, checkpoint: str, probe: Retr
             yield shlex.join(["tensorboard", "--logdir", str(logger.save_dir)])
     yield from filter(None, (service.view() for service in services(trainer)))
     recipe = f"{run}/config.yaml"
+    inside = run is not None and Path(run) in Path(checkpoint).parents
     if run is not None:
         yield _command("preview", "--config", recipe) + "   # the rows as the model got them"
     if checkpoint:
-        inside = run is not None and Path(run) in Path(checkpoint).parents
         source = ["--checkpoint", run if run is not None and inside else checkpoint]
         if not inside:
             source += ["--tokenizer", trainer.datamodule.tokenizer_folder]
@@ -47,12 +47,18 @@ def next_steps(trainer: L.Trainer, run: str | None, checkpoint: str, probe: Retr
         if checkpoint and has_val:
             yield _command("validate", "--config", recipe, "--ckpt_path", checkpoint)
         if (plain := trainer.lightning_module.plain_override) is not None:
-            # the recipe of a resumed run names a checkpoint
-            anew = ["--ckpt_path", "null"] if trainer.ckpt_path else []
-            words = ["fit", "--config", recipe, *anew, *plain.split()]
+            names, runs = [logger.name for logger in trainer.loggers if logger.name], [Path(run).parent]
+            words = ["fit", "--config", recipe, *plain.split()]
+            if len(names) == 1:  # a name of its own, so that neither run is taken for the other
+                words += ["--trainer.logger.name", f"{names[0]}_plain"]
+                runs.append(runs[0].with_name(f"{names[0]}_plain"))
+            if trainer.ckpt_path:  # the recipe of a resumed run names a checkpoint
+                words += ["--ckpt_path", "null"]
+            if checkpoint and not inside:  # in a folder that the recipe fixes
+                words += ["--checkpoint.dirpath", "null"]
             yield _command(*words) + "   # the baseline: the same without masking"
             if has_val:  # which a report compares
-                report = _command("report", "--runs", str(Path(run).parent))
+                report = _command("report", "--runs", *map(str, runs))
                 yield f"{report}   # then: both and their evaluations, as a page"
 
 

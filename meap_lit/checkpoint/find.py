@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from meap_lit.checkpoint.checksums import INDEX, is_whole
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, shorten
 from meap_lit.files import run_versions
 
 LAST = "last.ckpt"
@@ -26,6 +26,10 @@ def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
         raise UserError(f"checkpoint {path} ({option}) does not end in .ckpt, as those of a run do")
     newest = newest_checkpoint(path)
     if newest is None:
+        # runs whose folder the recipe names, as by trainer.logger.version, have no order
+        runs = sorted(run.name for run in path.iterdir() if run.is_dir() and newest_checkpoint(run) is not None)
+        if runs:
+            raise UserError(f"{path} ({option}) has runs with names of their own, {shorten(', '.join(runs))}; name one")
         raise UserError(f"{path} ({option}) has no complete checkpoint (step=N.ckpt); name another run or a .ckpt")
     return newest
 

@@ -60,9 +60,18 @@ def test_the_baseline_of_a_resumed_run_starts_anew(toy_recipe, tmp_path, monkeyp
     commands = named_by(capsys, "--config", str(toy_recipe), "--ckpt_path", "last")
     (baseline,) = [words for words in commands if words[0] == "fit"]
     assert main(baseline) == 0
-    runs = sorted(Path("runs/toy").iterdir())
-    steps = [line.split(",")[0] for line in (runs[-1] / "curves.csv").read_text().splitlines()[1:]]
+    [run] = Path("runs/toy_plain").iterdir()
+    steps = [line.split(",")[0] for line in (run / "curves.csv").read_text().splitlines()[1:]]
     assert steps[0] == "1"
+
+
+def test_the_baseline_of_a_run_in_a_fixed_folder_has_one_of_its_own(toy_recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fixed = ["--trainer.logger.version", "mine", "--checkpoint.dirpath", "saved", "--budget.max_steps", "2"]
+    commands = named_by(capsys, "--config", str(toy_recipe), *fixed)
+    paste(capsys, [words for words in commands if words[0] in ("fit", "report")])
+    assert Path("runs/toy_plain/mine/checkpoints/step=2.ckpt").is_dir()
+    assert "toy_plain" in Path("report/report.md").read_text()
 
 
 def test_a_run_without_a_validation_split_names_what_needs_none(prepared, toy_recipe, tmp_path, monkeypatch, capsys):

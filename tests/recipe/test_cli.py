@@ -480,6 +480,15 @@ def test_a_last_checkpoint_that_is_not_there_is_named_but_by_fit(toy_recipe, tmp
         )
 
 
+def test_runs_with_names_of_their_own_are_named(toy_recipe):
+    words = ["--config", str(toy_recipe), "--budget.max_steps", "2"]
+    RecipeCLI.run(["fit", *words, "--trainer.logger.version", "job_1"])
+    with pytest.raises(
+        UserError, match=r"runs/toy \(--ckpt_path last\) has runs with names of their own, job_1; name one$"
+    ):
+        RecipeCLI.run(["validate", *words, "--ckpt_path", "last"])
+
+
 @pytest.fixture
 def leaves_no_folder(tmp_path, monkeypatch):
     """Whatever the test does makes no folder of a run, and no file where it is started."""
