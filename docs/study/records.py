@@ -45,8 +45,9 @@ class Setting:
         held_out_loss: Whether one more hypothesis is about the clean loss of the first pair.
         place: Key of the cells over which the figure is drawn.
         first_place: Number of the first place in the figure, where places are counted.
-        title: Title of the figure.
+        title: Title of the page and of the figure.
         x_label: What the places are.
+        plan: Link to the plan.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Setting:
     first_place: int = 0
     title: str
     x_label: str
+    plan: str = "plan.md"
 
     @property
     def baseline(self) -> str:
@@ -82,6 +84,7 @@ def _real(name: str, others: Sequence[str], **options: Any) -> Setting:
         first_place=1,
         title=f"Questions on five passages after fine-tuning: {name}",
         x_label="position of the passage with the answer, of five",
+        plan="../plan.md",
         **options,
     )
 
@@ -228,8 +231,8 @@ def verdict(change: Difference, setting: Setting) -> str:
 def page(setting: Setting) -> str:
     """Return the tables of a setting in Markdown."""
     study = read(setting)
-    lines = [f"# Study on a real model: {setting.name}", "", _INTRODUCTION.format(setting=setting.name), ""]
-    lines += ["## Main measure", "", f"![Accuracy over the position of the passage]({setting.name}.png)", ""]
+    lines = [f"# {setting.title}", "", _INTRODUCTION.format(setting=setting.name, plan=setting.plan), ""]
+    lines += ["## Main measure", "", f"![Accuracy over the {setting.x_label}]({setting.name}.png)", ""]
     rows = []
     for number, (arm, other) in enumerate(setting.hypotheses, start=1):
         change = study.difference(setting.main, arm, other)
@@ -263,7 +266,7 @@ def page(setting: Setting) -> str:
 
 
 _INTRODUCTION = """`python docs/study/records.py {setting}` writes this page from the records beside it. The
-[plan](../plan.md) has the arms, the measures and the rules. Differences are paired over seeds and items, with a
+[plan]({plan}) has the arms, the measures and the rules. Differences are paired over seeds and items, with a
 bootstrap interval of 95%; those of the held-out loss have the t interval over seeds."""
 
 
