@@ -23,7 +23,7 @@ class MEAPFineTuning(DecoderModule):
         **kwargs: As for `DecoderModule`.
     """
 
-    decided_by: ClassVar[dict[str, str]] = {"seed": "data.seed", "mask_token_id": "data.tokenizer"}
+    decided_by: ClassVar[dict[str, str]] = {"seed": "data.seed"}
     """Options of pretraining that this class does not have, and the key that decides instead."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -31,11 +31,10 @@ class MEAPFineTuning(DecoderModule):
 
     def configure_model(self) -> None:
         super().configure_model()
-        data = self.data
-        if data is not None:  # the model learns to end its answers as the chat template does
-            generation = self.origin.get("generation", {})
-            stops = sorted({*token_ids(generation, "eos_token_id"), *data.stop_token_ids})
-            self.origin["generation"] = {**generation, "eos_token_id": stops}
+        # the model learns to end its answers as the chat template does
+        generation = self.origin.get("generation", {})
+        stops = sorted({*token_ids(generation, "eos_token_id"), *self.data.stop_token_ids})
+        self.origin["generation"] = {**generation, "eos_token_id": stops}
 
     @property
     def plain_override(self) -> str | None:
@@ -64,7 +63,7 @@ class MEAPFineTuning(DecoderModule):
     @property
     def num_replicas(self) -> int:
         """Number of data-parallel ranks that share a global batch."""
-        return 1 if self.data is None else self.data.rank_slice.num_replicas
+        return self.data.rank_slice.num_replicas
 
     def _losses(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return the summed loss, scalar, and the loss of every position for the log, [B, T]."""

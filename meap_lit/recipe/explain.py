@@ -165,11 +165,8 @@ def explain(message: str, known: Known) -> str:
                 return f"the recipe has the key '{match[1]}': it is for `evaluate`, not for this command"
             return f"there is no key '{match[1]}'{_key_hint(match[1], known)}"
         kind = _class(classes[-1])
-        decided_by = dict(getattr(kind, "decided_by", {}))
-        decides = decided_by.pop(match[1], None)
-        # the config.yaml of an older run has all of them, and one line should name them
-        likewise = ", ".join(f"{name} ({other} decides it)" for name, other in decided_by.items())
-        hint = f"; leave it out: {decides} decides it; likewise {likewise}"
+        decides = getattr(kind, "decided_by", {}).get(match[1])
+        hint = f"; leave it out: {decides} decides it"
         core = f"{classes[-1]} has no option '{match[1]}'{hint if decides else _option_hint(match[1], [kind])}"
     elif match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", core):
         group = parameters_of(_class(classes[-1])).get(match[1]) if classes else None
