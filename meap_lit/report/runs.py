@@ -11,7 +11,7 @@ import yaml
 
 from meap_lit.callbacks.metrics import METRICS_FILE, Point, read_metrics
 from meap_lit.callbacks.summary import SUMMARY_FILE
-from meap_lit.checkpoint.find import newest_checkpoint
+from meap_lit.checkpoint.find import age_of, newest_checkpoint
 from meap_lit.checkpoint.folder import StoredCheckpoint
 from meap_lit.errors import UserError
 from meap_lit.files import read_json
@@ -182,7 +182,8 @@ def _open(parts: list[Path], configs: dict[Path, dict[str, Any]]) -> Run:
     start: int | None = None
     for part, summary in zip(parts, reversed(summaries), strict=True):
         curves = _continued(_read_curves(part, configs[part]), curves, start)
-        start = summary.get("first_step", _step_of(configs[part].get("ckpt_path")))
+        age = age_of(configs[part].get("ckpt_path") or "")
+        start = summary.get("first_step", age and age[0])
     if not curves.get(LOSS):
         raise UserError(f"run {path} has no validation yet ({LOSS}); let it finish, or leave it out of --runs")
     dirpath = (config.get("checkpoint") or {}).get("dirpath")
@@ -200,12 +201,6 @@ def _open(parts: list[Path], configs: dict[Path, dict[str, Any]]) -> Run:
     folders = [*parts, checkpoint.parent] if checkpoint else parts
     earlier = tuple(configs[part] for part in parts[1:])
     return Run(path, config, curves, tuple(folders), model["decoder"], model["datasets"], summaries, earlier)
-
-
-def _step_of(checkpoint: str | None) -> int | None:
-    """Return the optimizer step in the name of a checkpoint."""
-    found = re.fullmatch(r"step=(\d+)\.ckpt", Path(checkpoint or "").name)
-    return int(found[1]) if found else None
 
 
 def _read_curves(path: Path, config: dict[str, Any]) -> Curves:
