@@ -161,7 +161,7 @@ def test_ratio_zero_is_plain_fine_tuning_bit_for_bit(prepared, chat, tmp_path, l
             group["lr"] = OPTIMIZER.lr * OPTIMIZER.lr_factor(step, 6)
         hidden = plain(input_ids, position_ids, Documents.of_rows(lengths, 400))
         num_labels = int((labels != IGNORE_INDEX).sum())
-        loss = linear_cross_entropy(hidden, plain.lm_head.weight, labels, batch["label_positions"]) / num_labels
+        loss = linear_cross_entropy(hidden, plain.lm_head.weight, labels, batch["label_positions"])[0] / num_labels
         adamw.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)

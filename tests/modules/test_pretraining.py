@@ -124,7 +124,7 @@ def batches(data, prepared, count):
 def summed_loss(decoder, batch):
     from meap_lit.model import linear_cross_entropy
 
-    return linear_cross_entropy(decoder(batch["input_ids"]), decoder.lm_head.weight, batch["labels"])
+    return linear_cross_entropy(decoder(batch["input_ids"]), decoder.lm_head.weight, batch["labels"])[0]
 
 
 def test_the_loss_is_the_cross_entropy_of_every_next_token(prepared, tmp_path):
