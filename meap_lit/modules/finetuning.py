@@ -1,6 +1,6 @@
 """Fine-tune with MEAP: train on each sample and on a copy with a part of the answer masked."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,17 +17,11 @@ class MEAPFineTuning(DecoderModule):
     The loss is taken on the answers of the originals (U_q) and on the masked tokens of the copies (U_m), and divided
     by |U_q| + |U_m| of the whole optimizer step, over its micro-batches and all devices, so that it does not depend on
     how a batch is split. The datamodule duplicates and masks (`meap_lit/masking/duplication.py`).
-    Validation has neither copies nor masks.
-
-    Args:
-        **kwargs: As for `DecoderModule`.
+    Validation has neither copies nor masks. The options are those of `DecoderModule`.
     """
 
     decided_by: ClassVar[dict[str, str]] = {"seed": "data.seed"}
     """Options of pretraining that this class does not have, and the key that decides instead."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
 
     def configure_model(self) -> None:
         super().configure_model()

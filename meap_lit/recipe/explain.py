@@ -183,8 +183,6 @@ def explain(message: str, known: Known) -> str:
     elif match := _NO_SUBCLASS.search(core):
         given = _GIVEN.search(message)
         core = f"a class_path must name a subclass of {match[1]}, got {shorten(given[1] if given else 'another')}"
-    elif match := re.search(r"does not accept option '([^']+)'", core):
-        core = f"there is no key '{match[1]}'{_key_hint(match[1], known)}"
     elif match := re.match(r"Exceeds the limit \((\d+) digits\)", core):
         core = f"a number of more than {match[1]} digits"
     elif match := re.match(r"Key must be a string, got: (.*)\.", core):

@@ -290,15 +290,11 @@ class Tokenizer:
         without a token is written as `<id N>`.
         """
         piece = self._backend.id_to_token(token_id)
-        if piece is None or self.is_special(token_id):
+        if piece is None or token_id in self.control_ids:
             return piece or f"<id {token_id}>"
         # some decoders drop a space at the beginning, so the token follows itself
         text = self.decode([token_id, token_id])[len(self.decode([token_id])) :]
         return text if text and "\N{REPLACEMENT CHARACTER}" not in text else piece
-
-    def is_special(self, token_id: int) -> bool:
-        """Return whether a token controls the model, and no text becomes it."""
-        return token_id in self.control_ids
 
     @property
     def chat_template(self) -> Any:
