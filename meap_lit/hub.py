@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from meap_lit.errors import NO_SPACE, UserError
+from meap_lit.errors import NO_SPACE, UserError, in_one_line
 
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template*")
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -146,7 +146,7 @@ def push(folder: Path, name: str, *, private: bool, ignore: tuple[str, ...]) -> 
         raise
     except Exception as error:  # the library's HTTP client has its own exceptions
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = f"({_in_one_line(error)})" if status is None else f"with status {status}"
+        reason = f"({type(error).__name__}: {in_one_line(error)})" if status is None else f"with status {status}"
         verb = "cannot be reached" if status is None else "answered"
         hint = "set HF_TOKEN to one that may write there" if status in (401, 403, 404) else "run the command again"
         raise UserError(f"{failure}: {constants.ENDPOINT} {verb} {reason}; {hint}") from error
@@ -189,7 +189,7 @@ def _download(name: str, what: str, files: tuple[str, ...]) -> Path:
         if cached is not None:
             return cached
         is_offline = isinstance(error, OfflineModeIsEnabled)
-        reason = f"{constants.ENDPOINT} cannot be reached ({_in_one_line(error)})"
+        reason = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {in_one_line(error)})"
         raise UserError(
             f"{what} {name} does not exist here, the cache {constants.HF_HUB_CACHE} does not hold all of it, and "
             f"{'HF_HUB_OFFLINE is set' if is_offline else reason}; name a local folder, or download it where there is "
@@ -228,9 +228,5 @@ def _reason(name: str, error: Exception) -> str:
         revision=revision,
         status=status,
         hint="check HF_TOKEN" if status in (401, 403) else "try again later",
-        error=_in_one_line(error),
+        error=f"{type(error).__name__}: {in_one_line(error)}",
     )
-
-
-def _in_one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-from meap_lit.errors import UserError, check_range, shorten
+from meap_lit.errors import UserError, check_range, in_one_line, shorten
 
 Known = Mapping[str, type | tuple[type, ...] | None]
 """The top-level keys of a recipe, or the options of a command, and the class that takes the values below each.
@@ -95,7 +95,7 @@ def _line(error: Exception, known: Known) -> str:
     first = _raised_from(error)[-1]
     line = explain(str(error), known)
     if isinstance(first, ModuleNotFoundError) and str(first) not in line:  # the package of a logger
-        return " ".join(str(first).split())
+        return in_one_line(first)
     is_complaint = type(error).__name__ in _COMPLAINTS or str(error).startswith(("Parser key", "Does not validate"))
     return line if is_complaint else f"cannot build what the recipe names ({type(error).__name__}): {line}"
 

@@ -13,7 +13,7 @@ from meap_lit.callbacks.metrics import METRICS_FILE, Point, read_metrics
 from meap_lit.callbacks.summary import SUMMARY_FILE
 from meap_lit.checkpoint.find import age_of, newest_checkpoint
 from meap_lit.checkpoint.folder import StoredCheckpoint
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, in_one_line
 from meap_lit.files import read_json
 from meap_lit.model import DecoderConfig
 from meap_lit.renamed import current
@@ -149,9 +149,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = current(yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"{path / CONFIG_FILE} is damaged or cut short ({reason}); leave the run out of --runs"
+            f"{path / CONFIG_FILE} is damaged or cut short ({in_one_line(error)}); leave the run out of --runs"
         ) from error
     parts = [config.get(part) if isinstance(config, dict) else None for part in ("model", "data", "trainer")]
     if not all(isinstance(part, dict) for part in parts):

@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, in_one_line
 from meap_lit.files import read_json, read_text, run_versions, write_file
 from meap_lit.hub import TOKENIZER_FILES, local_folder
 
@@ -317,8 +317,9 @@ class Tokenizer:
         try:
             return tokenizers.Tokenizer.from_str(self._backend.to_str())
         except Exception as error:  # the library raises nothing more special, and not all of it on the first reading
-            reason = " ".join(str(error).split())
-            raise UserError(f"tokenizer {self.path} is damaged: {reason}; copy or download it again") from error
+            raise UserError(
+                f"tokenizer {self.path} is damaged: {in_one_line(error)}; copy or download it again"
+            ) from error
 
     def ids_without_token(self, num_rows: int) -> list[int]:
         """Return the ids below `num_rows` without a token: holes in the vocabulary, and padding above it."""

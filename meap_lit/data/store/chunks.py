@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, in_one_line
 from meap_lit.files import parse_object
 
 INDEX_FILE = "index.json"
@@ -83,7 +83,7 @@ class ChatIndex:
             if found != [(np.int32,)] * 2 or result.answer_tokens.shape[1:] != (2,):
                 raise ValueError("its arrays have other shapes or types")
         except Exception as error:  # a damaged archive may fail in any way
-            reason = " ".join(str(error).split())
+            reason = in_one_line(error)
             raise UserError(f"{folder}/{SAMPLES_FILE} is damaged: {reason:.200}; prepare the dataset again") from error
         num_samples, expected = len(result.num_tokens), sum(chunk_sizes)
         if num_samples != expected or result.num_answers.sum() != len(result.answer_tokens):
