@@ -99,8 +99,8 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in (INDEX_FILE, SAMPLES_FILE) if (folder / name).is_file()}
 
 
-def check_hash(content: bytes, files: Mapping[str, str], file: str) -> None:
-    """Raise `UserError` unless the content of `file` has the hash that `files`, of a `Split`, have for its name."""
+def check_hash(content: bytes, files: Mapping[str, str] | None, file: str) -> None:
+    """Raise `UserError` unless the content of `file` has the hash that `files` of a `Split`, if given, have for it."""
     if files and hashlib.sha256(content).hexdigest() != files.get(file.rpartition("/")[2]):
         raise UserError(f"{file} is damaged: its SHA-256 differs from that in the manifest; {MEND}")
 

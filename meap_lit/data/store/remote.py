@@ -107,13 +107,16 @@ def _json_problem(content: IO[bytes]) -> str | None:
     return None
 
 
+DEFAULT_STORAGE = Storage()
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """A remote file of `size` bytes, read like a `Path` by way of a temporary copy."""
 
     address: str
     size: int
-    storage: Storage = Storage()
+    storage: Storage
 
     def __str__(self) -> str:
         return self.address

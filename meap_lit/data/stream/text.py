@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NotRequired, TypedDict
 
 import torch
 from litdata import TokensLoader
 from torch import Tensor
 
-from meap_lit.data.store.remote import Storage
+from meap_lit.data.store.remote import DEFAULT_STORAGE, Storage
 from meap_lit.data.stream.order import Visit
 from meap_lit.data.stream.samples import ChunkedSamples, check_vocabulary
 from meap_lit.model.loss import IGNORE_INDEX
@@ -41,8 +40,8 @@ class TokenBlocks(ChunkedSamples):
         self,
         path: str,
         seq_len: int,
-        storage: Storage | None = None,
-        files: Mapping[str, str] = MappingProxyType({}),
+        storage: Storage = DEFAULT_STORAGE,
+        files: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(path, storage, files, TokensLoader(block_size=seq_len + 1))
 
