@@ -10,6 +10,7 @@ from torch import Tensor
 from meap_lit.data.store.remote import DEFAULT_STORAGE, Storage
 from meap_lit.data.stream.packing import DocumentKey, Row
 from meap_lit.data.stream.samples import ChunkedSamples, check_vocabulary
+from meap_lit.masking import id_of_sample
 from meap_lit.masking.duplication import Answer, Document, Duplication, concatenate, masked_copy, original
 from meap_lit.model.attention import Documents
 from meap_lit.model.loss import IGNORE_INDEX
@@ -127,7 +128,7 @@ class RowReader:
             self.duplication,
             mask_token_id=self.mask_token_id,
             seed=self.seed,
-            sample_id=(source << 32) + sample,
+            sample_id=id_of_sample(source, sample),
             visit=epoch,
         )
         if not key.has_original:

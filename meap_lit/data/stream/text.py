@@ -11,6 +11,7 @@ from torch import Tensor
 from meap_lit.data.store.remote import DEFAULT_STORAGE, Storage
 from meap_lit.data.stream.order import Visit
 from meap_lit.data.stream.samples import ChunkedSamples, check_vocabulary
+from meap_lit.masking import id_of_sample
 from meap_lit.model.loss import IGNORE_INDEX
 
 
@@ -66,7 +67,7 @@ class BlockReader:
         labels = tokens[:, 1:].clone()
         labels[len(rows) :] = IGNORE_INDEX
         sample_ids = torch.zeros(num_rows, dtype=torch.int64)
-        sample_ids[: len(rows)] = torch.tensor([(source << 32) + sample for source, sample, _ in rows])
+        sample_ids[: len(rows)] = torch.tensor([id_of_sample(source, sample) for source, sample, _ in rows])
         return TextBatch(input_ids=tokens[:, :-1].contiguous(), labels=labels, sample_ids=sample_ids)
 
     def block(self, source: int, sample: int) -> Tensor:
