@@ -32,6 +32,10 @@ from meap_lit.errors import UserError
 from meap_lit.model import linear_cross_entropy, loss
 
 
+def _ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden, weight, labels)[0]
+
+
 def _torch(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     options = torch.nn.LinearCrossEntropyOptions(chunking_method="auto")
     return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
@@ -42,7 +46,7 @@ def _plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "ours": linear_cross_entropy,
+    "ours": _ours,
     "torch": _torch,
     "plain": _plain,
 }

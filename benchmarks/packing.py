@@ -34,7 +34,7 @@ from meap_lit.data.stream.order import Visit
 from meap_lit.data.stream.packing import Row, Sizes, pack_rows
 from meap_lit.errors import UserError
 from meap_lit.masking.duplication import Answer, Document, Duplication
-from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig, Documents, linear_cross_entropy
+from meap_lit.model import IGNORE_INDEX, Decoder, DecoderConfig, Documents
 from meap_lit.modules import AdamW
 
 
@@ -235,7 +235,7 @@ class Training:
         )
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             hidden = self.decoder(input_ids, position_ids, batch.documents)
-            loss = linear_cross_entropy(hidden, self.decoder.lm_head.weight, labels) / labels.numel()
+            loss = self.decoder.lm_head.loss(hidden, labels)[0] / labels.numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
         self.optimizer.step()

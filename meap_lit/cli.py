@@ -81,8 +81,7 @@ EXAMPLES = {
 }
 """Options of an example of each command, for its help."""
 
-TRAINER_COMMANDS = ("fit", "validate")
-RECIPE_COMMANDS = (*TRAINER_COMMANDS, "preview", "plan")
+RECIPE_COMMANDS = ("fit", "validate", "preview", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

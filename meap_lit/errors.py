@@ -23,6 +23,11 @@ def shorten(text: str, limit: int = 100) -> str:
     return f"{text[:head]}... ({len(text):,} characters) ...{text[-(limit - head) :]}"
 
 
+def in_one_line(error: BaseException) -> str:
+    """Return the message of an exception without line breaks, or its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def check_range(name: str, value: float | None, bounds: str, hint: str = "") -> None:
     """Refuse a number outside of an interval; None, which leaves an option open, passes.
 

@@ -7,11 +7,10 @@ downloaded: no code, and nothing that is pickled.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-from meap_lit.errors import NO_SPACE, UserError
+from meap_lit.errors import NO_SPACE, UserError, in_one_line
 
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template*")
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -81,8 +80,14 @@ def local_folder(name: str | Path, what: str, files: tuple[str, ...] = MODEL_FIL
             else ", and is not the id of a repository on the Hugging Face Hub (ORG/NAME or ORG/NAME@REVISION)"
         )
         raise UserError(f"{what} {name} does not exist{hint}")
-    with _explained(name, what):
-        folder = _download(pinned(name), files)
+    try:
+        folder = _download(name, what, files)
+    except (PermissionError, UserError):
+        raise
+    except Exception as error:  # the library's HTTP client has its own exceptions
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise
+        raise UserError(f"{what} {name}{_reason(name, error)}") from error
     if not is_pinned(name):
         _commits[name] = folder.name  # the cache keeps each commit in a folder of its name
     if files == MODEL_FILES and not any(folder.glob("*.safetensors")):
@@ -141,19 +146,24 @@ def push(folder: Path, name: str, *, private: bool, ignore: tuple[str, ...]) -> 
         raise
     except Exception as error:  # the library's HTTP client has its own exceptions
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = f"({_in_one_line(error)})" if status is None else f"with status {status}"
+        reason = f"({type(error).__name__}: {in_one_line(error)})" if status is None else f"with status {status}"
         verb = "cannot be reached" if status is None else "answered"
         hint = "set HF_TOKEN to one that may write there" if status in (401, 403, 404) else "run the command again"
         raise UserError(f"{failure}: {constants.ENDPOINT} {verb} {reason}; {hint}") from error
     return str(url)
 
 
-def _download(name: str, files: tuple[str, ...]) -> Path:
-    """Return the folder of a repository in the cache, with the newest commit of its revision if the Hub answers."""
-    import huggingface_hub  # takes half a second
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _download(name: str, what: str, files: tuple[str, ...]) -> Path:
+    """Return the folder of a repository in the cache, with the newest commit of its revision if the Hub answers.
 
-    repository, _, revision = name.partition("@")
+    Raises:
+        UserError: If the Hub does not answer, and the cache does not have what is needed.
+    """
+    import huggingface_hub  # takes half a second
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    repository, _, revision = pinned(name).partition("@")
 
     def snapshot(*, online: bool) -> Path:
         folder = huggingface_hub.snapshot_download(
@@ -176,73 +186,47 @@ def _download(name: str, files: tuple[str, ...]) -> Path:
     except Exception as error:  # the library's HTTP client has its own exceptions
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
             raise
-        if cached is None:
-            raise _Unreachable(error) from error
-        return cached
+        if cached is not None:
+            return cached
+        is_offline = isinstance(error, OfflineModeIsEnabled)
+        reason = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {in_one_line(error)})"
+        raise UserError(
+            f"{what} {name} does not exist here, the cache {constants.HF_HUB_CACHE} does not hold all of it, and "
+            f"{'HF_HUB_OFFLINE is set' if is_offline else reason}; name a local folder, or download it where there is "
+            f"a connection"
+        ) from error
     return cached if cached is not None and cached.name == newest else snapshot(online=True)
 
 
-class _Unreachable(Exception):
-    """The Hub does not answer, and the cache does not have what is needed."""
+_REASONS = {
+    "HFValidationError": " does not exist, and is not the id of a repository on the Hugging Face Hub ({error})",
+    "GatedRepoError": (
+        " is gated: accept its conditions at {hub}/{repository}, and set HF_TOKEN to a token of that account"
+    ),
+    "RepositoryNotFoundError": (
+        " does not exist here, and {hub} has no such repository, or only for another HF_TOKEN; check the name and the "
+        "token"
+    ),
+    "RevisionNotFoundError": (
+        ": the repository has no revision {revision}; name a branch, a tag or a commit of 40 digits"
+    ),
+    "HfHubHTTPError": ": {hub} answered with status {status}; {hint}",
+    "Exception": ": the download from {hub} broke off ({error}); run the command again",
+}
+"""What follows the name of a repository in a message, by the class of the library's error or a base of it."""
 
 
-@contextmanager
-def _explained(name: str, what: str) -> Iterator[None]:
-    """Raise `UserError` for what the library raises."""
+def _reason(name: str, error: Exception) -> str:
     from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     repository, _, revision = name.partition("@")
-    hub = constants.ENDPOINT
-    try:
-        yield
-    except PermissionError:
-        raise
-    except _Unreachable as error:
-        (cause,) = error.args
-        reason = "HF_HUB_OFFLINE is set" if isinstance(cause, OfflineModeIsEnabled) else f"{hub} cannot be reached"
-        detail = "" if isinstance(cause, OfflineModeIsEnabled) else f" ({_in_one_line(cause)})"
-        raise UserError(
-            f"{what} {name} does not exist here, the cache {constants.HF_HUB_CACHE} does not hold all of it, and "
-            f"{reason}{detail}; name a local folder, or download it where there is a connection"
-        ) from error
-    except HFValidationError as error:
-        raise UserError(
-            f"{what} {name} does not exist, and is not the id of a repository on the Hugging Face Hub "
-            f"({_in_one_line(error)})"
-        ) from error
-    except GatedRepoError as error:
-        raise UserError(
-            f"{what} {name} is gated: accept its conditions at {hub}/{repository}, and set HF_TOKEN to a token of "
-            f"that account"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{what} {name} does not exist here, and {hub} has no such repository, or only for another HF_TOKEN; "
-            f"check the name and the token"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(
-            f"{what} {name}: the repository has no revision {revision}; name a branch, a tag or a commit of 40 digits"
-        ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        hint = "check HF_TOKEN" if status in (401, 403) else "try again later"
-        raise UserError(f"{what} {name}: {hub} answered with status {status}; {hint}") from error
-    except Exception as error:  # the library's HTTP client has its own exceptions
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            raise
-        raise UserError(
-            f"{what} {name}: the download from {hub} broke off ({_in_one_line(error)}); run the command again"
-        ) from error
-
-
-def _in_one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    text = next(_REASONS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _REASONS)
+    return text.format(
+        hub=constants.ENDPOINT,
+        repository=repository,
+        revision=revision,
+        status=status,
+        hint="check HF_TOKEN" if status in (401, 403) else "try again later",
+        error=f"{type(error).__name__}: {in_one_line(error)}",
+    )

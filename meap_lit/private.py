@@ -14,8 +14,6 @@ NAMES = {
     "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._results",
     # `Trainer.save_checkpoint` also writes the file, which `Checkpoint` does itself
     "lightning.pytorch.Trainer._checkpoint_connector",
-    # None before a Trainer exists, where the public `trainer` raises
-    "lightning.pytorch.LightningModule._trainer",
     # the constructor takes a number, but the devices are known only when the environment is set up
     "lightning.pytorch.strategies.ModelParallelStrategy._data_parallel_size",
     # the constructor takes it, but the device is known only when the environment is set up

@@ -117,14 +117,12 @@ def _reference(where: Sequence[str]) -> str:
 
 def _in_queries(text: str, replacement: Callable[[str], str]) -> str:
     """Replace the secrets in the queries of addresses, such as `https://host/x?sig=123`, by what their names give."""
-    return _QUERY.sub(
-        lambda match: f"{match[1]}{match[2]}={replacement(match[2])}" if _is_secret_of_query(match[2]) else match[0],
-        text,
-    )
 
+    def shown(match: re.Match) -> str:
+        sign, name = match.groups()
+        return f"{sign}{name}={replacement(name)}" if name == "key" or is_secret(name) else match[0]
 
-def _is_secret_of_query(name: str) -> bool:
-    return name == "key" or is_secret(name)
+    return _QUERY.sub(shown, text)
 
 
 def hide_in_text(text: str) -> str:

@@ -95,6 +95,11 @@ def test_a_run_with_a_strategy_that_is_gone_goes_on_with_the_one_that_took_its_p
     assert current({"trainer": {"strategy": strategy}}) == {"trainer": {"strategy": expected}}
 
 
+def test_a_recipe_that_names_the_mask_token_is_read_without_it():
+    model = {"class_path": "meap_lit.modules.MEAPPretraining", "init_args": {"mask_token_id": 1, "seed": 2}}
+    assert current({"model": model})["model"]["init_args"] == {"seed": 2}
+
+
 @pytest.fixture
 def _renamed_keys(monkeypatch):
     monkeypatch.setattr(renamed, "KEYS", {"model.share": "mask_ratio", "model.mask_ratio.of": "ratio"})

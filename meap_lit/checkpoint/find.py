@@ -11,6 +11,15 @@ LAST = "last.ckpt"
 """Link to the checkpoint that a run saved last."""
 
 
+def age_of(path: str | Path) -> tuple[int, int] | None:
+    """Return what the name of a checkpoint says, or None: its step, and how often a resumed run saved that step again.
+
+    Example: `step=8.ckpt` is (8, 0) and `step=8-v1.ckpt` is (8, 1).
+    """
+    match = re.fullmatch(r"step=(\d+)(?:-v(\d+))?\.ckpt", Path(path).name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
 def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
     """Return the checkpoint that `path` names: itself, or the newest whole one of a run's folder.
 
@@ -43,7 +52,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """
     for run in [folder, *reversed(run_versions(folder))]:
         for checkpoints in (run / "checkpoints", run):
-            steps = sorted(checkpoints.glob("step=*.ckpt"), key=_age, reverse=True)
+            steps = sorted(checkpoints.glob("step=*.ckpt"), key=lambda path: age_of(path) or (-1, 0), reverse=True)
             link = checkpoints / LAST
             if link.is_symlink() and (linked := checkpoints / link.readlink()) in steps:
                 # a run that went back to an earlier step has left those after it behind, unless a kill came between
@@ -58,9 +67,3 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def _saved(path: Path) -> int:
     return path.stat().st_mtime_ns
-
-
-def _age(path: Path) -> tuple[int, int]:
-    """Optimizer step, then how often a resumed run wrote that step again (`step=8-v1.ckpt`)."""
-    match = re.fullmatch(r"step=(\d+)(?:-v(\d+))?\.ckpt", path.name)
-    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)

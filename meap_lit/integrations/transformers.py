@@ -35,7 +35,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from meap_lit.errors import UserError, check_range
 from meap_lit.hf.weights import copy_rows
-from meap_lit.masking import check_ratio, num_masked, sample_positions
+from meap_lit.masking import check_ratio, id_of_sample, num_masked, sample_positions
 from meap_lit.masking.duplication import Answer, Document, Duplication, concatenate, masked_copy, original
 from meap_lit.masking.schedules import Constant, MaskSchedule
 from meap_lit.model import IGNORE_INDEX
@@ -115,10 +115,10 @@ def with_sample_ids(dataset: Any, source: int = 0) -> Any:
     """
 
     def number(row: Row, index: int) -> dict[str, int]:
-        return {SAMPLE_ID: (source << 32) + index}
+        return {SAMPLE_ID: id_of_sample(source, index)}
 
     if hasattr(dataset, "__len__"):
-        return dataset.add_column(SAMPLE_ID, [(source << 32) + index for index in range(len(dataset))])
+        return dataset.add_column(SAMPLE_ID, [id_of_sample(source, index) for index in range(len(dataset))])
     return dataset.map(number, with_indices=True)
 
 

@@ -24,6 +24,18 @@ def num_masked(mask_ratio: float, seq_len: int) -> int:
     return max(1, math.floor(round(mask_ratio * seq_len, 9))) if mask_ratio > 0 else 0
 
 
+def id_of_sample(source: int, index: int) -> int:
+    """Return the id of a sample, which decides its masks.
+
+    It must never change: a resumed run, and the same training in another trainer, draw the masks of the same ids.
+
+    Args:
+        source: Number of the dataset, counted from 0.
+        index: Number of the sample in its dataset, below 2**32.
+    """
+    return (source << 32) + index
+
+
 def mask_inputs(
     input_ids: Tensor,
     sample_ids: Tensor,

@@ -11,7 +11,7 @@ from meap_lit.model.attention import Attend, Documents, attention_within, causal
 from meap_lit.model.config import DecoderConfig
 from meap_lit.model.init import init_parameter_
 from meap_lit.model.kv_cache import KVCache
-from meap_lit.model.loss import linear_cross_entropy_of_rows
+from meap_lit.model.loss import linear_cross_entropy
 from meap_lit.model.norm import RMSNorm
 from meap_lit.model.precision import residual
 from meap_lit.model.rope import apply_rope, rope_angles
@@ -74,12 +74,12 @@ class Head(nn.Linear):
     """Map hidden states to logits, or straight to their loss."""
 
     def loss(self, hidden: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the summed loss and that of each row, see `linear_cross_entropy_of_rows`.
+        """Return the summed loss and that of each row, see `linear_cross_entropy`.
 
         A method of the module whose weight it reads, so that a strategy that shards the weight can gather it around
         the call.
         """
-        return linear_cross_entropy_of_rows(hidden, self.weight, labels, positions)
+        return linear_cross_entropy(hidden, self.weight, labels, positions)
 
 
 class Decoder(nn.Module):

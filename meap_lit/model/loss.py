@@ -25,8 +25,10 @@ def piece_rows(vocab_size: int) -> int:
     return max(1024, MAX_LOGITS // vocab_size // 256 * 256)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Return the summed cross entropy of `hidden @ weight.T` against `labels`.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the summed cross entropy of `hidden @ weight.T` against `labels`, and the loss of each row.
 
     Rows are taken in pieces of `piece_rows`. Their gradients are formed in the same pass while the
     piece's logits are at hand and only scaled in the backward, so nothing is computed twice and peak memory does
@@ -44,17 +46,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, positio
             every product. All rows are computed if not given.
 
     Returns:
-        Sum over the supervised rows, scalar, float32 (float64 for such inputs). Divide by their number for the mean.
-    """
-    return linear_cross_entropy_of_rows(hidden, weight, labels, positions)[0]
-
-
-def linear_cross_entropy_of_rows(
-    hidden: Tensor, weight: Tensor, labels: Tensor, positions: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return what `linear_cross_entropy` does, and the loss of each row, so that a part of it can be logged apart.
-
-    The losses of the rows are [...], float32, without gradient, 0 where not supervised.
+        Sum over the supervised rows, scalar, float32 (float64 for such inputs); divide by their number for the mean.
+        And the losses of the rows, of which a part can be logged, [...], float32, without gradient, 0 where not
+        supervised.
     """
     rows, targets = hidden.flatten(0, -2), labels.flatten()
     if positions is not None:

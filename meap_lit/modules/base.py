@@ -80,7 +80,6 @@ class DecoderModule(L.LightningModule, ABC):
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks = compile
         self.float8 = float8
-        self.mask_token_id: int | None = None
         self.decoder: Decoder | None = None
         self.origin: dict[str, Any] = {}
         """Source of the weights, and its properties that the export needs; saved in checkpoints."""
@@ -93,9 +92,9 @@ class DecoderModule(L.LightningModule, ABC):
         """First optimizer step of this run with gradients that were not finite, scalar int64 on their device, or -1."""
 
     @property
-    def data(self) -> StreamingData | None:
-        """The datamodule of the run, if there is one."""
-        return getattr(self._trainer, "datamodule", None)
+    def data(self) -> StreamingData:
+        """The datamodule of the run."""
+        return self.trainer.datamodule
 
     @property
     @abstractmethod
@@ -109,6 +108,10 @@ class DecoderModule(L.LightningModule, ABC):
         hub.download(self.init_from, "checkpoint")
 
     def setup(self, stage: str) -> None:
+        if self.trainer.datamodule is None:
+            raise UserError(
+                "the model needs a datamodule, which knows the tokenizer; call trainer.fit(module, datamodule=...)"
+            )
         if self.trainer.precision == "16-mixed":
             raise UserError("trainer.precision 16-mixed is not supported: small gradients underflow; use bf16-mixed")
         if self.trainer.gradient_clip_algorithm == "value":
@@ -124,10 +127,9 @@ class DecoderModule(L.LightningModule, ABC):
                 f"this CPU has no AVX-512, without which PyTorch multiplies bfloat16 slowly; "
                 f"trainer.precision 32-true is much faster here than {self.trainer.precision}"
             )
-        if (data := self.data) is not None:
-            ranks = Ranks(self.trainer)
-            found = ranks.do(lambda: data.fingerprints)
-            ranks.do(lambda: data.check_alike(found))
+        ranks = Ranks(self.trainer)
+        found = ranks.do(lambda: self.data.fingerprints)
+        ranks.do(lambda: self.data.check_alike(found))
 
     def configure_model(self) -> None:
         """Build the decoder, now that the vocabulary is known and the strategy has chosen devices.
@@ -140,10 +142,8 @@ class DecoderModule(L.LightningModule, ABC):
         """
         if self.decoder is not None:
             return
-        tokenizer = None if self.data is None else self.data.tokenizer
         source = self._open_source()
-        self.config = self._choose_config(source, tokenizer)
-        self._adopt_mask_token(tokenizer)
+        self.config = self._choose_config(source)
         self._check_context(source)
         # strategy and precision (float32 unless bf16-true) have set torch's defaults
         decoder = meta_decoder(self.config, torch.get_default_dtype())
@@ -152,8 +152,8 @@ class DecoderModule(L.LightningModule, ABC):
             add_lora(decoder, self.lora)
         if self.float8:  # layers are replaced before anything is put around them
             self._use_float8(decoder)
-        strategy = getattr(self._trainer, "strategy", None)
-        on_gpu = strategy is not None and strategy.root_device.type == "cuda"
+        strategy = self.trainer.strategy
+        on_gpu = strategy.root_device.type == "cuda"
         self.is_compiled = on_gpu if self.compile_blocks == "auto" else self.compile_blocks
         checkpoint_and_compile(decoder, self.activation_checkpointing, self.is_compiled)
         if isinstance(strategy, Sharded):
@@ -168,10 +168,10 @@ class DecoderModule(L.LightningModule, ABC):
 
     def _open_source(self) -> WeightSource | None:
         """Open the source of the weights after the first rank has verified it for all."""
-        if self.init_from is None or self._trainer is None:
-            return None if self.init_from is None else open_source(self.init_from)
-        path, ranks = hub.pinned(self.init_from), Ranks(self._trainer)
-        verify = getattr(self._trainer.checkpoint_callback, "verify", True) and ranks.rank == 0
+        if self.init_from is None:
+            return None
+        path, ranks = hub.pinned(self.init_from), Ranks(self.trainer)
+        verify = getattr(self.trainer.checkpoint_callback, "verify", True) and ranks.rank == 0
 
         def found() -> str:
             source = open_source(path, verify)
@@ -182,21 +182,21 @@ class DecoderModule(L.LightningModule, ABC):
 
     def _rows_without_mask(self) -> int | None:
         """Return the vocabulary rows that the model would have without the mask token; None if it came with one."""
-        data = self.data
+        tokenizer = self.data.tokenizer
         if self.initial_config is None:
             return self.origin["rows"]
-        if data is None or not data.tokenizer.mask_is_new:
+        if not tokenizer.mask_is_new:
             return None
-        return vocab_rows(data.tokenizer.vocab_size - 1, self.initial_config.vocab_size)
+        return vocab_rows(tokenizer.vocab_size - 1, self.initial_config.vocab_size)
 
     def _use_float8(self, decoder: Decoder) -> None:
-        data, strategy = self.data, getattr(self._trainer, "strategy", None)
+        data, strategy = self.data, self.trainer.strategy
         if isinstance(strategy, Sharded) and strategy.tensor_parallel_size > 1:
             raise UserError(
                 f"model.float8 cannot be combined with trainer.strategy.tensor_parallel_size "
                 f"{strategy.tensor_parallel_size}; set that to 1 or leave model.float8 out"
             )
-        if data is not None and data.micro_batch_size * data.seq_len % MULTIPLE:
+        if data.micro_batch_size * data.seq_len % MULTIPLE:
             raise UserError(
                 f"model.float8 needs micro-batches of a multiple of {MULTIPLE} tokens, got data.micro_batch_size "
                 f"{data.micro_batch_size} x data.seq_len {data.seq_len}; change one of the two"
@@ -206,15 +206,15 @@ class DecoderModule(L.LightningModule, ABC):
             raise UserError(
                 "model.float8 all_gather needs sharded weights, such as with recipes/strategy/fsdp.yaml; write true"
             )
-        device = torch.get_default_device() if strategy is None else strategy.root_device
-        use_float8(decoder, device, all_gather=all_gather)
+        use_float8(decoder, strategy.root_device, all_gather=all_gather)
 
-    def _choose_config(self, source: WeightSource | None, tokenizer: Tokenizer | None) -> DecoderConfig:
+    def _choose_config(self, source: WeightSource | None) -> DecoderConfig:
+        tokenizer = self.data.tokenizer
         if source is None:
             assert self.initial_config is not None
             return with_vocabulary(self.initial_config, tokenizer)
         self.masks_drawn = isinstance(source, CheckpointSource) and source.rows_without_mask is None
-        new_mask = None if tokenizer is None else new_mask_token(source, tokenizer)
+        new_mask = new_mask_token(source, tokenizer)
         rows_before = None if new_mask is None else source.config.vocab_size
         self.origin = {
             "init_from": self._init_from_of(source),
@@ -226,8 +226,7 @@ class DecoderModule(L.LightningModule, ABC):
             "generation": source.generation,
             "positions": source.positions,
         }
-        rows = source.config.vocab_size if tokenizer is None else vocab_size_for(source, tokenizer)
-        config = dataclasses.replace(source.config, vocab_size=rows)
+        config = dataclasses.replace(source.config, vocab_size=vocab_size_for(source, tokenizer))
         return config if self.context is None else self.context.of(config)
 
     def _init_from_of(self, source: WeightSource) -> str:
@@ -237,7 +236,7 @@ class DecoderModule(L.LightningModule, ABC):
 
     def _check_context(self, source: WeightSource | None) -> None:
         data = self.data
-        if data is None or data.longest_input <= self.config.max_seq_len:
+        if data.longest_input <= self.config.max_seq_len:
             return
         context = f"{self.config.max_seq_len} tokens"
         if source is not None and source.config.max_seq_len == self.config.max_seq_len:
@@ -248,36 +247,18 @@ class DecoderModule(L.LightningModule, ABC):
             f"model.{'decoder' if source is None else 'context'}.max_seq_len"
         )
 
-    def _adopt_mask_token(self, tokenizer: Tokenizer | None) -> None:
-        if self.mask_token_id is None and tokenizer is not None:
-            self.mask_token_id = tokenizer.mask_token_id
-        if self.mask_token_id is None:
-            raise UserError("without a datamodule, decoder.vocab_size and model.mask_token_id must be given")
-        if tokenizer is not None and self.mask_token_id != tokenizer.mask_token_id:
-            raise UserError(
-                f"model.mask_token_id is {self.mask_token_id}, but the mask token of tokenizer {tokenizer.path} is "
-                f"{tokenizer.mask_token_id}, which generation and evaluation avoid; leave model.mask_token_id out"
-            )
-        assert self.config.vocab_size is not None
-        if not 0 <= self.mask_token_id < self.config.vocab_size:  # a tokenizer's id is inside
-            raise UserError(
-                f"model.mask_token_id {self.mask_token_id} is outside the vocabulary of {self.config.vocab_size}"
-            )
-
     def dropout_of(self, batch_idx: int) -> AbstractContextManager[None]:
         """Return a context in which seed, step, micro-batch and rank alone decide the adapters' dropout."""
         if self.lora is None or self.lora.dropout == 0:
             return nullcontext()
-        data = self.data
-        seed, rank = (0, 0) if data is None else (data.seed, data.rank_slice.rank)
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
-        return draw_dropout_from(self.device, seed, self.global_step, micro_batch, rank)
+        rank = self.data.rank_slice.rank
+        return draw_dropout_from(self.device, self.data.seed, self.global_step, micro_batch, rank)
 
     # ---------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        data = self.data
-        self._val_shares = {"": 1.0} if data is None else data.val_shares
+        self._val_shares = self.data.val_shares
         self._val_sums = torch.zeros(len(self._val_shares), 2, dtype=torch.float32, device=self.device)
 
     def _validate(self, summed_loss: Tensor, labels: Tensor, source: int = 0) -> None:
@@ -296,7 +277,7 @@ class DecoderModule(L.LightningModule, ABC):
         loss = torch.stack([losses[name] * (self._val_shares[name] / total) for name in read]).sum()
         self.log("val/loss", loss, prog_bar=True, sync_dist=True)
         self.log("val/perplexity", loss.exp(), sync_dist=True)
-        if self.data is not None and len(self.data.datasets) > 1:
+        if len(self.data.datasets) > 1:
             for name in read:
                 self.log(f"val/loss/{name}", losses[name], sync_dist=True)
 
@@ -370,8 +351,7 @@ class DecoderModule(L.LightningModule, ABC):
         Raises:
             UserError: If the checkpoint's model or adapters are not those of the recipe.
         """
-        data = self.data
-        is_foreign = data is not None and type(data).__qualname__ not in checkpoint
+        is_foreign = type(self.data).__qualname__ not in checkpoint
         if is_foreign and self.trainer.state.fn == "fit":
             return  # a run of another kind: `Budget` says so
         about = checkpoint.get("decoder", {})
@@ -386,8 +366,8 @@ class DecoderModule(L.LightningModule, ABC):
         data = self.data
         checkpoint["decoder"] = {
             "config": dataclasses.asdict(self.config),
-            "mask_token_id": self.mask_token_id,
-            "tokens_seen": None if data is None else data.samples_seen * data.seq_len,
+            "mask_token_id": data.tokenizer.mask_token_id,
+            "tokens_seen": data.samples_seen * data.seq_len,
             "lora": None if self.lora is None else dataclasses.asdict(self.lora),
             "rows_without_mask": None if self.masks_drawn else self._rows_without_mask(),
             **self.origin,
@@ -395,16 +375,12 @@ class DecoderModule(L.LightningModule, ABC):
         checkpoint["hub"] = hub.commits()
 
 
-def with_vocabulary(config: DecoderConfig, tokenizer: Tokenizer | None) -> DecoderConfig:
+def with_vocabulary(config: DecoderConfig, tokenizer: Tokenizer) -> DecoderConfig:
     """Return the configuration of a new model, with room for the tokenizer's ids, the mask token among them.
 
     Raises:
-        UserError: If the stated vocabulary is too small, or neither it nor a tokenizer is given.
+        UserError: If the stated vocabulary is too small.
     """
-    if tokenizer is None and config.vocab_size is None:
-        raise UserError("without a datamodule, decoder.vocab_size and model.mask_token_id must be given")
-    if tokenizer is None:
-        return config
     rows = vocab_rows(tokenizer.vocab_size, config.vocab_size)
     if rows is None:
         raise UserError(

@@ -1,6 +1,6 @@
 """Fine-tune with MEAP: train on each sample and on a copy with a part of the answer masked."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,25 +17,18 @@ class MEAPFineTuning(DecoderModule):
     The loss is taken on the answers of the originals (U_q) and on the masked tokens of the copies (U_m), and divided
     by |U_q| + |U_m| of the whole optimizer step, over its micro-batches and all devices, so that it does not depend on
     how a batch is split. The datamodule duplicates and masks (`meap_lit/masking/duplication.py`).
-    Validation has neither copies nor masks.
-
-    Args:
-        **kwargs: As for `DecoderModule`.
+    Validation has neither copies nor masks. The options are those of `DecoderModule`.
     """
 
-    decided_by: ClassVar[dict[str, str]] = {"seed": "data.seed", "mask_token_id": "data.tokenizer"}
+    decided_by: ClassVar[dict[str, str]] = {"seed": "data.seed"}
     """Options of pretraining that this class does not have, and the key that decides instead."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
 
     def configure_model(self) -> None:
         super().configure_model()
-        data = self.data
-        if data is not None:  # the model learns to end its answers as the chat template does
-            generation = self.origin.get("generation", {})
-            stops = sorted({*token_ids(generation, "eos_token_id"), *data.stop_token_ids})
-            self.origin["generation"] = {**generation, "eos_token_id": stops}
+        # the model learns to end its answers as the chat template does
+        generation = self.origin.get("generation", {})
+        stops = sorted({*token_ids(generation, "eos_token_id"), *self.data.stop_token_ids})
+        self.origin["generation"] = {**generation, "eos_token_id": stops}
 
     @property
     def plain_override(self) -> str | None:
@@ -64,7 +57,7 @@ class MEAPFineTuning(DecoderModule):
     @property
     def num_replicas(self) -> int:
         """Number of data-parallel ranks that share a global batch."""
-        return 1 if self.data is None else self.data.rank_slice.num_replicas
+        return self.data.rank_slice.num_replicas
 
     def _losses(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return the summed loss, scalar, and the loss of every position for the log, [B, T]."""

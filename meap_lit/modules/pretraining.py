@@ -7,7 +7,7 @@ from torch import Tensor
 
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.data.stream.text import TextBatch
-from meap_lit.errors import UserError, check_range
+from meap_lit.errors import check_range
 from meap_lit.masking import check_ratio, mask_inputs, rare_ids
 from meap_lit.masking.schedules import Constant, MaskSchedule
 from meap_lit.modules.base import DecoderModule
@@ -32,7 +32,6 @@ class MEAPPretraining(DecoderModule):
         protect_rare: The rarest tokens, which together make up at most this share of the training tokens, are never
             masked. They are counted in the rows that the run trains on first.
         seed: Seed of the masks.
-        mask_token_id: Id of the mask token; taken from the data's tokenizer if not given.
         **kwargs: As for `DecoderModule`.
     """
 
@@ -47,7 +46,6 @@ class MEAPPretraining(DecoderModule):
         protect: list[Literal["bos", "eos", "last"]] | None = None,
         protect_rare: float = 0.0,
         seed: int = 0,
-        mask_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -61,7 +59,8 @@ class MEAPPretraining(DecoderModule):
         self.protect = protect or []
         self.protect_rare = protect_rare
         self.seed = seed
-        self.mask_token_id = mask_token_id
+        self.mask_token_id: int | None = None
+        """Id of the data's mask token; set when a run starts."""
         self.protected: Tensor | None = None
         """Ids that are never masked, [V], bool; set when a run starts. As a buffer, it would be sent every step."""
 
@@ -70,21 +69,14 @@ class MEAPPretraining(DecoderModule):
         return "--model.mask_ratio 0" if getattr(self.mask_ratio, "mask_ratio", 1) > 0 else None
 
     def on_fit_start(self) -> None:
-        self.prepare_masks(self.trainer.datamodule)
+        self.prepare_masks(self.data)
 
-    def prepare_masks(self, data: StreamingData | None) -> None:
-        """Take from the data, after its `setup`, the mask token and the tokens that are never masked.
-
-        Raises:
-            UserError: If tokens are to be protected, and the Trainer has no datamodule.
-        """
-        if self.mask_token_id is None and data is not None:
-            self.mask_token_id = data.tokenizer.mask_token_id
+    def prepare_masks(self, data: StreamingData) -> None:
+        """Take from the data, after its `setup`, the mask token and the tokens that are never masked."""
+        self.mask_token_id = data.tokenizer.mask_token_id
         tokens = [name for name in self.protect if name != "last"]
         if not (tokens or self.protect_rare):
             return
-        if data is None:
-            raise UserError("model.protect and model.protect_rare need a datamodule, which knows the tokens")
         protected = torch.zeros(data.tokenizer.vocab_size, dtype=torch.bool)
         ids = {"bos": data.tokenizer.bos_token_id, "eos": data.tokenizer.eos_token_id}
         protected[[ids[name] for name in tokens if ids[name] is not None]] = True

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from meap_lit.model.lora import LoRA
 
 
 def check_same_model(
-    about: dict[str, Any], config: DecoderConfig, lora: LoRA | None, origin: Mapping[str, Any] = MappingProxyType({})
+    about: dict[str, Any], config: DecoderConfig, lora: LoRA | None, origin: Mapping[str, Any]
 ) -> None:
     """Compare a checkpoint's entry `decoder` with model, adapters and source of the frozen weights of the recipe.
 

@@ -23,7 +23,7 @@ from meap_lit.errors import UserError
 from meap_lit.model.config import DecoderConfig
 from meap_lit.model.decoder import Decoder, Head
 from meap_lit.model.lora import LoRALinear
-from meap_lit.model.loss import linear_cross_entropy_of_rows
+from meap_lit.model.loss import linear_cross_entropy
 from meap_lit.model.norm import RMSNorm, rms_norm
 from meap_lit.model.recompute import blocks_of
 
@@ -148,7 +148,7 @@ def _loss_of_own_rows(
     own = positions.tensor_split(mesh.size())[mesh.get_local_rank()]
     hidden = _sum_gradient(hidden, mesh)
     weight = _sum_gradient(head.weight, mesh)  # last: autograd then sums it first, before FSDP2 takes the gradient
-    total, losses = linear_cross_entropy_of_rows(hidden, weight, labels, own)
+    total, losses = linear_cross_entropy(hidden, weight, labels, own)
     return _Sum.apply(total, mesh), _summed(losses, mesh)
 
 

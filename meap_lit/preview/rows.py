@@ -240,7 +240,7 @@ def _tokens(
             label_id=label_id,
             label=None if label_id == IGNORE_INDEX else tokenizer.text_of(label_id),
             position=position,
-            is_special=tokenizer.is_special(input_id),
+            is_special=input_id in tokenizer.control_ids,
         )
         for input_id, clean_id, is_masked, label_id, position in zip(*(column.tolist() for column in columns))
     ]

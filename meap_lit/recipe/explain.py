@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-from meap_lit.errors import UserError, check_range, shorten
+from meap_lit.errors import UserError, check_range, in_one_line, shorten
 
 Known = Mapping[str, type | tuple[type, ...] | None]
 """The top-level keys of a recipe, or the options of a command, and the class that takes the values below each.
@@ -95,7 +95,7 @@ def _line(error: Exception, known: Known) -> str:
     first = _raised_from(error)[-1]
     line = explain(str(error), known)
     if isinstance(first, ModuleNotFoundError) and str(first) not in line:  # the package of a logger
-        return " ".join(str(first).split())
+        return in_one_line(first)
     is_complaint = type(error).__name__ in _COMPLAINTS or str(error).startswith(("Parser key", "Does not validate"))
     return line if is_complaint else f"cannot build what the recipe names ({type(error).__name__}): {line}"
 
@@ -165,11 +165,8 @@ def explain(message: str, known: Known) -> str:
                 return f"the recipe has the key '{match[1]}': it is for `evaluate`, not for this command"
             return f"there is no key '{match[1]}'{_key_hint(match[1], known)}"
         kind = _class(classes[-1])
-        decided_by = dict(getattr(kind, "decided_by", {}))
-        decides = decided_by.pop(match[1], None)
-        # the config.yaml of an older run has all of them, and one line should name them
-        likewise = ", ".join(f"{name} ({other} decides it)" for name, other in decided_by.items())
-        hint = f"; leave it out: {decides} decides it; likewise {likewise}"
+        decides = getattr(kind, "decided_by", {}).get(match[1])
+        hint = f"; leave it out: {decides} decides it"
         core = f"{classes[-1]} has no option '{match[1]}'{hint if decides else _option_hint(match[1], [kind])}"
     elif match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", core):
         group = parameters_of(_class(classes[-1])).get(match[1]) if classes else None
@@ -186,8 +183,6 @@ def explain(message: str, known: Known) -> str:
     elif match := _NO_SUBCLASS.search(core):
         given = _GIVEN.search(message)
         core = f"a class_path must name a subclass of {match[1]}, got {shorten(given[1] if given else 'another')}"
-    elif match := re.search(r"does not accept option '([^']+)'", core):
-        core = f"there is no key '{match[1]}'{_key_hint(match[1], known)}"
     elif match := re.match(r"Exceeds the limit \((\d+) digits\)", core):
         core = f"a number of more than {match[1]} digits"
     elif match := re.match(r"Key must be a string, got: (.*)\.", core):

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from meap_lit.callbacks.loggers import Service, run_folder, services
 from meap_lit.checkpoint.folder import StoredCheckpoint
-from meap_lit.errors import NO_SPACE, UserError
+from meap_lit.errors import NO_SPACE, UserError, in_one_line
 from meap_lit.secrets import hide_in_text
 
 
@@ -99,7 +99,7 @@ def log_recipe(logger: Logger, recipe: dict[str, Any]) -> None:
     except Exception as error:
         if isinstance(error, UserError) or getattr(error, "errno", None) in NO_SPACE:
             raise
-        reason = hide_in_text(" ".join(str(error).split()) or type(error).__name__)
+        reason = hide_in_text(in_one_line(error))
         is_resumed = isinstance(logger, Service) and logger.run_id is not None
         hint = f" (run {logger.run_id}; --trainer.logger.resume false starts another)" if is_resumed else ""
         raise UserError(f"trainer.logger {type(logger).__name__} cannot be opened: {reason}{hint}") from error

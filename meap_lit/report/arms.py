@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from meap_lit.callbacks import Budget, RetrievalProbe
@@ -217,7 +216,7 @@ def _recipe(run: Run) -> dict[str, Any]:
     return recipe | before
 
 
-def recipe_of(config: Mapping[str, Any], fingerprints: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+def recipe_of(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of a recipe that decide the result, by dotted key, without seeds and nulls.
 
     Datasets are named by the last part of their path and their content, which includes the tokenizer.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, in_one_line
 from meap_lit.evaluation.attention.masked import STATISTICS
 from meap_lit.evaluation.statistics import Difference, t_interval
 from meap_lit.report.arms import Arm, Study, describe
@@ -93,8 +93,9 @@ def read(path: str | None) -> Claims:
     except OSError as error:
         raise UserError(f"cannot read --claims {file}: {error.strerror}; name a file such as {CLAIMS_FILE}") from error
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--claims {file} is not a file of claims ({reason}); compare it with {CLAIMS_FILE}") from error
+        raise UserError(
+            f"--claims {file} is not a file of claims ({in_one_line(error)}); compare it with {CLAIMS_FILE}"
+        ) from error
     wrong = next((claim.test for claim in claims if claim.test not in TESTS), None)
     if wrong is not None:
         raise UserError(f"--claims {file} has no test {wrong}; choose one of {', '.join(TESTS)}")

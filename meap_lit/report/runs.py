@@ -11,9 +11,9 @@ import yaml
 
 from meap_lit.callbacks.metrics import METRICS_FILE, Point, read_metrics
 from meap_lit.callbacks.summary import SUMMARY_FILE
-from meap_lit.checkpoint.find import newest_checkpoint
+from meap_lit.checkpoint.find import age_of, newest_checkpoint
 from meap_lit.checkpoint.folder import StoredCheckpoint
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, in_one_line
 from meap_lit.files import read_json
 from meap_lit.model import DecoderConfig
 from meap_lit.renamed import current
@@ -149,9 +149,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = current(yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"{path / CONFIG_FILE} is damaged or cut short ({reason}); leave the run out of --runs"
+            f"{path / CONFIG_FILE} is damaged or cut short ({in_one_line(error)}); leave the run out of --runs"
         ) from error
     parts = [config.get(part) if isinstance(config, dict) else None for part in ("model", "data", "trainer")]
     if not all(isinstance(part, dict) for part in parts):
@@ -182,7 +181,8 @@ def _open(parts: list[Path], configs: dict[Path, dict[str, Any]]) -> Run:
     start: int | None = None
     for part, summary in zip(parts, reversed(summaries), strict=True):
         curves = _continued(_read_curves(part, configs[part]), curves, start)
-        start = summary.get("first_step", _step_of(configs[part].get("ckpt_path")))
+        age = age_of(configs[part].get("ckpt_path") or "")
+        start = summary.get("first_step", age and age[0])
     if not curves.get(LOSS):
         raise UserError(f"run {path} has no validation yet ({LOSS}); let it finish, or leave it out of --runs")
     dirpath = (config.get("checkpoint") or {}).get("dirpath")
@@ -200,12 +200,6 @@ def _open(parts: list[Path], configs: dict[Path, dict[str, Any]]) -> Run:
     folders = [*parts, checkpoint.parent] if checkpoint else parts
     earlier = tuple(configs[part] for part in parts[1:])
     return Run(path, config, curves, tuple(folders), model["decoder"], model["datasets"], summaries, earlier)
-
-
-def _step_of(checkpoint: str | None) -> int | None:
-    """Return the optimizer step in the name of a checkpoint."""
-    found = re.fullmatch(r"step=(\d+)\.ckpt", Path(checkpoint or "").name)
-    return int(found[1]) if found else None
 
 
 def _read_curves(path: Path, config: dict[str, Any]) -> Curves:

@@ -21,7 +21,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, in_one_line
 from meap_lit.files import read_text
 from meap_lit.tokenizer.builtin_templates import BOS, NAMED
 from meap_lit.tokenizer.hidden_chat import REASONING, HiddenChat, Message, with_mark, with_parsed_arguments
@@ -253,8 +253,9 @@ class ChatTemplate:
             )
             return chat.cut_marks(text)
         except Exception as error:  # a template is a program of the user's: whatever it raises is for the user to mend
-            reason = " ".join(str(error).split())
-            raise UserError(f"chat template {self.name} does not take this conversation: {reason}") from error
+            raise UserError(
+                f"chat template {self.name} does not take this conversation: {in_one_line(error)}"
+            ) from error
 
     def _end_of(self, text: str, chat: "HiddenChat", turn: int, with_header: bool = False) -> int:
         """Return where message `turn` ends in `text`, that of the whole conversation, or the header that follows it.

@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, in_one_line
 from meap_lit.files import read_json, read_text, run_versions, write_file
 from meap_lit.hub import TOKENIZER_FILES, local_folder
 
@@ -290,15 +290,11 @@ class Tokenizer:
         without a token is written as `<id N>`.
         """
         piece = self._backend.id_to_token(token_id)
-        if piece is None or self.is_special(token_id):
+        if piece is None or token_id in self.control_ids:
             return piece or f"<id {token_id}>"
         # some decoders drop a space at the beginning, so the token follows itself
         text = self.decode([token_id, token_id])[len(self.decode([token_id])) :]
         return text if text and "\N{REPLACEMENT CHARACTER}" not in text else piece
-
-    def is_special(self, token_id: int) -> bool:
-        """Return whether a token controls the model, and no text becomes it."""
-        return token_id in self.control_ids
 
     @property
     def chat_template(self) -> Any:
@@ -321,8 +317,9 @@ class Tokenizer:
         try:
             return tokenizers.Tokenizer.from_str(self._backend.to_str())
         except Exception as error:  # the library raises nothing more special, and not all of it on the first reading
-            reason = " ".join(str(error).split())
-            raise UserError(f"tokenizer {self.path} is damaged: {reason}; copy or download it again") from error
+            raise UserError(
+                f"tokenizer {self.path} is damaged: {in_one_line(error)}; copy or download it again"
+            ) from error
 
     def ids_without_token(self, num_rows: int) -> list[int]:
         """Return the ids below `num_rows` without a token: holes in the vocabulary, and padding above it."""

@@ -56,7 +56,7 @@ def step(model: Decoder, packed: bool = False, bf16: bool = True) -> Step:
     model.zero_grad()
     with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bf16):
         hidden = model(input_ids, position_ids, documents(model) if packed else None)
-        loss = linear_cross_entropy(hidden, model.lm_head.weight, labels)
+        loss = linear_cross_entropy(hidden, model.lm_head.weight, labels)[0]
     loss.backward()
     return result(model, loss)
 
@@ -68,7 +68,7 @@ def step_by_document(model: Decoder, bf16: bool = True) -> Step:
     total = 0.0
     for input_ids, labels in zip(*(tokens.flatten().split(lengths) for tokens in batch(model)), strict=True):
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bf16):
-            loss = linear_cross_entropy(model(input_ids[None]), model.lm_head.weight, labels[None])
+            loss = linear_cross_entropy(model(input_ids[None]), model.lm_head.weight, labels[None])[0]
         loss.backward()
         total = total + loss.detach()
     return result(model, total)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meap_lit.errors import UserError
-from meap_lit.masking import mask_inputs, num_masked, rare_ids, sample_positions
+from meap_lit.masking import id_of_sample, mask_inputs, num_masked, rare_ids, sample_positions
 from meap_lit.masking.schedules import Constant
 
 MASK = 999
@@ -280,6 +280,10 @@ def test_mask_does_not_depend_on_how_the_batch_is_split(span_len: int) -> None:
     assert torch.equal(torch.cat([mask(row) for row in rows.split(1)]), whole)
     permuted = torch.randperm(8, generator=generator)
     assert torch.equal(mask(permuted), whole[permuted])
+
+
+def test_the_id_of_a_sample_is_fixed() -> None:
+    assert [id_of_sample(0, 7), id_of_sample(2, 5), id_of_sample(1, 2**32 - 1)] == [7, 2 * 2**32 + 5, 2 * 2**32 - 1]
 
 
 def test_equal_sample_ids_share_positions() -> None:

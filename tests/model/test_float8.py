@@ -364,8 +364,9 @@ def test_what_does_not_go_with_it_is_said_in_one_line(toy_recipe, capsys, emulat
 
 
 def test_tensor_parallelism_is_refused():
-    module = MEAPPretraining(0.15, optimizer=AdamW(lr=1e-3), decoder=TOY, mask_token_id=1, float8=True)
-    module._trainer = SimpleNamespace(strategy=Sharded(tensor_parallel_size=2))
+    module = MEAPPretraining(0.15, optimizer=AdamW(lr=1e-3), decoder=TOY, float8=True)
+    data = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=64), longest_input=32)
+    module.trainer = SimpleNamespace(strategy=Sharded(tensor_parallel_size=2), datamodule=data)
     message = "model.float8 cannot be combined with trainer.strategy.tensor_parallel_size 2; set that to 1 or leave"
     with pytest.raises(UserError, match=message):
         module.configure_model()

@@ -109,7 +109,9 @@ def test_a_packed_step_is_its_samples_one_by_one(prepared, chat, tmp_path, dupli
     for row in rows:
         for (_, index, epoch), has_original, has_copy in row.documents:
             input_ids, answers = samples[index]
-            copy = partial(masked_copy, mask_token_id=module.mask_token_id, seed=0, sample_id=index, visit=epoch)
+            copy = partial(
+                masked_copy, mask_token_id=data.tokenizer.mask_token_id, seed=0, sample_id=index, visit=epoch
+            )
             parts = [original(input_ids, answers)] * has_original
             parts += [copy(input_ids, answers, duplication)] * has_copy
             documents.append(parts[0] if len(parts) == 1 else concatenate(*parts, duplication.copy_positions))
@@ -159,7 +161,7 @@ def test_ratio_zero_is_plain_fine_tuning_bit_for_bit(prepared, chat, tmp_path, l
             group["lr"] = OPTIMIZER.lr * OPTIMIZER.lr_factor(step, 6)
         hidden = plain(input_ids, position_ids, Documents.of_rows(lengths, 400))
         num_labels = int((labels != IGNORE_INDEX).sum())
-        loss = linear_cross_entropy(hidden, plain.lm_head.weight, labels, batch["label_positions"]) / num_labels
+        loss = linear_cross_entropy(hidden, plain.lm_head.weight, labels, batch["label_positions"])[0] / num_labels
         adamw.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
@@ -182,7 +184,7 @@ def test_what_is_logged_of_a_step(prepared, chat, tmp_path):
     module, recorder = fit(prepared, chat, max_steps=2, tmp_path=tmp_path)
     logged, batch = recorder.logged[-1], recorder.batches[-1]
     step = recorder.batches[-2:]
-    num_masked = sum(int((part["input_ids"] == module.mask_token_id).sum()) for part in step)
+    num_masked = sum(int((part["input_ids"] == module.data.tokenizer.mask_token_id).sum()) for part in step)
     num_answer = sum(int(((part["labels"] != IGNORE_INDEX) & ~part["in_copy"]).sum()) for part in step)
     assert batch["num_masked"] == num_masked > 0
     assert batch["num_labels"] == num_masked + num_answer

@@ -49,7 +49,7 @@ def step(decoder: Decoder, rows: list[list[int]] | None) -> tuple[Tensor, dict[s
     decoder.zero_grad()
     input_ids = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(0))
     layout = (None, None) if rows is None else (torch.arange(32).repeat(2, 1), Documents.of_rows(rows, 32))
-    loss = linear_cross_entropy(decoder(input_ids, *layout), decoder.lm_head.weight, input_ids.roll(-1))
+    loss = linear_cross_entropy(decoder(input_ids, *layout), decoder.lm_head.weight, input_ids.roll(-1))[0]
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
 

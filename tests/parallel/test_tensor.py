@@ -48,8 +48,8 @@ def test_each_device_computes_the_loss_of_a_part_of_the_rows(num_supervised):
         os.environ["RANK"] = os.environ["LOCAL_RANK"]
         mesh = init_device_mesh("cpu", (3,))
         tensor.split_products(decoder, mesh)
-        num_rows, whole = [], tensor.linear_cross_entropy_of_rows
-        tensor.linear_cross_entropy_of_rows = lambda *x: num_rows.append(len(x[-1])) or whole(*x)
+        num_rows, whole = [], tensor.linear_cross_entropy
+        tensor.linear_cross_entropy = lambda *x: num_rows.append(len(x[-1])) or whole(*x)
         for ours, one_process in zip(losses(decoder, labels, positions), expected, strict=True):
             torch.testing.assert_close(ours, one_process, atol=1e-6, rtol=1e-5)
         total = num_supervised or 13

@@ -206,7 +206,7 @@ def train(step: Step) -> None:
     for number in range(4):
         input_ids = torch.randint(step.decoder.vocab_size, (step.num_tokens // step.seq_len, step.seq_len))
         with autocast(step.precision):
-            loss = linear_cross_entropy(decoder(input_ids), decoder.lm_head.weight, input_ids) / input_ids.numel()
+            loss = linear_cross_entropy(decoder(input_ids), decoder.lm_head.weight, input_ids)[0] / input_ids.numel()
         if number % 2 == 0:
             optimizer.zero_grad()
         loss.backward()

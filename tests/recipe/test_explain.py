@@ -70,7 +70,7 @@ def test_an_unknown_option_of_a_recipe(given, hint):
     assert line.startswith(f"unrecognized arguments: {given} 5{hint}")
     assert hint or line.endswith("5")
     key, meant = given.removeprefix("--"), hint.replace("--", "")
-    assert explain(f"Parser does not accept option '{key}'", KNOWN).startswith(f"there is no key '{key}'{meant}")
+    assert explain(f"Option '{key}' is not accepted", KNOWN).startswith(f"there is no key '{key}'{meant}")
 
 
 # ------------------------------------------------------------------------------- what the parser lets pass

@@ -34,12 +34,13 @@ def test_a_resumed_run_is_one_run(tmp_path):
     assert run.tokens_per_second == 7
 
 
-def test_what_a_resumed_run_has_discarded_is_not_of_its_curves(tmp_path):
+@pytest.mark.parametrize("name", ["step=20.ckpt", "step=20-v1.ckpt"])
+def test_what_a_resumed_run_has_discarded_is_not_of_its_curves(tmp_path, name):
     first, second = tmp_path / "a/version_0", tmp_path / "a/version_1"
     for summary in ({"seconds": 1.0, "first_step": 20}, None):  # without one, the name of the checkpoint says the step
         shutil.rmtree(tmp_path / "a", ignore_errors=True)
         write_run(first, recipe("a"), losses=(5, 4, 9, 8), accuracies=(0.1, 0.2, 0.6, 0.7))
-        resumed = recipe("a", ckpt_path=str(first / "checkpoints" / "step=20.ckpt"))
+        resumed = recipe("a", ckpt_path=str(first / "checkpoints" / name))
         write_run(second, resumed, losses=(3,), first_step=50, summary=summary)
         (run,) = find_runs([str(tmp_path)])
         assert [(point.step, point.value) for point in run.curves[LOSS]] == [(10, 5), (20, 4), (50, 3)]

@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from io import BufferedRandom
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from meap_lit.data.store.chunks import INDEX_FILE, check_chunk, check_hash, chunk_problem, parse_index
@@ -39,7 +38,7 @@ together may come from both sides of a border."""
 class LocalChunks:
     """A split in a local folder. Each chunk is verified before this process reads from it for the first time."""
 
-    def __init__(self, path: str, files: Mapping[str, str]) -> None:
+    def __init__(self, path: str, files: Mapping[str, str] | None) -> None:
         self.folder = path
         index = Path(path, INDEX_FILE).read_bytes()
         check_hash(index, files, f"{path}/{INDEX_FILE}")
@@ -56,7 +55,7 @@ class LocalChunks:
 class CachedChunks:
     """A split at a remote address. Each chunk is fetched into the cache when it is first needed."""
 
-    def __init__(self, address: str, storage: Storage, files: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(self, address: str, storage: Storage, files: Mapping[str, str] | None) -> None:
         self.address = address
         self.storage = storage
         self.root = Path(storage.cache_dir or "~/.cache/meap_lit").expanduser()
@@ -167,7 +166,7 @@ class CachedChunks:
         return {**self.__dict__, "_held": OrderedDict()}  # open files stay in their process
 
 
-def open_chunks(path: str, storage: Storage, files: Mapping[str, str]) -> LocalChunks | CachedChunks:
+def open_chunks(path: str, storage: Storage, files: Mapping[str, str] | None) -> LocalChunks | CachedChunks:
     """Return the chunks of the split at `path`, a folder or an address.
 
     Raises:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, in_one_line
 from meap_lit.files import parse_object
 
 INDEX_FILE = "index.json"
@@ -83,7 +83,7 @@ class ChatIndex:
             if found != [(np.int32,)] * 2 or result.answer_tokens.shape[1:] != (2,):
                 raise ValueError("its arrays have other shapes or types")
         except Exception as error:  # a damaged archive may fail in any way
-            reason = " ".join(str(error).split())
+            reason = in_one_line(error)
             raise UserError(f"{folder}/{SAMPLES_FILE} is damaged: {reason:.200}; prepare the dataset again") from error
         num_samples, expected = len(result.num_tokens), sum(chunk_sizes)
         if num_samples != expected or result.num_answers.sum() != len(result.answer_tokens):
@@ -99,8 +99,8 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in (INDEX_FILE, SAMPLES_FILE) if (folder / name).is_file()}
 
 
-def check_hash(content: bytes, files: Mapping[str, str], file: str) -> None:
-    """Raise `UserError` unless the content of `file` has the hash that `files`, of a `Split`, have for its name."""
+def check_hash(content: bytes, files: Mapping[str, str] | None, file: str) -> None:
+    """Raise `UserError` unless the content of `file` has the hash that `files` of a `Split`, if given, have for it."""
     if files and hashlib.sha256(content).hexdigest() != files.get(file.rpartition("/")[2]):
         raise UserError(f"{file} is damaged: its SHA-256 differs from that in the manifest; {MEND}")
 

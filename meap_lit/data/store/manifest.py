@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, UnionType
+from types import UnionType
 from typing import Any, Literal
 
 from meap_lit.data.store.chunks import (
@@ -26,7 +26,7 @@ from meap_lit.data.store.chunks import (
     parse_description,
     parse_index,
 )
-from meap_lit.data.store.remote import Storage
+from meap_lit.data.store.remote import DEFAULT_STORAGE, Storage
 from meap_lit.errors import UserError
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -34,7 +34,6 @@ MANIFEST_FILE = "manifest.json"
 VERSION = 2
 """Since 2 the manifest has the hashes of the files that describe the dataset, and of itself."""
 Kind = Literal["text", "chat"]
-_NO_STORAGE = Storage()
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Manifest:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @classmethod
-    def load(cls, location: str, storage: Storage = _NO_STORAGE, kind: Kind = "text") -> "Manifest":
+    def load(cls, location: str, storage: Storage = DEFAULT_STORAGE, kind: Kind = "text") -> "Manifest":
         """Read the manifest of a dataset, a folder or address above `train` and `val`, and check that it is whole.
 
         The files that describe the dataset are compared with their hashes. In a local folder every chunk must be there
@@ -212,7 +211,7 @@ def fingerprint_for(kind: Kind, tokenizer: Tokenizer) -> str:
 
 
 def load_samples(
-    location: str, split: str, storage: Storage = _NO_STORAGE, files: Mapping[str, str] = MappingProxyType({})
+    location: str, split: str, storage: Storage = DEFAULT_STORAGE, files: Mapping[str, str] | None = None
 ) -> ChatIndex:
     """Read the sizes of the samples of one split of a chat dataset, whose manifest has been loaded.
 

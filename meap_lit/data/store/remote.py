@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from meap_lit.data.store.s3 import CONNECT_TIMEOUT, Passing, fault_of_status, find_s3, in_one_line, open_s3
-from meap_lit.errors import UserError
+from meap_lit.data.store.s3 import CONNECT_TIMEOUT, Passing, fault_of_status, find_s3, open_s3
+from meap_lit.errors import UserError, in_one_line
 from meap_lit.files import parse_json
 
 _S3 = ("s3", "r2")  # R2 speaks S3's protocol: its address is AWS_ENDPOINT_URL
@@ -107,13 +107,16 @@ def _json_problem(content: IO[bytes]) -> str | None:
     return None
 
 
+DEFAULT_STORAGE = Storage()
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """A remote file of `size` bytes, read like a `Path` by way of a temporary copy."""
 
     address: str
     size: int
-    storage: Storage = Storage()
+    storage: Storage
 
     def __str__(self) -> str:
         return self.address

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, in_one_line
 
 CONNECT_TIMEOUT = 5.0  # seconds
 
@@ -24,11 +24,6 @@ def fault_of_status(status: int, what: str, fault: str, hint: str) -> Exception:
     if status >= 500 or status in (408, 429):
         return Passing(fault)
     return UserError(f"cannot read {what}: {fault}; {hint}")
-
-
-def in_one_line(error: BaseException) -> str:
-    """Return the message of an exception without line breaks, or its class if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager

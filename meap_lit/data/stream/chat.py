@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
-from meap_lit.data.store.remote import Storage
+from meap_lit.data.store.remote import DEFAULT_STORAGE, Storage
 from meap_lit.data.stream.packing import DocumentKey, Row
 from meap_lit.data.stream.samples import ChunkedSamples, check_vocabulary
+from meap_lit.masking import id_of_sample
 from meap_lit.masking.duplication import Answer, Document, Duplication, concatenate, masked_copy, original
 from meap_lit.model.attention import Documents
 from meap_lit.model.loss import IGNORE_INDEX
@@ -58,8 +58,8 @@ class ChatSamples(ChunkedSamples):
         self,
         path: str,
         vocab_size: int,
-        storage: Storage | None = None,
-        files: Mapping[str, str] = MappingProxyType({}),
+        storage: Storage = DEFAULT_STORAGE,
+        files: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(path, storage, files)
         self.vocab_size = vocab_size
@@ -128,7 +128,7 @@ class RowReader:
             self.duplication,
             mask_token_id=self.mask_token_id,
             seed=self.seed,
-            sample_id=(source << 32) + sample,
+            sample_id=id_of_sample(source, sample),
             visit=epoch,
         )
         if not key.has_original:

@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from litdata import StreamingDataset
@@ -11,7 +10,7 @@ from litdata.streaming.sampler import ChunkedIndex
 from torch import Tensor
 
 from meap_lit.data.store.cache import open_chunks
-from meap_lit.data.store.remote import Storage
+from meap_lit.data.store.remote import DEFAULT_STORAGE, Storage
 from meap_lit.errors import UserError
 
 
@@ -28,12 +27,12 @@ class ChunkedSamples:
     def __init__(
         self,
         path: str,
-        storage: Storage | None = None,
-        files: Mapping[str, str] = MappingProxyType({}),
+        storage: Storage = DEFAULT_STORAGE,
+        files: Mapping[str, str] | None = None,
         item_loader: BaseItemLoader | None = None,
     ) -> None:
         self.path = path
-        self._chunks = open_chunks(path, storage or Storage(), files)
+        self._chunks = open_chunks(path, storage, files)
         self._dataset = StreamingDataset(self._chunks.folder, item_loader=item_loader, shuffle=False)
         len(self._dataset)  # reads the index
         assert self._dataset.shuffler is not None

@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NotRequired, TypedDict
 
 import torch
 from litdata import TokensLoader
 from torch import Tensor
 
-from meap_lit.data.store.remote import Storage
+from meap_lit.data.store.remote import DEFAULT_STORAGE, Storage
 from meap_lit.data.stream.order import Visit
 from meap_lit.data.stream.samples import ChunkedSamples, check_vocabulary
+from meap_lit.masking import id_of_sample
 from meap_lit.model.loss import IGNORE_INDEX
 
 
@@ -41,8 +41,8 @@ class TokenBlocks(ChunkedSamples):
         self,
         path: str,
         seq_len: int,
-        storage: Storage | None = None,
-        files: Mapping[str, str] = MappingProxyType({}),
+        storage: Storage = DEFAULT_STORAGE,
+        files: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(path, storage, files, TokensLoader(block_size=seq_len + 1))
 
@@ -67,7 +67,7 @@ class BlockReader:
         labels = tokens[:, 1:].clone()
         labels[len(rows) :] = IGNORE_INDEX
         sample_ids = torch.zeros(num_rows, dtype=torch.int64)
-        sample_ids[: len(rows)] = torch.tensor([(source << 32) + sample for source, sample, _ in rows])
+        sample_ids[: len(rows)] = torch.tensor([id_of_sample(source, sample) for source, sample, _ in rows])
         return TextBatch(input_ids=tokens[:, :-1].contiguous(), labels=labels, sample_ids=sample_ids)
 
     def block(self, source: int, sample: int) -> Tensor:

@@ -169,7 +169,7 @@ def test_what_a_killed_run_left_is_not_trusted(bucket, tmp_path):
 
 
 def test_a_chunk_that_another_process_fetches_is_waited_for(bucket, tmp_path):
-    chunks = CachedChunks(ADDRESS, bucket.storage(tmp_path))
+    chunks = CachedChunks(ADDRESS, bucket.storage(tmp_path), None)
     done = threading.Event()
 
     def read():
@@ -285,13 +285,13 @@ def test_files_of_other_datasets_go_first_and_files_of_others_stay(bucket, tmp_p
     shutil.copytree(bucket.root / "bucket" / "train", bucket.root / "bucket" / "old")
     largest = max(chunk_sizes(bucket.root / "bucket" / "train"))
     storage = bucket.storage(tmp_path, cache_bytes=NUM_CHUNKS * largest)
-    old = CachedChunks("s3://bucket/old", storage)
+    old = CachedChunks("s3://bucket/old", storage, None)
     for number in range(10):
         old.ensure(number)
     old.release()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "chunk.bin").write_bytes(b"x" * 10_000)
-    new = CachedChunks(ADDRESS, storage)
+    new = CachedChunks(ADDRESS, storage, None)
     for number in range(NUM_CHUNKS):
         new.ensure(number)
     assert not list((tmp_path / old.folder).glob("*.bin"))
@@ -299,6 +299,6 @@ def test_files_of_other_datasets_go_first_and_files_of_others_stay(bucket, tmp_p
     assert (tmp_path / "mine" / "chunk.bin").exists()
     # what is in use stays, whatever the bound
     new.ensure(0)
-    tight = CachedChunks("s3://bucket/old", bucket.storage(tmp_path, cache_bytes=1))
+    tight = CachedChunks("s3://bucket/old", bucket.storage(tmp_path, cache_bytes=1), None)
     tight.ensure(0)
     assert len(list((tmp_path / new.folder).glob("*.bin"))) == cache_module.NUM_HELD
