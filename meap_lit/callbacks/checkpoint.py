@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -20,15 +19,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from meap_lit.callbacks.budget import Budget
 from meap_lit.callbacks.loggers import run_folder
 from meap_lit.checkpoint.checksums import check, checksums, seal, to_disk
-from meap_lit.checkpoint.find import LAST
+from meap_lit.checkpoint.find import LAST, age_of
 from meap_lit.checkpoint.folder import StoredCheckpoint, write
 from meap_lit.errors import UserError, check_range
 from meap_lit.files import is_abandoned, is_partial, partial_path, remove
 from meap_lit.modules.log_steps import ends_step
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
-
-_NAME = re.compile(r"step=\d+(-v\d+)?\.ckpt")
 
 
 class Checkpoint(callbacks.Checkpoint):
@@ -139,7 +136,7 @@ class Checkpoint(callbacks.Checkpoint):
         Only names are taken: a checkpoint of others could name any folder as one to be removed.
         """
         names = {Path(path).name: int(step) for path, step in state_dict["best_k_models"].items()}
-        self._inherited = {name: step for name, step in names.items() if _NAME.fullmatch(name)}
+        self._inherited = {name: step for name, step in names.items() if age_of(name) is not None}
         self._newest_inherited = Path(state_dict["best_model_path"]).name
 
     def state_dict(self) -> dict[str, Any]:

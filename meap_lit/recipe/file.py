@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, in_one_line
 from meap_lit.files import decode
 from meap_lit.recipe import packaged
 from meap_lit.renamed import current, current_key
@@ -68,7 +68,7 @@ def _read(path: Path) -> dict[str, Any]:
         _check(text, f"recipe {path}")
         content = get_loader("yaml")(text)
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
+        reason = in_one_line(error).replace('in "<unicode string>", ', "at ")
         raise UserError(f"recipe {path} is not YAML: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} is empty or not a mapping of keys to values")
