@@ -129,6 +129,8 @@ class Evaluate:
                     "weights": state_of(model.source.path),
                     "tokenizer": model.tokenizer.fingerprint,
                     "dtype": str(model.dtype).removeprefix("torch."),
+                    "model": dataclasses.asdict(model.config),
+                    **self.task.settings(model),
                 },
             )
             for model, label in zip(models, labels, strict=True)
@@ -150,7 +152,6 @@ class Evaluate:
             record["scores"] = self.task.score(record)
         about = {
             **kept.settings,
-            "model": dataclasses.asdict(model.config),
             "tokens_seen": model.source.tokens_seen,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": device_name(model.device),

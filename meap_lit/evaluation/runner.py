@@ -134,15 +134,18 @@ class Records:
         if not file.is_file():
             return
         try:
-            then = _flat(current(read_json(file)))
+            then = current(read_json(file))
         except UserError as error:
             raise UserError(f"{error}; remove the folder {self.folder} to evaluate again") from error
-        now = _flat(json.loads(json.dumps(settings, default=str)))
-        for key in now:
-            if then.get(key) != now[key]:
+        now = json.loads(json.dumps(settings, default=str))
+        shared = [name for name in now if name in then]  # earlier versions wrote fewer
+        before, after = (_flat({name: found[name] for name in shared}) for found in (then, now))
+        for key in {**after, **before}:
+            if before.get(key) != after.get(key):
+                values = f"{_short(before.get(key))} then, {_short(after.get(key))} now"
                 raise UserError(
-                    f"{self.folder} has answers for another {key} ({then.get(key)} then, {now[key]} now); choose "
-                    f"another --output or --name, or remove that folder"
+                    f"{self.folder} has answers for another {key} ({values}); choose another --output or --name, or "
+                    f"remove that folder"
                 )
 
     def read(self) -> dict[str, Record]:
@@ -304,6 +307,12 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(settings, dict):
         return {prefix.removesuffix("."): settings}
     return {key: value for name, inner in settings.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message, on one line; a list of ids may be long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def write_records(file: Path, records: Sequence[Record]) -> None:

@@ -330,6 +330,58 @@ def test_other_weights_in_the_same_place_are_refused(recipe, source_folder, tmp_
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"rope_theta": 500.0}, r"another model\.rope_theta \(10000\.0 then, 500\.0 now\); choose"),
+        (
+            "config.json",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+            r"another model\.rope_scaling\.type \(None then, linear now\)",
+        ),
+        (
+            "generation_config.json",
+            {"eos_token_id": [2, 5]},
+            r"another stop_token_ids \(\[0, 2\] then, \[0, 2, 5\] now\)",
+        ),
+        ("generation_config.json", {"suppress_tokens": [7]}, r"another suppress_tokens \(\[\] then, \[7\] now\)"),
+    ],
+)
+def test_what_else_decides_answers_is_compared(source_folder, tmp_path, file, changes, message):
+    folder = shutil.copytree(source_folder, tmp_path / "model")
+    output = str(tmp_path / "out")
+    command = Evaluate(
+        task=KeyValueRetrieval(num_pairs=2, num_sets=1, max_new_tokens=2), checkpoint=[str(folder)], output=output
+    )
+    command.run()
+    command.run()
+    content = json.loads((folder / file).read_text())
+    if "rope_theta" in changes:  # where transformers 5 has it
+        changes = {"rope_parameters": {"rope_type": "default", **changes}}
+    (folder / file).write_text(json.dumps(content | changes))
+    with pytest.raises(UserError, match=message) as error:
+        command.run()
+    assert "\n" not in str(error.value)
+    (settings,) = (tmp_path / "out").rglob("settings.json")
+    written = json.loads(settings.read_text())
+    for name in ("model", "stop_token_ids", "suppress_tokens"):
+        del written[name]
+    settings.write_text(json.dumps(written))
+    command.run()  # earlier versions did not write them
+
+
+def test_the_end_of_an_answer_in_a_chat_is_compared(source_folder, tmp_path):
+    template = tmp_path / "chat.jinja"
+    answers = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}END{% endif %} {% endfor %}"
+    options = {"prompt_style": "chat", "template": str(template), "num_pairs": 2, "num_sets": 1, "max_new_tokens": 2}
+    command = Evaluate(task=KeyValueRetrieval(**options), checkpoint=[str(source_folder)], output=str(tmp_path / "out"))
+    template.write_text(answers.replace("END", "[MASK]"))
+    command.run()
+    template.write_text(answers.replace("END", "."))
+    with pytest.raises(UserError, match=r"has answers for another stop_token_ids \(\[0, 1, 2\] then, \[0, 2\] now\)"):
+        command.run()
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(recipe, source_folder, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder)]) == 2
