@@ -156,9 +156,17 @@ class HarnessModel(TemplateLM):
 
     def row(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Return the ids to score a continuation with, and the position of its first token in them."""
+        return self._cut(*self._pair(context, continuation))
+
+    def loses_beginning(self, context: str, continuation: str) -> bool:
+        """Return whether `row` leaves out the first ids, since the model has too few positions."""
+        before, after = self._pair(context, continuation)
+        return max(1, len(before)) + len(after) > self.max_length + 1
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context == "":
-            return self._cut([self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False))
-        return self._cut(*self._encode_pair(context, continuation))
+            return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+        return self._encode_pair(context, continuation)
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], int]:
         # the last token is predicted, not read: a row may have one more than the model has positions

@@ -391,6 +391,17 @@ def test_our_command_has_the_scores_of_the_harness(ours, tasks):
     assert task.extra(result)["questions that lost their beginning"] == 1
 
 
+@pytest.mark.parametrize(("num_more", "is_cut"), [(-1, False), (0, False), (1, True)])
+def test_a_question_that_just_fits_is_not_counted_as_cut(ours, tasks, monkeypatch, num_more, is_cut):
+    task = Commonsense(tasks=("own_boolq",), include_path=tasks, limit=1)
+    (item,) = task.items(ours.model)
+    longest = len(item.input_ids)
+    monkeypatch.setattr(HarnessModel, "max_length", longest - 1 - num_more)  # the last token is not read
+    (item,) = task.items(ours.model)
+    assert item.fields["is_cut"] == is_cut
+    assert len(item.input_ids) == longest - max(0, num_more)
+
+
 def test_prompts(ours, tasks):
     """What stands in the records is what the protocol says of each task."""
     items = {item.id: item for item in Commonsense(tasks=NAMES, include_path=tasks, limit=1).items(ours.model)}

@@ -131,7 +131,8 @@ def _question(name: str, task: Any, requests: Sequence[Any], reader: "HarnessMod
     rows = [reader.row(context, continuation) for context, continuation in pairs]
     longest = max(rows, key=lambda row: len(row[0]))[0]
     context_size = reader.max_length
-    fields["is_cut"] = len(longest) > context_size
+    # a row of one more id than the model has positions was cut or just fits
+    fields["is_cut"] = len(longest) > context_size and any(reader.loses_beginning(*pair) for pair in pairs)
     return MultipleChoice(
         id=f"{name}-{requests[0].doc_id}",
         cell={"task": name},
