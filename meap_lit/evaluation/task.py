@@ -196,6 +196,11 @@ class GenerationTask(Task):
 
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, "[1, inf)")
+        if self.prompt_style == "raw" and (self.system is not None or self.template != "tokenizer"):
+            raise UserError(
+                "task.system and task.template do nothing with prompt_style raw; add --task.prompt_style chat or leave "
+                "them out"
+            )
 
     def encode_prompt(self, model: LanguageModel, prompt: str) -> list[int]:
         """Return the token ids of a prompt in the task's style."""
