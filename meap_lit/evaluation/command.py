@@ -162,7 +162,12 @@ class Evaluate:
 
     def _device(self) -> torch.device:
         device = choose_device(self.device)
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
+        if device.type != "cuda":
+            return device
+        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= count:
+            raise UserError(f"more processes than the {count} GPUs of this machine; use --nproc_per_node {count}")
+        return torch.device("cuda", index)
 
 
 def label_of(checkpoint: str) -> str:

@@ -151,7 +151,8 @@ class Records:
     def read(self) -> dict[str, Record]:
         """Return all answers so far, by id."""
         records: dict[str, Record] = {}
-        for file in [self.folder / RECORDS_FILE, *sorted(self.folder.glob(_PART))]:
+        # a process that is killed while it merges leaves parts behind; only the merged file gets verdicts of judges
+        for file in [*sorted(self.folder.glob(_PART)), self.folder / RECORDS_FILE]:
             records |= {record["id"]: record for record in read_records(file, ("id",), "evaluate")}
         return records
 

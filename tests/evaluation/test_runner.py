@@ -77,6 +77,19 @@ def test_old_answers_are_drawn_together_as_the_items_are_now(recipe, source_fold
     assert records_of(folder) == before
 
 
+def test_a_part_that_was_left_behind_replaces_nothing(recipe, source_folder, tmp_path):
+    command = ["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), "--label", "source"]
+    assert main(command) == 0
+    folder = tmp_path / "out" / "letters" / "source"
+    merged = folder / "predictions.jsonl"
+    shutil.copy(merged, folder / "predictions.part-0.jsonl")
+    judged = [{**record, "verdicts": {"a judge": True}} for record in records_of(folder)]
+    merged.write_text("".join(json.dumps(record) + "\n" for record in judged))
+    assert main(command) == 0
+    assert records_of(folder) == judged
+    assert [file.name for file in folder.glob("predictions*")] == ["predictions.jsonl"]
+
+
 def test_two_processes_find_what_one_does(recipe, source_folder, tmp_path):
     command = ["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), "--label"]
     assert main([*command, "one"]) == 0
@@ -386,6 +399,16 @@ def test_processes_that_do_not_know_of_each_other_are_refused(recipe, source_fol
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder)]) == 2
     assert "error: srun started several processes that are not connected; start" in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus_are_refused(recipe, source_folder, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(CountLetters, "items", None)  # nothing is prepared
+    assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder)]) == 2
+    message = "error: more processes than the 2 GPUs of this machine; use --nproc_per_node 2"
+    assert message in capsys.readouterr().err
 
 
 def test_long_items_are_left_out_and_counted(recipe, source_folder, capsys):
