@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from meap_lit.checkpoint.source import DTYPES, open_source, vocab_size_for
 from meap_lit.errors import UserError
 from meap_lit.hf.weights import WeightSource, build_decoder, token_ids
-from meap_lit.inference.generation import GREEDY, IsDone, OnToken, Sampling, check_prompts, generate
+from meap_lit.inference.generation import GREEDY, IsDone, OnToken, Sampling, check_prompts, generate, not_finite
 from meap_lit.model import Decoder
 from meap_lit.tokenizer.chat_template import ChatTemplate
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -146,6 +146,9 @@ class LanguageModel:
         Returns:
             For each row, of its N = len(row) - first tokens, the log-probabilities, [N] float32 on the CPU, and whether
             each token is the most likely one, [N] bool.
+
+        Raises:
+            UserError: If a value is not finite.
         """
         assert min(first) >= 1, "the first token of a row has no context"
         # attention is causal: padding on the right changes nothing
@@ -163,7 +166,10 @@ class LanguageModel:
             found.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
             is_best.append(logits.argmax(-1) == wanted)
         sizes = [len(span) for span in spans]
-        return list(zip(torch.cat(found).cpu().split(sizes), torch.cat(is_best).cpu().split(sizes), strict=True))
+        values = torch.cat(found).cpu()
+        if not values.isfinite().all():
+            raise not_finite()
+        return list(zip(values.split(sizes), torch.cat(is_best).cpu().split(sizes), strict=True))
 
 
 load_model = LanguageModel

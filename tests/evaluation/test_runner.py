@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meap_lit.cli import main
@@ -19,7 +20,9 @@ from meap_lit.evaluation.command import Evaluate, label_of
 from meap_lit.evaluation.runner import _share, alike_together, batches, choose_items
 from meap_lit.evaluation.statistics import Mean, bootstrap
 from meap_lit.evaluation.task import Item, Result, difference
+from meap_lit.evaluation.tasks.facts import FactRetrieval
 from meap_lit.evaluation.tasks.key_value import KeyValueRetrieval
+from meap_lit.inference.generation import Sampling
 from meap_lit.inference.language_model import LanguageModel
 from tests.support.toy_module import fork_command
 from tests.support.toy_task import CountLetters
@@ -399,6 +402,31 @@ def test_processes_that_do_not_know_of_each_other_are_refused(recipe, source_fol
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder)]) == 2
     assert "error: srun started several processes that are not connected; start" in capsys.readouterr().err
+
+
+def evaluated(task, folder) -> None:
+    Evaluate(task=task, checkpoint=[str(folder)], output=str(folder.parent / "out")).run()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda folder: evaluated(KeyValueRetrieval(num_pairs=2, num_sets=1, max_new_tokens=2), folder),
+        lambda folder: evaluated(FactRetrieval(lengths=[200], num_items=1), folder),
+        lambda folder: LanguageModel(str(folder)).log_probs([[5, 6, 8]], [1]),
+        lambda folder: LanguageModel(str(folder)).generate([[5, 6]], max_new_tokens=2, sampling=Sampling(1.0)),
+    ],
+    ids=["generation", "facts", "log-likelihoods", "sampling"],
+)
+def test_values_that_are_not_finite_are_no_answers(source_folder, tmp_path, use, value):
+    folder = shutil.copytree(source_folder, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][7] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"values that are not finite \(NaN or infinity\).*; add --dtype float32, or"):
+        use(folder)
+    assert not list(tmp_path.rglob("predictions*"))
 
 
 def test_more_processes_than_gpus_are_refused(recipe, source_folder, monkeypatch, capsys):
