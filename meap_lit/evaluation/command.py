@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from meap_lit import hub
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.results import report, save
 from meap_lit.evaluation.runner import (
@@ -125,8 +126,7 @@ class Evaluate:
                 self._folder(label),
                 {
                     "task": describe(self.task),
-                    "checkpoint": str(model.source.path.resolve()),
-                    "weights": state_of(model.source.path),
+                    **place_of(model),
                     "tokenizer": model.tokenizer.fingerprint,
                     "dtype": str(model.dtype).removeprefix("torch."),
                     "model": dataclasses.asdict(model.config),
@@ -175,6 +175,13 @@ def label_of(checkpoint: str) -> str:
     parts = [part for part in Path(checkpoint).resolve().parts if part not in ("/", "checkpoints", "runs")]
     named = next((n for n, part in enumerate(parts[::-1], 1) if not part.startswith(("version_", "step=", "last."))), 1)
     return "-".join(part.removesuffix(".ckpt") for part in parts[-named:])
+
+
+def place_of(model: LanguageModel) -> dict[str, str]:
+    """Return where a checkpoint is, and the state of its weights there; each machine has its own copy of a Hub id."""
+    if hub.is_hub_id(model.checkpoint):
+        return {"checkpoint": hub.pinned(model.checkpoint)}
+    return {"checkpoint": str(model.source.path.resolve()), "weights": state_of(model.source.path)}
 
 
 def state_of(path: Path) -> str:

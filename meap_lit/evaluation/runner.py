@@ -117,6 +117,8 @@ class Records:
         Raises:
             UserError: As the constructor.
         """
+        if _of_first_rank(items) != items:
+            raise UserError(f"process {rank()} has other items than the first; give all machines the same data files")
         self.settings["items"] = items
         self._check(self.settings)
         file = self.folder / SETTINGS_FILE
@@ -130,23 +132,31 @@ class Records:
                 ) from error
 
     def _check(self, settings: Mapping[str, Any]) -> None:
+        # paths and times of the same files may differ between machines
+        reason = _of_first_rank(self._other_settings(settings) if rank() == 0 else None)
+        if reason is not None:
+            raise UserError(reason)
+
+    def _other_settings(self, settings: Mapping[str, Any]) -> str | None:
+        """Return what the answers in the folder have other settings in, as a message; None if nothing."""
         file = self.folder / SETTINGS_FILE
         if not file.is_file():
-            return
+            return None
         try:
             then = current(read_json(file))
         except UserError as error:
-            raise UserError(f"{error}; remove the folder {self.folder} to evaluate again") from error
+            return f"{error}; remove the folder {self.folder} to evaluate again"
         now = json.loads(json.dumps(settings, default=str))
         shared = [name for name in now if name in then]  # earlier versions wrote fewer
         before, after = (_flat({name: found[name] for name in shared}) for found in (then, now))
         for key in {**after, **before}:
             if before.get(key) != after.get(key):
                 values = f"{_short(before.get(key))} then, {_short(after.get(key))} now"
-                raise UserError(
+                return (
                     f"{self.folder} has answers for another {key} ({values}); choose another --output or --name, or "
                     f"remove that folder"
                 )
+        return None
 
     def read(self) -> dict[str, Record]:
         """Return all answers so far, by id."""
@@ -283,10 +293,7 @@ def download(checkpoints: Sequence[str], tokenizer: str | None) -> None:
         for checkpoint in checkpoints:
             hub.download(checkpoint, "checkpoint")
         hub.download(tokenizer, "tokenizer", hub.TOKENIZER_FILES)
-    if dist.is_initialized():
-        found = [hub.commits()]
-        dist.broadcast_object_list(found)
-        hub.remember(found[0])
+    hub.remember(_of_first_rank(hub.commits()))
     _wait_for_all()
 
 
@@ -296,6 +303,15 @@ def rank() -> int:
 
 def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _of_first_rank(value: T) -> T:
+    """Return what the first rank passes; every rank calls it."""
+    if not dist.is_initialized():
+        return value
+    found = [value]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def _wait_for_all() -> None:

@@ -93,20 +93,28 @@ def test_a_part_that_was_left_behind_replaces_nothing(recipe, source_folder, tmp
     assert [file.name for file in folder.glob("predictions*")] == ["predictions.jsonl"]
 
 
+def on_two_processes(*command):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*torchrun, "-m", "meap_lit", *command]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_machines_may_have_the_same_files_in_other_places(source_folder, tmp_path):
+    options = ["--checkpoint", str(source_folder), "--output", str(tmp_path / "out"), "--label", "a"]
+    command = ["evaluate", "--task", "tests.support.toy_task.OnTwoMachines", *options]
+    for _ in range(2):
+        result = on_two_processes(*command)
+        assert result.returncode == 0, result.stderr
+    (settings,) = (tmp_path / "out").rglob("settings.json")
+    assert json.loads(settings.read_text())["place"] == "/machine_0"
+    result = on_two_processes(*command, "--name", "other", "--task.miss", "7")
+    assert "error: process 1 has other items than the first; give all machines the same data files" in result.stderr
+
+
 def test_two_processes_find_what_one_does(recipe, source_folder, tmp_path):
     command = ["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), "--label"]
     assert main([*command, "one"]) == 0
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "meap_lit",
-    ]
-    result = subprocess.run([*torchrun, *command, "two"], capture_output=True, text=True, timeout=300, check=False)
+    result = on_two_processes(*command, "two")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("two: 12 items") == 1
     one, two = (records_of(tmp_path / "out" / "letters" / label) for label in ("one", "two"))
