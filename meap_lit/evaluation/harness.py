@@ -42,7 +42,8 @@ class HarnessModel(TemplateLM):
 
     Scores equal those of the harness's `hf` model. Context and continuation are tokenized together, after BOS if the
     tokenizer writes one, and cut on the left if they are too long. A text without context is scored after BOS, or after
-    EOS if the tokenizer has no BOS. One thing differs: text that spells a special token remains text.
+    EOS if the tokenizer has no BOS. Two things differ: text that spells a special token remains text, and of a
+    generation_config.json only the ids that stop or are suppressed count, not a `repetition_penalty` and the like.
 
     `--apply_chat_template` renders prompts with the tokenizer's own chat template, `--apply_chat_template NAME` with
     one of those of `prepare chat --template`. Special tokens in such a prompt are special, whether the template or a

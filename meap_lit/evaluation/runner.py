@@ -2,7 +2,8 @@
 
 Batches hold items of similar length, the longest first. Items with a common beginning share a batch, since the model
 reads that beginning once. Several processes (`torchrun`) divide the items. Each writes its own file, and the first one
-merges them at the end. Answers do not depend on the batch, so the scores equal those of a single process.
+merges them at the end. Answers depend on the batch by rounding only. In bfloat16 that can change a greedy continuation
+where two tokens are nearly as likely.
 """
 
 import hashlib
