@@ -16,6 +16,7 @@ from meap_lit.evaluation.results import report, save
 from meap_lit.evaluation.runner import (
     Overflow,
     Records,
+    begun,
     check_task,
     check_writable,
     choose_items,
@@ -119,7 +120,9 @@ class Evaluate:
         download(self.checkpoint, self.tokenizer)
         verify = self.verify and rank() == 0
         models = [LanguageModel(path, self.tokenizer, self.dtype, self._device(), verify) for path in self.checkpoint]
-        for model in models:
+        days = [begun(self._folder(label)) for label in labels]
+        for model, day in zip(models, days, strict=True):
+            model.today = day  # a chat template may write it, and prompts must not change
             check_task(self.task, model, self.on_overflow)
         found = [
             Records(
@@ -131,9 +134,10 @@ class Evaluate:
                     "dtype": str(model.dtype).removeprefix("torch."),
                     "model": dataclasses.asdict(model.config),
                     **self.task.settings(model),
+                    "begun": day.isoformat(),
                 },
             )
-            for model, label in zip(models, labels, strict=True)
+            for model, label, day in zip(models, labels, days, strict=True)
         ]
         check_writable(self._folder("--".join(labels)))
         prepared = [

@@ -11,7 +11,8 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from contextlib import suppress
+from datetime import datetime, timedelta
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -183,6 +184,14 @@ class Records:
         for part in self.folder.glob(_PART):
             part.unlink()
         return records
+
+
+def begun(folder: Path) -> datetime:
+    """Return when the evaluation in a folder began, the same on all ranks: now, unless there are earlier answers."""
+    when = datetime.now().replace(microsecond=0)
+    with suppress(UserError, KeyError, ValueError):  # nothing there, of an earlier version, or refused by `Records`
+        when = datetime.fromisoformat(read_json(folder / SETTINGS_FILE)["begun"])
+    return _of_first_rank(when)
 
 
 def check_writable(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint as a language model: it continues prompts, or scores given text by its log-likelihood."""
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -48,6 +49,8 @@ class LanguageModel:
         self.source = open_source(checkpoint, verify)
         self.config = self.source.config
         self.tokenizer = _load_tokenizer(self.source, checkpoint, tokenizer)
+        self.today: datetime | None = None
+        """What a chat template takes for the current time; the time of its first use if None."""
         self._templates: dict[str, ChatTemplate] = {}
         on_gpu = self.device.type == "cuda"
         self.dtype = DTYPES[dtype or "bfloat16"] if dtype or on_gpu else self.source.dtype
@@ -77,7 +80,7 @@ class LanguageModel:
     def chat_template(self, name: str = "tokenizer") -> ChatTemplate:
         """Return the chat template of that name, see `ChatTemplate.load`."""
         if name not in self._templates:
-            self._templates[name] = ChatTemplate.load(name, self.tokenizer)
+            self._templates[name] = ChatTemplate.load(name, self.tokenizer, self.today)
         return self._templates[name]
 
     def generate(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.evaluation.command import Evaluate, label_of
-from meap_lit.evaluation.runner import _share, alike_together, batches, choose_items
+from meap_lit.evaluation.runner import _share, alike_together, batches, choose_items, fingerprint
 from meap_lit.evaluation.statistics import Mean, bootstrap
 from meap_lit.evaluation.task import Item, Result, difference
 from meap_lit.evaluation.tasks.facts import FactRetrieval
@@ -403,6 +404,27 @@ def test_the_end_of_an_answer_in_a_chat_is_compared(source_folder, tmp_path):
     command.run()
     template.write_text(answers.replace("END", "."))
     with pytest.raises(UserError, match=r"has answers for another stop_token_ids \(\[0, 1, 2\] then, \[0, 2\] now\)"):
+        command.run()
+
+
+def test_a_template_writes_the_day_on_which_an_evaluation_began(source_folder, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m.content }} {% endfor %}")
+    options = {"prompt_style": "chat", "template": str(template), "num_pairs": 2, "num_sets": 1, "max_new_tokens": 2}
+    command = Evaluate(task=KeyValueRetrieval(**options), checkpoint=[str(source_folder)], output=str(tmp_path / "out"))
+    command.run()
+    (file,) = (tmp_path / "out").rglob("settings.json")
+    settings = json.loads(file.read_text())
+    assert datetime.now() - datetime.fromisoformat(settings["begun"]) < timedelta(hours=1)
+    model = LanguageModel(str(source_folder))
+    model.today = datetime(1999, 12, 31)
+    items = command.task.items(model)
+    assert model.tokenizer.decode(items[0].input_ids).startswith("1999-12-31 ")
+    then = {**settings, "items": fingerprint(items)}
+    file.write_text(json.dumps({**then, "begun": "1999-12-31T23:59:00"}))
+    command.run()
+    file.write_text(json.dumps({**then, "begun": "2000-01-01T00:00:00"}))
+    with pytest.raises(UserError, match="has answers for another items"):
         command.run()
 
 
