@@ -151,17 +151,17 @@ class Evaluate:
     def _evaluate(
         self, label: str, model: LanguageModel, kept: Records, items: Sequence[Item], num_skipped: int
     ) -> Result:
-        records = predict(self.task, model, items, kept, self.batch_tokens)
-        for record in records:
-            record["scores"] = self.task.score(record)
-        about = {
-            **kept.settings,
-            "tokens_seen": model.source.tokens_seen,
+        run = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": device_name(model.device),
             "processes": num_ranks(),
             "versions": versions(),
         }
+        records = predict(self.task, model, items, kept, self.batch_tokens, run)
+        for record in records:
+            record["scores"] = self.task.score(record)
+        *earlier, last = (kept.runs() if rank() == 0 else []) or [run]
+        about = {**kept.settings, "tokens_seen": model.source.tokens_seen, **last, "earlier_runs": earlier}
         return Result(self.task, label, records, num_skipped, about)
 
     def _device(self) -> torch.device:

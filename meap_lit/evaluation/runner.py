@@ -31,6 +31,7 @@ from meap_lit.renamed import current
 
 RECORDS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
+RUNS_FILE = "runs.jsonl"
 _PART = "predictions.part-*.jsonl"
 
 _LIKENESS = 1 / 8
@@ -172,6 +173,14 @@ class Records:
         """Append answers to the file of this rank, and wait until they are on disk."""
         append_records(self.folder / _PART.replace("*", str(rank())), records)
 
+    def add_run(self, run: Mapping[str, Any]) -> None:
+        """Append when and on what the following answers are made."""
+        append_records(self.folder / RUNS_FILE, [run])
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Return what `add_run` wrote; nothing for answers of an earlier version."""
+        return read_records(self.folder / RUNS_FILE, (), "evaluate")
+
     def finish(self, items: Sequence[Item]) -> list[Record]:
         """Merge the files of all ranks into one, in the order of the items, once every item has an answer.
 
@@ -203,7 +212,12 @@ def check_writable(folder: Path) -> None:
 
 
 def predict(
-    task: Task, model: LanguageModel, items: Sequence[Item], records: Records, batch_tokens: int
+    task: Task,
+    model: LanguageModel,
+    items: Sequence[Item],
+    records: Records,
+    batch_tokens: int,
+    run: Mapping[str, Any],
 ) -> list[Record]:
     """Answer the items that have no answer yet.
 
@@ -213,6 +227,7 @@ def predict(
         items: The items that `choose_items` returned.
         records: Answers on disk.
         batch_tokens: Maximum number of positions in a batch, including padding; a longer item is a batch of its own.
+        run: When and on what, kept if an item has no answer.
 
     Returns:
         The record of each item, in their order; on ranks other than 0, nothing.
@@ -220,6 +235,8 @@ def predict(
     known = records.read()
     _wait_for_all()  # ranks that read after another wrote would divide the items differently
     open_items = alike_together([item for item in items if item.id not in known])
+    if open_items and rank() == 0:
+        records.add_run(run)
     rounds = batches(open_items, batch_tokens, lambda item: item.num_tokens, num_ranks())
     shares = (_share(batch, rank(), num_ranks()) for batch in rounds)
     mine = [batch for batch in shares if batch]

@@ -484,3 +484,25 @@ def test_the_result_says_how_much_a_run_had_read_and_on_what_it_was_evaluated(re
     assert about["tokens_seen"] == 3 * 8 * 32
     (summary,) = (tmp_path / "runs" / "toy").rglob("summary.json")
     assert about["device"] == json.loads(summary.read_text())["device"]
+
+
+def test_a_result_is_of_the_machine_that_answered_not_of_the_one_that_printed_it(
+    recipe, source_folder, tmp_path, monkeypatch
+):
+    command = ["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), "--label", "a"]
+    folder = tmp_path / "out" / "letters" / "a"
+
+    def about(device):
+        monkeypatch.setattr("meap_lit.evaluation.command.device_name", lambda _: device)
+        assert main(command) == 0
+        return json.loads((folder / "result.json").read_text())["results"][0]["about"]
+
+    first = about("one")
+    assert first["device"] == "one"
+    assert about("two") == first
+    file = folder / "predictions.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    resumed = about("three")
+    assert (resumed["device"], [run["device"] for run in resumed["earlier_runs"]]) == ("three", ["one"])
+    (folder / "runs.jsonl").unlink()  # earlier versions did not write it
+    assert about("four")["device"] == "four"
