@@ -333,6 +333,24 @@ def test_plan_downloads_no_weights(server, toy_sft_recipe, capsys):
 
 
 @pytest.mark.slow
+def test_answers_of_an_id_belong_to_its_commit_wherever_the_cache_is(
+    server, source_folder, tmp_path, monkeypatch, capsys
+):
+    options = ["--task", "tests.support.toy_task.CountLetters", "--output", str(tmp_path / "out"), "--device", "cpu"]
+    command = ["evaluate", "--checkpoint", NAME, *options]
+    assert main(command) == 0
+    commit = hub.commits()[NAME]
+    settings = json.loads((tmp_path / "out" / "letters" / "tiny" / "settings.json").read_text())
+    assert (settings["checkpoint"], "weights" in settings) == (f"{NAME}@{commit}", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    assert main(command) == 0
+    monkeypatch.setattr(hub, "_commits", {})
+    server.add(NAME, other_weights(source_folder, tmp_path / "later"))
+    line = complain(capsys, *command)
+    assert f"has answers for another checkpoint ({NAME}@{commit} then, {NAME}@{hub.commits()[NAME]} now)" in line
+
+
+@pytest.mark.slow
 def test_processes_that_evaluate_download_once(server, tmp_path):
     options = ["--task", "tests.support.toy_task.CountLetters", "--checkpoint", NAME, "--output", str(tmp_path / "out")]
     result = run_processes(server, tmp_path, "evaluate", *options, "--device", "cpu")

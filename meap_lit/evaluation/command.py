@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from meap_lit import hub
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.results import report, save
 from meap_lit.evaluation.runner import (
     Overflow,
     Records,
+    begun,
     check_task,
     check_writable,
     choose_items,
@@ -118,20 +120,24 @@ class Evaluate:
         download(self.checkpoint, self.tokenizer)
         verify = self.verify and rank() == 0
         models = [LanguageModel(path, self.tokenizer, self.dtype, self._device(), verify) for path in self.checkpoint]
-        for model in models:
+        days = [begun(self._folder(label)) for label in labels]
+        for model, day in zip(models, days, strict=True):
+            model.today = day  # a chat template may write it, and prompts must not change
             check_task(self.task, model, self.on_overflow)
         found = [
             Records(
                 self._folder(label),
                 {
                     "task": describe(self.task),
-                    "checkpoint": str(model.source.path.resolve()),
-                    "weights": state_of(model.source.path),
+                    **place_of(model),
                     "tokenizer": model.tokenizer.fingerprint,
                     "dtype": str(model.dtype).removeprefix("torch."),
+                    "model": dataclasses.asdict(model.config),
+                    **self.task.settings(model),
+                    "begun": day.isoformat(),
                 },
             )
-            for model, label in zip(models, labels, strict=True)
+            for model, label, day in zip(models, labels, days, strict=True)
         ]
         check_writable(self._folder("--".join(labels)))
         prepared = [
@@ -145,23 +151,27 @@ class Evaluate:
     def _evaluate(
         self, label: str, model: LanguageModel, kept: Records, items: Sequence[Item], num_skipped: int
     ) -> Result:
-        records = predict(self.task, model, items, kept, self.batch_tokens)
-        for record in records:
-            record["scores"] = self.task.score(record)
-        about = {
-            **kept.settings,
-            "model": dataclasses.asdict(model.config),
-            "tokens_seen": model.source.tokens_seen,
+        run = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": device_name(model.device),
             "processes": num_ranks(),
             "versions": versions(),
         }
+        records = predict(self.task, model, items, kept, self.batch_tokens, run)
+        for record in records:
+            record["scores"] = self.task.score(record)
+        *earlier, last = (kept.runs() if rank() == 0 else []) or [run]
+        about = {**kept.settings, "tokens_seen": model.source.tokens_seen, **last, "earlier_runs": earlier}
         return Result(self.task, label, records, num_skipped, about)
 
     def _device(self) -> torch.device:
         device = choose_device(self.device)
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
+        if device.type != "cuda":
+            return device
+        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= count:
+            raise UserError(f"more processes than the {count} GPUs of this machine; use --nproc_per_node {count}")
+        return torch.device("cuda", index)
 
 
 def label_of(checkpoint: str) -> str:
@@ -169,6 +179,13 @@ def label_of(checkpoint: str) -> str:
     parts = [part for part in Path(checkpoint).resolve().parts if part not in ("/", "checkpoints", "runs")]
     named = next((n for n, part in enumerate(parts[::-1], 1) if not part.startswith(("version_", "step=", "last."))), 1)
     return "-".join(part.removesuffix(".ckpt") for part in parts[-named:])
+
+
+def place_of(model: LanguageModel) -> dict[str, str]:
+    """Return where a checkpoint is, and the state of its weights there; each machine has its own copy of a Hub id."""
+    if hub.is_hub_id(model.checkpoint):
+        return {"checkpoint": hub.pinned(model.checkpoint)}
+    return {"checkpoint": str(model.source.path.resolve()), "weights": state_of(model.source.path)}
 
 
 def state_of(path: Path) -> str:

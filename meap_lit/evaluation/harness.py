@@ -42,7 +42,8 @@ class HarnessModel(TemplateLM):
 
     Scores equal those of the harness's `hf` model. Context and continuation are tokenized together, after BOS if the
     tokenizer writes one, and cut on the left if they are too long. A text without context is scored after BOS, or after
-    EOS if the tokenizer has no BOS. One thing differs: text that spells a special token remains text.
+    EOS if the tokenizer has no BOS. Two things differ: text that spells a special token remains text, and of a
+    generation_config.json only the ids that stop or are suppressed count, not a `repetition_penalty` and the like.
 
     `--apply_chat_template` renders prompts with the tokenizer's own chat template, `--apply_chat_template NAME` with
     one of those of `prepare chat --template`. Special tokens in such a prompt are special, whether the template or a
@@ -156,9 +157,17 @@ class HarnessModel(TemplateLM):
 
     def row(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Return the ids to score a continuation with, and the position of its first token in them."""
+        return self._cut(*self._pair(context, continuation))
+
+    def loses_beginning(self, context: str, continuation: str) -> bool:
+        """Return whether `row` leaves out the first ids, since the model has too few positions."""
+        before, after = self._pair(context, continuation)
+        return max(1, len(before)) + len(after) > self.max_length + 1
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context == "":
-            return self._cut([self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False))
-        return self._cut(*self._encode_pair(context, continuation))
+            return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+        return self._encode_pair(context, continuation)
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], int]:
         # the last token is predicted, not read: a row may have one more than the model has positions

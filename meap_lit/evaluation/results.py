@@ -14,7 +14,7 @@ from meap_lit.errors import UserError
 from meap_lit.evaluation import attention, tasks
 from meap_lit.evaluation.figures import draw, label
 from meap_lit.evaluation.statistics import Mean
-from meap_lit.evaluation.task import Result, Task, difference
+from meap_lit.evaluation.task import Plot, Result, Task, difference
 from meap_lit.files import read_json, write_file
 
 if TYPE_CHECKING:
@@ -84,16 +84,24 @@ def save(results: list[Result], folder: Path) -> None:
     text = json.dumps(_without_nan(content), indent=1, allow_nan=False, default=str)
     write_file(folder / RESULT_FILE, text + "\n")
     drawn = figures(results)
-    captions = {plot.name: plot.caption for plot in task.plots}
+    plots = {plot.name: plot for plot in task.plots}
     for name, figure in drawn.items():
-        below = wrap(captions[name], width=90)
-        if len(results) == 2:
-            change = difference(results[0], results[1]).text(num_digits(task.unit))
-            below.insert(0, f"{task.metrics[0]}, difference: {change}")
-        if below:
+        if below := below_figure(plots[name], results):
             figure.supxlabel("\n".join(below), fontsize=9)
         figure.savefig(folder / f"{name}.png", dpi=120)
     _log(folder, content, drawn)
+
+
+def below_figure(plot: Plot, results: list[Result]) -> list[str]:
+    """Return the lines below a figure: of two results the difference by each metric that it draws, and the caption."""
+    first, others = results[0], results[1:]
+    metrics = [source or first.headline for source in plot.lines.values() if isinstance(source, str)]
+    lines = [
+        f"{metric}, difference: {difference(first, other, metric).text(num_digits(first.unit_of(metric)))}"
+        for other in others
+        for metric in metrics
+    ]
+    return lines + wrap(plot.caption, width=90)
 
 
 def _summary(result: Result) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Batches hold items of similar length, the longest first. Items with a common beginning share a batch, since the model
 reads that beginning once. Several processes (`torchrun`) divide the items. Each writes its own file, and the first one
-merges them at the end. Answers do not depend on the batch, so the scores equal those of a single process.
+merges them at the end. Answers depend on the batch by rounding only. In bfloat16 that can change a greedy continuation
+where two tokens are nearly as likely.
 """
 
 import hashlib
@@ -10,7 +11,8 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from contextlib import suppress
+from datetime import datetime, timedelta
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,6 +31,7 @@ from meap_lit.renamed import current
 
 RECORDS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
+RUNS_FILE = "runs.jsonl"
 _PART = "predictions.part-*.jsonl"
 
 _LIKENESS = 1 / 8
@@ -117,6 +120,8 @@ class Records:
         Raises:
             UserError: As the constructor.
         """
+        if _of_first_rank(items) != items:
+            raise UserError(f"process {rank()} has other items than the first; give all machines the same data files")
         self.settings["items"] = items
         self._check(self.settings)
         file = self.folder / SETTINGS_FILE
@@ -130,31 +135,51 @@ class Records:
                 ) from error
 
     def _check(self, settings: Mapping[str, Any]) -> None:
+        # paths and times of the same files may differ between machines
+        reason = _of_first_rank(self._other_settings(settings) if rank() == 0 else None)
+        if reason is not None:
+            raise UserError(reason)
+
+    def _other_settings(self, settings: Mapping[str, Any]) -> str | None:
+        """Return what the answers in the folder have other settings in, as a message; None if nothing."""
         file = self.folder / SETTINGS_FILE
         if not file.is_file():
-            return
+            return None
         try:
-            then = _flat(current(read_json(file)))
+            then = current(read_json(file))
         except UserError as error:
-            raise UserError(f"{error}; remove the folder {self.folder} to evaluate again") from error
-        now = _flat(json.loads(json.dumps(settings, default=str)))
-        for key in now:
-            if then.get(key) != now[key]:
-                raise UserError(
-                    f"{self.folder} has answers for another {key} ({then.get(key)} then, {now[key]} now); choose "
-                    f"another --output or --name, or remove that folder"
+            return f"{error}; remove the folder {self.folder} to evaluate again"
+        now = json.loads(json.dumps(settings, default=str))
+        shared = [name for name in now if name in then]  # earlier versions wrote fewer
+        before, after = (_flat({name: found[name] for name in shared}) for found in (then, now))
+        for key in {**after, **before}:
+            if before.get(key) != after.get(key):
+                values = f"{_short(before.get(key))} then, {_short(after.get(key))} now"
+                return (
+                    f"{self.folder} has answers for another {key} ({values}); choose another --output or --name, or "
+                    f"remove that folder"
                 )
+        return None
 
     def read(self) -> dict[str, Record]:
         """Return all answers so far, by id."""
         records: dict[str, Record] = {}
-        for file in [self.folder / RECORDS_FILE, *sorted(self.folder.glob(_PART))]:
+        # a process that is killed while it merges leaves parts behind; only the merged file gets verdicts of judges
+        for file in [*sorted(self.folder.glob(_PART)), self.folder / RECORDS_FILE]:
             records |= {record["id"]: record for record in read_records(file, ("id",), "evaluate")}
         return records
 
     def add(self, records: Sequence[Record]) -> None:
         """Append answers to the file of this rank, and wait until they are on disk."""
         append_records(self.folder / _PART.replace("*", str(rank())), records)
+
+    def add_run(self, run: Mapping[str, Any]) -> None:
+        """Append when and on what the following answers are made."""
+        append_records(self.folder / RUNS_FILE, [run])
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Return what `add_run` wrote; nothing for answers of an earlier version."""
+        return read_records(self.folder / RUNS_FILE, (), "evaluate")
 
     def finish(self, items: Sequence[Item]) -> list[Record]:
         """Merge the files of all ranks into one, in the order of the items, once every item has an answer.
@@ -170,6 +195,14 @@ class Records:
         return records
 
 
+def begun(folder: Path) -> datetime:
+    """Return when the evaluation in a folder began, the same on all ranks: now, unless there are earlier answers."""
+    when = datetime.now().replace(microsecond=0)
+    with suppress(UserError, KeyError, ValueError):  # nothing there, of an earlier version, or refused by `Records`
+        when = datetime.fromisoformat(read_json(folder / SETTINGS_FILE)["begun"])
+    return _of_first_rank(when)
+
+
 def check_writable(folder: Path) -> None:
     """Raise `UserError` if `folder` cannot be made or is not writable."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -179,7 +212,12 @@ def check_writable(folder: Path) -> None:
 
 
 def predict(
-    task: Task, model: LanguageModel, items: Sequence[Item], records: Records, batch_tokens: int
+    task: Task,
+    model: LanguageModel,
+    items: Sequence[Item],
+    records: Records,
+    batch_tokens: int,
+    run: Mapping[str, Any],
 ) -> list[Record]:
     """Answer the items that have no answer yet.
 
@@ -189,6 +227,7 @@ def predict(
         items: The items that `choose_items` returned.
         records: Answers on disk.
         batch_tokens: Maximum number of positions in a batch, including padding; a longer item is a batch of its own.
+        run: When and on what, kept if an item has no answer.
 
     Returns:
         The record of each item, in their order; on ranks other than 0, nothing.
@@ -196,6 +235,8 @@ def predict(
     known = records.read()
     _wait_for_all()  # ranks that read after another wrote would divide the items differently
     open_items = alike_together([item for item in items if item.id not in known])
+    if open_items and rank() == 0:
+        records.add_run(run)
     rounds = batches(open_items, batch_tokens, lambda item: item.num_tokens, num_ranks())
     shares = (_share(batch, rank(), num_ranks()) for batch in rounds)
     mine = [batch for batch in shares if batch]
@@ -279,10 +320,7 @@ def download(checkpoints: Sequence[str], tokenizer: str | None) -> None:
         for checkpoint in checkpoints:
             hub.download(checkpoint, "checkpoint")
         hub.download(tokenizer, "tokenizer", hub.TOKENIZER_FILES)
-    if dist.is_initialized():
-        found = [hub.commits()]
-        dist.broadcast_object_list(found)
-        hub.remember(found[0])
+    hub.remember(_of_first_rank(hub.commits()))
     _wait_for_all()
 
 
@@ -292,6 +330,15 @@ def rank() -> int:
 
 def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _of_first_rank(value: T) -> T:
+    """Return what the first rank passes; every rank calls it."""
+    if not dist.is_initialized():
+        return value
+    found = [value]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def _wait_for_all() -> None:
@@ -304,6 +351,12 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(settings, dict):
         return {prefix.removesuffix("."): settings}
     return {key: value for name, inner in settings.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message, on one line; a list of ids may be long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def write_records(file: Path, records: Sequence[Record]) -> None:

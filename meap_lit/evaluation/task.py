@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.statistics import Difference, Mean, bootstrap
+from meap_lit.hf.weights import token_ids
 from meap_lit.inference.language_model import LanguageModel
 
 Cell = tuple[Any, ...]
@@ -122,6 +123,10 @@ class Task(ABC):
         """Return values of options with which no item is longer than `context`, by name; empty if none are known."""
         return {}
 
+    def settings(self, model: LanguageModel) -> dict[str, Any]:
+        """Return what answers depend on besides options, items, tokenizer, weights and decoder, by name."""
+        return {}
+
     @abstractmethod
     def items(self, model: LanguageModel) -> list[Item]:
         """Return all items, without reading the weights of `model`.
@@ -191,6 +196,11 @@ class GenerationTask(Task):
 
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, "[1, inf)")
+        if self.prompt_style == "raw" and (self.system is not None or self.template != "tokenizer"):
+            raise UserError(
+                "task.system and task.template do nothing with prompt_style raw; add --task.prompt_style chat or leave "
+                "them out"
+            )
 
     def encode_prompt(self, model: LanguageModel, prompt: str) -> list[int]:
         """Return the token ids of a prompt in the task's style."""
@@ -208,6 +218,15 @@ class GenerationTask(Task):
             _ = model.chat_template(self.template).stop_token_ids
         return None
 
+    def settings(self, model: LanguageModel) -> dict[str, Any]:
+        return {
+            "stop_token_ids": sorted({*model.stop_token_ids, *self._template_stops(model)}),
+            "suppress_tokens": sorted(token_ids(model.source.generation, "suppress_tokens")),
+        }
+
+    def _template_stops(self, model: LanguageModel) -> tuple[int, ...]:
+        return model.chat_template(self.template).stop_token_ids if self.prompt_style == "chat" else ()
+
     def item(self, model: LanguageModel, prompt: Prompt) -> Item:
         """Return the item that asks to continue a prompt."""
         input_ids = self.encode_prompt(model, prompt.text)
@@ -215,11 +234,10 @@ class GenerationTask(Task):
         return Item(prompt.id, prompt.cell, prompt.fields, input_ids, num_tokens, prompt.group)
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
-        stops = model.chat_template(self.template).stop_token_ids if self.prompt_style == "chat" else ()
         texts = model.continue_texts(
             [item.input_ids for item in items],
             max_new_tokens=self.max_new_tokens,
-            stop_token_ids=stops,
+            stop_token_ids=self._template_stops(model),
             is_done=lambda ids: self.is_complete(model.tokenizer.decode(ids, skip_special_tokens=True)),
         )
         return [{"model_answer": text} for text in texts]

@@ -22,6 +22,9 @@ from meap_lit.errors import UserError, check_range
 from meap_lit.model import Decoder, DecoderConfig, KVCache
 from meap_lit.model.attention import Documents
 
+_NOT_FINITE = -1
+"""Stands for the token of a row without finite logits: with the tokens, the flag needs no wait of its own."""
+
 OnToken = Callable[[int, int], None]
 IsDone = Callable[[Sequence[int]], bool]
 
@@ -99,7 +102,7 @@ def generate(
 
     Raises:
         UserError: If a prompt is empty, has an unknown id, or leaves no room for `max_new_tokens` in the model's
-            context. The model has generated nothing then.
+            context. The model has generated nothing then. Also if its logits are not finite.
     """
     check_prompts(prompts, max_new_tokens, batch_size, decoder.config)
     continuations: list[list[int]] = [[] for _ in prompts]
@@ -192,7 +195,10 @@ def _steps(
             hidden = decoder(prompt_ids, cache=cache).take_along_dim(last[..., None], dim=1)  # [B, 1, D]
         logits = decoder.logits(hidden[:, 0]).float().index_fill(1, forbidden, -math.inf)  # [B, V]
         chosen = choose_tokens(logits, sampling, [draw.random() for draw in draws])
-        ids = chosen.tolist()
+        is_finite = logits.amax(dim=-1).isfinite()  # the largest of several is NaN if one is
+        ids = chosen.where(is_finite, _NOT_FINITE).tolist()
+        if any(ids[row] == _NOT_FINITE for row in going):
+            raise not_finite()
         going = {row: index for row, index in going.items() if ids[row] not in stop_token_ids}
         yield {index: ids[row] for row, index in going.items()}
         going = {row: index for row, index in going.items() if index not in done}
@@ -206,6 +212,14 @@ def _steps(
             draws = [draws[row] for row in going]
             going = dict(enumerate(going.values()))
             cache.keep(kept)
+
+
+def not_finite() -> UserError:
+    """Return the error for outputs that are not finite, which would be compared as if they were scores."""
+    return UserError(
+        "the model gives values that are not finite (NaN or infinity): its weights are damaged or too large for its "
+        "dtype; add --dtype float32, or name another checkpoint"
+    )
 
 
 def common_beginning(first: Sequence[int], second: Sequence[int]) -> int:

@@ -1,6 +1,7 @@
 """A checkpoint as a language model: it continues prompts, or scores given text by its log-likelihood."""
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from meap_lit.checkpoint.source import DTYPES, open_source, vocab_size_for
 from meap_lit.errors import UserError
 from meap_lit.hf.weights import WeightSource, build_decoder, token_ids
-from meap_lit.inference.generation import GREEDY, IsDone, OnToken, Sampling, check_prompts, generate
+from meap_lit.inference.generation import GREEDY, IsDone, OnToken, Sampling, check_prompts, generate, not_finite
 from meap_lit.model import Decoder
 from meap_lit.tokenizer.chat_template import ChatTemplate
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -48,6 +49,8 @@ class LanguageModel:
         self.source = open_source(checkpoint, verify)
         self.config = self.source.config
         self.tokenizer = _load_tokenizer(self.source, checkpoint, tokenizer)
+        self.today: datetime | None = None
+        """What a chat template takes for the current time; the time of its first use if None."""
         self._templates: dict[str, ChatTemplate] = {}
         on_gpu = self.device.type == "cuda"
         self.dtype = DTYPES[dtype or "bfloat16"] if dtype or on_gpu else self.source.dtype
@@ -77,7 +80,7 @@ class LanguageModel:
     def chat_template(self, name: str = "tokenizer") -> ChatTemplate:
         """Return the chat template of that name, see `ChatTemplate.load`."""
         if name not in self._templates:
-            self._templates[name] = ChatTemplate.load(name, self.tokenizer)
+            self._templates[name] = ChatTemplate.load(name, self.tokenizer, self.today)
         return self._templates[name]
 
     def generate(
@@ -146,6 +149,9 @@ class LanguageModel:
         Returns:
             For each row, of its N = len(row) - first tokens, the log-probabilities, [N] float32 on the CPU, and whether
             each token is the most likely one, [N] bool.
+
+        Raises:
+            UserError: If a value is not finite.
         """
         assert min(first) >= 1, "the first token of a row has no context"
         # attention is causal: padding on the right changes nothing
@@ -163,7 +169,10 @@ class LanguageModel:
             found.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
             is_best.append(logits.argmax(-1) == wanted)
         sizes = [len(span) for span in spans]
-        return list(zip(torch.cat(found).cpu().split(sizes), torch.cat(is_best).cpu().split(sizes), strict=True))
+        values = torch.cat(found).cpu()
+        if not values.isfinite().all():
+            raise not_finite()
+        return list(zip(values.split(sizes), torch.cat(is_best).cpu().split(sizes), strict=True))
 
 
 load_model = LanguageModel

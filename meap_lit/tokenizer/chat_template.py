@@ -70,17 +70,17 @@ class ChatTemplate:
         self._mentioned |= {node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)}
 
     @classmethod
-    def load(cls, name: str, tokenizer: Tokenizer) -> "ChatTemplate":
+    def load(cls, name: str, tokenizer: Tokenizer, today: datetime | None = None) -> "ChatTemplate":
         """Load the tokenizer's own template (`tokenizer`), one of `NAMED`, or a file (`my_format.jinja`)."""
         if name.endswith(".jinja"):
-            return cls(name, read_text(Path(name)), tokenizer)
+            return cls(name, read_text(Path(name)), tokenizer, today)
         if name == "tokenizer":
             source = _default_template(tokenizer)
             if source is None:
                 raise UserError(
                     f"tokenizer {tokenizer.path} has no chat_template; name a template (--template): {', '.join(NAMED)}"
                 )
-            return cls(name, source, tokenizer)
+            return cls(name, source, tokenizer, today)
         if name not in NAMED:
             known = f"tokenizer (its own chat_template), {', '.join(NAMED)}, or a file that ends in .jinja"
             raise UserError(f"unknown template {name!r}; choose from {known}")
@@ -88,7 +88,7 @@ class ChatTemplate:
         bos = tokenizer.special_tokens.get("bos_token")
         # a tokenizer that names <|im_start|> as BOS has it in front of every message of ChatML
         begins = tokenizer.bos_token_id in tokenizer.before_text and bos not in written
-        template = cls(name, BOS * begins + NAMED[name], tokenizer)
+        template = cls(name, BOS * begins + NAMED[name], tokenizer, today)
         missing = [token for token in written if token not in template._text_encoder.special_tokens]
         if missing:
             raise UserError(

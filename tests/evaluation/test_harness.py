@@ -95,6 +95,10 @@ def tasks(tmp_path_factory) -> str:
         f"doc_to_target: answerKey\ngeneration_kwargs: {{until: ['.'], max_gen_toks: 4}}\n"
         f"metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]\n"
     )
+    (folder / "own.py").write_text("def rule(doc, results):\n    return {'acc': 1.0}\n")
+    boolq = (folder / "boolq.yaml").read_text()
+    for name, line in {"rule": "process_results: !function own.rule", "f1": "metric_list: [{metric: f1}]"}.items():
+        (folder / f"{name}.yaml").write_text(boolq.replace("own_boolq", f"own_{name}") + f"{line}\n")
     return str(folder)
 
 
@@ -387,6 +391,17 @@ def test_our_command_has_the_scores_of_the_harness(ours, tasks):
     assert task.extra(result)["questions that lost their beginning"] == 1
 
 
+@pytest.mark.parametrize(("num_more", "is_cut"), [(-1, False), (0, False), (1, True)])
+def test_a_question_that_just_fits_is_not_counted_as_cut(ours, tasks, monkeypatch, num_more, is_cut):
+    task = Commonsense(tasks=("own_boolq",), include_path=tasks, limit=1)
+    (item,) = task.items(ours.model)
+    longest = len(item.input_ids)
+    monkeypatch.setattr(HarnessModel, "max_length", longest - 1 - num_more)  # the last token is not read
+    (item,) = task.items(ours.model)
+    assert item.fields["is_cut"] == is_cut
+    assert len(item.input_ids) == longest - max(0, num_more)
+
+
 def test_prompts(ours, tasks):
     """What stands in the records is what the protocol says of each task."""
     items = {item.id: item for item in Commonsense(tasks=NAMES, include_path=tasks, limit=1).items(ours.model)}
@@ -441,6 +456,8 @@ def test_the_harness_makes_it_by_name(source_folder, tasks):
         ({"tasks": ()}, "tasks must name tasks"),
         ({"tasks": ("own_boolq",), "limit": 0}, "limit must be at least 1, got 0"),
         ({"tasks": ("own_write",)}, "task own_write must be multiple_choice, got generate_until; run it with"),
+        ({"tasks": ("own_rule",)}, "task own_rule must be scored by acc or acc_norm, but has a process_results of its"),
+        ({"tasks": ("own_f1",)}, "task own_f1 must be scored by acc or acc_norm, got f1; run it with the harness"),
         ({"tasks": ("own_boolq",), "include_path": "no/where"}, "include_path no/where is not a folder"),
         ({"tasks": ("own_broken",)}, "cannot load the tasks own_broken: .*downloaded from the Hugging Face Hub"),
     ],

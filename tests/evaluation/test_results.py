@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from meap_lit.errors import UserError
-from meap_lit.evaluation.results import load, save, task_classes
+from meap_lit.evaluation.results import below_figure, load, save, task_classes
 from meap_lit.evaluation.statistics import bootstrap
-from meap_lit.evaluation.task import Result, paired_deltas
+from meap_lit.evaluation.task import Plot, Result, paired_deltas
 from meap_lit.evaluation.tasks.facts import FactRetrieval
 from tests.support.toy_task import CountLetters
 
@@ -52,6 +52,20 @@ def test_what_is_saved_is_read_again(tmp_path):
     first, second = load(tmp_path / "result.json")
     assert first.records == second.records == records
     assert first.num_skipped == 2
+
+
+def test_a_figure_has_the_differences_of_what_it_draws():
+    def result(**scores):
+        return Result(CountLetters(), "x", [{"id": "a", "cell": {"word": "a"}, "scores": scores}])
+
+    pair = [result(right=0.0, near=20.0), result(right=100.0, near=50.0)]
+    near = Plot("near", "word", lines={"": "near"}, caption="How near.")
+    assert below_figure(near, pair) == ["near, difference: +30.00 (no interval)", "How near."]
+    assert below_figure(near, pair[:1]) == ["How near."]
+    assert below_figure(Plot("headline", "word"), pair) == ["right, difference: +100.00 (no interval)"]
+    both = Plot("both", "word", lines={"a": "near", "b": "right"})
+    assert [line.partition(",")[0] for line in below_figure(both, pair)] == ["near", "right"]
+    assert below_figure(Plot("other", "word", lines={"": lambda records: {"a": 1.0}}), pair) == []
 
 
 def test_a_file_that_is_no_result(tmp_path):

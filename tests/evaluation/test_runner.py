@@ -8,18 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.evaluation.command import Evaluate, label_of
-from meap_lit.evaluation.runner import _share, alike_together, batches, choose_items
+from meap_lit.evaluation.runner import _share, alike_together, batches, choose_items, fingerprint
 from meap_lit.evaluation.statistics import Mean, bootstrap
 from meap_lit.evaluation.task import Item, Result, difference
+from meap_lit.evaluation.tasks.facts import FactRetrieval
 from meap_lit.evaluation.tasks.key_value import KeyValueRetrieval
+from meap_lit.inference.generation import Sampling
 from meap_lit.inference.language_model import LanguageModel
 from tests.support.toy_module import fork_command
 from tests.support.toy_task import CountLetters
@@ -77,20 +81,41 @@ def test_old_answers_are_drawn_together_as_the_items_are_now(recipe, source_fold
     assert records_of(folder) == before
 
 
+def test_a_part_that_was_left_behind_replaces_nothing(recipe, source_folder, tmp_path):
+    command = ["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), "--label", "source"]
+    assert main(command) == 0
+    folder = tmp_path / "out" / "letters" / "source"
+    merged = folder / "predictions.jsonl"
+    shutil.copy(merged, folder / "predictions.part-0.jsonl")
+    judged = [{**record, "verdicts": {"a judge": True}} for record in records_of(folder)]
+    merged.write_text("".join(json.dumps(record) + "\n" for record in judged))
+    assert main(command) == 0
+    assert records_of(folder) == judged
+    assert [file.name for file in folder.glob("predictions*")] == ["predictions.jsonl"]
+
+
+def on_two_processes(*command):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*torchrun, "-m", "meap_lit", *command]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_machines_may_have_the_same_files_in_other_places(source_folder, tmp_path):
+    options = ["--checkpoint", str(source_folder), "--output", str(tmp_path / "out"), "--label", "a"]
+    command = ["evaluate", "--task", "tests.support.toy_task.OnTwoMachines", *options]
+    for _ in range(2):
+        result = on_two_processes(*command)
+        assert result.returncode == 0, result.stderr
+    (settings,) = (tmp_path / "out").rglob("settings.json")
+    assert json.loads(settings.read_text())["place"] == "/machine_0"
+    result = on_two_processes(*command, "--name", "other", "--task.miss", "7")
+    assert "error: process 1 has other items than the first; give all machines the same data files" in result.stderr
+
+
 def test_two_processes_find_what_one_does(recipe, source_folder, tmp_path):
     command = ["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), "--label"]
     assert main([*command, "one"]) == 0
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "meap_lit",
-    ]
-    result = subprocess.run([*torchrun, *command, "two"], capture_output=True, text=True, timeout=300, check=False)
+    result = on_two_processes(*command, "two")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("two: 12 items") == 1
     one, two = (records_of(tmp_path / "out" / "letters" / label) for label in ("one", "two"))
@@ -330,10 +355,118 @@ def test_other_weights_in_the_same_place_are_refused(recipe, source_folder, tmp_
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"rope_theta": 500.0}, r"another model\.rope_theta \(10000\.0 then, 500\.0 now\); choose"),
+        (
+            "config.json",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+            r"another model\.rope_scaling\.type \(None then, linear now\)",
+        ),
+        (
+            "generation_config.json",
+            {"eos_token_id": [2, 5]},
+            r"another stop_token_ids \(\[0, 2\] then, \[0, 2, 5\] now\)",
+        ),
+        ("generation_config.json", {"suppress_tokens": [7]}, r"another suppress_tokens \(\[\] then, \[7\] now\)"),
+    ],
+)
+def test_what_else_decides_answers_is_compared(source_folder, tmp_path, file, changes, message):
+    folder = shutil.copytree(source_folder, tmp_path / "model")
+    output = str(tmp_path / "out")
+    command = Evaluate(
+        task=KeyValueRetrieval(num_pairs=2, num_sets=1, max_new_tokens=2), checkpoint=[str(folder)], output=output
+    )
+    command.run()
+    command.run()
+    content = json.loads((folder / file).read_text())
+    if "rope_theta" in changes:  # where transformers 5 has it
+        changes = {"rope_parameters": {"rope_type": "default", **changes}}
+    (folder / file).write_text(json.dumps(content | changes))
+    with pytest.raises(UserError, match=message) as error:
+        command.run()
+    assert "\n" not in str(error.value)
+    (settings,) = (tmp_path / "out").rglob("settings.json")
+    written = json.loads(settings.read_text())
+    for name in ("model", "stop_token_ids", "suppress_tokens"):
+        del written[name]
+    settings.write_text(json.dumps(written))
+    command.run()  # earlier versions did not write them
+
+
+def test_the_end_of_an_answer_in_a_chat_is_compared(source_folder, tmp_path):
+    template = tmp_path / "chat.jinja"
+    answers = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}END{% endif %} {% endfor %}"
+    options = {"prompt_style": "chat", "template": str(template), "num_pairs": 2, "num_sets": 1, "max_new_tokens": 2}
+    command = Evaluate(task=KeyValueRetrieval(**options), checkpoint=[str(source_folder)], output=str(tmp_path / "out"))
+    template.write_text(answers.replace("END", "[MASK]"))
+    command.run()
+    template.write_text(answers.replace("END", "."))
+    with pytest.raises(UserError, match=r"has answers for another stop_token_ids \(\[0, 1, 2\] then, \[0, 2\] now\)"):
+        command.run()
+
+
+def test_a_template_writes_the_day_on_which_an_evaluation_began(source_folder, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m.content }} {% endfor %}")
+    options = {"prompt_style": "chat", "template": str(template), "num_pairs": 2, "num_sets": 1, "max_new_tokens": 2}
+    command = Evaluate(task=KeyValueRetrieval(**options), checkpoint=[str(source_folder)], output=str(tmp_path / "out"))
+    command.run()
+    (file,) = (tmp_path / "out").rglob("settings.json")
+    settings = json.loads(file.read_text())
+    assert datetime.now() - datetime.fromisoformat(settings["begun"]) < timedelta(hours=1)
+    model = LanguageModel(str(source_folder))
+    model.today = datetime(1999, 12, 31)
+    items = command.task.items(model)
+    assert model.tokenizer.decode(items[0].input_ids).startswith("1999-12-31 ")
+    then = {**settings, "items": fingerprint(items)}
+    file.write_text(json.dumps({**then, "begun": "1999-12-31T23:59:00"}))
+    command.run()
+    file.write_text(json.dumps({**then, "begun": "2000-01-01T00:00:00"}))
+    with pytest.raises(UserError, match="has answers for another items"):
+        command.run()
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(recipe, source_folder, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder)]) == 2
     assert "error: srun started several processes that are not connected; start" in capsys.readouterr().err
+
+
+def evaluated(task, folder) -> None:
+    Evaluate(task=task, checkpoint=[str(folder)], output=str(folder.parent / "out")).run()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda folder: evaluated(KeyValueRetrieval(num_pairs=2, num_sets=1, max_new_tokens=2), folder),
+        lambda folder: evaluated(FactRetrieval(lengths=[200], num_items=1), folder),
+        lambda folder: LanguageModel(str(folder)).log_probs([[5, 6, 8]], [1]),
+        lambda folder: LanguageModel(str(folder)).generate([[5, 6]], max_new_tokens=2, sampling=Sampling(1.0)),
+    ],
+    ids=["generation", "facts", "log-likelihoods", "sampling"],
+)
+def test_values_that_are_not_finite_are_no_answers(source_folder, tmp_path, use, value):
+    folder = shutil.copytree(source_folder, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][7] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"values that are not finite \(NaN or infinity\).*; add --dtype float32, or"):
+        use(folder)
+    assert not list(tmp_path.rglob("predictions*"))
+
+
+def test_more_processes_than_gpus_are_refused(recipe, source_folder, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(CountLetters, "items", None)  # nothing is prepared
+    assert main(["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder)]) == 2
+    message = "error: more processes than the 2 GPUs of this machine; use --nproc_per_node 2"
+    assert message in capsys.readouterr().err
 
 
 def test_long_items_are_left_out_and_counted(recipe, source_folder, capsys):
@@ -351,3 +484,25 @@ def test_the_result_says_how_much_a_run_had_read_and_on_what_it_was_evaluated(re
     assert about["tokens_seen"] == 3 * 8 * 32
     (summary,) = (tmp_path / "runs" / "toy").rglob("summary.json")
     assert about["device"] == json.loads(summary.read_text())["device"]
+
+
+def test_a_result_is_of_the_machine_that_answered_not_of_the_one_that_printed_it(
+    recipe, source_folder, tmp_path, monkeypatch
+):
+    command = ["evaluate", "--config", str(recipe), "--checkpoint", str(source_folder), "--label", "a"]
+    folder = tmp_path / "out" / "letters" / "a"
+
+    def about(device):
+        monkeypatch.setattr("meap_lit.evaluation.command.device_name", lambda _: device)
+        assert main(command) == 0
+        return json.loads((folder / "result.json").read_text())["results"][0]["about"]
+
+    first = about("one")
+    assert first["device"] == "one"
+    assert about("two") == first
+    file = folder / "predictions.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    resumed = about("three")
+    assert (resumed["device"], [run["device"] for run in resumed["earlier_runs"]]) == ("three", ["one"])
+    (folder / "runs.jsonl").unlink()  # earlier versions did not write it
+    assert about("four")["device"] == "four"

@@ -4,7 +4,7 @@ import math
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from meap_lit.evaluation.task import Item, Plot, Task
@@ -57,3 +57,15 @@ class CountLetters(Task):
     @classmethod
     def extra_of_pair(cls, first, second):
         return {"nothing": math.nan}
+
+
+class OnTwoMachines(CountLetters):
+    """Each process has files of its own: settings name them, and with `miss` 7 its items come from them."""
+
+    def settings(self, model):
+        return {"place": f"/machine_{os.environ['RANK']}"}
+
+    def items(self, model):
+        first, *others = super().items(model)
+        fields = {**first.fields, "place": os.environ["RANK"] if self.miss == 7 else ""}
+        return [replace(first, fields=fields), *others]

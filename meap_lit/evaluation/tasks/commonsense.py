@@ -64,9 +64,9 @@ class Commonsense(Task):
         reader = HarnessModel(model)
         tasks = load_tasks(self.tasks, self.include_path)
         for name, task in tasks.items():
-            if task.OUTPUT_TYPE != "multiple_choice":
+            if reason := _other_score(task):
                 raise UserError(
-                    f"task {name} must be multiple_choice, got {task.OUTPUT_TYPE}; run it with the harness itself, "
+                    f"task {name} {reason}; run it with the harness itself, "
                     f"python -m meap_lit.evaluation.harness run --model meap_lit"
                 )
         items: list[Item] = []
@@ -106,6 +106,17 @@ class Commonsense(Task):
         return found | ({"questions that lost their beginning": num_cut} if num_cut else {})
 
 
+def _other_score(task: Any) -> str | None:
+    """Return why a task of the harness cannot be scored by acc or acc_norm; None if it can."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return f"must be multiple_choice, got {task.OUTPUT_TYPE}"
+    if callable(task.config.process_results):
+        return "must be scored by acc or acc_norm, but has a process_results of its own"
+    if not {"acc", "acc_norm"} & set(task.aggregation()):
+        return f"must be scored by acc or acc_norm, got {', '.join(task.aggregation())}"
+    return None
+
+
 def _question(name: str, task: Any, requests: Sequence[Any], reader: "HarnessModel") -> MultipleChoice:
     """Return the item of one document, given the harness's requests for it."""
     doc = requests[0].doc
@@ -120,7 +131,8 @@ def _question(name: str, task: Any, requests: Sequence[Any], reader: "HarnessMod
     rows = [reader.row(context, continuation) for context, continuation in pairs]
     longest = max(rows, key=lambda row: len(row[0]))[0]
     context_size = reader.max_length
-    fields["is_cut"] = len(longest) > context_size
+    # a row of one more id than the model has positions was cut or just fits
+    fields["is_cut"] = len(longest) > context_size and any(reader.loses_beginning(*pair) for pair in pairs)
     return MultipleChoice(
         id=f"{name}-{requests[0].doc_id}",
         cell={"task": name},

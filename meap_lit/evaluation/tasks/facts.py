@@ -6,6 +6,7 @@ places. The question follows. The options are the people in the context, compare
 do. `RetrievalProbe` runs the same task during training.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ from meap_lit.data.corpora.facts import OPENING, Filler, draw_facts, most_facts
 from meap_lit.data.read.find import find_files
 from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.task import Item, Plot, Record, Result, Task, check_distinct, lengths_that_fit
+from meap_lit.inference.generation import not_finite
 from meap_lit.inference.language_model import LanguageModel
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
@@ -108,7 +110,10 @@ class FactRetrieval(Task):
         ]
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
-        return [{"option_scores": row} for row in option_scores(model.decoder, items, len(items))]
+        scores = option_scores(model.decoder, items, len(items))
+        if not all(math.isfinite(score) for row in scores for score in row):
+            raise not_finite()
+        return [{"option_scores": row} for row in scores]
 
     def result(self, decoder: nn.Module, items: Sequence[Item], label: str, batch_size: int = 32) -> Result:
         """Return the result of a decoder that is in training, for items that `build` returned."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from meap_lit.errors import check_range
+from meap_lit.errors import UserError, check_range
 from meap_lit.evaluation.judging.command import agreements, free_by_judge
 from meap_lit.evaluation.rows import read_rows
 from meap_lit.evaluation.statistics import Mean
@@ -97,6 +97,25 @@ class Hallucination(PromptTask):
         for pair, (equal, kappa) in agreements(result.records, _judges(result.records)).items():
             found |= {f"{pair} equal": equal, f"{pair} kappa": kappa}
         return found
+
+    @classmethod
+    def extra_of_pair(cls, first: Result, second: Result) -> dict[str, float]:
+        """Refuse results of different judges, whose scores are means over other verdicts.
+
+        Raises:
+            UserError: If a summary of one has a judge whom that of the other lacks, and both are judged.
+        """
+        judges = {record["id"]: record.get("verdicts", {}).keys() for record in first.records}
+        for record in second.records:
+            before, after = judges.get(record["id"], {}.keys()), record.get("verdicts", {}).keys()
+            if before and after and before != after:
+                judge = min(before ^ after)
+                with_it, without = (first, second) if judge in before else (second, first)
+                raise UserError(
+                    f"judge {judge} has judged {with_it.label} but not {without.label}, so their scores do not "
+                    f"compare; run judge with the same judges for both"
+                )
+        return {}
 
 
 def until_stop(text: str) -> str:

@@ -1,5 +1,6 @@
 """Long texts made of documents, which can be cut after any token, sentence or line."""
 
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -51,6 +52,15 @@ class Haystack:
             return position
         stops = self._stops[boundary]
         return int(stops[np.searchsorted(stops, position, side="right") - 1])
+
+    def sentence_length(self, index: int) -> float:
+        """Return the characters of the sentence that holds the place before token `index`; infinite without any end."""
+        stops = self._stops["sentence"]
+        if len(stops) == 1:
+            return math.inf
+        following = np.searchsorted(stops, self.ends[index], side="right")
+        end = stops[following] if following < len(stops) else len(self.text)
+        return float(end - stops[following - 1])
 
     def index(self, position: int) -> int:
         """Return the number of whole tokens in the first `position` characters."""

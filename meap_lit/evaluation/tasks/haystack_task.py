@@ -25,6 +25,12 @@ INTRODUCTION = (
 _MAX_TRIES = 6
 """Attempts to fill the last tokens; two usually suffice."""
 
+_FAR = 10
+"""Percent of the haystack by which the end of a sentence may be away from the depth, if the sentence is long."""
+
+_LONG = 2000
+"""Characters that no sentence of a text has; the longest of Paul Graham's essays has 1,071."""
+
 
 @dataclass(frozen=True)
 class HaystackPrompt:
@@ -209,13 +215,26 @@ class _Filler:
     def _prompt(self, num_tokens: int, depth: float) -> tuple[list[int], list[float]]:
         """Encode the prompt with the first `num_tokens` of the haystack; return also the true depths, in percent."""
         text = self.haystack.text[: self.haystack.cut(num_tokens, "token")]
+        indices = self.task.indices(num_tokens, depth, self.needle_lengths)
         positions = [
-            len(text) if index >= num_tokens else self.haystack.cut(index, self.task.cut_at)
-            for index in self.task.indices(num_tokens, depth, self.needle_lengths)
+            len(text) if index >= num_tokens else self.haystack.cut(index, self.task.cut_at) for index in indices
         ]
+        if self.task.cut_at == "sentence":
+            for index, place in zip(indices, positions, strict=True):
+                self._check_depth(num_tokens, index, place)
         prompt = self.prompt.with_needles(text, positions)
         true_depths = [round(100 * self.haystack.index(place) / max(1, num_tokens), 2) for place in positions]
         return self.task.encode_prompt(self.model, prompt), true_depths
+
+    def _check_depth(self, num_tokens: int, index: int, position: int) -> None:
+        """Raise `UserError` if a needle is far from its depth because the haystack has no end of a sentence there."""
+        asked, true = (100 * place / max(1, num_tokens) for place in (index, self.haystack.index(position)))
+        if asked <= 100 and asked - true > _FAR and self.haystack.sentence_length(index) > _LONG:
+            way_out = "add --task.boundary token" if hasattr(self.task, "boundary") else "name another haystack"
+            raise UserError(
+                f"haystack {self.task.haystack} has no end of a sentence (a period before a space) from {true:.0f}% to "
+                f"{asked:.0f}% of its tokens, where a needle belongs; {way_out}"
+            )
 
     def _whole(self, num_tokens: int) -> int:
         """Return `num_tokens` without those of an incomplete last line, if the haystack has whole lines only."""

@@ -156,7 +156,15 @@ class MultiDocumentQA(PromptTask):
 
     @classmethod
     def extra_of_pair(cls, first: Result, second: Result) -> dict[str, float]:
-        """Return the relative gain of the second, which the paper reports for pretrained models."""
+        """Return the relative gain of the second, which the paper reports for pretrained models.
+
+        Only items that both answered count, as in `difference`: a shorter context skips others.
+        """
+        shared = {record["id"] for record in first.records} & {record["id"] for record in second.records}
+        first, second = (
+            replace(result, records=[record for record in result.records if record["id"] in shared])
+            for result in (first, second)
+        )
         later = second.along("gold")
         pairs = {
             f"relative gain at position {position + 1}, %": (mean.value, later[position].value)

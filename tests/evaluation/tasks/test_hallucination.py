@@ -175,3 +175,16 @@ def test_recipes(source_folder, tmp_path, capsys, dataset):
     assert record["document"] == "the old river"
     assert "model_answer" in record
     assert "not judged yet" in capsys.readouterr().out
+
+
+def test_results_of_other_judges_do_not_compare(file):
+    def result(label, **verdicts):
+        records = [{"id": "0", "cell": {"dataset": "x"}, "verdicts": verdicts}]
+        scored = [{**record, "scores": Hallucination.score(None, record)} for record in records]
+        return Result(Hallucination(file=file, prompt="document"), label, scored)
+
+    both, one, fresh = result("ntp", a=True, b=False), result("meap", a=True), result("new")
+    assert Hallucination.extra_of_pair(both, both) == Hallucination.extra_of_pair(both, fresh) == {}
+    for pair in ([both, one], [one, both]):
+        with pytest.raises(UserError, match="judge b has judged ntp but not meap, so their scores do not compare; run"):
+            extras(pair)

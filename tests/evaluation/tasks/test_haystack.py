@@ -43,6 +43,12 @@ def test_cut(boundary, text, cuts) -> None:
     assert [(index, haystack.cut(index, boundary)) for index, _ in cuts] == cuts
 
 
+def test_the_length_of_a_sentence_is_that_between_its_ends():
+    haystack = of_letters("One two. Three 4.5 now.\nSix")
+    assert [haystack.sentence_length(index) for index in (0, 7, 8, 22, 23, 27)] == [8, 8, 15, 15, 4, 4]
+    assert of_letters("no period").sentence_length(3) == np.inf
+
+
 def test_a_cut_is_never_within_a_character() -> None:
     # two tokens for each of the letters é and ß, as when bytes stand for what a vocabulary lacks
     haystack = Haystack("aéß", np.array([0, 1, 2, 2, 3, 3]))

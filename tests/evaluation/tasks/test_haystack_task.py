@@ -100,6 +100,40 @@ def test_sentences_stay_whole_and_the_true_depth_is_recorded(model, haystack) ->
     assert moved, "the documents have one sentence each"
 
 
+@pytest.mark.parametrize("length", [100, 900])
+@pytest.mark.parametrize(
+    "text", ["河边的旧石头守着花园。市场很安静。" * 200, "for stone in river:\n    keep(stone)\n" * 60]
+)
+def test_a_text_without_ends_of_sentences_is_refused(model, tmp_path, text, length) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    options = {"lengths": (length,), "depths": (50.0,), "haystack": str(tmp_path)}
+    where = r"has no end of a sentence \(a period before a space\) from 0% to (49|50)% of its tokens, where a needle "
+    with pytest.raises(UserError, match=where + "belongs; name another haystack$"):
+        HideAfterSentence(**options).items(model)
+    small = {"max_new_tokens": 2, **options, "lengths": (900,)}
+    with pytest.raises(UserError, match=where + "belongs; add --task.boundary token$"):
+        Needle(**small).items(model)
+    (item,) = Needle(**small, boundary="token").items(model)
+    assert abs(item.fields["true_depths"][0] - 50) < 1
+    assert HideAfterSentence(**{**options, "depths": (0.0, 100.0)}).items(model)
+
+
+def test_a_text_with_periods_in_one_part_only_is_refused_for_the_other(model, tmp_path) -> None:
+    (tmp_path / "a.txt").write_text(
+        "the old river keeps a stone. " * 60 + "for stone in river:\n    keep(stone)\n" * 200
+    )
+    options = {"lengths": (3500,), "haystack": str(tmp_path)}
+    HideAfterSentence(**options, depths=(0.0, 20.0)).items(model)
+    with pytest.raises(UserError, match=r"from .*% to 90% of its tokens"):
+        HideAfterSentence(**options, depths=(0.0, 90.0)).items(model)
+
+
+def test_a_long_sentence_in_a_short_context_is_no_reason_to_refuse(model, tmp_path) -> None:
+    (tmp_path / "a.txt").write_text(("the old river and the stone and the market " * 15 + ". ") * 9)
+    (item,) = HideAfterSentence(lengths=(120,), depths=(90.0,), haystack=str(tmp_path)).items(model)
+    assert item.fields["true_depths"] == [0]
+
+
 def test_lines_stay_whole(model) -> None:
     needle = "The quiet stone.\n"
     task = HideAfterLine(lengths=(900, 1300), depths=DEPTHS, needles=(needle,))

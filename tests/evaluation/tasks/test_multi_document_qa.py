@@ -318,6 +318,17 @@ def test_figure_without_bounds(oracle_file):
     assert [line.get_label() for line in axes.lines] == ["MEAP"]
 
 
+def test_the_relative_gain_is_that_of_items_that_both_have(oracle_file):
+    first, second = results(oracle_file)
+    kept = [record for record in first.records if not record["id"].endswith(("/0", "/1"))]
+    shorter = Result(first.task, "short", kept)
+    same = extras(
+        [shorter, Result(second.task, "MEAP", [r for r in second.records if r["id"] in {k["id"] for k in kept}])]
+    )
+    assert extras([shorter, second]) == same
+    assert extras([Result(first.task, "none", []), second]) == {}
+
+
 def test_relative_gain(oracle_file):
     pair = results(oracle_file)
     assert extras(pair[:1]) == {}
