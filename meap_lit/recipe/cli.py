@@ -431,9 +431,8 @@ def _as_user_error(error: Exception) -> Exception:
         return UserError(f"another process of this run has ended ({lost[0]}); its own output has the reason")
     if isinstance(error, ValueError) and raised_by(error, "lightning"):  # it checks some arguments only now
         return UserError(f"trainer: {error}")
-    if isinstance(error, RuntimeError) and raised_by(
-        error, "lightning.pytorch.callbacks"
-    ):  # a metric that is not logged
+    # such as a metric that is not logged
+    if isinstance(error, RuntimeError) and raised_by(error, "lightning.pytorch.callbacks"):
         return UserError(f"trainer.callbacks: {error}")
     return error
 

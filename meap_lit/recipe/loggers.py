@@ -112,7 +112,11 @@ def options_of_loggers(config: Namespace) -> list[Namespace]:
 
 
 def expand_folders(config: Namespace) -> None:
-    """Replace `~` and `$NAME` in the folders that a run writes: some loggers do it, some do not, and one half-way."""
+    """Replace `~` and `$NAME` in the folders that a run writes.
+
+    Lightning's TensorBoardLogger writes into the expanded folder, but looks for earlier runs in the other; CSVLogger
+    does not expand it.
+    """
     for options in options_of_loggers(config):
         if options.get("save_dir"):
             options.save_dir = os.path.expandvars(os.path.expanduser(options.save_dir))
