@@ -91,8 +91,10 @@ class Checkpoint(callbacks.Checkpoint):
         """Optimizer step of the last save; no step, no checkpoint."""
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
-        self._due: Callable[[dict[str, Any]], None] | None = None
-        """Writes the state that was taken, with those of the callbacks, once its step is logged and validated."""
+        self._due: Callable[[], None] | None = None
+        """Writes the state that was taken, once its step is logged and validated."""
+        self._state: dict[str, Any] = {}
+        """What is due to be written; empty on a rank that writes nothing."""
 
     @property
     def state_key(self) -> str:
@@ -197,14 +199,17 @@ class Checkpoint(callbacks.Checkpoint):
         if self._due is None:
             return
         due, self._due = self._due, None
+        checkpoint, self._state = self._state, {}
         for logger in trainer.loggers:
             logger.save()
-        # not those of the step's end: a resume does not repeat the validation that came after it
-        states = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
+        if checkpoint:
+            # not what callbacks knew at the step's end: a resume does not repeat the validation that came after it
+            states = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
+            checkpoint["callbacks"] = states if self._thread is None else on_host(states)
         if self._thread is None:
-            due(states)
+            due()
         else:
-            self._writing = self._thread.submit(due, on_host(states))
+            self._writing = self._thread.submit(due)
 
     def _save(self, trainer: L.Trainer) -> None:
         """Save unless that was done after this step, and remove the oldest checkpoint when the new one is whole."""
@@ -225,6 +230,7 @@ class Checkpoint(callbacks.Checkpoint):
         if self._thread is not None:  # the ranks of a node share its memory: no copy for those that write nothing
             writes = trainer.is_global_zero or isinstance(trainer.strategy, Sharded)
             checkpoint = on_host(checkpoint) if writes else {}
+        self._state = checkpoint
         self._due = partial(self._write, trainer, checkpoint, path, aside, removed)
 
     def _free_name(self) -> Path:
@@ -243,18 +249,10 @@ class Checkpoint(callbacks.Checkpoint):
         return not is_milestone and not is_resumed_from
 
     def _write(
-        self,
-        trainer: L.Trainer,
-        checkpoint: dict[str, Any],
-        path: Path,
-        aside: Path,
-        removed: Sequence[Path],
-        callback_states: dict[str, Any],
+        self, trainer: L.Trainer, checkpoint: dict[str, Any], path: Path, aside: Path, removed: Sequence[Path]
     ) -> None:
         """Write a checkpoint, and remove others when it is whole."""
         ranks, is_first = self._ranks, trainer.is_global_zero
-        if checkpoint:
-            checkpoint["callbacks"] = callback_states
         try:
             ranks.do(lambda: trainer.strategy.save_checkpoint(checkpoint, aside))
             parts = ranks.do(lambda: checksums(aside, ranks.rank, ranks.number))
