@@ -154,6 +154,14 @@ def test_questions_to_train_on_have_their_passage_at_any_position(tmp_path):
     assert questions.unseen([*rows, again, rows[29]], num_rest=29) == [rows[29], rows[29]]
 
 
+def test_the_results_of_facts_are_those_of_the_page():
+    page = Path("docs/study/facts/facts.md").read_text()
+    for text in (Path("README.md").read_text(), Path("docs/when-to-mask.md").read_text()):
+        for number in ("74.9", "66.1", "-8.8 [-12.4, -5.2]"):
+            assert number in text, number
+            assert number in page, number
+
+
 def test_the_results_in_the_readme_are_those_of_the_page():
     readme = Path("README.md").read_text().partition("**A real model, fine-tuned.**")[2].partition("**Small models")[0]
     page = "".join(Path(f"docs/study/real/{setting}.md").read_text() for setting in ("alpaca", "questions"))
