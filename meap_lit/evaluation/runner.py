@@ -174,7 +174,7 @@ class Records:
         append_records(self.folder / _PART.replace("*", str(rank())), records)
 
     def add_run(self, run: Mapping[str, Any]) -> None:
-        """Append when and on what the following answers are made."""
+        """Append the date, device and versions of the command that computes the following answers."""
         append_records(self.folder / RUNS_FILE, [run])
 
     def runs(self) -> list[dict[str, Any]]:
@@ -227,7 +227,7 @@ def predict(
         items: The items that `choose_items` returned.
         records: Answers on disk.
         batch_tokens: Maximum number of positions in a batch, including padding; a longer item is a batch of its own.
-        run: When and on what, kept if an item has no answer.
+        run: Date, device and versions of this command; written if at least one item is answered.
 
     Returns:
         The record of each item, in their order; on ranks other than 0, nothing.
@@ -333,7 +333,7 @@ def num_ranks() -> int:
 
 
 def _of_first_rank(value: T) -> T:
-    """Return what the first rank passes; every rank calls it."""
+    """Return the value of rank 0; all ranks must call this function."""
     if not dist.is_initialized():
         return value
     found = [value]

@@ -50,7 +50,7 @@ class LanguageModel:
         self.config = self.source.config
         self.tokenizer = _load_tokenizer(self.source, checkpoint, tokenizer)
         self.today: datetime | None = None
-        """What a chat template takes for the current time; the time of its first use if None."""
+        """Current time for chat templates; if None, the time at which a template is loaded."""
         self._templates: dict[str, ChatTemplate] = {}
         on_gpu = self.device.type == "cuda"
         self.dtype = DTYPES[dtype or "bfloat16"] if dtype or on_gpu else self.source.dtype

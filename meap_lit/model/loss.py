@@ -46,9 +46,8 @@ def linear_cross_entropy(
             every product. All rows are computed if not given.
 
     Returns:
-        Sum over the supervised rows, scalar, float32 (float64 for such inputs); divide by their number for the mean.
-        And the losses of the rows, of which a part can be logged, [...], float32, without gradient, 0 where not
-        supervised.
+        A tuple of the summed loss of the supervised rows, a float32 scalar (float64 if the inputs are float64), and the
+        loss of each row, a float32 tensor of shape [...] that is detached and 0 in rows without supervision.
     """
     rows, targets = hidden.flatten(0, -2), labels.flatten()
     if positions is not None:
