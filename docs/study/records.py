@@ -72,17 +72,17 @@ class Setting:
         return HERE / self.folder / f"{self.name}{suffix}"
 
 
-def _real(name: str, others: Sequence[str], **options: Any) -> Setting:
+def _real(name: str, hypotheses: tuple[tuple[str, str], ...], training: str = "fine-tuning", **options: Any) -> Setting:
     return Setting(
         name=name,
         runs=f"study_real_{name}",
         folder="real",
         main="qa_5",
-        hypotheses=tuple(("concat", other) for other in others),
+        hypotheses=hypotheses,
         smallest=4.0,
         place="gold",
         first_place=1,
-        title=f"Questions on five passages after fine-tuning: {name}",
+        title=f"Questions on five passages after {training}: {name}",
         x_label="position of the passage with the answer, of five",
         plan="../plan.md",
         **options,
@@ -90,8 +90,9 @@ def _real(name: str, others: Sequence[str], **options: Any) -> Setting:
 
 
 _ALL = (
-    _real("alpaca", ("plain", "copies", "plain_79"), held_out_loss=True),
-    _real("questions", ("plain", "copies", "plain_116")),
+    _real("alpaca", (("concat", "plain"), ("concat", "copies"), ("concat", "plain_79")), held_out_loss=True),
+    _real("questions", (("concat", "plain"), ("concat", "copies"), ("concat", "plain_116"))),
+    _real("continued", (("mask_0.15", "ntp"), ("ramp", "ntp")), "continued pretraining", num_seeds=2),
     Setting(
         name="facts",
         runs="study_facts",

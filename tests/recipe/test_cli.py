@@ -22,7 +22,7 @@ RUNNABLE = [
 ]
 FINE_TUNING = [path for path in RUNNABLE if any("MEAPFineTuning" in part.read_text() for part in lineage(path))]
 EXTENSIONS = [path for path in RUNNABLE if path.name.startswith("extend_")]
-CONTINUATIONS = [path for path in RUNNABLE if path.name.startswith("continue_")]
+CONTINUATIONS = [path for path in RUNNABLE if path.name.startswith("continue")]
 
 TOY = [
     *("--data.global_batch_size", "4"),
