@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from meap_lit.checkpoint.checksums import INDEX, TRAINER_STATE
 from meap_lit.checkpoint.content import load, split
 from meap_lit.checkpoint.one_file import OneFile
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, shorten
 
 _INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": (
@@ -102,9 +101,10 @@ def _refuse_unreadable(rest: dict[str, Any]) -> None:
             written.seek(0)
             torch.load(written, weights_only=True)
         except Exception as error:  # also of a class that cannot be pickled
+            shown = shorten(" ".join(repr(state).split()))
             raise UserError(
-                f"the state of callback {name} ({shorten(repr(state), 100, placeholder='...')}) cannot be read back "
-                f"without running code; let its state_dict return numbers, texts, lists, dicts and tensors of torch"
+                f"the state of callback {name} ({shown}) cannot be read back without running code; let "
+                f"its state_dict return numbers, texts, lists, dicts and tensors of torch"
             ) from error
 
 
