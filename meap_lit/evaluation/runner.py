@@ -195,12 +195,18 @@ class Records:
         return records
 
 
-def begun(folder: Path) -> datetime:
-    """Return when the evaluation in a folder began, the same on all ranks: now, unless there are earlier answers."""
-    when = datetime.now().replace(microsecond=0)
-    with suppress(UserError, KeyError, ValueError):  # nothing there, of an earlier version, or refused by `Records`
-        when = datetime.fromisoformat(read_json(folder / SETTINGS_FILE)["begun"])
-    return _of_first_rank(when)
+def begun(folder: Path, now: datetime) -> datetime:
+    """Return when the evaluation in a folder began, the same on all ranks.
+
+    One that begins now takes the time of the earliest evaluation beside it, so that prompts with a date are the same
+    for all checkpoints.
+    """
+    own = folder / SETTINGS_FILE
+    times = []
+    for file in [own] if own.is_file() else folder.parent.glob(f"*/{SETTINGS_FILE}"):
+        with suppress(UserError, KeyError, TypeError, ValueError):  # of an earlier version, or refused by `Records`
+            times.append(datetime.fromisoformat(read_json(file)["begun"]))
+    return _of_first_rank(min(times, default=now.replace(microsecond=0)))
 
 
 def check_writable(folder: Path) -> None:

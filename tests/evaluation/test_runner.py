@@ -20,7 +20,7 @@ from meap_lit.errors import UserError
 from meap_lit.evaluation.attention.masked import MaskedAttention
 from meap_lit.evaluation.attention.segments import AttentionSegments
 from meap_lit.evaluation.command import Evaluate, label_of
-from meap_lit.evaluation.runner import Records, _share, alike_together, batches, choose_items, fingerprint
+from meap_lit.evaluation.runner import Records, _share, alike_together, batches, begun, choose_items, fingerprint
 from meap_lit.evaluation.statistics import Mean, bootstrap
 from meap_lit.evaluation.task import Item, Result, difference
 from meap_lit.evaluation.tasks.facts import FactRetrieval
@@ -435,6 +435,16 @@ def test_a_template_writes_the_day_on_which_an_evaluation_began(source_folder, t
     file.write_text(json.dumps({**then, "begun": "2000-01-01T00:00:00"}))
     with pytest.raises(UserError, match="has answers for another items"):
         command.run()
+
+
+def test_all_checkpoints_of_an_evaluation_have_the_date_of_the_first(tmp_path):
+    for label, begin in (("a", "2001-01-01T00:00:00"), ("b", "2000-12-31T23:59:00"), ("c", None)):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "settings.json").write_text(json.dumps({"begun": begin} if begin else []))
+    now = datetime(2001, 1, 2, 3, 4, 5, 6)
+    assert begun(tmp_path / "new", now) == datetime(2000, 12, 31, 23, 59)
+    assert begun(tmp_path / "a", now) == datetime(2001, 1, 1), "its answers are for that date"
+    assert begun(tmp_path / "another" / "new", now) == begun(tmp_path / "c", now) == now.replace(microsecond=0)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(recipe, source_folder, monkeypatch, capsys):
