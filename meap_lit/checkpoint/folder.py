@@ -49,7 +49,11 @@ _INDEX_CLASSES = {
     "collections": ("OrderedDict",),
 }
 
-_KINDS = {"global_step": int, **dict.fromkeys(("decoder", "hub", "services", "callbacks", "loops"), dict)}
+_KINDS = {
+    "global_step": int,
+    "saved": float,
+    **dict.fromkeys(("decoder", "hub", "services", "callbacks", "loops"), dict),
+}
 """What the entries of a checkpoint are that are read before anything is restored from it."""
 
 _WEIGHTS = "state_dict."
