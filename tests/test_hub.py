@@ -90,7 +90,10 @@ def other_weights(source_folder, folder):
         ("Qwen/Qwen2.5-0.5B@v1.0", True),
         ("org/name@refs/pr/4", True),
         (f"org/name@{'0a' * 20}", True),
-        ("checkpoints/Meta-Llama-3-8B", False),
+        *(
+            (f"{folder}/Meta-Llama-3-8B", False)
+            for folder in ("checkpoints", "data", "evaluations", "exported", "runs")
+        ),
         ("checkpoints/Meta-Llama-3-8B@main", True),
         ("gpt2", False),
         ("./org/name", False),
@@ -243,6 +246,22 @@ def test_a_token_opens_what_is_closed_and_is_not_printed(server, source_folder, 
     assert f"Bearer {TOKEN}" in server.tokens
     complain(capsys, "generate", "--checkpoint", "org/missing", "--prompt", "a")
     assert TOKEN not in str(capsys.readouterr())
+
+
+def test_a_token_goes_to_the_hub_only(server, source_folder, monkeypatch):
+    """Large files come from another address, to which the Hub sends."""
+    storage = Hub()
+    try:
+        for one in (server, storage):
+            one.add("org/elsewhere", source_folder)
+        server.storage = storage.endpoint
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        assert open_source("org/elsewhere").names()
+        assert f"Bearer {TOKEN}" in server.tokens
+        assert any(request.endswith("model.safetensors") for request in storage.requests)
+        assert storage.tokens == {None}
+    finally:
+        storage.close()
 
 
 def test_a_wrong_token(server, monkeypatch, capsys):
@@ -488,11 +507,16 @@ def run_folder(recipe, version):
 
 
 def test_a_resume_uses_the_revision_that_the_run_began_with(
-    server, offline, toy_sft_recipe, source_folder, tmp_path, capsys
+    server, offline, toy_sft_recipe, source_folder, tmp_path, monkeypatch, capsys
 ):
     names = ["--model.init_from", NAME, "--data.tokenizer", NAME]
     commit = server.repositories["models", NAME].names["main"]
-    assert main(fit(toy_sft_recipe, *names)) == 0
+    with monkeypatch.context() as having:
+        having.setenv("HF_TOKEN", TOKEN)
+        assert main(fit(toy_sft_recipe, *names)) == 0
+    written = [file for file in run_folder(toy_sft_recipe, 0).rglob("*") if file.is_file()]
+    assert written
+    assert not any(TOKEN.encode() in file.read_bytes() for file in written)
     recipe = (run_folder(toy_sft_recipe, 0) / "config.yaml").read_text()
     assert f"init_from: {NAME}@{commit}\n" in recipe
     assert f"tokenizer: {NAME}@{commit}\n" in recipe

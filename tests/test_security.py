@@ -119,7 +119,8 @@ def command(name, checkpoint, runs, prepared):
         "export": ["export", "--checkpoint", checkpoint, "--output", aside / "out", "--tokenizer", prepared.tokenizer],
         "generate": ["generate", "--checkpoint", checkpoint, "--prompt", "a", "--tokenizer", prepared.tokenizer],
         "evaluate": [
-            *("evaluate", "--config", "recipes/eval/needle.yaml", "--checkpoint", checkpoint),
+            *("evaluate", "--config", "recipes/eval/small/perplexity.yaml", "--checkpoint", checkpoint),
+            *("--task.dataset", prepared.dataset, "--task.seq_len", "32", "--task.num_sequences", "2"),
             *("--tokenizer", prepared.tokenizer, "--output", aside / "out"),
         ],
         "inspect": ["checkpoint", "inspect", "--checkpoint", checkpoint],
@@ -236,15 +237,87 @@ def test_what_carries_no_checksums_is_said_to_be_unverified(runs, prepared, fold
     assert capsys.readouterr().err == note
 
 
-def test_hashes_are_left_out_when_told_so(runs, prepared, folder, capsys):
-    (spoilt,) = folder.glob("*.distcp")
-    content = bytearray(spoilt.read_bytes())
-    content[len(content) // 2] ^= 1
-    spoilt.write_bytes(content)
-    words = [str(word) for word in command("inspect", folder, runs, prepared)]
-    assert main([*words, "--verify", "false"]) == 0
+def flip_a_moment(folder):
+    """Flip a bit of the optimizer's largest tensor, which every command can read."""
+    places = pickle.loads((folder / ".metadata").read_bytes()).storage_data
+    place = max((place for key, place in places.items() if key.fqn.startswith("optimizer")), key=lambda one: one.length)
+    file = folder / place.relative_path
+    content = bytearray(file.read_bytes())
+    content[place.offset + place.length // 2] ^= 1
+    file.write_bytes(content)
+    return file
+
+
+def without_hashes(name):
+    """Options of a command that leave hashes out; training ends soon."""
+    if name not in ("fit", "validate", "init_from"):
+        return ["--verify", "false"]
+    return ["--checkpoint.verify", "false", *([] if name == "validate" else ["--budget.max_steps", "3"])]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_hashes_are_left_out_when_told_so(runs, prepared, folder, capsys, name):
+    spoilt = flip_a_moment(folder)
+    content = spoilt.read_bytes()
+    words = [*command(name, folder, runs, prepared), *without_hashes(name)]
     spoilt.write_bytes(content[:-1])  # sizes are always compared
-    assert "bytes where" in refuse(capsys, *words, "--verify", "false")
+    assert "bytes where" in refuse(capsys, *words)
+    spoilt.write_bytes(content)
+    assert main([str(word) for word in words]) == 0
+
+
+@pytest.fixture(scope="module")
+def adapters(runs):
+    """A run of adapters, on a checkpoint in a folder `base`."""
+    base = shutil.copytree(runs / "runs/toy/version_1/checkpoints/step=2.ckpt", runs / "base" / "step=2.ckpt")
+    lora = ["--model.lora.rank", "2", "--model.lora.alpha", "4", "--model.lora.targets", "[q_proj]"]
+    words = ["--model.decoder", "null", "--model.init_from", str(base), *lora, "--trainer.logger.name", "adapters"]
+    assert main(["fit", "--config", str(runs / "toy.yaml"), *words, "--budget.max_steps", "2"]) == 0
+    return runs / "runs" / "adapters" / "version_0"
+
+
+@pytest.mark.parametrize("name", ["fit", "validate", "export", "generate", "evaluate"])
+def test_the_model_of_adapters_is_verified_with_them(runs, prepared, adapters, tmp_path, capsys, name):
+    checkpoint = Path(shutil.copytree(adapters / "checkpoints" / "step=2.ckpt", tmp_path / "step=2.ckpt"))
+    words = command(name, checkpoint, runs, prepared)
+    words = [adapters / "config.yaml" if word == runs / "toy.yaml" else word for word in words]
+    words += ["--budget.max_steps", "3"] if name == "fit" else []
+    (part,) = (runs / "base" / "step=2.ckpt").glob("*.distcp")
+    good = part.read_bytes()
+    try:
+        flip_a_moment(part.parent)
+        spoilt = part.read_bytes()
+        assert f"checkpoint file {part} is damaged: its content is not what was written" in refuse(capsys, *words)
+        part.write_bytes(spoilt[:-1])
+        assert f"{part} is damaged: it has" in refuse(capsys, *words, *without_hashes(name))
+        part.write_bytes(spoilt)
+        assert main([str(word) for word in [*words, *without_hashes(name)]]) == 0
+    finally:
+        part.write_bytes(good)
+
+
+def test_report_and_plan_compare_sizes_only(runs, tmp_path, capsys):
+    run = Path(shutil.copytree(runs / "runs/toy/version_0", tmp_path / "run"))
+    checkpoint = run / "checkpoints" / "step=2.ckpt"
+    spoilt = flip_a_moment(checkpoint)
+    plan = ["plan", "--config", runs / "toy.yaml", "--model.decoder", "null", "--model.init_from", checkpoint]
+    plan += ["--devices", "1"]
+    plain = ["--model.mask_ratio", "0", "--trainer.logger.save_dir", str(tmp_path / "plain"), "--budget.max_steps", "2"]
+    assert main(["fit", "--config", str(runs / "toy.yaml"), *plain]) == 0
+    report = ["report", "--runs", str(run), str(tmp_path / "plain"), "--output", str(tmp_path / "report")]
+    with mock.patch("meap_lit.checkpoint.checksums._hash", side_effect=AssertionError):
+        assert main(report) == 0
+        assert main([str(word) for word in plan]) == 0
+    spoilt.write_bytes(spoilt.read_bytes()[:-1])
+    assert "bytes where" in refuse(capsys, *plan)
+
+
+def test_checksums_of_files_elsewhere_are_refused(folder):
+    content = json.loads((folder / CHECKSUMS_FILE).read_text())
+    content["files"]["../secret"] = content["files"]["meta.pt"]
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"checksums.json is damaged: it lists '../secret' outside the folder; name"):
+        check(folder)
 
 
 def test_an_index_stays_in_its_folder_and_within_what_there_is(folder):
@@ -408,6 +481,12 @@ def test_a_remote_dataset_is_compared_with_its_hashes(prepared, store, tmp_path)
     folder = Path(shutil.copytree(prepared.dataset, store.root / "bucket" / "dataset"))
     storage = store.storage(tmp_path / "cache")
     open_dataset("s3://bucket/dataset", "text", storage)
+    manifest = folder / "manifest.json"
+    content = manifest.read_text()
+    manifest.write_text(content[::-1].replace("1", "2", 1)[::-1])
+    with pytest.raises(UserError, match=r"^s3://bucket/dataset/manifest.json is damaged"):
+        open_dataset("s3://bucket/dataset", "text", storage)
+    manifest.write_text(content)
     file = folder / "val" / "index.json"
     file.write_text(file.read_text().replace("64000000", "64000001"))
     with pytest.raises(UserError, match=r"^s3://bucket/dataset/val/index.json is damaged: its SHA-256 differs from"):
@@ -481,6 +560,34 @@ def test_files_of_weights_are_in_their_folder(source_folder, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match=r"names a file '../model.safetensors' that is not a .safetensors of its own"):
         HFFolder.open(folder)
+
+
+def test_code_of_a_model_is_ignored(source_folder, tmp_path):
+    folder = Path(shutil.copytree(source_folder, tmp_path / "model"))
+    code = {"AutoConfig": "code.Harm", "AutoModelForCausalLM": "code.Harm", "AutoTokenizer": ["code.Harm", "code.Harm"]}
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, "auto_map": code}))
+    (folder / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'trace')!r})\n")
+    assert main(["generate", "--checkpoint", str(folder), "--prompt", "a", "--max_new_tokens", "2"]) == 0
+    assert main(["export", "--checkpoint", str(folder), "--output", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "trace").exists()
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert not any("auto_map" in file.read_text() for file in (tmp_path / "out").glob("*.json"))
+
+
+def test_links_within_a_folder_are_followed(source_folder, prepared, folder, tmp_path):
+    model, dataset = (
+        Path(shutil.copytree(path, tmp_path / "in" / name))
+        for path, name in ((source_folder, "model"), (prepared.dataset, "dataset"))
+    )
+    for file in [model / "model.safetensors", next(dataset.glob("train/*.bin")), next(folder.glob("*.distcp"))]:
+        elsewhere = file.rename(tmp_path / f"elsewhere{file.suffix}")
+        file.symlink_to(elsewhere)
+    assert HFFolder.open(model).read("norm.weight").shape == (32,)
+    open_dataset(dataset, "text")
+    assert TokenBlocks(f"{dataset}/train", 32)[0].numel()
+    check(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])

@@ -162,7 +162,8 @@ class Budget(L.Callback):
             if trainer.is_global_zero:
                 print(
                     f"the budget is spent: checkpoint {path} is at optimizer step {step}, and "
-                    f"{self.stated} ends at step {trainer.max_steps}; raise it to continue"
+                    f"{self.stated} ends at step {trainer.max_steps}; raise it to continue, or start another "
+                    f"run with --ckpt_path null"
                 )
             raise SystemExit(0)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -227,6 +228,7 @@ class Checkpoint(callbacks.Checkpoint):
         self.best_k_models[str(path)] = self._step  # a part of what is saved
         self.best_model_path = str(path)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint["saved"] = time.time()
         if self._thread is not None:  # the ranks of a node share its memory: no copy for those that write nothing
             writes = trainer.is_global_zero or isinstance(trainer.strategy, Sharded)
             checkpoint = on_host(checkpoint) if writes else {}

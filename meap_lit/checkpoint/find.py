@@ -1,9 +1,11 @@
 """Find a checkpoint by its own name, by that of a run, or by that of a folder of runs."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from meap_lit.checkpoint.checksums import INDEX, is_whole
+from meap_lit.checkpoint.folder import StoredCheckpoint
 from meap_lit.errors import UserError, shorten
 from meap_lit.files import run_versions
 
@@ -65,5 +67,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _saved(path: Path) -> int:
-    return path.stat().st_mtime_ns
+def _saved(path: Path) -> float:
+    """Return when a checkpoint was saved, in seconds: as it says, or by its files where an earlier version wrote it."""
+    with suppress(UserError):  # damaged, which is said where it is read
+        if (saved := StoredCheckpoint(path).trainer_state.get("saved")) is not None:
+            return saved
+    return path.stat().st_mtime

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from meap_lit.checkpoint.checksums import INDEX, TRAINER_STATE
 from meap_lit.checkpoint.content import load, split
 from meap_lit.checkpoint.one_file import OneFile
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, shorten
 
 _INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": (
@@ -50,7 +49,11 @@ _INDEX_CLASSES = {
     "collections": ("OrderedDict",),
 }
 
-_KINDS = {"global_step": int, **dict.fromkeys(("decoder", "hub", "services", "callbacks", "loops"), dict)}
+_KINDS = {
+    "global_step": int,
+    "saved": float,
+    **dict.fromkeys(("decoder", "hub", "services", "callbacks", "loops"), dict),
+}
 """What the entries of a checkpoint are that are read before anything is restored from it."""
 
 _WEIGHTS = "state_dict."
@@ -102,9 +105,10 @@ def _refuse_unreadable(rest: dict[str, Any]) -> None:
             written.seek(0)
             torch.load(written, weights_only=True)
         except Exception as error:  # also of a class that cannot be pickled
+            shown = shorten(" ".join(repr(state).split()))
             raise UserError(
-                f"the state of callback {name} ({shorten(repr(state), 100, placeholder='...')}) cannot be read back "
-                f"without running code; let its state_dict return numbers, texts, lists, dicts and tensors of torch"
+                f"the state of callback {name} ({shown}) cannot be read back without running code; let "
+                f"its state_dict return numbers, texts, lists, dicts and tensors of torch"
             ) from error
 
 

@@ -120,7 +120,8 @@ class Evaluate:
         download(self.checkpoint, self.tokenizer)
         verify = self.verify and rank() == 0
         models = [LanguageModel(path, self.tokenizer, self.dtype, self._device(), verify) for path in self.checkpoint]
-        days = [begun(self._folder(label)) for label in labels]
+        now = datetime.now()
+        days = [begun(self._folder(label), now) for label in labels]
         for model, day in zip(models, days, strict=True):
             model.today = day  # a chat template may write it, and prompts must not change
             check_task(self.task, model, self.on_overflow)

@@ -68,9 +68,15 @@ def _task_class(content: dict[str, Any], result: dict[str, Any]) -> type[Task]:
 
 
 def save(results: list[Result], folder: Path) -> None:
-    """Write result.json and the figures of one result, or of two side by side, into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write result.json and the figures of one result, or of two side by side, into `folder`.
+
+    Raises:
+        UserError: If the scores of the two do not compare.
+    """
     task = results[0].task
+    if len(results) == 2:
+        task.check_pair(*results)
+    folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"task": task.name, "unit": task.unit, "extra": extras(results)}
     content["results"] = [_summary(result) for result in results]
     if len(results) == 2:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from meap_lit import hub
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, shorten
 from meap_lit.evaluation.rows import append_records, json_line, read_records
 from meap_lit.evaluation.task import GenerationTask, Item, Record, Task
 from meap_lit.files import read_json, write_file
@@ -154,10 +154,10 @@ class Records:
         before, after = (_flat({name: found[name] for name in shared}) for found in (then, now))
         for key in {**after, **before}:
             if before.get(key) != after.get(key):
-                values = f"{_short(before.get(key))} then, {_short(after.get(key))} now"
+                old, new = (shorten(" ".join(str(found.get(key)).split()), 200) for found in (before, after))
                 return (
-                    f"{self.folder} has answers for another {key} ({values}); choose another --output or --name, or "
-                    f"remove that folder"
+                    f"{self.folder} has answers for another {key} ({old} then, {new} now); choose another --output or "
+                    f"--name, or remove that folder"
                 )
         return None
 
@@ -195,12 +195,18 @@ class Records:
         return records
 
 
-def begun(folder: Path) -> datetime:
-    """Return when the evaluation in a folder began, the same on all ranks: now, unless there are earlier answers."""
-    when = datetime.now().replace(microsecond=0)
-    with suppress(UserError, KeyError, ValueError):  # nothing there, of an earlier version, or refused by `Records`
-        when = datetime.fromisoformat(read_json(folder / SETTINGS_FILE)["begun"])
-    return _of_first_rank(when)
+def begun(folder: Path, now: datetime) -> datetime:
+    """Return when the evaluation in a folder began, the same on all ranks.
+
+    One that begins now takes the time of the earliest evaluation beside it, so that prompts with a date are the same
+    for all checkpoints.
+    """
+    own = folder / SETTINGS_FILE
+    times = []
+    for file in [own] if own.is_file() else folder.parent.glob(f"*/{SETTINGS_FILE}"):
+        with suppress(UserError, KeyError, TypeError, ValueError):  # of an earlier version, or refused by `Records`
+            times.append(datetime.fromisoformat(read_json(file)["begun"]))
+    return _of_first_rank(min(times, default=now.replace(microsecond=0)))
 
 
 def check_writable(folder: Path) -> None:
@@ -351,12 +357,6 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(settings, dict):
         return {prefix.removesuffix("."): settings}
     return {key: value for name, inner in settings.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
-
-
-def _short(value: Any) -> str:
-    """Return a value for a message, on one line; a list of ids may be long."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def write_records(file: Path, records: Sequence[Record]) -> None:

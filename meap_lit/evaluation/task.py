@@ -151,6 +151,10 @@ class Task(ABC):
         """Return further numbers about a result that are not means over items, by name."""
         return {}
 
+    @classmethod  # noqa: B027, most tasks have nothing to check
+    def check_pair(cls, first: "Result", second: "Result") -> None:
+        """Raise `UserError` if the scores of two results do not compare although they have the same items."""
+
     @classmethod
     def extra_of_pair(cls, first: "Result", second: "Result") -> dict[str, float]:
         """Return further numbers about two results, such as the ratio of the second to the first, by name."""

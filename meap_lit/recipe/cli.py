@@ -61,6 +61,7 @@ from meap_lit.recipe.loggers import (
     runs_of,
 )
 from meap_lit.recipe.parser import Parser, add_recipe_option, import_choices
+from meap_lit.renamed import current
 
 register_unresolvable_import_paths(torch)  # functions that do not know their module: pytorch/pytorch#74483
 
@@ -358,8 +359,18 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
         rank_zero_only(print)(f"checkpoint: none in {given} yet, so a new run starts")
         return None
     found = find_checkpoint(given, "--ckpt_path last" if path == "last" else "--ckpt_path")
-    rank_zero_only(print)(f"checkpoint: {found}")  # also one that a recipe names, as that of a resumed run does
+    of_other = ", of a run with another model.mask_ratio" if starts_anew and _had_other_masks(found, config) else ""
+    rank_zero_only(print)(f"checkpoint: {found}{of_other}")  # also one that the recipe of a resumed run names
     return str(found)
+
+
+def _had_other_masks(checkpoint: Path, config: Namespace) -> bool:
+    """Return whether the recipe beside a checkpoint has another mask ratio, as where a baseline was to begin anew."""
+    try:
+        recipe = current(yaml.safe_load((checkpoint.absolute().parents[1] / "config.yaml").read_text(encoding="utf-8")))
+        return recipe["model"]["init_args"].get("mask_ratio") != config.model.as_dict()["init_args"].get("mask_ratio")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):  # not the recipe of a run
+        return False
 
 
 def _refuse_folder_of_another(config: Namespace) -> None:

@@ -86,7 +86,7 @@ def _age(result: Result) -> tuple[int, str]:
 
 
 def check_items(results: Sequence[Result]) -> None:
-    """Raise `UserError` unless these results of one evaluation have the same items."""
+    """Raise `UserError` unless these results of one evaluation have the same items, with scores that compare."""
     first, *others = results
     for other in others:
         if other.about["items"] != first.about["items"]:
@@ -94,3 +94,4 @@ def check_items(results: Sequence[Result]) -> None:
                 f"evaluation {_name(first)} has other items in {other.path} than in {first.path} (hashes differ), so "
                 f"their scores do not compare; give evaluate the same options for all runs, or another --name"
             )
+        first.task.check_pair(first, other)

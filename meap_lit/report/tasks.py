@@ -23,7 +23,7 @@ def task_sections(study: Study, evaluations: Evaluations) -> Iterator[Block]:
     """Yield a section for each evaluation of an arm of the study.
 
     Raises:
-        UserError: If its runs have other items.
+        UserError: If its runs have other items, or scores that do not compare.
     """
     for name, results in evaluations.items():
         arms = [arm for arm in study.arms if results_of(arm, results)]

@@ -67,6 +67,16 @@ def test_a_kill_at_any_point_of_a_save_leaves_whole_checkpoints(tmp_path, target
     assert read(tmp_path / "last.ckpt")["global_step"] == 8
 
 
+def test_a_copy_whose_files_have_other_times_goes_on_from_the_same_checkpoint(tmp_path):
+    train(tmp_path / "run", max_steps=8, keep=-1)
+    train(tmp_path / "run", max_steps=6, keep=-1, ckpt_path=tmp_path / "run" / "step=2.ckpt")
+    assert newest_checkpoint(tmp_path / "run").name == "step=6-v1.ckpt"
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=True)
+    for seconds, path in enumerate(sorted(copy.glob("step=*.ckpt"), reverse=True)):
+        os.utime(path, (1e9 - seconds, 1e9 - seconds))
+    assert newest_checkpoint(copy).name == "step=6-v1.ckpt", "step=8 was left behind"
+
+
 def test_a_kill_while_ranks_save_their_parts_leaves_the_checkpoint_before(tmp_path):
     def killed():
         kill_at("meap_lit.callbacks.checkpoint.checksums", 2)

@@ -17,8 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from meap_lit.cli import main
 from meap_lit.errors import UserError
+from meap_lit.evaluation.attention.masked import MaskedAttention
+from meap_lit.evaluation.attention.segments import AttentionSegments
 from meap_lit.evaluation.command import Evaluate, label_of
-from meap_lit.evaluation.runner import _share, alike_together, batches, choose_items, fingerprint
+from meap_lit.evaluation.runner import Records, _share, alike_together, batches, begun, choose_items, fingerprint
 from meap_lit.evaluation.statistics import Mean, bootstrap
 from meap_lit.evaluation.task import Item, Result, difference
 from meap_lit.evaluation.tasks.facts import FactRetrieval
@@ -407,6 +409,13 @@ def test_the_end_of_an_answer_in_a_chat_is_compared(source_folder, tmp_path):
         command.run()
 
 
+def test_long_settings_that_differ_at_their_end_are_shown_with_it(tmp_path):
+    ids = list(range(500))
+    Records(tmp_path, {"stop_token_ids": ids}).begin("items")
+    with pytest.raises(UserError, match=r"another stop_token_ids \(\[0, .* 498, 499\] then, \[0, .* 498, 7\] now\)"):
+        Records(tmp_path, {"stop_token_ids": [*ids[:-1], 7]})
+
+
 def test_a_template_writes_the_day_on_which_an_evaluation_began(source_folder, tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text("{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m.content }} {% endfor %}")
@@ -426,6 +435,16 @@ def test_a_template_writes_the_day_on_which_an_evaluation_began(source_folder, t
     file.write_text(json.dumps({**then, "begun": "2000-01-01T00:00:00"}))
     with pytest.raises(UserError, match="has answers for another items"):
         command.run()
+
+
+def test_all_checkpoints_of_an_evaluation_have_the_date_of_the_first(tmp_path):
+    for label, begin in (("a", "2001-01-01T00:00:00"), ("b", "2000-12-31T23:59:00"), ("c", None)):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "settings.json").write_text(json.dumps({"begun": begin} if begin else []))
+    now = datetime(2001, 1, 2, 3, 4, 5, 6)
+    assert begun(tmp_path / "new", now) == datetime(2000, 12, 31, 23, 59)
+    assert begun(tmp_path / "a", now) == datetime(2001, 1, 1), "its answers are for that date"
+    assert begun(tmp_path / "another" / "new", now) == begun(tmp_path / "c", now) == now.replace(microsecond=0)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(recipe, source_folder, monkeypatch, capsys):
@@ -456,6 +475,20 @@ def test_values_that_are_not_finite_are_no_answers(source_folder, tmp_path, use,
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"values that are not finite \(NaN or infinity\).*; add --dtype float32, or"):
         use(folder)
+    assert not list(tmp_path.rglob("predictions*"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", [MaskedAttention, AttentionSegments])
+def test_attention_that_is_not_finite_is_no_answer(source_folder, prepared, tmp_path, kind, value):
+    folder = shutil.copytree(source_folder, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][0] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    masked = {"dataset": prepared.dataset, "seq_len": 60, "num_sequences": 1}
+    segments = {"lengths": [200], "depths": [50.0], "num_items": 1}
+    with pytest.raises(UserError, match=r"values that are not finite \(NaN or infinity\)"):
+        evaluated(kind(**(masked if kind is MaskedAttention else segments)), folder)
     assert not list(tmp_path.rglob("predictions*"))
 
 

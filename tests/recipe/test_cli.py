@@ -518,7 +518,35 @@ def test_a_spent_budget_is_said_in_a_line_and_leaves_nothing(toy_recipe, tmp_pat
     assert ended.value.code == 0
     *_, line = capsys.readouterr().out.splitlines()
     step = r"checkpoint \S+step=(\d+).ckpt is at optimizer step \1"
-    assert re.fullmatch(rf"the budget is spent: {step}, and {said}; raise it to continue", line), line
+    assert re.fullmatch(
+        rf"the budget is spent: {step}, and {said}; raise it to continue, or start another run .*", line
+    ), line
+
+
+@pytest.mark.parametrize(
+    ("masks", "is_other"),
+    [
+        ("--model.mask_ratio 0", True),
+        ("--model.mask_ratio WarmupHold --model.mask_ratio.mask_ratio 0.15 --model.mask_ratio.warmup_steps 4", True),
+        ("--model.mask_ratio 0.15", False),
+    ],
+)
+def test_a_checkpoint_of_a_run_with_other_masks_is_named_so(runs, toy_recipe, capsys, masks, is_other):
+    with pytest.raises(SystemExit):
+        RecipeCLI.run(
+            ["fit", "--config", str(toy_recipe), "--budget.max_steps", "6", "--ckpt_path", "last", *masks.split()]
+        )
+    *_, checkpoint, spent = capsys.readouterr().out.splitlines()
+    assert checkpoint.endswith("step=6.ckpt, of a run with another model.mask_ratio" if is_other else "step=6.ckpt")
+    assert spent.endswith("raise it to continue, or start another run with --ckpt_path null")
+
+
+def test_a_resumed_schedule_is_no_other_one(toy_recipe, capsys):
+    schedule = ["--model.mask_ratio", "WarmupHold", "--model.mask_ratio.mask_ratio", "0.15"]
+    fit = ["fit", "--config", str(toy_recipe), *schedule, "--model.mask_ratio.warmup_steps", "2"]
+    for steps in ("2", "3"):
+        RecipeCLI.run([*fit, "--budget.max_steps", steps, "--ckpt_path", "last"])
+    assert re.search(r"^checkpoint: .*step=2.ckpt$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_validate_prints_what_it_finds_and_leaves_nothing(runs, toy_recipe, capsys, leaves_no_folder):

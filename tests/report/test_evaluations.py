@@ -8,6 +8,7 @@ from meap_lit.report.arms import find_studies
 from meap_lit.report.evaluations import check_items, find_evaluations
 from meap_lit.report.measures import Score
 from meap_lit.report.runs import find_runs
+from meap_lit.report.tasks import task_sections
 from tests.support.toy_study import recipe, write_result, write_run
 
 
@@ -77,6 +78,20 @@ def test_other_items_do_not_compare(two_arms, tmp_path):
     found, _ = find_evaluations([str(tmp_path / "evaluations")], find_runs([str(tmp_path / "runs")]))
     with pytest.raises(UserError, match=r"evaluation kv has other items in .*b/result.json than in .*a/result.json"):
         check_items(list(found["kv"].values()))
+
+
+def test_scores_of_other_judges_do_not_compare(two_arms, tmp_path):
+    out = tmp_path / "evaluations/xsum"
+    for name, judges in (("ntp_1", "ab"), ("meap_1", "ab"), ("ntp_2", "a"), ("meap_2", "ab")):
+        folder = write_result(out / name, two_arms[name], {"0": 100.0}, task="hallucination", metric="free")
+        content = json.loads((folder / "result.json").read_text())
+        content["results"][0]["items"][0]["verdicts"] = dict.fromkeys(judges, True)
+        (folder / "result.json").write_text(json.dumps(content))
+    runs = find_runs([str(tmp_path / "runs")])
+    found, _ = find_evaluations([str(tmp_path / "evaluations")], runs)
+    (study,) = find_studies(runs)
+    with pytest.raises(UserError, match=r"judge b has judged \S+/result.json but not \S+/ntp_2/result.json, so their"):
+        list(task_sections(study, found))
 
 
 def test_wrong_evaluations(two_arms, tmp_path):

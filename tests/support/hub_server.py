@@ -55,6 +55,8 @@ class Hub:
         """While it is set, a file stops after its first 100,000 bytes, or its first half, until the server closes."""
         self.uploaded: dict[str, bytes] = {}
         """Large files that came, by their SHA-256."""
+        self.storage: str | None = None
+        """Address of the server that large files come from; this one if None."""
         self.closing = threading.Event()
         self.stalled = threading.Event()
         """Set once a file has stopped."""
@@ -237,6 +239,15 @@ class _Handler(BaseHTTPRequestHandler):
         file = folder / path
         if path not in _files(folder):
             self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
+            return
+        if self.hub.storage is not None and _is_large(file):
+            self.send_response(302)
+            self.send_header("Location", self.hub.storage + self.path)
+            self.send_header("X-Linked-Size", str(file.stat().st_size))
+            self.send_header("X-Linked-Etag", f'"{_etag(file)}"')
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         content = file.read_bytes()
         first = 0

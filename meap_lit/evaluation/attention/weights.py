@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from meap_lit.inference.generation import not_finite
 from meap_lit.model import Decoder
 
 Observe = Callable[[int, Tensor, Tensor], None]
@@ -90,7 +91,13 @@ def visible(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
 
 
 def as_record(values: Tensor) -> PerHead:
-    """Return values, [num_layers, num_heads], as lists, rounded to six digits."""
+    """Return values, [num_layers, num_heads], as lists, rounded to six digits.
+
+    Raises:
+        UserError: If a value is not finite.
+    """
+    if not values.isfinite().all():
+        raise not_finite()
     return [[float(f"{value:.6g}") for value in row] for row in values.tolist()]
 
 

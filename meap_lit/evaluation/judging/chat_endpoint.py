@@ -23,7 +23,7 @@ from email.message import Message
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from meap_lit.errors import UserError, check_range
+from meap_lit.errors import UserError, check_range, shorten
 
 LONGEST_WAIT = 600.0
 """Seconds; an endpoint that demands a longer wait (a quota of the day) ends the run."""
@@ -183,8 +183,7 @@ class ChatEndpoint:
 
     def _clean(self, text: str) -> str:
         key = self.key()
-        line = " ".join((text if key is None else text.replace(key, "***")).split())
-        return line if len(line) <= 200 else f"{line[:200]}..."
+        return shorten(" ".join((text if key is None else text.replace(key, "***")).split()), 200)
 
 
 class Passing(Exception):

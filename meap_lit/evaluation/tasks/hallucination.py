@@ -99,7 +99,7 @@ class Hallucination(PromptTask):
         return found
 
     @classmethod
-    def extra_of_pair(cls, first: Result, second: Result) -> dict[str, float]:
+    def check_pair(cls, first: Result, second: Result) -> None:
         """Refuse results of different judges, whose scores are means over other verdicts.
 
         Raises:
@@ -110,12 +110,12 @@ class Hallucination(PromptTask):
             before, after = judges.get(record["id"], {}.keys()), record.get("verdicts", {}).keys()
             if before and after and before != after:
                 judge = min(before ^ after)
-                with_it, without = (first, second) if judge in before else (second, first)
+                names = [str(result.path or result.label) for result in (first, second)]
+                with_it, without = names if judge in before else reversed(names)
                 raise UserError(
-                    f"judge {judge} has judged {with_it.label} but not {without.label}, so their scores do not "
-                    f"compare; run judge with the same judges for both"
+                    f"judge {judge} has judged {with_it} but not {without}, so their scores do not compare; run "
+                    f"judge with the same judges for both"
                 )
-        return {}
 
 
 def until_stop(text: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 from meap_lit.cli import main
 from meap_lit.errors import UserError
 from meap_lit.evaluation.judging.judges import parse_verdict
-from meap_lit.evaluation.results import extras, figures
+from meap_lit.evaluation.results import extras, figures, save
 from meap_lit.evaluation.runner import choose_items
 from meap_lit.evaluation.task import Result
 from meap_lit.evaluation.tasks.hallucination import Hallucination, until_stop
@@ -177,14 +177,16 @@ def test_recipes(source_folder, tmp_path, capsys, dataset):
     assert "not judged yet" in capsys.readouterr().out
 
 
-def test_results_of_other_judges_do_not_compare(file):
+def test_results_of_other_judges_do_not_compare(file, tmp_path):
     def result(label, **verdicts):
         records = [{"id": "0", "cell": {"dataset": "x"}, "verdicts": verdicts}]
         scored = [{**record, "scores": Hallucination.score(None, record)} for record in records]
         return Result(Hallucination(file=file, prompt="document"), label, scored)
 
     both, one, fresh = result("ntp", a=True, b=False), result("meap", a=True), result("new")
-    assert Hallucination.extra_of_pair(both, both) == Hallucination.extra_of_pair(both, fresh) == {}
+    Hallucination.check_pair(both, both)
+    Hallucination.check_pair(both, fresh)
     for pair in ([both, one], [one, both]):
         with pytest.raises(UserError, match="judge b has judged ntp but not meap, so their scores do not compare; run"):
-            extras(pair)
+            save(pair, tmp_path / "pair")
+    assert not (tmp_path / "pair").exists()
