@@ -47,7 +47,8 @@ def checksums(folder: Path, rank: int = 0, num_ranks: int = 1) -> dict[str, Chec
     That rank still has them in memory.
     """
     names = [INDEX, TRAINER_STATE, *(file.name for file in folder.glob("__*.distcp"))]
-    return {name: _checksum(folder / name) for name in sorted(names) if _owner(name) % num_ranks == rank}
+    sizes = {name: (folder / name).stat().st_size for name in sorted(names) if _owner(name) % num_ranks == rank}
+    return {name: Checksum(size, _hash(folder / name, size)) for name, size in sizes.items()}
 
 
 def seal(folder: Path, found: Mapping[str, Checksum]) -> None:
@@ -70,11 +71,6 @@ def to_disk(path: Path) -> None:
 def _owner(name: str) -> int:
     match = re.match(r"__(\d+)_", name)
     return int(match[1]) if match else 0
-
-
-def _checksum(file: Path) -> Checksum:
-    size = file.stat().st_size
-    return Checksum(size, _hash(file, size))
 
 
 def _hash(file: Path, end: int) -> str:
@@ -117,11 +113,7 @@ def recorded(path: Path) -> dict[str, Checksum] | None:
 
 
 def check(path: Path, hashes: bool = True, rank: int = 0, num_ranks: int = 1) -> None:
-    """Do as `verify` before a checkpoint is read, without `hashes` by sizes only; say on stderr if it has no checksums.
-
-    Raises:
-        UserError: If a file is missing, cut short or changed; the first one is named.
-    """
+    """Verify a checkpoint that is to be read, without `hashes` by sizes only; say on stderr if it has no checksums."""
     if not hashes:
         recorded(path)
         return

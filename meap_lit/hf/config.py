@@ -84,9 +84,6 @@ def read_config(content: Mapping[str, Any], where: str) -> tuple[DecoderConfig, 
 
     Returns:
         Its configuration, vocabulary as stated, and its `model_type`.
-
-    Raises:
-        UserError: If the file lacks a size, or names an architecture or a feature that the decoder does not have.
     """
     model_type = _model_type(content, where)
     _refuse_features(content, model_type, where)
@@ -165,9 +162,6 @@ def sliding_window(content: Mapping[str, Any], model_type: str, num_layers: int,
             one from `max_window_layers` on if `use_sliding_window` is true.
         num_layers: Number of layers.
         where: The file, for messages.
-
-    Raises:
-        UserError: If a key has a wrong value.
     """
     layers = content.get("layer_types")
     if not isinstance(layers, list | None):

@@ -24,9 +24,6 @@ def check_same_model(
         config: Configuration of the recipe's model.
         lora: Adapters of the recipe.
         origin: Of the frozen weights: `init_from`, their place, and `base`, their hash.
-
-    Raises:
-        UserError: If the checkpoint does not continue such a run.
     """
     now = dataclasses.asdict(config)
     for name, was in about.get("config", {}).items():
