@@ -325,16 +325,12 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _Folder(dcp.FileSystemReader):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.folder = folder
-
     def trainer_state(self) -> dict[str, Any]:
-        return load(self.folder / TRAINER_STATE)
+        return load(Path(self.path) / TRAINER_STATE)
 
     @cached_property
     def _index(self) -> Metadata:
-        return read_index(self.folder)
+        return read_index(Path(self.path))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         self._index.storage_meta = self._index.storage_meta or StorageMeta()

@@ -97,19 +97,16 @@ def build_decoder(
     config: DecoderConfig,
     source: WeightSource,
     *,
-    first_new_token: int | None = None,
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Decoder:
-    """Return a decoder with the weights of `source`, in its dtype and on the CPU if not given.
+    """Return a decoder with the weights of `source`, in its dtype if none is given.
 
-    Args:
-        config: The source's, or one with more vocabulary rows or another context.
-        first_new_token: As for `load_weights`.
+    `config` is the source's, or one with more vocabulary rows or another context.
     """
     decoder = meta_decoder(config, dtype or source.dtype)
-    allocate(decoder, device or "cpu")
-    load_weights(decoder, source, first_new_token=first_new_token)
+    allocate(decoder, device)
+    load_weights(decoder, source)
     return decoder
 
 
