@@ -121,13 +121,9 @@ def check_push(name: str) -> None:
 
 
 def push(folder: Path, name: str, *, private: bool, ignore: tuple[str, ...]) -> str:
-    """Upload a folder as one commit to a repository of a model, which is made if there is none; return its address.
+    """Upload a folder as one commit to the repository ORG/NAME, which is made if there is none; return its address.
 
-    Args:
-        folder: The folder.
-        name: The repository, as ORG/NAME.
-        private: Make it private; one that is public already is refused.
-        ignore: Patterns of files to leave out.
+    If it is to be `private`, a public one is refused. `ignore` are patterns of files to leave out.
     """
     from huggingface_hub import HfApi, constants
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from meap_lit.checkpoint.checksums import INDEX, TRAINER_STATE
-from meap_lit.checkpoint.content import load, split
+from meap_lit.checkpoint.content import divide, load
 from meap_lit.checkpoint.one_file import OneFile
 from meap_lit.errors import UserError
 
@@ -79,7 +79,7 @@ def write(
         OSError: If one of the ranks cannot write a file.
         UserError: If the state of a callback could not be read back.
     """
-    states, rest = split(checkpoint)
+    states, rest = divide(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         dcp.save(states, checkpoint_id=folder, process_group=group, no_dist=rank is None)

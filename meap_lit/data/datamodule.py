@@ -16,7 +16,7 @@ from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.store.manifest import Kind, Manifest
 from meap_lit.data.store.remote import Storage, scheme_of
 from meap_lit.data.stream.loader import Loader
-from meap_lit.data.stream.micro_batches import Reader, Slice, TrainStream, ValidationStream
+from meap_lit.data.stream.micro_batches import BatchReader, Slice, TrainStream, ValidationStream
 from meap_lit.data.stream.order import MixedOrder, ShuffledOrder, Visit
 from meap_lit.data.stream.packing import PackedOrder
 from meap_lit.errors import UserError, check_range
@@ -277,7 +277,7 @@ class StreamingData(L.LightningDataModule, ABC):
         """Return the number of training samples in each chunk of a dataset."""
 
     @abstractmethod
-    def _reader(self, split: Literal["train", "val"]) -> Reader:
+    def _reader(self, split: Literal["train", "val"]) -> BatchReader:
         """Return what reads rows of a split into batches."""
 
     @abstractmethod

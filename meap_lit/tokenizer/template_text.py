@@ -27,7 +27,7 @@ class Tokens:
         self.special.extend(special)
 
 
-class TextEncoder:
+class TemplateEncoder:
     """Encodes a template's text, in which special tokens are special, around messages, in which they are not."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
