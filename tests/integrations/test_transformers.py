@@ -33,6 +33,7 @@ from meap_lit.masking.duplication import Duplication
 from meap_lit.masking.schedules import Linear
 from meap_lit.modules import AdamW, MEAPFineTuning, MEAPPretraining
 from meap_lit.tokenizer.tokenizer import Tokenizer
+from tests.support import hf_ranks
 from tests.support.hf_models import save_variant
 from tests.support.word_tokenizer import save_word_level
 
@@ -195,10 +196,11 @@ def test_a_resumed_run_continues_with_its_masks(pretrained, source_folder, tmp_p
 @pytest.mark.slow
 def test_two_processes_read_what_one_reads(tmp_path):
     root = Path(__file__).parents[2]
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
-        command = [sys.executable, *launcher, "tests/support/hf_ranks.py", str(tmp_path)]
-        subprocess.run(command, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, timeout=300)
-    for kind in ("pretraining", "fine-tuning"):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "tests/support/hf_ranks.py", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, timeout=300)
+    for kind in hf_ranks.KINDS:
+        hf_ranks.main(kind, tmp_path)
         files = [tmp_path / f"{kind}-{name}.json" for name in ("0-1", "0-2", "1-2")]
         alone, first, second = (json.loads(file.read_text()) for file in files)
         assert len(alone) == 8  # four steps of two micro-batches
