@@ -242,8 +242,8 @@ def _check_types(entry: Any) -> None:
     """Raise TypeError if a field of a dataclass that was read from JSON has another type than it says."""
     for name, hint in typing.get_type_hints(type(entry)).items():
         hints = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        origins = (typing.get_origin(kind) or kind for kind in hints)
-        classes = tuple(str if origin is Literal else int | float if origin is float else origin for origin in origins)
+        origins = [typing.get_origin(kind) or kind for kind in hints]
+        classes = tuple({Literal: str, float: int | float}.get(origin, origin) for origin in origins)
         value = getattr(entry, name)
         if not isinstance(value, classes) or isinstance(value, bool):
             raise TypeError(f"{name} is {value!r:.80}")
