@@ -102,33 +102,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run_command(read_command(arguments))
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except PermissionError as error:
-        # any access to a file in a folder without permission raises this
-        print(
-            f"error: no permission for {error.filename}: give this user access, or name another path", file=sys.stderr
-        )
-        return 2
+        return _fail(_one_line(error))
+    except PermissionError as error:  # raised by any access to a file in a folder without permission
+        return _fail(f"no permission for {error.filename}: give this user access, or name another path")
     except BrokenPipeError:
         if not _stdout_is_closed():
             raise
         return 141  # the reader of the output, such as `head`, has ended: the status of SIGPIPE in a shell
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # only a path of the user is so long, or a link to itself
-            print(f"error: {shorten(str(error.filename))}: {error.strerror}; name another path", file=sys.stderr)
-            return 2
+            return _fail(f"{shorten(str(error.filename))}: {error.strerror}; name another path")
         if error.errno not in NO_SPACE:
             raise
         where = f" {error.filename}" if error.filename else ""
-        print(f"error: cannot write{where}: {error.strerror}; free some space or name another folder", file=sys.stderr)
-        return 2
+        return _fail(f"cannot write{where}: {error.strerror}; free some space or name another folder")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     finally:
         _close_process_group()
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def _print_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -179,11 +177,7 @@ COMMANDS = {
 
 
 def read_command(arguments: list[str]) -> Any:
-    """Return the command that the words name, with its options. Its method `run` runs it.
-
-    Raises:
-        UserError: If there is no such command, or an option is wrong.
-    """
+    """Return the command that the words name, with its options. Its method `run` runs it."""
     from meap_lit.recipe.explain import check_value, input_errors
     from meap_lit.recipe.file import check_words, recipe_words
     from meap_lit.recipe.parser import command_parser, reads_recipes

@@ -121,16 +121,9 @@ def check_push(name: str) -> None:
 
 
 def push(folder: Path, name: str, *, private: bool, ignore: tuple[str, ...]) -> str:
-    """Upload a folder as one commit to a repository of a model, which is made if there is none; return its address.
+    """Upload a folder as one commit to the repository ORG/NAME, which is made if there is none; return its address.
 
-    Args:
-        folder: The folder.
-        name: The repository, as ORG/NAME.
-        private: Make it private; one that is public already is refused.
-        ignore: Patterns of files to leave out.
-
-    Raises:
-        UserError: If it cannot be uploaded.
+    If it is to be `private`, a public one is refused. `ignore` are patterns of files to leave out.
     """
     from huggingface_hub import HfApi, constants
 
@@ -154,11 +147,7 @@ def push(folder: Path, name: str, *, private: bool, ignore: tuple[str, ...]) -> 
 
 
 def _download(name: str, what: str, files: tuple[str, ...]) -> Path:
-    """Return the folder of a repository in the cache, with the newest commit of its revision if the Hub answers.
-
-    Raises:
-        UserError: If the Hub does not answer, and the cache does not have what is needed.
-    """
+    """Return the folder of a repository in the cache, with the newest commit of its revision if the Hub answers."""
     import huggingface_hub  # takes half a second
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import HfFileSystem, constants
 
 from meap_lit import hub
 from meap_lit.checkpoint.card import model_card
@@ -378,39 +378,32 @@ def test_processes_that_evaluate_download_once(server, tmp_path):
     assert_downloaded_once(server)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_documents"),
     [("texts/data/1.parquet", 10), ("texts@v1.0/data", 20), ("texts@v1.0/data/*.parquet", 20)],
 )
-def test_prepare_reads_a_dataset_of_the_hub(server, prepared, tmp_path, name, num_documents):
+def test_prepare_reads_a_dataset_of_the_hub(server, prepared, tmp_path, capsys, name, num_documents):
     folder = tmp_path / "parquet"
     (folder / "data").mkdir(parents=True)
     for number in (1, 2):
         texts = [file.read_text() for file in sorted(prepared.texts.glob(f"{number}?.txt"))]
         pq.write_table(pa.table({"text": texts}), folder / "data" / f"{number}.parquet")
     server.add("org/texts", folder, kind="datasets", branch="v1.0" if "@" in name else "main")
-    result = prepare_text(server, prepared, tmp_path, f"hf://datasets/org/{name}")
-    assert result.returncode == 0, result.stderr
-    assert f"in all   {num_documents} documents" in result.stdout
+    assert prepare_text(prepared, f"hf://datasets/org/{name}") == 0
+    assert f"in all   {num_documents} documents" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_dataset_that_the_hub_does_not_have(server, prepared, tmp_path):
+def test_a_dataset_that_the_hub_does_not_have(server, prepared, capsys):
     address = "hf://datasets/org/none/1.parquet"
-    result = prepare_text(server, prepared, tmp_path, address)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+    assert prepare_text(prepared, address) == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: cannot read {address}: RepositoryNotFoundError: 401 Client Error.")
     assert line.endswith("; check the address and the credentials")
 
 
-def prepare_text(server, prepared, tmp_path, address):
-    """Prepare a remote input in a process of its own, since the file system of the Hub remembers its endpoint."""
-    command = [sys.executable, "-m", "meap_lit", "prepare", "text", "--tokenizer", prepared.tokenizer]
-    command += ["--input", address, "--output", str(tmp_path / "out")]
-    options = {"env": server.environment(tmp_path / "home"), "cwd": ROOT, "timeout": 120, "check": False}
-    return subprocess.run(command, capture_output=True, text=True, **options)
+def prepare_text(prepared, address):
+    HfFileSystem.clear_instance_cache()  # it remembers its endpoint
+    return main(["prepare", "text", "--tokenizer", prepared.tokenizer, "--input", address, "--output", "out"])
 
 
 # ------------------------------------------------------------------------------------------- push

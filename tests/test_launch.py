@@ -18,6 +18,7 @@ from meap_lit.errors import UserError
 from meap_lit.parallel.strategies import follow_launcher
 from meap_lit.recipe.cli import RecipeCLI
 from tests.support.checkpoints import read
+from tests.support.toy_module import fork
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -45,27 +46,22 @@ def test_torchrun(toy_recipe, tmp_path):
     assert_like_one_process(toy_recipe, tmp_path / "runs" / "toy" / "version_0")
 
 
-def test_a_rank_that_reads_another_dataset_is_named(toy_recipe, prepared, tmp_path):
+def test_a_rank_that_reads_another_dataset_is_named(toy_recipe, prepared, tmp_path, capfd):
     other = str(tmp_path / "other")
     options = {"input": ["README.md", "docs/*.md"], "tokenizer": prepared.tokenizer, "val_share": 0.1, "num_workers": 1}
     PrepareText(output=other, **options).run()
     for rank, dataset in enumerate((prepared.dataset, other)):
         (tmp_path / f"node{rank}").mkdir()
         (tmp_path / f"node{rank}" / "dataset").symlink_to(dataset)
-    words = arguments(toy_recipe, "--config", str(ROOT / "recipes/strategy/ddp.yaml"), "--data.datasets", "dataset")
-    script = f'cd {tmp_path}/node$RANK && exec "$@"'
-    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", "--no-python", "bash", "-c", script, "_"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    result = subprocess.run(
-        [*command, sys.executable, "-m", "meap_lit", *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment,
-    )
-    assert result.returncode != 0
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    overlay = ["--config", str(ROOT / "recipes/strategy/ddp.yaml"), "--trainer.devices", "2"]
+    words = arguments(toy_recipe, *overlay, "--data.datasets", "dataset")
+
+    def fit():
+        os.chdir(tmp_path / f"node{os.environ['LOCAL_RANK']}")
+        sys.exit(main(words))
+
+    assert fork(fit, 2, timeout=300) == [2, 0]  # Lightning kills the first process of a node if another fails
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line.startswith(
         "error: dataset dataset on rank 1 is not that of rank 0 (contents differ); all ranks must"
     ), line

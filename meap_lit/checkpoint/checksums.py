@@ -47,7 +47,8 @@ def checksums(folder: Path, rank: int = 0, num_ranks: int = 1) -> dict[str, Chec
     That rank still has them in memory.
     """
     names = [INDEX, TRAINER_STATE, *(file.name for file in folder.glob("__*.distcp"))]
-    return {name: _checksum(folder / name) for name in sorted(names) if _owner(name) % num_ranks == rank}
+    sizes = {name: (folder / name).stat().st_size for name in sorted(names) if _owner(name) % num_ranks == rank}
+    return {name: Checksum(size, _hash(folder / name, size)) for name, size in sizes.items()}
 
 
 def seal(folder: Path, found: Mapping[str, Checksum]) -> None:
@@ -72,11 +73,6 @@ def _owner(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _checksum(file: Path) -> Checksum:
-    size = file.stat().st_size
-    return Checksum(size, _hash(file, size))
-
-
 def _hash(file: Path, end: int) -> str:
     """Return the hash of the first `end` bytes."""
     with open(file, "rb") as opened, ThreadPoolExecutor(_NUM_THREADS) as threads:
@@ -91,13 +87,9 @@ def _hash(file: Path, end: int) -> str:
 
 
 def recorded(path: Path) -> dict[str, Checksum] | None:
-    """Return the checksums that a checkpoint carries, by file; None if it was written without.
+    """Return the checksums that a checkpoint carries, by file; None if it was written without. Sizes are compared.
 
-    Args:
-        path: A checkpoint's folder, or a file that an earlier version wrote, whose only name is "".
-
-    Raises:
-        UserError: If the record is damaged, or a file is missing or of another size; the first is named.
+    A checkpoint in one file, which an earlier version wrote, has "" as its only name.
     """
     if path.is_file():
         return _recorded_inside(path)
@@ -117,11 +109,7 @@ def recorded(path: Path) -> dict[str, Checksum] | None:
 
 
 def check(path: Path, hashes: bool = True, rank: int = 0, num_ranks: int = 1) -> None:
-    """Do as `verify` before a checkpoint is read, without `hashes` by sizes only; say on stderr if it has no checksums.
-
-    Raises:
-        UserError: If a file is missing, cut short or changed; the first one is named.
-    """
+    """Verify a checkpoint that is to be read, without `hashes` by sizes only; say on stderr if it has no checksums."""
     if not hashes:
         recorded(path)
         return
@@ -136,18 +124,12 @@ _told: set[Path] = set()
 
 
 def verify(path: Path, rank: int = 0, num_ranks: int = 1) -> int | None:
-    """Compare a checkpoint with the checksums it carries.
+    """Compare a checkpoint with the checksums it carries; refuse the first file that is missing, cut short or changed.
 
-    Args:
-        path: As for `recorded`.
-        rank: Hash only the files that this one of `num_ranks` would have written; all compare sizes.
-        num_ranks: Number of ranks that divide the files among them.
+    Each of `num_ranks` hashes only the files that it would have written; all compare sizes.
 
     Returns:
         Number of files compared; None if the checkpoint carries no checksums and has all the files that it needs.
-
-    Raises:
-        UserError: If a file is missing, cut short or changed; the first one is named.
     """
     expected = recorded(path)
     if expected is None:

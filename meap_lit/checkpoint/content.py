@@ -31,7 +31,7 @@ def load(file: Path) -> dict[str, Any]:
     return content
 
 
-def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def divide(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the state dicts of the model and of the optimizers, by the names that they have on disk, and the rest."""
     rest = dict(checkpoint)
     states = {"state_dict": rest.pop("state_dict")}

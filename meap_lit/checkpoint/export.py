@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meap_lit.checkpoint.card import model_card
-from meap_lit.checkpoint.source import DTYPES, CheckpointSource, open_source, vocab_size_for
+from meap_lit.checkpoint.source import DTYPES, CheckpointSource, open_source, tokenizer_of
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.errors import UserError
@@ -97,57 +97,29 @@ class Export(Preparation):
         if self.adapter_only:
             return self._make_adapter(folder, source, DTYPES[self.dtype or "float32"])
         dtype = DTYPES[self.dtype] if self.dtype else source.dtype
-        tokenizer = self._load_tokenizer(source)
-        is_unused = (
-            isinstance(source, CheckpointSource)
-            and source.rows_without_mask is not None
-            and tokenizer.mask_token_id == tokenizer.vocab_size - 1
-        )
-        if isinstance(source, CheckpointSource) and is_unused:
-            source = source.without_mask()
-        model_type = family(source.config, source.model_type)
+        tokenizer = tokenizer_of(source, self.tokenizer)
+        exported = _without_unused_mask(source, tokenizer)
+        model_type = family(exported.config, exported.model_type)
         if model_type is None:
             raise UserError(
                 f"{source.path} has decoder.qkv_bias and decoder.qk_norm, which no family of Hugging Face combines "
                 f"(Qwen2 has the first, Qwen3 the second), so it cannot be exported"
             )
-        files = _write_weights(folder, source, dtype, max_bytes)
-        generation = _generation(source, tokenizer)
-        special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": generation["eos_token_id"]}
-        content = write_config(source.config, model_type, dtype, source.positions)
-        _write_json(folder / CONFIG_FILE, content | special)
-        _write_json(folder / GENERATION_FILE, generation)
-        # no run of ours has used a mask token that was added in memory to the tokenizer of a Hugging Face folder
-        is_ours = isinstance(source, CheckpointSource) or not tokenizer.mask_is_new
-        is_known = is_ours and tokenizer.mask_token_id < (source.config.vocab_size or 0)
-        if is_unused or is_known:
-            tokenizer.save(folder, with_mask=not is_unused)
-        else:  # the model has no row for the mask token: copy the tokenizer as it is
-            Tokenizer.copy_files(tokenizer.path, folder)
-        what = f"{source.config.num_parameters():,} parameters, {model_type}"
-        summary = self._summary(folder, source, files, what, dtype)
+        files = _write_weights(folder, exported, dtype, max_bytes)
+        _write_settings(folder, exported, model_type, dtype, tokenizer)
+        note = _write_tokenizer(folder, exported, tokenizer, with_mask=exported is source)
+        what = f"{exported.config.num_parameters():,} parameters, {model_type}"
         prompt = "--chat --prompt 'Name three rivers.'" if tokenizer.chat_template else "--prompt 'Once upon a time'"
-        summary += f"\n  try: python -m meap_lit generate --checkpoint {self.output} {prompt}"
-        if is_unused:
-            summary += "\n  without the mask token, since no input was masked in training"
-        elif is_known:
-            summary += (
-                f"\n  transformers takes {tokenizer.special_tokens['mask_token']} in a text for the mask token, unless "
-                f"its tokenizer is called with split_special_tokens=True"
-            )
+        lines = [
+            self._summary(folder, source, files, what, dtype),
+            f"try: python -m meap_lit generate --checkpoint {self.output} {prompt}",
+            *([note] if note else []),
+        ]
         if model_type == "qwen2" and QWEN2_SPLIT not in _pre_tokenizer(tokenizer):
-            summary += (
-                "\n  load its tokenizer with PreTrainedTokenizerFast: AutoTokenizer would split text as Qwen2 does"
+            lines.append(
+                "load its tokenizer with PreTrainedTokenizerFast: AutoTokenizer would split text as Qwen2 does"
             )
-        return summary
-
-    def _load_tokenizer(self, source: WeightSource) -> Tokenizer:
-        path = self.tokenizer or source.tokenizer_folder
-        if path is None:
-            raise UserError(f"{source.path} comes without a tokenizer; name the one of its training with --tokenizer")
-        tokenizer = Tokenizer.load(str(path))
-        vocab_size_for(source, tokenizer)
-        return tokenizer
+        return "\n  ".join(lines)
 
     def _make_adapter(self, folder: Path, source: WeightSource, dtype: torch.dtype) -> str:
         if not isinstance(source, CheckpointSource) or source.lora is None:
@@ -235,7 +207,41 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
     file.chmod(mode)
 
 
-# -------------------------------------------------------------------------------------------------- the rest
+# ---------------------------------------------------------------------------------------- settings and tokenizer
+
+
+def _without_unused_mask(source: WeightSource, tokenizer: Tokenizer) -> WeightSource:
+    """Return `source`, without the rows that only a mask token needs that was added and never used in training."""
+    if not isinstance(source, CheckpointSource) or source.rows_without_mask is None:
+        return source
+    return source.without_mask() if tokenizer.mask_token_id == tokenizer.vocab_size - 1 else source
+
+
+def _write_settings(
+    folder: Path, source: WeightSource, model_type: str, dtype: torch.dtype, tokenizer: Tokenizer
+) -> None:
+    """Write the configurations of the model and of its generation."""
+    generation = _generation(source, tokenizer)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": generation["eos_token_id"]}
+    _write_json(folder / CONFIG_FILE, write_config(source.config, model_type, dtype, source.positions) | special)
+    _write_json(folder / GENERATION_FILE, generation)
+
+
+def _write_tokenizer(folder: Path, source: WeightSource, tokenizer: Tokenizer, *, with_mask: bool) -> str | None:
+    """Write the tokenizer, and return what a user should know of its mask token, if anything."""
+    if not with_mask:
+        tokenizer.save(folder, with_mask=False)
+        return "without the mask token, since no input was masked in training"
+    # no run of ours has used a mask token that was added in memory to the tokenizer of a Hugging Face folder
+    is_ours = isinstance(source, CheckpointSource) or not tokenizer.mask_is_new
+    if not is_ours or tokenizer.mask_token_id >= (source.config.vocab_size or 0):
+        Tokenizer.copy_files(tokenizer.path, folder)  # the model has no row for the mask token
+        return None
+    tokenizer.save(folder)
+    return (
+        f"transformers takes {tokenizer.special_tokens['mask_token']} in a text for the mask token, unless its "
+        f"tokenizer is called with split_special_tokens=True"
+    )
 
 
 def _generation(source: WeightSource, tokenizer: Tokenizer) -> dict[str, Any]:

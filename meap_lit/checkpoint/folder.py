@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from meap_lit.checkpoint.checksums import INDEX, TRAINER_STATE
-from meap_lit.checkpoint.content import load, split
+from meap_lit.checkpoint.content import divide, load
 from meap_lit.checkpoint.one_file import OneFile
 from meap_lit.errors import UserError, shorten
 
@@ -82,7 +82,7 @@ def write(
         OSError: If one of the ranks cannot write a file.
         UserError: If the state of a callback could not be read back.
     """
-    states, rest = split(checkpoint)
+    states, rest = divide(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         dcp.save(states, checkpoint_id=folder, process_group=group, no_dist=rank is None)
@@ -133,6 +133,8 @@ def _file_error(error: BaseException) -> OSError | None:
 class StoredCheckpoint:
     """A checkpoint on disk. Opening it reads nothing; tensors are read whole, one by one, or into a rank's shards.
 
+    What is damaged or has code in it is refused by `UserError`.
+
     Args:
         path: Its folder, or a file that an earlier version wrote.
     """
@@ -143,11 +145,7 @@ class StoredCheckpoint:
 
     @cached_property
     def trainer_state(self) -> dict[str, Any]:
-        """All but the weights and the optimizers' states: counters, loops, callbacks, data.
-
-        Raises:
-            UserError: If it is damaged or has code in it.
-        """
+        """All but the weights and the optimizers' states: counters, loops, callbacks, data."""
         state = self._reader.trainer_state()
         for name, kind in _KINDS.items():
             if name in state and not isinstance(state[name], kind):
@@ -157,11 +155,7 @@ class StoredCheckpoint:
 
     @cached_property
     def index(self) -> Metadata:
-        """Names, shapes and dtypes of weights and optimizer states, and where they are.
-
-        Raises:
-            UserError: As for `read_index`.
-        """
+        """Names, shapes and dtypes of weights and optimizer states, and where they are."""
         return self._reader.read_metadata()
 
     @cached_property
@@ -179,9 +173,6 @@ class StoredCheckpoint:
         The state of an optimizer stays keyed by the parameters' names. torch's optimizers take it so, as they match
         groups by position whatever the keys are, and a sharding strategy needs the names: from numbers it would guess
         them in the order of the module's parameters, which is not that of an optimizer with several groups.
-
-        Raises:
-            UserError: If it is damaged, has code in it, or was not written by Lightning.
         """
         flat = {key: _room(about) for key, about in self.index.state_dict_metadata.items()}
         self._load(flat, flatten=False)
@@ -201,11 +192,7 @@ class StoredCheckpoint:
         return {**self.trainer_state, "state_dict": weights, "optimizer_states": states}
 
     def read_weight(self, name: str) -> Tensor:
-        """Return one weight, by its name in the module.
-
-        Raises:
-            UserError: If it is damaged.
-        """
+        """Return one weight, by its name in the module."""
         flat = {_WEIGHTS + name: _room(self.weights[name])}
         self._load(flat, flatten=False)
         return flat[_WEIGHTS + name]
@@ -216,26 +203,20 @@ class StoredCheckpoint:
         Args:
             states: Nested state dicts of tensors and plain values, such as
                 `{"state_dict": get_model_state_dict(module)}`.
-
-        Raises:
-            UserError: If the checkpoint is damaged, has code in it, or lacks what `states` names.
         """
         self._load(states, flatten=True)
 
     def refuse_code(self) -> None:
-        """Read all of the checkpoint that may hold code, which is all but its tensors.
-
-        Raises:
-            UserError: If it is damaged or has code in it.
-        """
+        """Read all of the checkpoint that may hold code, which is all but its tensors."""
         _ = self.trainer_state
         values = self.index.state_dict_metadata.items()
         self._load({name: None for name, about in values if isinstance(about, BytesStorageMetadata)}, flatten=False)
 
     def _load(self, states: dict[str, Any], *, flatten: bool) -> None:
         """Fill `states`: nested, by all ranks together, or flat, by this process alone."""
+        planner = _Planner(flatten_state_dict=flatten)
         try:
-            dcp.load(states, storage_reader=self._reader, planner=_Planner(flatten), no_dist=not flatten)
+            dcp.load(states, storage_reader=self._reader, planner=planner, no_dist=not flatten)
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, UserError):
@@ -348,16 +329,12 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _Folder(dcp.FileSystemReader):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.folder = folder
-
     def trainer_state(self) -> dict[str, Any]:
-        return load(self.folder / TRAINER_STATE)
+        return load(Path(self.path) / TRAINER_STATE)
 
     @cached_property
     def _index(self) -> Metadata:
-        return read_index(self.folder)
+        return read_index(Path(self.path))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         self._index.storage_meta = self._index.storage_meta or StorageMeta()
@@ -366,9 +343,6 @@ class _Folder(dcp.FileSystemReader):
 
 
 class _Planner(dcp.DefaultLoadPlanner):
-    def __init__(self, flatten: bool) -> None:
-        super().__init__(flatten_state_dict=flatten)
-
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         loaded = torch.load(value, weights_only=True)
         if not self.flatten_state_dict:

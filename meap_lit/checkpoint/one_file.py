@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from meap_lit.checkpoint.content import load, split
+from meap_lit.checkpoint.content import divide, load
 from meap_lit.errors import UserError
 
 
@@ -26,18 +26,18 @@ class OneFile(dcp.StorageReader):
 
     def trainer_state(self) -> dict[str, Any]:
         """Return all but the weights and the state of the optimizers."""
-        return self._split()[1]
+        return self._divided()[1]
 
-    def _split(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _divided(self) -> tuple[dict[str, Any], dict[str, Any]]:
         content = load(self.file)
         if not isinstance(content.get("state_dict"), dict):
             raise UserError(f"{self.file} is not a checkpoint: it has no state_dict in it")
-        return split(content)
+        return divide(content)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the index that the checkpoint would have as a folder."""
         self._saved = dcp.DefaultSavePlanner()
-        self._saved.set_up_planner(self._split()[0], is_coordinator=True)
+        self._saved.set_up_planner(self._divided()[0], is_coordinator=True)
         plan = self._saved.create_local_plan()
         self._items = {item.index.fqn: item for item in plan.items}
         return self._saved.create_global_plan([plan])[1]
@@ -76,11 +76,7 @@ class OneFile(dcp.StorageReader):
 
 
 def comment(file: Path) -> bytes:
-    """Return the comment of the ZIP archive that `torch.save` makes of a checkpoint.
-
-    Raises:
-        UserError: If the end of the file is missing.
-    """
+    """Return the comment of the ZIP archive that `torch.save` makes of a checkpoint, which is at its end."""
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.comment

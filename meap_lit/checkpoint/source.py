@@ -5,7 +5,6 @@ Only safetensors and checkpoints without code are read, and opening reads no mor
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +73,16 @@ def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
     return rows
 
 
+def tokenizer_of(source: WeightSource, path: str | None = None) -> Tokenizer:
+    """Return the tokenizer at `path`, the one of the source if not given; raise `UserError` if it does not fit."""
+    folder = path or source.tokenizer_folder
+    if folder is None:
+        raise UserError(f"checkpoint {source.path} has no tokenizer; name that of its training with --tokenizer")
+    tokenizer = Tokenizer.load(str(folder))
+    vocab_size_for(source, tokenizer)  # refuses the tokenizer of another model
+    return tokenizer
+
+
 def new_mask_token(source: WeightSource, tokenizer: Tokenizer) -> int | None:
     """Return the id of the mask token if `source` has not been trained with it, so that its row starts anew.
 
@@ -127,6 +136,7 @@ class CheckpointSource(WeightSource):
         lora: The adapters' rank, scale and targets.
         first_new_token: As `load_weights` got it when training started.
         stored: The checkpoint on disk.
+        weights: Shape and dtype of each weight that it holds.
         has_mask: Give the rows of the vocabulary that only the mask token needs; see `without_mask`.
     """
 
@@ -137,22 +147,20 @@ class CheckpointSource(WeightSource):
     lora: LoRA | None
     first_new_token: int | None
     stored: StoredCheckpoint = field(repr=False)
+    weights: Mapping[str, TensorStorageMetadata] = field(repr=False)
     has_mask: bool = True
 
     @classmethod
     def open(cls, path: Path, verify: bool = True) -> "CheckpointSource":
-        """Read all but the weights, which are only compared with their checksums.
-
-        Raises:
-            UserError: If it is damaged, not ours, or needs a model that does not exist.
-        """
+        """Read all but the weights, which are only compared with their checksums."""
         _refuse_format(path)
         check(path, hashes=verify)
         stored = StoredCheckpoint(path)
         about = stored.trainer_state.get("decoder")
         if about is None:
             raise UserError(f"checkpoint {path} is not one of meap_lit: it has no decoder in it")
-        weights = _weights(stored)
+        all_weights = stored.weights.items()
+        weights = {name.removeprefix(_PREFIX): about for name, about in all_weights if name.startswith(_PREFIX)}
         try:
             config = _decoder_config(about["config"])
             lora = LoRA(**about["lora"]) if about.get("lora") or any(map(is_adapter, weights)) else None
@@ -178,14 +186,11 @@ class CheckpointSource(WeightSource):
             lora=lora,
             first_new_token=about.get("first_new_token"),
             stored=stored,
+            weights=weights,
         )
 
-    @cached_property
-    def _weights(self) -> dict[str, TensorStorageMetadata]:
-        return _weights(self.stored)
-
     def names(self) -> list[str]:
-        whole = [name for name in self._weights if not is_adapter(name)]
+        whole = [name for name in self.weights if not is_adapter(name)]
         return list(dict.fromkeys([*(self.base.names() if self.base else []), *whole]))
 
     def without_mask(self) -> "CheckpointSource":
@@ -193,19 +198,19 @@ class CheckpointSource(WeightSource):
         return replace(self, config=replace(self.config, vocab_size=self.rows_without_mask), has_mask=False)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        is_own = name in self._weights
-        shape = tuple(self._weights[name].size) if is_own or self.base is None else self.base.shape(name)
+        is_own = name in self.weights
+        shape = tuple(self.weights[name].size) if is_own or self.base is None else self.base.shape(name)
         if name not in (EMBEDDING, HEAD) or (is_own and self.has_mask):
             return shape
         return (self.config.vocab_size or 0, *shape[1:])
 
     def read(self, name: str) -> Tensor:
         """Return one parameter; a merged one is float32, so that the caller's cast is the only rounding."""
-        weight = self._read_own(name) if name in self._weights else self.read_base(name)
+        weight = self._read_own(name) if name in self.weights else self.read_base(name)
         if not self.has_mask and name in (EMBEDDING, HEAD):
             return weight[: self.config.vocab_size]
         layer = name.removesuffix(".weight")
-        if self.lora is None or f"{layer}.lora_a" not in self._weights:
+        if self.lora is None or f"{layer}.lora_a" not in self.weights:
             return weight
         lora_a, lora_b = (self._read_own(f"{layer}.{part}").float() for part in ("lora_a", "lora_b"))
         return weight.float() + self.lora.scale * (lora_b @ lora_a)
@@ -225,16 +230,11 @@ class CheckpointSource(WeightSource):
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Return name and value of each parameter that the checkpoint itself holds, adapters aside."""
-        return ((name, self._read_own(name)) for name in self._weights if not is_adapter(name))
+        return ((name, self._read_own(name)) for name in self.weights if not is_adapter(name))
 
     def adapters(self) -> dict[str, Tensor]:
         """Return the adapters, `lora_a` [rank, in] and `lora_b` [out, rank] of each target, by name."""
-        return {name: self._read_own(name) for name in self._weights if is_adapter(name)}
-
-
-def _weights(stored: StoredCheckpoint) -> dict[str, TensorStorageMetadata]:
-    """Return shape and dtype of each weight of the decoder, by its name there."""
-    return {name.removeprefix(_PREFIX): about for name, about in stored.weights.items() if name.startswith(_PREFIX)}
+        return {name: self._read_own(name) for name in self.weights if is_adapter(name)}
 
 
 def _decoder_config(content: Mapping[str, Any]) -> DecoderConfig:

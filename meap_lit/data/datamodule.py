@@ -16,7 +16,7 @@ from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.store.manifest import Kind, Manifest
 from meap_lit.data.store.remote import Storage, scheme_of
 from meap_lit.data.stream.loader import Loader
-from meap_lit.data.stream.micro_batches import Reader, Slice, TrainStream, ValidationStream
+from meap_lit.data.stream.micro_batches import BatchReader, Slice, TrainStream, ValidationStream
 from meap_lit.data.stream.order import MixedOrder, ShuffledOrder, Visit
 from meap_lit.data.stream.packing import PackedOrder
 from meap_lit.errors import UserError, check_range
@@ -182,15 +182,9 @@ class StreamingData(L.LightningDataModule, ABC):
                 rank_zero_info(f"dataset {path} has no validation split; val/loss does not include it")
 
     def check_alike(self, found: list[dict[str, str]]) -> None:
-        """Check that all ranks read the same datasets.
+        """Check that all ranks read the same datasets, given the `fingerprints` of each rank, in rank order.
 
         Every rank computes the order of all rows, so different datasets would give overlapping or missing rows.
-
-        Args:
-            found: `fingerprints` of each rank, in rank order.
-
-        Raises:
-            UserError: If the fingerprints of a rank differ from those of rank 0.
         """
         first = list(found[0].values())  # a home folder may have another name on another node
         for rank, fingerprints in enumerate(found):
@@ -204,11 +198,9 @@ class StreamingData(L.LightningDataModule, ABC):
     @property
     def samples_seen(self) -> int:
         """Number of rows in the optimizer steps so far, over all devices."""
-        assert self.trainer is not None
         return self.trainer.global_step * self.global_batch_size
 
     def state_dict(self) -> dict[str, Any]:
-        assert self.trainer is not None
         return {
             "step": self.trainer.global_step,
             "samples": self.samples_seen,
@@ -244,7 +236,7 @@ class StreamingData(L.LightningDataModule, ABC):
     @property
     def paths_with_val(self) -> list[str]:
         """Datasets that have a validation split."""
-        return [path for path in self.datasets if "val" in self.manifests[path].splits]
+        return self._paths_with("val")
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -254,16 +246,16 @@ class StreamingData(L.LightningDataModule, ABC):
     @cached_property
     def val_counts(self) -> dict[str, int]:
         """Return how many samples a validation reads of each dataset that has a validation split, by path."""
-        available = [len(self._val_labels(path)) for path in self.paths_with_val]
+        available = {path: len(self._val_labels(path)) for path in self.paths_with_val}
         if self.val_samples is None:
-            return dict(zip(self.paths_with_val, available, strict=True))
+            return available
         if self.val_samples < len(available):
             raise UserError(
                 f"data.val_samples {self.val_samples} is less than one for each of the {len(available)} datasets with "
                 f"a validation split; raise it to {len(available)} or more"
             )
-        weights = [self.datasets[path] for path in self.paths_with_val]
-        return dict(zip(self.paths_with_val, share_out(self.val_samples, weights, available), strict=True))
+        weights = [self.datasets[path] for path in available]
+        return dict(zip(available, share_out(self.val_samples, weights, [*available.values()]), strict=True))
 
     @cached_property
     def val_shares(self) -> dict[str, float]:
@@ -285,7 +277,7 @@ class StreamingData(L.LightningDataModule, ABC):
         """Return the number of training samples in each chunk of a dataset."""
 
     @abstractmethod
-    def _reader(self, split: Literal["train", "val"]) -> Reader:
+    def _reader(self, split: Literal["train", "val"]) -> BatchReader:
         """Return what reads rows of a split into batches."""
 
     @abstractmethod
@@ -298,13 +290,12 @@ class StreamingData(L.LightningDataModule, ABC):
 
     def _mixed_samples(self) -> MixedOrder:
         """Return the endless line of samples of all datasets."""
-        orders = [
-            ShuffledOrder(self._chunk_sizes(path), (self.seed, number)) for number, path in enumerate(self.datasets)
-        ]
+        paths = enumerate(self.datasets)
+        orders = [ShuffledOrder(self._chunk_sizes(path), (self.seed, number)) for number, path in paths]
         return MixedOrder(orders, list(self.datasets.values()), self.seed)
 
     def _paths_with(self, split: Literal["train", "val"]) -> list[str]:
-        return list(self.datasets) if split == "train" else self.paths_with_val
+        return [path for path in self.datasets if split in self.manifests[path].splits]
 
     @abstractmethod
     def example_prompt(self) -> str | None:
@@ -314,7 +305,6 @@ class StreamingData(L.LightningDataModule, ABC):
     def rank_slice(self) -> Slice:
         """The slice of each global batch that this process reads."""
         # Lightning keeps the data-parallel rank here: with tensor parallelism it is not the global rank
-        assert self.trainer is not None
         kwargs = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {}
         return Slice(rank=kwargs.get("rank", 0), num_replicas=kwargs.get("num_replicas", 1))
 
@@ -335,7 +325,6 @@ class StreamingData(L.LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         if not self.paths_with_val:
-            assert self.trainer is not None
             if self.trainer.state.fn == "validate":
                 raise UserError(
                     "no dataset of data.datasets has a validation split; prepare one with --val_share above 0"
@@ -353,7 +342,6 @@ class StreamingData(L.LightningDataModule, ABC):
 
     @property
     def _on_gpu(self) -> bool:
-        assert self.trainer is not None
         return self.trainer.strategy.root_device.type == "cuda"
 
 

@@ -3,20 +3,18 @@
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from meap_lit.checkpoint.source import DTYPES, open_source, vocab_size_for
+from meap_lit.checkpoint.source import DTYPES, open_source, tokenizer_of
 from meap_lit.errors import UserError
-from meap_lit.hf.weights import WeightSource, build_decoder, token_ids
+from meap_lit.hf.weights import build_decoder, token_ids
 from meap_lit.inference.generation import GREEDY, IsDone, OnToken, Sampling, check_prompts, generate, not_finite
-from meap_lit.model import Decoder
+from meap_lit.model import IGNORE_INDEX, Decoder
 from meap_lit.tokenizer.chat_template import ChatTemplate
-from meap_lit.tokenizer.tokenizer import Tokenizer
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -31,9 +29,6 @@ class LanguageModel:
         dtype: Dtype of the weights; by default bfloat16 on a GPU, and the checkpoint's own on a CPU.
         device: Device to compute on; auto takes a GPU if there is one.
         verify: Compare the checkpoint of a run with its checksums; False compares file sizes only.
-
-    Raises:
-        UserError: If the checkpoint or the device does not exist, or no tokenizer fits the checkpoint.
     """
 
     def __init__(
@@ -48,7 +43,7 @@ class LanguageModel:
         self.device = device if isinstance(device, torch.device) else choose_device(device)
         self.source = open_source(checkpoint, verify)
         self.config = self.source.config
-        self.tokenizer = _load_tokenizer(self.source, checkpoint, tokenizer)
+        self.tokenizer = tokenizer_of(self.source, tokenizer)
         self.today: datetime | None = None
         """Current time for chat templates; if None, the time at which a template is loaded."""
         self._templates: dict[str, ChatTemplate] = {}
@@ -149,26 +144,22 @@ class LanguageModel:
         Returns:
             For each row, of its N = len(row) - first tokens, the log-probabilities, [N] float32 on the CPU, and whether
             each token is the most likely one, [N] bool.
-
-        Raises:
-            UserError: If a value is not finite.
         """
         assert min(first) >= 1, "the first token of a row has no context"
         # attention is causal: padding on the right changes nothing
         input_ids = pad_sequence([torch.tensor(row[:-1]) for row in rows], batch_first=True).to(self.device)  # [B, T]
-        hidden = self.decoder(input_ids)  # [B, T, D]
-        spans = [range(start, len(row)) for row, start in zip(rows, first, strict=True)]
-        before = [number * hidden.size(1) + place - 1 for number, span in enumerate(spans) for place in span]
-        targets = [row[place] for row, span in zip(rows, spans, strict=True) for place in span]
-        scored = hidden.flatten(0, 1)[torch.tensor(before, dtype=torch.int64, device=self.device)]  # [M, D]
+        labels = pad_sequence([torch.tensor(row[1:]) for row in rows], batch_first=True, padding_value=IGNORE_INDEX)
+        for row_labels, start in zip(labels, first, strict=True):
+            row_labels[: start - 1] = IGNORE_INDEX
+        is_scored = labels != IGNORE_INDEX  # [B, T]
+        scored = self.decoder(input_ids)[is_scored.to(self.device)]  # [M, D]
         found, is_best = [], []
         # in pieces: [M, V] logits in float32 are large
-        pieces = zip(scored.split(1024), torch.tensor(targets, dtype=torch.int64, device=self.device).split(1024))
-        for piece, wanted in pieces:
+        for piece, wanted in zip(scored.split(1024), labels[is_scored].to(self.device).split(1024), strict=True):
             logits = self.decoder.logits(piece).float()  # [m, V]
             found.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
             is_best.append(logits.argmax(-1) == wanted)
-        sizes = [len(span) for span in spans]
+        sizes = is_scored.sum(dim=1).tolist()
         values = torch.cat(found).cpu()
         if not values.isfinite().all():
             raise not_finite()
@@ -184,12 +175,3 @@ def choose_device(device: Device) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda is not available; use --device cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _load_tokenizer(source: WeightSource, checkpoint: str, folder: str | Path | None) -> Tokenizer:
-    folder = folder or source.tokenizer_folder
-    if folder is None:
-        raise UserError(f"checkpoint {checkpoint} has no tokenizer; name its folder with --tokenizer")
-    tokenizer = Tokenizer.load(str(folder))
-    vocab_size_for(source, tokenizer)  # refuses the tokenizer of another model
-    return tokenizer

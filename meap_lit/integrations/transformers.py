@@ -23,14 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.generic import is_flash_attention_requested
 
 from meap_lit.errors import UserError, check_range
@@ -45,7 +38,8 @@ from meap_lit.tokenizer.tokenizer import MASK_TOKEN, MASK_TOKENS
 SAMPLE_ID = "sample_id"
 """Column of the training rows, int64: what tells the rows of a dataset apart."""
 
-Row = Mapping[str, Any]
+Sample = Mapping[str, Any]
+"""A row of a dataset."""
 
 _HOOKS: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 """The hook of a collator on each model in training."""
@@ -104,22 +98,14 @@ def _vocabulary_weights(model: PreTrainedModel) -> list[Tensor]:
 
 
 def with_sample_ids(dataset: Any, source: int = 0) -> Any:
-    """Return a dataset of the library `datasets` with the column `sample_id`: the number of each row.
+    """Return a `Dataset` or an `IterableDataset` with the column `sample_id`: the number of each row.
 
     Number several datasets that are mixed in one run by `source`, so that no two rows have the same id. Call it on the
     training set, before it is shuffled, and once the rows are final: packing of TRL drops the column.
-
-    Args:
-        dataset: A `Dataset` or an `IterableDataset`.
-        source: Number of the dataset.
     """
-
-    def number(row: Row, index: int) -> dict[str, int]:
-        return {SAMPLE_ID: id_of_sample(source, index)}
-
     if hasattr(dataset, "__len__"):
         return dataset.add_column(SAMPLE_ID, [id_of_sample(source, index) for index in range(len(dataset))])
-    return dataset.map(number, with_indices=True)
+    return dataset.map(lambda row, index: {SAMPLE_ID: id_of_sample(source, index)}, with_indices=True)
 
 
 class MEAPCollator(TrainerCallback, ABC):
@@ -144,10 +130,10 @@ class MEAPCollator(TrainerCallback, ABC):
         """1 between the beginning and the end of training, in memory that dataloader workers share."""
 
     @abstractmethod
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Sample]) -> dict[str, Tensor]:
         """Return the batch of some rows of the dataset."""
 
-    def _sample_ids(self, rows: Sequence[Row]) -> list[int]:
+    def _sample_ids(self, rows: Sequence[Sample]) -> list[int]:
         """Return the ids of rows, in training; none of evaluation rows, or outside of it."""
         if not self.is_callback:  # the trainer has removed the ids then, unless it was told not to
             raise UserError(
@@ -155,40 +141,26 @@ class MEAPCollator(TrainerCallback, ABC):
             )
         return [int(row[SAMPLE_ID]) for row in rows] if SAMPLE_ID in rows[0] and self._is_training else []
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, *others: Any, **kwargs: Any) -> None:
         self.is_callback = True
         args.remove_unused_columns = False  # the trainer would remove the sample ids, which no model takes
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        assert isinstance(model, nn.Module)
-        rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        rows = model.get_input_embeddings().num_embeddings
         if self.mask_token_id >= rows:
             raise UserError(
                 f"the model has {rows} vocabulary rows, none for the mask token {self.mask_token_id}; "
                 f"call add_mask_token(model, tokenizer) before the trainer is made"
             )
-        self.on_train_end(args, state, control, model)  # of an interrupted run, with whatever collator
+        self.on_train_end(model=model)  # of an interrupted run, with whatever collator
         self._is_training.fill_(1)
         _HOOKS[model] = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._is_training.fill_(0)
-        if model is not None and model in _HOOKS:
-            _HOOKS.pop(model).remove()
+        if kwargs["model"] in _HOOKS:
+            _HOOKS.pop(kwargs["model"]).remove()
 
     def _before_forward(self, model: nn.Module, args: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Take the sample ids out of a batch that the model is called with."""
@@ -239,16 +211,14 @@ class MEAPPretrainingCollator(MEAPCollator):
         self.protected_ids = list(protected_ids)
         self.step = self.max_steps = 0
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Sample]) -> dict[str, Tensor]:
         input_ids = [_tensor(row["input_ids"]) for row in rows]
         labels = [_tensor(row.get("labels", row["input_ids"])) for row in rows]
         batch = _padded(input_ids, labels, self.pad_token_id)
         ids = self._sample_ids(rows)
         return {**batch, "sample_ids": torch.tensor(ids)} if ids else batch
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step, self.max_steps = state.global_step, state.max_steps
 
     def prepare_inputs(self, batch: dict[str, Any], sample_ids: Tensor | None, training: bool) -> dict[str, Any]:
@@ -321,17 +291,10 @@ class MEAPFineTuningCollator(MEAPCollator):
         self._tokenizer = tokenizer
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().on_train_begin(args, state, control, model, **kwargs)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
         self._epoch.fill_(int(state.epoch or 0) - 1)
-        config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        config = kwargs["model"].config.get_text_config()
         if self.max_length is None:
             self.max_length = getattr(config, "max_position_embeddings", None)
         if self._restarts and is_flash_attention_requested(config):
@@ -340,16 +303,14 @@ class MEAPFineTuningCollator(MEAPCollator):
                 "another document; use continued, or load the model with attn_implementation='sdpa'"
             )
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self._epoch += 1
 
     @property
     def _restarts(self) -> bool:
         return self.duplication.layout == "concat" and self.duplication.copy_positions == "restarted"
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Sample]) -> dict[str, Tensor]:
         ids = self._sample_ids(rows)
         documents: list[Document] = []
         sample_ids: list[int | None] = []
@@ -364,7 +325,7 @@ class MEAPFineTuningCollator(MEAPCollator):
             batch["position_ids"] = pad_sequence([document.position_ids for document in documents], batch_first=True)
         return {**batch, "sample_ids": torch.tensor(sample_ids)} if ids else batch
 
-    def _documents(self, row: Row, sample_id: int | None) -> Iterator[Document]:
+    def _documents(self, row: Sample, sample_id: int | None) -> Iterator[Document]:
         """Yield the documents of a row: the original, the original with its copy, or both one by one."""
         input_ids, answers = _tensor(row["input_ids"]), self._answers(row)
         if self.max_length is not None and len(input_ids) > self.max_length:
@@ -403,7 +364,7 @@ class MEAPFineTuningCollator(MEAPCollator):
             )
         return has_room or self.duplication.layout == "separate"
 
-    def _answers(self, row: Row) -> list[Answer]:
+    def _answers(self, row: Sample) -> list[Answer]:
         """Return the answers of a row, from its column `answers` or from its labels."""
         if "answers" in row:
             return [Answer(*map(int, answer)) for answer in row["answers"]]

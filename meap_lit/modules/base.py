@@ -136,9 +136,6 @@ class DecoderModule(L.LightningModule, ABC):
 
         The decoder is built without memory, sharded if the strategy does so, and only then allocated and filled, so
         that no device ever holds more than its shard.
-
-        Raises:
-            UserError: If the vocabulary or the context is too small for the data.
         """
         if self.decoder is not None:
             return
@@ -216,8 +213,9 @@ class DecoderModule(L.LightningModule, ABC):
         self.masks_drawn = isinstance(source, CheckpointSource) and source.rows_without_mask is None
         new_mask = new_mask_token(source, tokenizer)
         rows_before = None if new_mask is None else source.config.vocab_size
+        name = hub.pinned(self.init_from or "")
         self.origin = {
-            "init_from": self._init_from_of(source),
+            "init_from": name if hub.is_pinned(name) else str(source.path),  # finds the source again
             "base": None if self.lora is None else source.fingerprint(),
             "first_new_token": new_mask,
             "rows": source.rows_without_mask if isinstance(source, CheckpointSource) else rows_before,
@@ -228,11 +226,6 @@ class DecoderModule(L.LightningModule, ABC):
         }
         config = dataclasses.replace(source.config, vocab_size=vocab_size_for(source, tokenizer))
         return config if self.context is None else self.context.of(config)
-
-    def _init_from_of(self, source: WeightSource) -> str:
-        """Return the name by which `source` is found again: its path, or its Hub id with the commit."""
-        name = hub.pinned(self.init_from or "")
-        return name if hub.is_pinned(name) else str(source.path)
 
     def _check_context(self, source: WeightSource | None) -> None:
         data = self.data
@@ -346,11 +339,7 @@ class DecoderModule(L.LightningModule, ABC):
         return {name: value for name, value in state.items() if name in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the weights of another model, and adapters of one: they might fit, and mean nothing.
-
-        Raises:
-            UserError: If the checkpoint's model or adapters are not those of the recipe.
-        """
+        """Refuse the weights of another model, and adapters of one: they might fit, and mean nothing."""
         is_foreign = type(self.data).__qualname__ not in checkpoint
         if is_foreign and self.trainer.state.fn == "fit":
             return  # a run of another kind: `Budget` says so
@@ -376,11 +365,7 @@ class DecoderModule(L.LightningModule, ABC):
 
 
 def with_vocabulary(config: DecoderConfig, tokenizer: Tokenizer) -> DecoderConfig:
-    """Return the configuration of a new model, with room for the tokenizer's ids, the mask token among them.
-
-    Raises:
-        UserError: If the stated vocabulary is too small.
-    """
+    """Return the configuration of a new model, with room for the tokenizer's ids, the mask token among them."""
     rows = vocab_rows(tokenizer.vocab_size, config.vocab_size)
     if rows is None:
         raise UserError(

@@ -32,7 +32,7 @@ class MEAPFineTuning(DecoderModule):
 
     @property
     def plain_override(self) -> str | None:
-        masked = self.trainer.datamodule.duplication.mask_ratio > 0
+        masked = self.data.duplication.mask_ratio > 0
         return "--data.duplication.mask_ratio 0" if masked else None
 
     def on_train_start(self) -> None:
@@ -43,21 +43,16 @@ class MEAPFineTuning(DecoderModule):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         with self.dropout_of(batch_idx):
             total, losses = self._losses(batch)  # scalar, [B, T]
-        self.masks_drawn |= self.plain_override is not None and self.trainer.datamodule.duplication.mask_inputs
+        self.masks_drawn |= self.plain_override is not None and self.data.duplication.mask_inputs
         masked = (losses * batch["in_copy"]).sum()
         self._step_sums += torch.stack([losses.sum() - masked, masked])
         # Lightning takes the mean over micro-batches, and data parallelism over devices; the step's sum is wanted
-        num_parts = self.trainer.accumulate_grad_batches * self.num_replicas
+        num_parts = self.trainer.accumulate_grad_batches * self.data.rank_slice.num_replicas
         self._log_step(batch, batch_idx)
         return total * num_parts / batch["num_labels"]
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         self._validate(self._losses(batch)[0], batch["labels"], batch.get("source", 0))
-
-    @property
-    def num_replicas(self) -> int:
-        """Number of data-parallel ranks that share a global batch."""
-        return self.data.rank_slice.num_replicas
 
     def _losses(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return the summed loss, scalar, and the loss of every position for the log, [B, T]."""
@@ -70,15 +65,15 @@ class MEAPFineTuning(DecoderModule):
         if not ends_step(self.trainer, batch_idx):
             return
         if is_logged(self.trainer, self.global_step + 1):
-            answer, masked = self._step_sums * self.num_replicas  # `sync_dist` takes the mean over devices
+            # `sync_dist` takes the mean over devices
+            answer, masked = self._step_sums * self.data.rank_slice.num_replicas
             num_masked = batch["num_masked"]
             self.log("train/loss", (answer + masked) / batch["num_labels"], sync_dist=True)
             if num_masked < batch["num_labels"]:  # with the layout `separate` a small step may have copies only
                 self.log("train/answer_loss", answer / (batch["num_labels"] - num_masked), sync_dist=True)
             if num_masked:
                 self.log("train/masked_loss", masked / num_masked, sync_dist=True)
-            data = self.trainer.datamodule
             self.log("data/copies", host_number(batch["num_copies"]))
             self.log("data/masked_tokens", host_number(num_masked))
-            self.log("data/share_of_real_tokens", host_number(batch["num_tokens"] / data.tokens_per_step))
+            self.log("data/share_of_real_tokens", host_number(batch["num_tokens"] / self.data.tokens_per_step))
         self._step_sums.zero_()

@@ -34,9 +34,6 @@ def split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
     Each half of a block gathers its input over the positions, and sums its output so that each device gets its
     positions; the backward does the reverse. Embedding, head and the weights of norms are whole on every device; of the
     loss each device computes a part of the rows.
-
-    Raises:
-        UserError: As for `part_of`.
     """
     part_of(decoder.config, mesh.size(), adapted=any(isinstance(module, LoRALinear) for module in decoder.modules()))
     stream = _ResidualStream(mesh)
@@ -149,38 +146,14 @@ def _loss_of_own_rows(
     hidden = _sum_gradient(hidden, mesh)
     weight = _sum_gradient(head.weight, mesh)  # last: autograd then sums it first, before FSDP2 takes the gradient
     total, losses = linear_cross_entropy(hidden, weight, labels, own)
-    return _Sum.apply(total, mesh), _summed(losses, mesh)
+    return _sum(total, mesh), _sum(losses, mesh)
 
 
-def _summed(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    total = x.clone()
-    torch.distributed.all_reduce(total, group=mesh.get_group())
-    return total
+def _sum(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return the sum of `x` over the devices. The gradient of the sum is the same on every device."""
+    return DTensor.from_local(x, mesh, [Partial()], run_check=False).full_tensor()
 
 
 def _sum_gradient(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """Return `x`, which is the same on every device. Its gradient is the sum of those of the devices."""
-    return _SumGradient.apply(x, mesh)
-
-
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
-        ctx.mesh = mesh
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.mesh), None
-
-
-class _Sum(torch.autograd.Function):
-    """Sum over the devices. The gradient of the sum is the same on every device."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
-        return _summed(x, mesh)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])

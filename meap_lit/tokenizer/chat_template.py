@@ -26,7 +26,7 @@ from meap_lit.files import read_text
 from meap_lit.tokenizer.builtin_templates import BOS, NAMED
 from meap_lit.tokenizer.hidden_chat import REASONING, HiddenChat, Message, with_mark, with_parsed_arguments
 from meap_lit.tokenizer.template_environment import GENERATION, MARKS, template_environment
-from meap_lit.tokenizer.template_text import TextEncoder, to_tokens
+from meap_lit.tokenizer.template_text import TemplateEncoder, to_tokens
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -54,7 +54,7 @@ class ChatTemplate:
         self.source = source
         self._tokenizer = tokenizer
         self._today = today or datetime.now()
-        self._text_encoder = TextEncoder(tokenizer)
+        self._encoder = TemplateEncoder(tokenizer)
         environment = template_environment(self._today)
         try:
             self._template = environment.from_string(source)
@@ -89,7 +89,7 @@ class ChatTemplate:
         # a tokenizer that names <|im_start|> as BOS has it in front of every message of ChatML
         begins = tokenizer.bos_token_id in tokenizer.before_text and bos not in written
         template = cls(name, BOS * begins + NAMED[name], tokenizer, today)
-        missing = [token for token in written if token not in template._text_encoder.special_tokens]
+        missing = [token for token in written if token not in template._encoder.special_tokens]
         if missing:
             raise UserError(
                 f"template {name} writes {', '.join(missing)}, which tokenizer {tokenizer.path} does not have as "
@@ -134,7 +134,7 @@ class ChatTemplate:
                 for turn in answers
                 if trained[turn]
             ]
-        tokens = self._text_encoder.encode(text, chat.spellings)
+        tokens = self._encoder.encode(text, chat.spellings)
         encoded: list[tuple[int, int, int]] = []
         for span in spans:
             after = encoded[-1][2] if encoded else 0
@@ -154,12 +154,12 @@ class ChatTemplate:
         chat = self._hidden(messages, tools)
         self._check_written(chat)
         text, _ = self._render(chat, add_generation_prompt=True)
-        return self._text_encoder.encode(text, chat.spellings).ids
+        return self._encoder.encode(text, chat.spellings).ids
 
     def _hidden(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> "HiddenChat":
         if any(message.get("tool_calls") for message in messages) and not self._takes_json_text:
             messages = [with_parsed_arguments(message) for message in messages]
-        return HiddenChat(messages, tools, self._text_encoder.special_token)
+        return HiddenChat(messages, tools, self._encoder.special_token)
 
     @cached_property
     def _takes_json_text(self) -> bool:
@@ -174,7 +174,7 @@ class ChatTemplate:
             {"role": "assistant", "content": "", "tool_calls": [call]},
         ]
         try:
-            text, _ = self._render(HiddenChat(messages, None, self._text_encoder.special_token))
+            text, _ = self._render(HiddenChat(messages, None, self._encoder.special_token))
         except UserError:
             return False
         return arguments in text
@@ -211,7 +211,7 @@ class ChatTemplate:
         """
         if continue_last:
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _CONTINUED}]
-        chat = HiddenChat(messages, None, self._text_encoder.special_token)
+        chat = HiddenChat(messages, None, self._encoder.special_token)
         text, _ = self._render(chat, add_generation_prompt=not continue_last)
         if continue_last:
             text, tag, rest = text.rpartition(_CONTINUED.rstrip())
@@ -223,7 +223,7 @@ class ChatTemplate:
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a text in which special tokens are special, such as one of `render_prompt`."""
-        return self._text_encoder.encode(text, {}).ids
+        return self._encoder.encode(text, {}).ids
 
     def _render(
         self,

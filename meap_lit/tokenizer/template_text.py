@@ -27,7 +27,7 @@ class Tokens:
         self.special.extend(special)
 
 
-class TextEncoder:
+class TemplateEncoder:
     """Encodes a template's text, in which special tokens are special, around messages, in which they are not."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -59,11 +59,7 @@ class TextEncoder:
         return first, within
 
     def encode(self, text: str, spellings: dict[str, str]) -> Tokens:
-        """Return the tokens of a text of a template; `spellings` replace characters of it and are never special.
-
-        Raises:
-            UserError: If the vocabulary has no pieces for a part of the text, or only a special token.
-        """
+        """Return the tokens of a text of a template; `spellings` replace characters of it and are never special."""
         with self._tokenizer.explained():
             encoding = self._backend.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets

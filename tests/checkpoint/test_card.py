@@ -9,7 +9,7 @@ def test_the_card_of_a_run_has_its_recipe_without_secrets(toy_recipe, tmp_path):
     schedule = ["--model.mask_ratio", "meap_lit.masking.Linear", "--model.mask_ratio.start", "0.0"]
     schedule += ["--model.mask_ratio.end", "0.2", "--data.storage_options", "{aws_secret_access_key: hunter2}"]
     assert main(["fit", "--config", str(toy_recipe), "--budget.max_steps", "2", *schedule]) == 0
-    card = model_card(open_source(tmp_path / "runs" / "toy"), "org/toy")
+    card = model_card(open_source(tmp_path / "runs" / "toy"), "org/toy", adapter_only=False)
     _, about, text = card.split("---\n")
     assert yaml.safe_load(about) == {
         "library_name": "transformers",
@@ -25,6 +25,6 @@ def test_the_card_of_a_run_has_its_recipe_without_secrets(toy_recipe, tmp_path):
 
 
 def test_the_card_of_a_folder_says_no_more_than_it_knows(source_folder):
-    card = model_card(open_source(source_folder), "org/toy")
+    card = model_card(open_source(source_folder), "org/toy", adapter_only=False)
     assert "mask_ratio" not in card
     assert "Recipe" not in card

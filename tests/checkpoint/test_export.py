@@ -453,7 +453,7 @@ def test_command(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     shutil.rmtree(output)
     assert main([*arguments[:-4], *arguments[-2:]]) == 2
-    assert "comes without a tokenizer; name the one of its training with --tokenizer" in capsys.readouterr().err
+    assert "has no tokenizer; name that of its training with --tokenizer" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 

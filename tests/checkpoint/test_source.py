@@ -13,7 +13,7 @@ from torch import Tensor
 from meap_lit.checkpoint.source import CheckpointSource, open_source, vocab_size_for
 from meap_lit.errors import UserError
 from meap_lit.hf.folder import HFFolder
-from meap_lit.hf.weights import build_decoder
+from meap_lit.hf.weights import build_decoder, load_weights
 from meap_lit.model import Decoder, DecoderConfig, RopeScaling
 from meap_lit.model.lora import LoRA, add_lora
 from meap_lit.tokenizer.tokenizer import Tokenizer
@@ -130,7 +130,8 @@ def _adapted(tmp_path: Path, dtype: torch.dtype, **about: Any) -> tuple[Decoder,
     save_variant("qwen2", tmp_path / "base", dtype)
     base = open_source(tmp_path / "base")
     config = dataclasses.replace(base.config, vocab_size=128)
-    decoder = build_decoder(config, base, dtype=torch.float32, first_new_token=90)
+    decoder = build_decoder(config, base, dtype=torch.float32)
+    load_weights(decoder, base, first_new_token=90)
     lora = LoRA(rank=2, alpha=3.0, targets=["q_proj", "down_proj"])
     add_lora(decoder, lora)
     torch.manual_seed(0)

@@ -107,7 +107,8 @@ def test_mean_is_taken_in_float32() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_embedding_and_head_grow(tied: bool) -> None:
     source = source_of(wider(6, tie_embeddings=tied))
-    decoder = build_decoder(wider(64, tie_embeddings=tied), source, first_new_token=6)
+    decoder = build_decoder(wider(64, tie_embeddings=tied), source)
+    load_weights(decoder, source, first_new_token=6)
     for weight, name in ((decoder.embed_tokens.weight, "embed_tokens"), (decoder.lm_head.weight, "lm_head")):
         old = source.tensors[f"{name}.weight"]
         assert torch.equal(weight[:6], old)

@@ -243,7 +243,7 @@ def test_wrong_input_ends_in_one_line(checkpoint, capsys, monkeypatch, options, 
 
 
 def test_checkpoint_without_tokenizer(without_tokenizer, checkpoint, capsys):
-    message = f"error: checkpoint {without_tokenizer} has no tokenizer; name its folder with --tokenizer"
+    message = f"error: checkpoint {without_tokenizer} has no tokenizer; name that of its training with --tokenizer"
     assert complaint(capsys, "--checkpoint", without_tokenizer, "--prompt", "a") == message
     few = ["--prompt", "a", "--max_new_tokens", "4"]
     named = generated(capsys, "--checkpoint", without_tokenizer, "--tokenizer", checkpoint, *few)

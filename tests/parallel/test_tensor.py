@@ -84,8 +84,9 @@ GATHERED, SUMMED, SHARED = "all_gather_into_tensor", "all_reduce", "reduce_scatt
 @pytest.mark.parametrize(
     ("seq_len", "forward", "backward"),
     [
-        # attention and MLP gather their input and share out their sums; the loss reads all positions
-        (9, {GATHERED: 3, SHARED: 2}, {GATHERED: 3, SHARED: 2}),
+        # attention and MLP gather their input and share out their sums; the loss reads all positions; of each norm,
+        # which has a part of them, the gradient of the weight is summed
+        (9, {GATHERED: 3, SHARED: 2}, {GATHERED: 3, SHARED: 2, SUMMED: 3}),
         (8, {SUMMED: 2}, {SUMMED: 2}),  # not to be divided among three
     ],
 )

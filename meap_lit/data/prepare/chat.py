@@ -51,8 +51,7 @@ class PrepareChat(PrepareDataset):
     on_long: Literal["stop", "drop", "truncate"] = "stop"
 
     def source_files(self) -> Sequence[InputFile]:
-        template = [Path(self.template)] if self.template.endswith(".jinja") else []
-        return [*find_input(self.input, formats=RECORD_FORMATS).files, *template]
+        return [*super().source_files(), *([Path(self.template)] if self.template.endswith(".jinja") else [])]
 
     def new_encoder(self, tokenizer: Tokenizer) -> "ChatEncoder":
         check_range("max_tokens", self.max_tokens, "[1, inf)")
@@ -62,9 +61,11 @@ class PrepareChat(PrepareDataset):
 
         return ChatEncoder(ChatTemplate.load(self.template, tokenizer), tokenizer, self, Duplication.min_copied)
 
-    def open_input(self, part: InputPart | None) -> tuple[Input, RecordReader]:
-        found = find_input(self.input, formats=RECORD_FORMATS)
-        return found, RecordReader(found.files, self.on_error, part)
+    def find(self) -> Input:
+        return find_input(self.input, formats=RECORD_FORMATS)
+
+    def reader(self, files: Sequence[InputFile], part: InputPart | None) -> RecordReader:
+        return RecordReader(files, self.on_error, part)
 
     def chat_details(self, encoder: Any, counts: Counter[str]) -> ChatDetails:
         return ChatDetails(
@@ -98,7 +99,7 @@ class PrepareChat(PrepareDataset):
             )
 
 
-class ChatEncoder(Encoder[Entry]):
+class ChatEncoder(Encoder):
     """Encodes records as conversations, and counts answers of more than `long_answer` tokens."""
 
     batch_size = 256  # records
@@ -109,8 +110,8 @@ class ChatEncoder(Encoder[Entry]):
         self.options = options
         self.long_answer = long_answer
 
-    def encode(self, items: list[Entry], batch: EncodedBatch) -> None:
-        for record in items:
+    def encode(self, entries: list[Entry], batch: EncodedBatch) -> None:
+        for record in entries:
             assert isinstance(record.content, dict), "a plain text is not a record"
             try:
                 conversation = to_conversation(record.content, self.options.system)

@@ -7,11 +7,11 @@ sample is, documents of text or conversations, is up to an `Encoder`.
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -19,15 +19,15 @@ from meap_lit.data.prepare.splits import SplitWriter, draw
 from meap_lit.data.prepare.step import Preparation, progress_bar
 from meap_lit.data.prepare.workers import default_num_workers, map_in_order
 from meap_lit.data.read.find import Input
+from meap_lit.data.read.formats import Entry, InputFile
 from meap_lit.data.read.readers import SKIP_HINT, InputPart, Reader
+from meap_lit.data.store.chunks import Split
 from meap_lit.data.store.manifest import ChatDetails, Kind, Manifest, PartDetails, Source, fingerprint_for
 from meap_lit.data.store.writers import ChunkWriter
 from meap_lit.errors import UserError, check_range
 from meap_lit.files import parse_bytes
 from meap_lit.secrets import without_secrets
 from meap_lit.tokenizer.tokenizer import Tokenizer
-
-Item = TypeVar("Item")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class EncodedBatch:
     """Each as the writer's `add` takes it, with a number in [0, 1) that depends on its text alone."""
     counts: Counter[str] = field(default_factory=Counter)
     first_skipped: str = ""
-    """Why the first item was skipped."""
+    """Why the first entry was skipped."""
 
     def add(self, sample: Any, text: bytes) -> None:
         """Append a sample, to be split by its text."""
@@ -48,48 +48,48 @@ class EncodedBatch:
         self.counts["text_bytes"] += len(text)
 
 
-class Encoder(ABC, Generic[Item]):
-    """Encodes batches of items. It is pickled and sent to every worker."""
+class Encoder(ABC):
+    """Encodes batches of entries. It is pickled and sent to every worker."""
 
     batch_size: ClassVar[int]
-    """Sum of the sizes of a batch's items; a worker should take about a tenth of a second for it."""
+    """Sum of the sizes of a batch's entries; a worker should take about a tenth of a second for it."""
 
     def __init__(self, tokenizer: Tokenizer, on_error: Literal["stop", "skip"]) -> None:
         self.tokenizer = tokenizer
         self.on_error = on_error
 
     @abstractmethod
-    def encode(self, items: list[Item], batch: EncodedBatch) -> None:
-        """Encode items into `batch`; raise `UserError` if one cannot be encoded and is not to be skipped."""
+    def encode(self, entries: list[Entry], batch: EncodedBatch) -> None:
+        """Encode entries into `batch`; raise `UserError` if one cannot be encoded and is not to be skipped."""
 
     def skip(self, where: str, error: UserError, batch: EncodedBatch) -> None:
-        """Count an item that cannot be encoded, unless the first one is to stop the command, and name it."""
+        """Count an entry that cannot be encoded, unless the first one is to stop the command, and name it."""
         if self.on_error == "stop":
             raise UserError(f"{where}: {error}; {SKIP_HINT}") from error
         batch.counts["skipped"] += 1
         batch.first_skipped = batch.first_skipped or f"{where}: {error}"
 
-    def size(self, item: Item) -> int:
-        """Return the size of an item, in the unit of `batch_size`."""
+    def size(self, entry: Entry) -> int:
+        """Return the size of an entry, in the unit of `batch_size`."""
         return 1
 
-    def __call__(self, batch: tuple[list[Item], int]) -> EncodedBatch:
-        items, bytes_read = batch
+    def __call__(self, batch: tuple[list[Entry], int]) -> EncodedBatch:
+        entries, bytes_read = batch
         encoded = EncodedBatch(bytes_read)
-        self.encode(items, encoded)
+        self.encode(entries, encoded)
         return encoded
 
-    def batches(self, reader: Reader[Item]) -> Iterator[tuple[list[Item], int]]:
-        """Yield batches of items, each with the bytes of the input files read so far."""
-        items: list[Item] = []
+    def batches(self, reader: Reader) -> Iterator[tuple[list[Entry], int]]:
+        """Yield batches of entries, each with the bytes of the input files read so far."""
+        entries: list[Entry] = []
         size = 0
-        for item in reader:
-            items.append(item)
-            size += self.size(item)
+        for entry in reader:
+            entries.append(entry)
+            size += self.size(entry)
             if size >= self.batch_size:
-                yield items, reader.bytes_read
-                items, size = [], 0
-        yield items, reader.bytes_read
+                yield entries, reader.bytes_read
+                entries, size = [], 0
+        yield entries, reader.bytes_read
 
     @property
     def dtype(self) -> np.dtype:
@@ -137,8 +137,12 @@ class PrepareDataset(Preparation, ABC):
         """Return the encoder that all workers use."""
 
     @abstractmethod
-    def open_input(self, part: InputPart | None) -> tuple[Input, Reader]:
-        """Return the files that the options name, and the reader of what the encoder encodes."""
+    def find(self) -> Input:
+        """Return the files that the options name."""
+
+    @abstractmethod
+    def reader(self, files: Sequence[InputFile], part: InputPart | None) -> Reader:
+        """Return the reader of what the encoder encodes."""
 
     @abstractmethod
     def left_out(self, counts: Counter[str]) -> str:
@@ -151,14 +155,17 @@ class PrepareDataset(Preparation, ABC):
     def chat_details(self, encoder: Any, counts: Counter[str]) -> ChatDetails | None:
         return None
 
+    def source_files(self) -> Sequence[InputFile]:
+        return self.find().files
+
     def make(self, folder: Path) -> str:
         started = time.perf_counter()
         check_range("num_workers", self.num_workers, "[1, inf)")
         chunk_bytes = parse_bytes(self.chunk_bytes, "chunk_bytes")
-        tokenizer = Tokenizer.load(self.tokenizer)
-        encoder = self.new_encoder(tokenizer)
+        encoder = self.new_encoder(Tokenizer.load(self.tokenizer))
         part = None if self.shard is None else InputPart.parse(self.shard)
-        found, reader = self.open_input(part)
+        found = self.find()
+        reader = self.reader(found.files, part)
         writers = SplitWriter(lambda name: self.writer(folder / name, encoder.dtype, chunk_bytes), self.val_share)
         counts = self._write(writers, encoder, reader)
         left_out = f"{self.left_out(counts)}, {counts['skipped']} unreadable{reader.why_skipped}"
@@ -166,7 +173,30 @@ class PrepareDataset(Preparation, ABC):
             raise UserError(f"no {self.unit} to tokenize in {', '.join(self.input)} ({left_out})")
         splits = writers.close() if part is None else writers.close_part()
         assert sum(split.documents for split in splits.values()) == counts["samples"], "samples were lost on the way"
-        Manifest(
+        details = None if part is None else PartDetails(part.index, part.count, writers.reserve_draw)
+        self._manifest(encoder, reader, counts, splits, details).save(folder)
+        seconds, megabytes = time.perf_counter() - started, counts["text_bytes"] / 1e6
+        lines = [
+            *self._contents(encoder, counts, splits),
+            f"  left out {left_out}",
+            *found.lines_of_summary(),
+            f"  took     {seconds:.1f} s for {megabytes:.1f} MB of text, {megabytes / seconds:.2f} MB/s",
+        ]
+        if counts["unknown"]:
+            share = counts["unknown"] / sum(split.tokens for split in splits.values())
+            lines.append(f"  unknown  {counts['unknown']} tokens ({share:.2%}) of text outside the vocabulary")
+        return "\n".join(lines)
+
+    def _manifest(
+        self,
+        encoder: Encoder,
+        reader: Reader,
+        counts: Counter[str],
+        splits: Mapping[str, Split],
+        part: PartDetails | None,
+    ) -> Manifest:
+        tokenizer = encoder.tokenizer
+        return Manifest(
             kind=self.kind,
             tokenizer_fingerprint=fingerprint_for(self.kind, tokenizer),
             vocab_size=tokenizer.vocab_size,
@@ -182,23 +212,17 @@ class PrepareDataset(Preparation, ABC):
             num_empty=counts["empty"],
             num_skipped=counts["skipped"],
             chat=self.chat_details(encoder, counts),
-            part=None if part is None else PartDetails(part.index, part.count, writers.reserve_draw),
-        ).save(folder)
-        seconds, megabytes = time.perf_counter() - started, counts["text_bytes"] / 1e6
+            part=part,
+        )
+
+    def _contents(self, encoder: Encoder, counts: Counter[str], splits: Mapping[str, Split]) -> Iterator[str]:
+        """Yield the lines of the summary about what the dataset holds."""
         num_tokens = sum(split.tokens for split in splits.values())
-        lines = [
-            f"dataset {self.output}" + ("" if part is None else f", part {self.shard} for prepare merge"),
-            *(f"  {name:<9}{split.documents} {self.unit}, {split.tokens} tokens" for name, split in splits.items()),
-            f"  in all   {counts['samples']} {self.unit}, {num_tokens} tokens, special tokens included",
-            *self.summarize(list(splits.values()), counts, encoder),
-            f"  left out {left_out}",
-            *found.lines_of_summary(),
-            f"  took     {seconds:.1f} s for {megabytes:.1f} MB of text, {megabytes / seconds:.2f} MB/s",
-        ]
-        if counts["unknown"]:
-            share = counts["unknown"] / num_tokens
-            lines.append(f"  unknown  {counts['unknown']} tokens ({share:.2%}) of text outside the vocabulary")
-        return "\n".join(lines)
+        yield f"dataset {self.output}" + ("" if self.shard is None else f", part {self.shard} for prepare merge")
+        for name, split in splits.items():
+            yield f"  {name:<9}{split.documents} {self.unit}, {split.tokens} tokens"
+        yield f"  in all   {counts['samples']} {self.unit}, {num_tokens} tokens, special tokens included"
+        yield from self.summarize(list(splits.values()), counts, encoder)
 
     def _write(self, writers: SplitWriter, encoder: Encoder, reader: Reader) -> Counter[str]:
         """Encode what the reader reads, in parallel, write it in order, and return the sums of the batches' counts."""

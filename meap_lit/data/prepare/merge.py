@@ -6,7 +6,6 @@ SHA-256 of the fingerprints of the splits it is made of, one a line, in the same
 """
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from meap_lit.data.prepare.splits import RESERVE
 from meap_lit.data.prepare.step import Preparation, progress_bar
-from meap_lit.data.read.find import RECORD_FILE
+from meap_lit.data.read.find import RECORD_FILE, expand
 from meap_lit.data.store.chunks import INDEX_FILE, SAMPLES_FILE, ChatSplit, Split, check_chunk, check_index, hash_files
 from meap_lit.data.store.manifest import VERSION, ChatDetails, Kind, Manifest, PartDetails, Source, load_samples
 from meap_lit.errors import UserError
@@ -114,9 +113,7 @@ def _find_folders(inputs: Sequence[str]) -> list[Path]:
     """Return the folders named by paths and patterns, without those that a run has not finished."""
     folders: list[Path] = []
     for name in inputs:
-        path = Path(name).expanduser()
-        matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
-        named = [match for match in matches if match.is_dir()]
+        named = [match for match in expand(name) if match.is_dir()]
         if not named:
             raise UserError(f"input {name} is not a folder; {_HINT}")
         folders += [folder for folder in named if not is_partial(folder)]

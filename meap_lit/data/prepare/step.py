@@ -44,8 +44,7 @@ class Preparation(ABC):
     def source_files(self) -> Sequence[InputFile]:
         """Return the files that the step reads, except a tokenizer, which a dataset knows by its ids.
 
-        Raises:
-            UserError: If a source is not there, as after its removal.
+        A source that is not there, as after its removal, raises `UserError`.
         """
         return []
 
@@ -65,13 +64,9 @@ class Preparation(ABC):
             print(summary)
 
     def ensure(self, check_sources: bool = True) -> None:
-        """Make `output` unless this very step made it before.
+        """Make `output` unless this very step made it before; refuse a folder that was made otherwise.
 
-        Args:
-            check_sources: Refuse a folder that was made of other files than there are now.
-
-        Raises:
-            UserError: If it was made otherwise.
+        With `check_sources`, one that was made of other files than there are now is refused too.
         """
         output = Path(self.output)
         if not output.exists():

@@ -38,15 +38,14 @@ class PrepareText(PrepareDataset):
     text_field: str = "text"
     suffixes: list[str] | None = None
 
-    def source_files(self) -> Sequence[InputFile]:
-        return find_input(self.input, self.suffixes).files
-
     def new_encoder(self, tokenizer: Tokenizer) -> "TextEncoder":
         return TextEncoder(tokenizer, self.on_error)
 
-    def open_input(self, part: InputPart | None) -> tuple[Input, TextReader]:
-        found = find_input(self.input, self.suffixes)
-        return found, TextReader(found.files, self.text_field, self.on_error, part)
+    def find(self) -> Input:
+        return find_input(self.input, self.suffixes)
+
+    def reader(self, files: Sequence[InputFile], part: InputPart | None) -> TextReader:
+        return TextReader(files, self.text_field, self.on_error, part)
 
     def left_out(self, counts: Counter[str]) -> str:
         return f"{counts['empty']} empty"
@@ -56,27 +55,27 @@ class PrepareText(PrepareDataset):
             yield "  unknown  characters outside the vocabulary are left out: the tokenizer has no token for them"
 
 
-class TextEncoder(Encoder[Entry]):
+class TextEncoder(Encoder):
     """Encodes texts as documents."""
 
     batch_size = 1 << 19  # characters
 
-    def size(self, item: Entry) -> int:
-        return len(item.content)  # type: ignore[arg-type]  # a text
+    def size(self, entry: Entry) -> int:
+        return len(entry.content)  # type: ignore[arg-type]  # a text
 
-    def encode(self, items: list[Entry], batch: EncodedBatch) -> None:
-        entries = [entry for entry in items if str(entry.content).strip()]
-        texts = [str(entry.content) for entry in entries]
+    def encode(self, entries: list[Entry], batch: EncodedBatch) -> None:
+        not_empty = [entry for entry in entries if str(entry.content).strip()]
+        texts = [str(entry.content) for entry in not_empty]
         try:
             encoded: list[list[int] | None] = [*self.tokenizer.encode_batch(texts)]
         except UserError:  # encode one by one to find the text that failed
-            encoded = [self._encode_one(entry, batch) for entry in entries]
+            encoded = [self._encode_one(entry, batch) for entry in not_empty]
         unknown = self.tokenizer.unk_token_id
         for text, ids in zip(texts, encoded, strict=True):
             if ids:  # a normalizer may leave nothing
                 batch.add(self.to_array(self.tokenizer.as_document(ids)), text.encode())
                 batch.counts["unknown"] += 0 if unknown is None else ids.count(unknown)
-        batch.counts["empty"] = len(items) - len(batch.samples) - batch.counts["skipped"]
+        batch.counts["empty"] = len(entries) - len(batch.samples) - batch.counts["skipped"]
 
     def _encode_one(self, entry: Entry, batch: EncodedBatch) -> list[int] | None:
         """Return the ids of a document, or None if it cannot be encoded and is to be skipped."""

@@ -94,12 +94,19 @@ def _expand(name: str, wanted: Sequence[str], formats: Mapping[str, Format]) -> 
     return files, [file for file in inside if not has_suffix(file, wanted)]
 
 
+def expand(name: str) -> list[Path]:
+    """Return the local file or folder of a name, or all that match it as a pattern."""
+    path = Path(name).expanduser()
+    if path.exists() or not glob.has_magic(name):
+        return [path] if path.exists() else []
+    return [Path(match) for match in glob.glob(str(path), recursive=True)]
+
+
 def _find_local(name: str) -> tuple[list[InputFile], list[InputFile]]:
     """Return the files that a path or pattern names, and the files in the folders that it names."""
-    path = Path(name).expanduser()
-    if not path.exists() and not glob.has_magic(name):
+    named = expand(name)
+    if not named and not glob.has_magic(name):
         raise UserError(f"input {name} does not exist")
-    named = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
     folders = [entry for entry in named if entry.is_dir()]
     files: list[InputFile] = [entry for entry in named if not entry.is_dir()]
     return files, [file for folder in folders for file in _files_in(folder)]

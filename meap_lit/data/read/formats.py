@@ -107,18 +107,6 @@ def _read_json(path: InputFile, file: IO[bytes], span: Span, column: str | None)
         yield _entry(len(raw) * number // len(content), f"{path}, element {number}", check_object, element)
 
 
-def _read_jsonl(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
-    return _parse_lines(path, file, _lines_of(file, span), span.start)
-
-
-def _read_jsonl_gz(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
-    return _parse_lines(path, file, _lines(gzip.GzipFile(fileobj=file)))
-
-
-def _read_jsonl_zst(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
-    return _parse_lines(path, file, _split_lines(_decompress_zstd(file)))
-
-
 def _read_parquet(path: InputFile, file: IO[bytes], span: Span, column: str | None) -> Iterator[Entry]:
     import pyarrow.parquet  # here because it takes a while, and few inputs need it
 
@@ -142,9 +130,9 @@ def _read_parquet(path: InputFile, file: IO[bytes], span: Span, column: str | No
 
 
 _TABLES: dict[str, Format] = {
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl_gz,
-    ".jsonl.zst": _read_jsonl_zst,
+    ".jsonl": lambda path, file, span, column: _parse_lines(path, file, _lines_of(file, span), span.start),
+    ".jsonl.gz": lambda path, file, span, column: _parse_lines(path, file, _lines(gzip.GzipFile(fileobj=file))),
+    ".jsonl.zst": lambda path, file, span, column: _parse_lines(path, file, _split_lines(_decompress_zstd(file))),
     ".parquet": _read_parquet,
 }
 FORMATS: dict[str, Format] = {".txt": _read_text, ".md": _read_text, **_TABLES}

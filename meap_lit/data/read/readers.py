@@ -4,7 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from meap_lit.data.read.find import size_of
 from meap_lit.data.read.formats import (
@@ -20,8 +20,6 @@ from meap_lit.data.read.formats import (
 )
 from meap_lit.errors import UserError
 from meap_lit.files import Repeated
-
-Item = TypeVar("Item")
 
 SKIP_HINT = "use --on_error skip to leave such lines out"
 
@@ -66,27 +64,27 @@ class InputPart:
         return spans
 
 
-class Reader(ABC, Generic[Item]):
-    """Iterates over the items of many files, one file after the other; all of them, or those of a part of the input.
+class Reader(ABC):
+    """Iterates over the entries of many files, one file after the other; all of them, or those of a part of the input.
 
-    At the first item that cannot be read, `UserError` names file and line, unless `on_error` is `skip`, which counts
+    At the first entry that cannot be read, `UserError` names file and line, unless `on_error` is `skip`, which counts
     it. The message names this option only if `on_error` is given. A file that cannot be opened and a Parquet file
     without the column are never skipped.
     """
 
     formats: ClassVar[Mapping[str, Format]]
     """How files are read, by the endings of their names; a file of another ending is plain text."""
+    column: str | None = None
+    """The only column that is read of a Parquet file."""
 
     def __init__(
         self,
         files: Sequence[InputFile],
         on_error: Literal["stop", "skip"] | None = None,
         part: InputPart | None = None,
-        column: str | None = None,
     ) -> None:
         self.files = files
         self.on_error = on_error
-        self.column = column
         self.num_skipped = 0
         self.first_skipped = ""
         self.cut: list[InputFile] = []
@@ -110,10 +108,10 @@ class Reader(ABC, Generic[Item]):
         return why
 
     @abstractmethod
-    def convert(self, entry: Entry) -> Item:
-        """Return the item of an entry whose content was read; raise `UserError` if it holds none."""
+    def convert(self, entry: Entry) -> Entry:
+        """Return what is wanted of an entry whose content was read; raise `UserError` if it does not hold it."""
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[Entry]:
         finished = 0
         for file, span in self.spans:
             for entry in read_file(file, self.formats, span, self.column):
@@ -122,7 +120,7 @@ class Reader(ABC, Generic[Item]):
                 try:
                     if isinstance(entry.content, UserError):
                         raise entry.content
-                    item = self.convert(entry)
+                    converted = self.convert(entry)
                 except UserError as error:
                     if self.on_error != "skip":
                         raise UserError(f"{error}; {SKIP_HINT}" if self.on_error else str(error)) from error
@@ -130,16 +128,13 @@ class Reader(ABC, Generic[Item]):
                     self.cut += [file] if entry.ends_file else []
                     self.first_skipped = self.first_skipped or str(error)
                 else:
-                    yield item
+                    yield converted
             finished += span.stop - span.start
             self.bytes_read = finished
 
 
-class TextReader(Reader[Entry]):
-    """Iterates over the documents of many files, plain texts and the field `text_field` of records.
-
-    Its items are entries whose content is the text.
-    """
+class TextReader(Reader):
+    """Iterates over the documents of many files, plain texts and the field `text_field` of records: text entries."""
 
     formats = FORMATS
 
@@ -150,8 +145,8 @@ class TextReader(Reader[Entry]):
         on_error: Literal["stop", "skip"] | None = None,
         part: InputPart | None = None,
     ) -> None:
-        super().__init__(files, on_error, part, column=text_field)
-        self.text_field = text_field
+        super().__init__(files, on_error, part)
+        self.column = self.text_field = text_field
 
     def convert(self, entry: Entry) -> Entry:
         if isinstance(entry.content, str):
@@ -173,7 +168,7 @@ def read_texts(files: Sequence[InputFile]) -> Iterator[str]:
     return (str(entry.content) for entry in TextReader(files))
 
 
-class RecordReader(Reader[Entry]):
+class RecordReader(Reader):
     """Iterates over the records of many files, entries that hold their fields."""
 
     formats = RECORD_FORMATS

@@ -122,9 +122,6 @@ class Manifest:
 
         The files that describe the dataset are compared with their hashes. In a local folder every chunk must be there
         and have its size; what chunks hold is compared when they are first read.
-
-        Raises:
-            UserError: If the folder holds no complete dataset, or a dataset of another kind.
         """
         read = _reader(location, storage, kind)
         manifest = cls._parse(read(MANIFEST_FILE), location)
@@ -164,10 +161,6 @@ class Manifest:
             )
             for entry in filter(None, (manifest, manifest.chat, manifest.part, *sources, *splits.values())):
                 _check_types(entry)
-            if not isinstance(manifest.kind, str) or not all(
-                isinstance(split.files, dict) for split in splits.values()
-            ):
-                raise TypeError("kind or files have another type")
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{location}/{MANIFEST_FILE} is not a manifest of meap_lit ({error})") from error
         if not splits.keys() <= _SPLITS or (part is None and "train" not in splits):
@@ -213,11 +206,7 @@ def fingerprint_for(kind: Kind, tokenizer: Tokenizer) -> str:
 def load_samples(
     location: str, split: str, storage: Storage = DEFAULT_STORAGE, files: Mapping[str, str] | None = None
 ) -> ChatIndex:
-    """Read the sizes of the samples of one split of a chat dataset, whose manifest has been loaded.
-
-    Raises:
-        UserError: If the table is missing, damaged, belongs to other data or has not the hash in `files`, if given.
-    """
+    """Read the sizes of the samples of one split of a chat dataset, whose manifest has been loaded."""
     read = _reader(location, storage, "chat")
     folder = f"{location}/{split}"
     index, table = read(f"{split}/{INDEX_FILE}"), read(f"{split}/{SAMPLES_FILE}")
@@ -252,11 +241,12 @@ def _check_own_hash(text: bytes, content: dict[str, Any], location: str) -> None
 def _check_types(entry: Any) -> None:
     """Raise TypeError if a field of a dataclass that was read from JSON has another type than it says."""
     for name, hint in typing.get_type_hints(type(entry)).items():
-        value, classes = getattr(entry, name), typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        if all(kind in (int, float, str, type(None)) for kind in classes):
-            allowed = (*classes, int) if float in classes else classes
-            if not isinstance(value, allowed) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r:.80}")
+        hints = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        origins = [typing.get_origin(kind) or kind for kind in hints]
+        classes = tuple({Literal: str, float: int | float}.get(origin, origin) for origin in origins)
+        value = getattr(entry, name)
+        if not isinstance(value, classes) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r:.80}")
 
 
 _CONTENT = {"text": "documents of text", "chat": "conversations"}

@@ -86,7 +86,7 @@ class RowReader:
     seed: int
 
     def read(self, rows: Sequence[Row], step_rows: Sequence[Row], num_rows: int) -> PackedBatch:
-        """Return a batch of `rows`, filled up with empty ones; see `Reader.read`."""
+        """Return a batch of `rows`, filled up with empty ones; see `BatchReader.read`."""
         documents = [[self.document(key) for key in row.documents] for row in rows]
         documents += [[] for _ in range(num_rows - len(rows))]
         shape = (num_rows, self.seq_len)

@@ -30,7 +30,7 @@ class Slice:
         return [rows[start : start + size] for start in starts]
 
 
-class Reader(Protocol):
+class BatchReader(Protocol):
     """Reads rows into batches."""
 
     def read(self, rows: Sequence[Any], step_rows: Sequence[Any], num_rows: int) -> Any:
@@ -52,7 +52,7 @@ class TrainStream(IterableDataset):
     def __init__(
         self,
         order: MixedOrder | PackedOrder,
-        reader: Reader,
+        reader: BatchReader,
         *,
         rank_slice: Slice,
         global_batch_size: int,
@@ -87,7 +87,7 @@ class ValidationStream(IterableDataset):
     """
 
     def __init__(
-        self, rows: Sequence[Sequence[Any]], reader: Reader, *, rank_slice: Slice, micro_batch_size: int
+        self, rows: Sequence[Sequence[Any]], reader: BatchReader, *, rank_slice: Slice, micro_batch_size: int
     ) -> None:
         self.reader = reader
         self.micro_batch_size = micro_batch_size

@@ -60,7 +60,7 @@ class BlockReader:
     vocab_size: int
 
     def read(self, rows: Sequence[Visit], step_rows: Sequence[Visit], num_rows: int) -> TextBatch:
-        """Return a batch of `rows`, filled up with empty ones; see `Reader.read`."""
+        """Return a batch of `rows`, filled up with empty ones; see `BatchReader.read`."""
         blocks = [self.block(source, sample) for source, sample, _ in rows]
         empty = torch.zeros(self.seq_len + 1, dtype=torch.int64)
         tokens = torch.stack(blocks + [empty] * (num_rows - len(rows)))  # [B, T + 1]

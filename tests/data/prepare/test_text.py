@@ -384,8 +384,8 @@ def test_nothing_of_the_users_is_touched(tmp_path, tokenizer_folder):
 
 
 def start_preparation(tmp_path, tokenizer_folder):
-    """A run in a process of its own, well under way, with two workers; left alone it would take more than 8 seconds."""
-    source = write_jsonl(tmp_path / "in.jsonl", documents(50) * 5000)
+    """A run in a process of its own, well under way, with two workers; left alone it would take over 16 seconds."""
+    source = write_jsonl(tmp_path / "in.jsonl", documents(50) * 10_000)
     call = f"PrepareText(output={str(tmp_path / 'out')!r}, input=[{source!r}], tokenizer={tokenizer_folder!r}"
     code = f"from meap_lit.data.prepare.text import PrepareText; {call}, num_workers=2, chunk_bytes='20KB').run()"
     process = subprocess.Popen(
@@ -420,6 +420,7 @@ def test_killed_run_leaves_no_dataset_and_no_process(tmp_path, tokenizer_folder)
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_interrupted_run_cleans_up(tmp_path, tokenizer_folder):
     process = start_preparation(tmp_path, tokenizer_folder)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
