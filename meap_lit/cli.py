@@ -177,7 +177,11 @@ COMMANDS = {
 
 
 def read_command(arguments: list[str]) -> Any:
-    """Return the command that the words name, with its options. Its method `run` runs it."""
+    """Return the command that the words name, with its options. Its method `run` runs it.
+
+    Raises:
+        UserError: If there is no such command, or an option is wrong.
+    """
     from meap_lit.recipe.explain import check_value, input_errors
     from meap_lit.recipe.file import check_words, recipe_words
     from meap_lit.recipe.parser import command_parser, reads_recipes

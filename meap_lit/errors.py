@@ -8,7 +8,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class UserError(ValueError):
-    """Wrong input, raised by whatever reads it. The message names the key or file, the value, and the fix.
+    """Wrong input. The message names the key or file, the value, and the fix.
 
     The command line prints it as one line and exits with status 2. Any other exception is a bug of this package and
     keeps its traceback.
@@ -36,6 +36,9 @@ def check_range(name: str, value: float | None, bounds: str, hint: str = "") -> 
         value: The number; infinity and NaN are outside of every interval.
         bounds: The interval in mathematical notation, such as "[1, inf)" or "(0, 1]".
         hint: What to write instead, appended to the message.
+
+    Raises:
+        UserError: If the number is outside.
     """
     low, high = bounds[1:-1].split(", ")
     if value is None or (

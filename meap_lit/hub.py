@@ -121,9 +121,16 @@ def check_push(name: str) -> None:
 
 
 def push(folder: Path, name: str, *, private: bool, ignore: tuple[str, ...]) -> str:
-    """Upload a folder as one commit to the repository ORG/NAME, which is made if there is none; return its address.
+    """Upload a folder as one commit to a repository of a model, which is made if there is none; return its address.
 
-    If it is to be `private`, a public one is refused. `ignore` are patterns of files to leave out.
+    Args:
+        folder: The folder.
+        name: The repository, as ORG/NAME.
+        private: Make it private; one that is public already is refused.
+        ignore: Patterns of files to leave out.
+
+    Raises:
+        UserError: If it cannot be uploaded.
     """
     from huggingface_hub import HfApi, constants
 
@@ -147,7 +154,11 @@ def push(folder: Path, name: str, *, private: bool, ignore: tuple[str, ...]) -> 
 
 
 def _download(name: str, what: str, files: tuple[str, ...]) -> Path:
-    """Return the folder of a repository in the cache, with the newest commit of its revision if the Hub answers."""
+    """Return the folder of a repository in the cache, with the newest commit of its revision if the Hub answers.
+
+    Raises:
+        UserError: If the Hub does not answer, and the cache does not have what is needed.
+    """
     import huggingface_hub  # takes half a second
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -59,6 +59,9 @@ def current(value: Any, key: str = "") -> Any:
     Args:
         value: Mappings, lists and scalars, as read from YAML or JSON. Not modified.
         key: Dotted key of the part, with current names; empty for a whole recipe.
+
+    Raises:
+        UserError: If a key is given under its old and its new name.
     """
     if isinstance(value, Mapping):
         found: dict[Any, Any] = {}

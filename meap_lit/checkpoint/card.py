@@ -15,7 +15,13 @@ PAPER = "https://arxiv.org/abs/2502.07490"
 
 
 def model_card(source: WeightSource, name: str, adapter_only: bool) -> str:
-    """Return the README.md of the repository `name` on the Hugging Face Hub, with the recipe of a run of ours."""
+    """Return the README.md of a repository on the Hugging Face Hub.
+
+    Args:
+        source: The weights. Those of a run of ours come with its recipe.
+        name: The repository.
+        adapter_only: Whether the folder holds adapters alone.
+    """
     recipe = _recipe_of(source)
     base = source.init_from if isinstance(source, CheckpointSource) else None
     about: dict[str, Any] = {"library_name": "peft" if adapter_only else "transformers"}

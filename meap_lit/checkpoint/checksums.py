@@ -87,9 +87,13 @@ def _hash(file: Path, end: int) -> str:
 
 
 def recorded(path: Path) -> dict[str, Checksum] | None:
-    """Return the checksums that a checkpoint carries, by file; None if it was written without. Sizes are compared.
+    """Return the checksums that a checkpoint carries, by file; None if it was written without.
 
-    A checkpoint in one file, which an earlier version wrote, has "" as its only name.
+    Args:
+        path: A checkpoint's folder, or a file that an earlier version wrote, whose only name is "".
+
+    Raises:
+        UserError: If the record is damaged, or a file is missing or of another size; the first is named.
     """
     if path.is_file():
         return _recorded_inside(path)
@@ -109,7 +113,11 @@ def recorded(path: Path) -> dict[str, Checksum] | None:
 
 
 def check(path: Path, hashes: bool = True, rank: int = 0, num_ranks: int = 1) -> None:
-    """Verify a checkpoint that is to be read, without `hashes` by sizes only; say on stderr if it has no checksums."""
+    """Do as `verify` before a checkpoint is read, without `hashes` by sizes only; say on stderr if it has no checksums.
+
+    Raises:
+        UserError: If a file is missing, cut short or changed; the first one is named.
+    """
     if not hashes:
         recorded(path)
         return
@@ -124,12 +132,18 @@ _told: set[Path] = set()
 
 
 def verify(path: Path, rank: int = 0, num_ranks: int = 1) -> int | None:
-    """Compare a checkpoint with the checksums it carries; refuse the first file that is missing, cut short or changed.
+    """Compare a checkpoint with the checksums it carries.
 
-    Each of `num_ranks` hashes only the files that it would have written; all compare sizes.
+    Args:
+        path: As for `recorded`.
+        rank: Hash only the files that this one of `num_ranks` would have written; all compare sizes.
+        num_ranks: Number of ranks that divide the files among them.
 
     Returns:
         Number of files compared; None if the checkpoint carries no checksums and has all the files that it needs.
+
+    Raises:
+        UserError: If a file is missing, cut short or changed; the first one is named.
     """
     expected = recorded(path)
     if expected is None:

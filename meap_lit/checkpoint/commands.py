@@ -23,6 +23,11 @@ class Verify:
     checkpoint: str
 
     def run(self) -> None:
+        """Compare the checkpoint with its checksums and print its size.
+
+        Raises:
+            UserError: If a file is damaged or missing (the first is named), or there are no checksums.
+        """
         path = find_checkpoint(self.checkpoint)
         num_files = verify(path)
         if num_files is None:
@@ -43,6 +48,11 @@ class Inspect:
     verify: bool = True
 
     def run(self) -> None:
+        """Print a table.
+
+        Raises:
+            UserError: If there is no checkpoint, or it cannot be read.
+        """
         path = find_checkpoint(self.checkpoint)
         check(path, hashes=self.verify)
         rows = describe(path)
@@ -65,6 +75,11 @@ class Consolidate:
     verify: bool = True
 
     def run(self) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            UserError: If the checkpoint is damaged, or the output cannot be written.
+        """
         path, output = find_checkpoint(self.checkpoint), Path(self.output)
         if output.suffix != ".ckpt":
             raise UserError(f"--output {output} must end in .ckpt, like every checkpoint")
@@ -80,7 +95,11 @@ class Consolidate:
 
 
 def describe(path: Path) -> dict[str, str]:
-    """Return what a checkpoint holds, as rows of a table."""
+    """Return what a checkpoint holds, as rows of a table.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
     carries, stored = recorded(path), StoredCheckpoint(path)
     step, state = _step(stored), stored.trainer_state
     rows = {

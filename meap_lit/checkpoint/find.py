@@ -25,7 +25,8 @@ def age_of(path: str | Path) -> tuple[int, int] | None:
 def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
     """Return the checkpoint that `path` names: itself, or the newest whole one of a run's folder.
 
-    `option` is the one that gave the path, for messages.
+    Raises:
+        UserError: If there is none; the message names the option that gave the path.
     """
     path = Path(path).expanduser()
     if not path.exists():

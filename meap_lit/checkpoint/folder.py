@@ -145,7 +145,11 @@ class StoredCheckpoint:
 
     @cached_property
     def trainer_state(self) -> dict[str, Any]:
-        """All but the weights and the optimizers' states: counters, loops, callbacks, data."""
+        """All but the weights and the optimizers' states: counters, loops, callbacks, data.
+
+        Raises:
+            UserError: If it is damaged or has code in it.
+        """
         state = self._reader.trainer_state()
         for name, kind in _KINDS.items():
             if name in state and not isinstance(state[name], kind):
@@ -155,7 +159,11 @@ class StoredCheckpoint:
 
     @cached_property
     def index(self) -> Metadata:
-        """Names, shapes and dtypes of weights and optimizer states, and where they are."""
+        """Names, shapes and dtypes of weights and optimizer states, and where they are.
+
+        Raises:
+            UserError: As for `read_index`.
+        """
         return self._reader.read_metadata()
 
     @cached_property
@@ -173,6 +181,9 @@ class StoredCheckpoint:
         The state of an optimizer stays keyed by the parameters' names. torch's optimizers take it so, as they match
         groups by position whatever the keys are, and a sharding strategy needs the names: from numbers it would guess
         them in the order of the module's parameters, which is not that of an optimizer with several groups.
+
+        Raises:
+            UserError: If it is damaged, has code in it, or was not written by Lightning.
         """
         flat = {key: _room(about) for key, about in self.index.state_dict_metadata.items()}
         self._load(flat, flatten=False)
@@ -192,7 +203,11 @@ class StoredCheckpoint:
         return {**self.trainer_state, "state_dict": weights, "optimizer_states": states}
 
     def read_weight(self, name: str) -> Tensor:
-        """Return one weight, by its name in the module."""
+        """Return one weight, by its name in the module.
+
+        Raises:
+            UserError: If it is damaged.
+        """
         flat = {_WEIGHTS + name: _room(self.weights[name])}
         self._load(flat, flatten=False)
         return flat[_WEIGHTS + name]
@@ -203,11 +218,18 @@ class StoredCheckpoint:
         Args:
             states: Nested state dicts of tensors and plain values, such as
                 `{"state_dict": get_model_state_dict(module)}`.
+
+        Raises:
+            UserError: If the checkpoint is damaged, has code in it, or lacks what `states` names.
         """
         self._load(states, flatten=True)
 
     def refuse_code(self) -> None:
-        """Read all of the checkpoint that may hold code, which is all but its tensors."""
+        """Read all of the checkpoint that may hold code, which is all but its tensors.
+
+        Raises:
+            UserError: If it is damaged or has code in it.
+        """
         _ = self.trainer_state
         values = self.index.state_dict_metadata.items()
         self._load({name: None for name, about in values if isinstance(about, BytesStorageMetadata)}, flatten=False)

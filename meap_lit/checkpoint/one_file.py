@@ -76,7 +76,11 @@ class OneFile(dcp.StorageReader):
 
 
 def comment(file: Path) -> bytes:
-    """Return the comment of the ZIP archive that `torch.save` makes of a checkpoint, which is at its end."""
+    """Return the comment of the ZIP archive that `torch.save` makes of a checkpoint.
+
+    Raises:
+        UserError: If the end of the file is missing.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.comment

@@ -152,7 +152,11 @@ class CheckpointSource(WeightSource):
 
     @classmethod
     def open(cls, path: Path, verify: bool = True) -> "CheckpointSource":
-        """Read all but the weights, which are only compared with their checksums."""
+        """Read all but the weights, which are only compared with their checksums.
+
+        Raises:
+            UserError: If it is damaged, not ours, or needs a model that does not exist.
+        """
         _refuse_format(path)
         check(path, hashes=verify)
         stored = StoredCheckpoint(path)

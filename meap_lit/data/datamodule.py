@@ -182,9 +182,15 @@ class StreamingData(L.LightningDataModule, ABC):
                 rank_zero_info(f"dataset {path} has no validation split; val/loss does not include it")
 
     def check_alike(self, found: list[dict[str, str]]) -> None:
-        """Check that all ranks read the same datasets, given the `fingerprints` of each rank, in rank order.
+        """Check that all ranks read the same datasets.
 
         Every rank computes the order of all rows, so different datasets would give overlapping or missing rows.
+
+        Args:
+            found: `fingerprints` of each rank, in rank order.
+
+        Raises:
+            UserError: If the fingerprints of a rank differ from those of rank 0.
         """
         first = list(found[0].values())  # a home folder may have another name on another node
         for rank, fingerprints in enumerate(found):

@@ -72,12 +72,21 @@ def our_name(hf_name: str) -> str | None:
 
 
 def read_config(content: Mapping[str, Any], where: str) -> tuple[DecoderConfig, str]:
-    """Return the decoder that the content of a config.json describes, vocabulary as stated, and its `model_type`.
+    """Return the decoder that a config.json describes.
 
     The context is `max_position_embeddings`, or with YaRN factor * original context where that is more: Qwen2.5's model
     card adds YaRN beside an unchanged `max_position_embeddings`. A sliding window W caps the context, because the
-    decoder attends to everything: rows of up to W tokens give the same numbers with and without the window. `where` is
-    the file, for messages.
+    decoder attends to everything: rows of up to W tokens give the same numbers with and without the window.
+
+    Args:
+        content: The parsed file.
+        where: The file, for messages.
+
+    Returns:
+        Its configuration, vocabulary as stated, and its `model_type`.
+
+    Raises:
+        UserError: If the file lacks a size, or names an architecture or a feature that the decoder does not have.
     """
     model_type = _model_type(content, where)
     _refuse_features(content, model_type, where)
@@ -156,6 +165,9 @@ def sliding_window(content: Mapping[str, Any], model_type: str, num_layers: int,
             one from `max_window_layers` on if `use_sliding_window` is true.
         num_layers: Number of layers.
         where: The file, for messages.
+
+    Raises:
+        UserError: If a key has a wrong value.
     """
     layers = content.get("layer_types")
     if not isinstance(layers, list | None):
@@ -254,10 +266,14 @@ def family(config: DecoderConfig, wanted: str | None = None) -> str | None:
 def write_config(
     config: DecoderConfig, model_type: str, dtype: torch.dtype, positions: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the content of the config.json that describes a decoder with weights of `dtype`, special tokens left out.
+    """Return the content of the config.json that describes a decoder, special tokens left out.
 
-    `positions` are the `POSITION_KEYS` of the config.json that the decoder came from. They are written as they were,
-    unless the decoder has another context than they describe.
+    Args:
+        config: The decoder's.
+        model_type: Its family.
+        dtype: Dtype of the weights.
+        positions: `POSITION_KEYS` of the config.json that the decoder came from. They are written as they were, unless
+            the decoder has another context than they describe.
 
     Rotary parameters and dtype are written in the layout of transformers 4, which 5 reads too; the reverse does not
     hold, and version 4 would silently take its default `rope_theta`. Versions before 5 may differ on YaRN: 4.45

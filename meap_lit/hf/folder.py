@@ -41,7 +41,11 @@ class HFFolder(WeightSource):
 
     @classmethod
     def open(cls, folder: Path) -> "HFFolder":
-        """Read config.json and the headers of all weight files, but no weights."""
+        """Read config.json and the headers of all weight files, but no weights.
+
+        Raises:
+            UserError: If something is missing or damaged, or the decoder cannot be this model.
+        """
         content = read_json(folder / CONFIG_FILE)
         config, model_type = read_config(content, str(folder / CONFIG_FILE))
         entries = _entries(folder)

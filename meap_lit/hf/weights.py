@@ -80,7 +80,11 @@ class WeightSource(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """Return one parameter, on the CPU. Nothing else stays in memory. Do not write into it."""
+        """Return one parameter, on the CPU. Nothing else stays in memory. Do not write into it.
+
+        Raises:
+            UserError: If its file is damaged.
+        """
 
     def where(self, name: str) -> Path:
         """Return the file that holds, or should hold, a parameter, for messages."""
@@ -100,9 +104,16 @@ def build_decoder(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Decoder:
-    """Return a decoder with the weights of `source`, in its dtype if none is given.
+    """Return a decoder with the weights of `source`, in its dtype and on the CPU if not given.
 
-    `config` is the source's, or one with more vocabulary rows or another context.
+    Args:
+        config: The source's, or one with more vocabulary rows or another context.
+        source: The weights.
+        dtype: Dtype of the decoder.
+        device: Device of the decoder.
+
+    Raises:
+        UserError: As `load_weights` does.
     """
     decoder = meta_decoder(config, dtype or source.dtype)
     allocate(decoder, device)
@@ -125,6 +136,9 @@ def load_weights(
         first_new_token: Id of the mask token, if the model has not seen one before. Its row becomes the mean of the
             rows below, even if the source has a spare row for it (Qwen: 151,936 rows for 151,665 tokens).
         write: Writes a whole value into a parameter of which this device may hold a part.
+
+    Raises:
+        UserError: If a tensor is missing, unknown, of another shape or unreadable.
     """
     parameters = check_weights(decoder, source)
     with torch.no_grad():
@@ -144,6 +158,9 @@ def check_weights(decoder: Decoder, source: WeightSource) -> dict[str, nn.Parame
 
     Returns:
         The parameters by name, without a tied head and without adapters.
+
+    Raises:
+        UserError: If a tensor is missing, unknown or of another shape.
     """
     parameters = {name: value for name, value in decoder.named_parameters() if not is_adapter(name)}
     available = set(source.names())

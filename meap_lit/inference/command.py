@@ -52,6 +52,11 @@ class Generate:
     verify: bool = True
 
     def run(self) -> None:
+        """Print the continuations.
+
+        Raises:
+            UserError: If there is no prompt, one is too long, or the checkpoint or its tokenizer cannot be used.
+        """
         texts = self._texts()
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.seed)
         model = LanguageModel(self.checkpoint, self.tokenizer, self.dtype, self.device, self.verify)

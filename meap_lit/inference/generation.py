@@ -44,6 +44,9 @@ class Sampling:
             arXiv 1904.09751), after `top_k`. Among equally likely tokens those with higher ids come first, as in
             transformers. None and 1 set no limit.
         seed: Seed of all draws.
+
+    Raises:
+        UserError: If a value is out of range, or has no effect at temperature 0.
     """
 
     temperature: float = 0.0

@@ -29,6 +29,9 @@ class LanguageModel:
         dtype: Dtype of the weights; by default bfloat16 on a GPU, and the checkpoint's own on a CPU.
         device: Device to compute on; auto takes a GPU if there is one.
         verify: Compare the checkpoint of a run with its checksums; False compares file sizes only.
+
+    Raises:
+        UserError: If the checkpoint or the device does not exist, or no tokenizer fits the checkpoint.
     """
 
     def __init__(
@@ -144,6 +147,9 @@ class LanguageModel:
         Returns:
             For each row, of its N = len(row) - first tokens, the log-probabilities, [N] float32 on the CPU, and whether
             each token is the most likely one, [N] bool.
+
+        Raises:
+            UserError: If a value is not finite.
         """
         assert min(first) >= 1, "the first token of a row has no context"
         # attention is causal: padding on the right changes nothing

@@ -98,10 +98,14 @@ def _vocabulary_weights(model: PreTrainedModel) -> list[Tensor]:
 
 
 def with_sample_ids(dataset: Any, source: int = 0) -> Any:
-    """Return a `Dataset` or an `IterableDataset` with the column `sample_id`: the number of each row.
+    """Return a dataset of the library `datasets` with the column `sample_id`: the number of each row.
 
     Number several datasets that are mixed in one run by `source`, so that no two rows have the same id. Call it on the
     training set, before it is shuffled, and once the rows are final: packing of TRL drops the column.
+
+    Args:
+        dataset: A `Dataset` or an `IterableDataset`.
+        source: Number of the dataset.
     """
     if hasattr(dataset, "__len__"):
         return dataset.add_column(SAMPLE_ID, [id_of_sample(source, index) for index in range(len(dataset))])

@@ -67,6 +67,9 @@ def mask_inputs(
     Returns:
         Masked ids, [B, T], and the input mask that chose them, [B, T], bool.
 
+    Raises:
+        UserError: If `mask_ratio` is outside [0, 1).
+
     Reference: MEAP, section 3.1 (masking for pretraining).
     """
     count = num_masked(mask_ratio, input_ids.size(1))

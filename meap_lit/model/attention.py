@@ -50,7 +50,11 @@ class Documents:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Sequence[int]], seq_len: int) -> "Documents":
-        """Build from the lengths of each row's documents; the rest of `seq_len` is padding, a document of its own."""
+        """Build from the lengths of each row's documents; the rest of `seq_len` is padding, a document of its own.
+
+        Raises:
+            ValueError: If a document has no token, or a row more than `seq_len`.
+        """
         lengths: list[int] = []
         for row in rows:
             padding = seq_len - sum(row)

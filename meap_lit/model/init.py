@@ -14,12 +14,17 @@ from meap_lit.model.config import DecoderConfig
 
 
 def init_parameter_(parameter: Tensor, name: str, config: DecoderConfig) -> None:
-    """Fill a parameter of a decoder, the whole of it and not a shard, in place, as TinyLlama does.
+    """Fill a parameter of a decoder, in place, as TinyLlama does.
 
     Normal with std sqrt(2 / (5 * width)); the two projections of a block that write to the residual stream get std
     1 / sqrt(width) / layers. An adapter starts as a linear layer and zeros, so that it adds nothing at first.
 
     Reference: jzhang38/TinyLlama, `lit_gpt/model.py`, `GPT._init_weights`.
+
+    Args:
+        parameter: The whole parameter, not a shard of it.
+        name: Its name in the decoder.
+        config: The decoder's.
     """
     if parameter.is_meta:
         return

@@ -136,6 +136,9 @@ class DecoderModule(L.LightningModule, ABC):
 
         The decoder is built without memory, sharded if the strategy does so, and only then allocated and filled, so
         that no device ever holds more than its shard.
+
+        Raises:
+            UserError: If the vocabulary or the context is too small for the data.
         """
         if self.decoder is not None:
             return
@@ -339,7 +342,11 @@ class DecoderModule(L.LightningModule, ABC):
         return {name: value for name, value in state.items() if name in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the weights of another model, and adapters of one: they might fit, and mean nothing."""
+        """Refuse the weights of another model, and adapters of one: they might fit, and mean nothing.
+
+        Raises:
+            UserError: If the checkpoint's model or adapters are not those of the recipe.
+        """
         is_foreign = type(self.data).__qualname__ not in checkpoint
         if is_foreign and self.trainer.state.fn == "fit":
             return  # a run of another kind: `Budget` says so
@@ -365,7 +372,11 @@ class DecoderModule(L.LightningModule, ABC):
 
 
 def with_vocabulary(config: DecoderConfig, tokenizer: Tokenizer) -> DecoderConfig:
-    """Return the configuration of a new model, with room for the tokenizer's ids, the mask token among them."""
+    """Return the configuration of a new model, with room for the tokenizer's ids, the mask token among them.
+
+    Raises:
+        UserError: If the stated vocabulary is too small.
+    """
     rows = vocab_rows(tokenizer.vocab_size, config.vocab_size)
     if rows is None:
         raise UserError(

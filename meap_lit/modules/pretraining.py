@@ -99,7 +99,13 @@ class MEAPPretraining(DecoderModule):
         return loss
 
     def mask_batch(self, batch: TextBatch, step: int, max_steps: int) -> tuple[Tensor, Tensor]:
-        """Return the masked input ids and the input mask, each [B, T], of a batch of step `step`, counted from 0."""
+        """Return the masked input ids and the input mask, each [B, T], of a training batch.
+
+        Args:
+            batch: Rows of text.
+            step: Optimizer step that trains on them, counted from 0.
+            max_steps: Optimizer steps of the run.
+        """
         assert self.mask_token_id is not None
         sample_ids = batch["sample_ids"]
         return mask_inputs(

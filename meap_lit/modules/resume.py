@@ -17,9 +17,16 @@ from meap_lit.model.lora import LoRA
 def check_same_model(
     about: dict[str, Any], config: DecoderConfig, lora: LoRA | None, origin: Mapping[str, Any]
 ) -> None:
-    """Refuse a checkpoint, given its entry `decoder`, whose model, adapters or frozen weights are not the recipe's.
+    """Compare a checkpoint's entry `decoder` with model, adapters and source of the frozen weights of the recipe.
 
-    `origin` has the place of the frozen weights, `init_from`, and their hash, `base`.
+    Args:
+        about: The entry.
+        config: Configuration of the recipe's model.
+        lora: Adapters of the recipe.
+        origin: Of the frozen weights: `init_from`, their place, and `base`, their hash.
+
+    Raises:
+        UserError: If the checkpoint does not continue such a run.
     """
     now = dataclasses.asdict(config)
     for name, was in about.get("config", {}).items():

@@ -49,6 +49,9 @@ def shard(
         param_dtype: Dtype in which weights are gathered and used; their own if not given.
         reduce_dtype: Dtype in which gradients are reduced; `param_dtype` if not given.
         cpu_offload: Keep shards and their gradients in the host's memory; `decoder` must be on the CPU when it trains.
+
+    Raises:
+        UserError: If the heads cannot be divided, or adapters would have to be.
     """
     if tensor_mesh is not None:
         split_products(decoder, tensor_mesh)

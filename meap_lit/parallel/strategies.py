@@ -176,7 +176,11 @@ def gathered_dtype(param_dtype: Dtype | None, precision: str) -> torch.dtype | N
 
 
 def shard_size_of(devices: int, nodes: int, shard_size: int | None, tensor_parallel_size: int) -> int:
-    """Return how many data-parallel devices share one copy of the weights, on nodes of so many devices."""
+    """Return how many data-parallel devices share one copy of the weights, on nodes of so many devices.
+
+    Raises:
+        UserError: If a size is below 1, or the devices cannot be divided into groups of these sizes.
+    """
     for name, size in (("shard_size", shard_size), ("tensor_parallel_size", tensor_parallel_size)):
         check_range(f"trainer.strategy.{name}", size, "[1, inf)")
     if devices % tensor_parallel_size:

@@ -34,6 +34,9 @@ def split_products(decoder: Decoder, mesh: DeviceMesh) -> None:
     Each half of a block gathers its input over the positions, and sums its output so that each device gets its
     positions; the backward does the reverse. Embedding, head and the weights of norms are whole on every device; of the
     loss each device computes a part of the rows.
+
+    Raises:
+        UserError: As for `part_of`.
     """
     part_of(decoder.config, mesh.size(), adapted=any(isinstance(module, LoRALinear) for module in decoder.modules()))
     stream = _ResidualStream(mesh)

@@ -51,6 +51,9 @@ class Tokenizer:
         backend: The tokenizer; it is changed.
         settings: Content of tokenizer_config.json; names the special tokens.
         path: Where it came from, for messages.
+
+    Raises:
+        UserError: If there is no end-of-text token.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any], path: str = "tokenizer") -> None:
@@ -97,6 +100,9 @@ class Tokenizer:
         """Read a folder with a tokenizer.json, a repository of the Hub, or the folder of a run, which keeps its own.
 
         The files that name its special tokens are optional.
+
+        Raises:
+            UserError: If there is none of that name, it cannot be downloaded, or it is damaged.
         """
         folder = _of_run(local_folder(path, "tokenizer", TOKENIZER_FILES))
         file = folder / "tokenizer.json"

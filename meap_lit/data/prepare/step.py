@@ -44,7 +44,8 @@ class Preparation(ABC):
     def source_files(self) -> Sequence[InputFile]:
         """Return the files that the step reads, except a tokenizer, which a dataset knows by its ids.
 
-        A source that is not there, as after its removal, raises `UserError`.
+        Raises:
+            UserError: If a source is not there, as after its removal.
         """
         return []
 
@@ -64,9 +65,13 @@ class Preparation(ABC):
             print(summary)
 
     def ensure(self, check_sources: bool = True) -> None:
-        """Make `output` unless this very step made it before; refuse a folder that was made otherwise.
+        """Make `output` unless this very step made it before.
 
-        With `check_sources`, one that was made of other files than there are now is refused too.
+        Args:
+            check_sources: Refuse a folder that was made of other files than there are now.
+
+        Raises:
+            UserError: If it was made otherwise.
         """
         output = Path(self.output)
         if not output.exists():

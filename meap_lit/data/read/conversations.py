@@ -75,7 +75,11 @@ _REFUSED_FIELDS = (
 
 
 def to_conversation(record: Mapping[str, Any], system: str | None = None) -> Conversation:
-    """Return the conversation of one record; `system` is the system message if the record has none."""
+    """Return the conversation of one record; `system` is the system message if the record has none.
+
+    Raises:
+        UserError: If the format is unknown, or the record does not hold a conversation.
+    """
     fields = {name: value for name, value in record.items() if value is not None}
     trained: list[bool] = []
     if "messages" in fields:

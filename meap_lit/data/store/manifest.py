@@ -122,6 +122,9 @@ class Manifest:
 
         The files that describe the dataset are compared with their hashes. In a local folder every chunk must be there
         and have its size; what chunks hold is compared when they are first read.
+
+        Raises:
+            UserError: If the folder holds no complete dataset, or a dataset of another kind.
         """
         read = _reader(location, storage, kind)
         manifest = cls._parse(read(MANIFEST_FILE), location)
@@ -206,7 +209,11 @@ def fingerprint_for(kind: Kind, tokenizer: Tokenizer) -> str:
 def load_samples(
     location: str, split: str, storage: Storage = DEFAULT_STORAGE, files: Mapping[str, str] | None = None
 ) -> ChatIndex:
-    """Read the sizes of the samples of one split of a chat dataset, whose manifest has been loaded."""
+    """Read the sizes of the samples of one split of a chat dataset, whose manifest has been loaded.
+
+    Raises:
+        UserError: If the table is missing, damaged, belongs to other data or has not the hash in `files`, if given.
+    """
     read = _reader(location, storage, "chat")
     folder = f"{location}/{split}"
     index, table = read(f"{split}/{INDEX_FILE}"), read(f"{split}/{SAMPLES_FILE}")

@@ -69,6 +69,9 @@ class Storage:
         """Write an object into `file`, from its beginning and over what it holds.
 
         `problem` says what is wrong with the content, or None; what is wrong is read again.
+
+        Raises:
+            UserError: If it cannot be read, or not as it should be; names the address, what happened and how often.
         """
 
         def get() -> None:
