@@ -15,9 +15,7 @@ LitGPT pins versions that conflict with ours; `pip install --no-deps litgpt` is 
 import contextlib
 import dataclasses
 import importlib
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +25,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 
 import meap_lit
 from benchmarks.fresh import Growth, Worker, in_fresh_process
-from benchmarks.step import Model, TrainingStep, environment, known_decoder, publish
+from benchmarks.page import about, check_device, main, page, publish
+from benchmarks.step import Model, TrainingStep, known_decoder
 from meap_lit.errors import UserError
 from meap_lit.hf.config import family, write_config
 from meap_lit.model import DecoderConfig
@@ -71,8 +69,7 @@ def benchmark(
     """
     if repetitions < 2 or micro_batch_size < 1:
         raise UserError("--repetitions must be at least 2 and --micro_batch_size at least 1")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    check_device(device)
     installed = _versions()
     for peer in peers or []:
         if peer not in installed:
@@ -91,24 +88,16 @@ def benchmark(
     peaks = [contender.peak_bytes(mask_ratio) for contender in contenders if device == "cpu"]
     timings = measure(contenders, mask_ratio, repetitions)
     peaks = peaks or [timing.peak_bytes for timing in timings]
-    report = "\n".join(
-        [
-            f"# Training step beside peers: {'custom' if decoder else model}, {device}, {precision}",
-            "",
-            f"    python -m benchmarks.peers {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            *environment(device),
-            f"- {', '.join(f'{name} {installed[name]}' for name in names)}",
-            f"- model: {config.num_parameters():,} parameters ({config.num_layers} layers, {config.num_heads} heads, "
-            f"{config.num_kv_heads} key-value heads, {config.hidden_size} wide, {config.intermediate_size} MLP, "
-            f"vocabulary {config.vocab_size:,})",
-            f"- {micro_batch_size} rows of {seq_len:,} tokens a step, P = {mask_ratio:g} of ours; {repetitions} turns",
-            "",
-            *table(contenders, timings, peaks),
-            "",
-        ]
-    )
-    publish(report, output)
+    facts = [
+        f"{', '.join(f'{name} {installed[name]}' for name in names)}",
+        about(config),
+        f"{micro_batch_size} rows of {seq_len:,} tokens a step, P = {mask_ratio:g} of ours; {repetitions} turns",
+    ]
+    body = [
+        *table(contenders, timings, peaks),
+    ]
+    title = f"Training step beside peers: {'custom' if decoder else model}, {device}, {precision}"
+    publish(page("peers", title, device, facts=facts, body=body), output)
 
 
 def _versions() -> dict[str, str]:
@@ -322,7 +311,4 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

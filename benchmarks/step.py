@@ -10,10 +10,7 @@ slows down does so for both. Data loading and logging are left out; they are the
 
 import contextlib
 import dataclasses
-import datetime
-import platform
 import resource
-import shlex
 import statistics
 import sys
 import time
@@ -24,9 +21,9 @@ from typing import Literal
 
 import torch
 import yaml
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 
+from benchmarks.page import about, check_device, main, page, publish
 from meap_lit.callbacks.throughput import peak_flops
 from meap_lit.errors import UserError
 from meap_lit.masking import mask_inputs
@@ -35,7 +32,6 @@ from meap_lit.model.config import vocab_rows
 from meap_lit.model.float8 import use_float8
 from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.modules import AdamW
-from meap_lit.provenance import processor
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Model = Literal["small", "quickstart", "10m", "0.1b", "0.3b", "0.5b", "1.1b"]
@@ -98,8 +94,7 @@ def benchmark(
         raise UserError(
             "--repetitions must be at least 2, --steps and --micro_batch_size at least 1, --profile at least 0"
         )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    check_device(device)
     config = decoder or known_decoder(model)
     if config.vocab_size is None:
         raise UserError("--decoder.vocab_size must be given")
@@ -108,26 +103,19 @@ def benchmark(
     trainer = TrainingStep(config, seq_len, micro_batch_size, precision, torch.device(device), compile, float8)
 
     name = "custom" if decoder else model
-    report = "\n".join(
-        [
-            f"# Training step with and without masking: {name}, {device}, {precision}",
-            "",
-            f"    python -m benchmarks.step {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            *environment(device),
-            f"- model: {config.num_parameters():,} parameters ({config.num_layers} layers, {config.num_heads} heads, "
-            f"{config.num_kv_heads} key-value heads, {config.hidden_size} wide, {config.intermediate_size} MLP, "
-            f"vocabulary {config.vocab_size:,})",
-            f"- {micro_batch_size} rows of {seq_len:,} tokens a step, P = {mask_ratio:g}; "
-            f"{repetitions} turns, {steps} step(s) of each kind in a turn{', compiled' if compile else ''}"
-            f"{', float8' if float8 else ''}",
-            "",
-            *_measure(trainer, mask_ratio, repetitions, steps),
-            "",
-            *(_profile(trainer, mask_ratio, profile) if profile else []),
-        ]
-    )
-    publish(report, output)
+    facts = [
+        about(config),
+        f"{micro_batch_size} rows of {seq_len:,} tokens a step, P = {mask_ratio:g}; "
+        f"{repetitions} turns, {steps} step(s) of each kind in a turn{', compiled' if compile else ''}"
+        f"{', float8' if float8 else ''}",
+    ]
+    body = [
+        *_measure(trainer, mask_ratio, repetitions, steps),
+        "",
+        *(_profile(trainer, mask_ratio, profile) if profile else []),
+    ]
+    title = f"Training step with and without masking: {name}, {device}, {precision}"
+    publish(page("step", title, device, facts=facts, body=body), output)
 
 
 def known_decoder(model: str) -> DecoderConfig:
@@ -145,6 +133,19 @@ def known_decoder(model: str) -> DecoderConfig:
     sizes = base["model"]["init_args"]["decoder"] | recipe["model"]["init_args"]["decoder"]
     sizes["max_seq_len"] = base["data"]["init_args"]["seq_len"]  # the recipe refers to it
     return DecoderConfig(**{"vocab_size": vocab_rows(32_001), **sizes})
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return the wall time of some work, from an idle device to an idle device."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    work()
+    return now() - start
 
 
 class TrainingStep:
@@ -217,16 +218,12 @@ class TrainingStep:
 
     def seconds(self, action: Callable[[float], object], mask_ratio: float, times: int = 1) -> float:
         """Wall time of an action done so many times, from an idle device to an idle device."""
-        self._wait()
-        start = time.perf_counter()
-        for _ in range(times):
-            action(mask_ratio)
-        self._wait()
-        return time.perf_counter() - start
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        def work() -> None:
+            for _ in range(times):
+                action(mask_ratio)
+
+        return seconds_of(work, self.device)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         if self.precision == "bf16":
@@ -318,23 +315,5 @@ def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def publish(report: str, output: Path | None) -> None:
-    """Print a report, and write it to `output` if that is given."""
-    print(report)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report)
-
-
-def environment(device: str) -> list[str]:
-    lines = [f"- date: {datetime.date.today()}", f"- CPU: {processor()}, {torch.get_num_threads()} thread(s)"]
-    if device == "cuda":
-        lines.append(f"- GPU: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
-    return [*lines, f"- torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"]
-
-
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)
