@@ -212,7 +212,11 @@ class Training:
         return seconds
 
     def _pass(self, batches: Sequence[Batch]) -> float:
-        return seconds_of(lambda: [self._step(batch) for batch in batches], self.device)
+        def work() -> None:
+            for batch in batches:
+                self._step(batch)
+
+        return seconds_of(work, self.device)
 
     def _step(self, batch: Batch) -> None:
         input_ids, labels, position_ids = (
