@@ -13,7 +13,6 @@ LitGPT pins versions that conflict with ours; `pip install --no-deps litgpt` is 
 """
 
 import contextlib
-import dataclasses
 import importlib
 import statistics
 import time
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 import meap_lit
 from benchmarks.fresh import Growth, Worker, in_fresh_process
 from benchmarks.page import about, check_device, main, page, publish
-from benchmarks.step import Model, TrainingStep, known_decoder
+from benchmarks.step import Model, TrainingStep, known_decoder, sized
 from meap_lit.errors import UserError
 from meap_lit.hf.config import family, write_config
 from meap_lit.model import DecoderConfig
@@ -74,14 +73,10 @@ def benchmark(
     for peer in peers or []:
         if peer not in installed:
             raise UserError(f"--peers {peer} is not installed; pip install {peer}, or leave it out")
-    config = decoder or known_decoder(model)
-    if config.vocab_size is None:
-        raise UserError("--decoder.vocab_size must be given")
-    seq_len = seq_len or config.max_seq_len
-    config = dataclasses.replace(config, max_seq_len=seq_len)
+    config = sized(decoder or known_decoder(model), seq_len)
     names = list(dict.fromkeys(["meap_lit", *(peers or installed)]))
     contenders = [
-        Contender(name, compiled, config, seq_len, micro_batch_size, precision, device)
+        Contender(name, compiled, config, micro_batch_size, precision, device)
         for name in names
         for compiled in compile or [False, True]
     ]
@@ -91,7 +86,8 @@ def benchmark(
     facts = [
         f"{', '.join(f'{name} {installed[name]}' for name in names)}",
         about(config),
-        f"{micro_batch_size} rows of {seq_len:,} tokens a step, P = {mask_ratio:g} of ours; {repetitions} turns",
+        f"{micro_batch_size} rows of {config.max_seq_len:,} tokens a step, P = {mask_ratio:g} of ours; "
+        f"{repetitions} turns",
     ]
     body = [
         *table(contenders, timings, peaks),
@@ -195,14 +191,13 @@ class Contender:
     name: Name
     compile: bool
     config: DecoderConfig
-    seq_len: int
     micro_batch_size: int
     precision: str
     device: str
 
     def __call__(self) -> TrainingStep:
         step = STEPS[self.name](
-            self.config, self.seq_len, self.micro_batch_size, self.precision, torch.device(self.device), self.compile
+            self.config, self.micro_batch_size, self.precision, torch.device(self.device), self.compile
         )
         num_parameters = sum(parameter.numel() for parameter in step.model.parameters())
         assert num_parameters == self.config.num_parameters(), f"{self.name} has {num_parameters} parameters"
@@ -281,7 +276,7 @@ def table(contenders: Sequence[Contender], timings: Sequence[Timings], peaks: Se
     ]
     for contender, timing, peak in zip(contenders, timings, peaks, strict=True):
         low, median, high = (1e3 * seconds for seconds in statistics.quantiles(timing.wall, n=4))
-        rate = contender.micro_batch_size * contender.seq_len / median * 1e3
+        rate = contender.micro_batch_size * contender.config.max_seq_len / median * 1e3
         rows.append(
             f"| {contender.label} | {median:.1f} | {low:.1f} to {high:.1f} | {1e3 * statistics.median(timing.cpu):.1f} "
             f"| {rate:,.0f} | {peak / 1e6:,.0f} |"

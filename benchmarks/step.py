@@ -95,17 +95,13 @@ def benchmark(
             "--repetitions must be at least 2, --steps and --micro_batch_size at least 1, --profile at least 0"
         )
     check_device(device)
-    config = decoder or known_decoder(model)
-    if config.vocab_size is None:
-        raise UserError("--decoder.vocab_size must be given")
-    seq_len = seq_len or config.max_seq_len
-    config = dataclasses.replace(config, max_seq_len=seq_len)
-    trainer = TrainingStep(config, seq_len, micro_batch_size, precision, torch.device(device), compile, float8)
+    config = sized(decoder or known_decoder(model), seq_len)
+    trainer = TrainingStep(config, micro_batch_size, precision, torch.device(device), compile, float8)
 
     name = "custom" if decoder else model
     facts = [
         about(config),
-        f"{micro_batch_size} rows of {seq_len:,} tokens a step, P = {mask_ratio:g}; "
+        f"{micro_batch_size} rows of {config.max_seq_len:,} tokens a step, P = {mask_ratio:g}; "
         f"{repetitions} turns, {steps} step(s) of each kind in a turn{', compiled' if compile else ''}"
         f"{', float8' if float8 else ''}",
     ]
@@ -135,6 +131,17 @@ def known_decoder(model: str) -> DecoderConfig:
     return DecoderConfig(**{"vocab_size": vocab_rows(32_001), **sizes})
 
 
+def sized(config: DecoderConfig, seq_len: int | None) -> DecoderConfig:
+    """Return the model for rows of `seq_len` tokens, of its own max_seq_len if not given.
+
+    Raises:
+        UserError: If it has no vocabulary.
+    """
+    if config.vocab_size is None:
+        raise UserError("--decoder.vocab_size must be given")
+    return dataclasses.replace(config, max_seq_len=seq_len or config.max_seq_len)
+
+
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Return the wall time of some work, from an idle device to an idle device."""
 
@@ -149,12 +156,11 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 class TrainingStep:
-    """One model, one optimizer and one batch of random tokens; a call is one training step."""
+    """One model, one optimizer and one batch of random rows of its max_seq_len; a call is one training step."""
 
     def __init__(
         self,
         config: DecoderConfig,
-        seq_len: int,
         micro_batch_size: int,
         precision: str,
         device: torch.device,
@@ -163,7 +169,7 @@ class TrainingStep:
     ) -> None:
         assert config.vocab_size is not None
         torch.manual_seed(0)
-        self.config, self.seq_len, self.device, self.precision = config, seq_len, device, precision
+        self.config, self.device, self.precision = config, device, precision
         with device:
             self.model = self.build()
         if float8:
@@ -173,9 +179,8 @@ class TrainingStep:
         if compile:
             self.compile()
         generator = torch.Generator().manual_seed(0)  # of its own: the same batch whatever a model drew for its weights
-        tokens = torch.randint(0, config.vocab_size - 1, (micro_batch_size, seq_len + 1), generator=generator).to(
-            device
-        )
+        shape = (micro_batch_size, config.max_seq_len + 1)
+        tokens = torch.randint(0, config.vocab_size - 1, shape, generator=generator).to(device)
         self.input_ids, self.labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         self.sample_ids = torch.arange(micro_batch_size, device=device)
         self.num_steps = 0
@@ -244,7 +249,7 @@ class Timings:
         rate = step.labels.numel() / median
         mfu = ""
         if peak := _peak_flops(step):
-            mfu = f"{rate * step.config.flops_per_token(step.seq_len) / peak:.1%}"
+            mfu = f"{rate * step.config.flops_per_token(step.config.max_seq_len) / peak:.1%}"
         memory = self.peak_bytes or _peak_resident_bytes()
         return (
             f"| {name} | {median * 1e3:.2f} | {low * 1e3:.2f} to {high * 1e3:.2f} | {rate:,.0f} "

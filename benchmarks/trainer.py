@@ -27,7 +27,7 @@ import yaml
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from benchmarks.page import check_device, main, page, publish
-from benchmarks.step import TrainingStep, known_decoder
+from benchmarks.step import TrainingStep, known_decoder, sized
 from meap_lit.errors import UserError
 from meap_lit.model import DecoderConfig
 from meap_lit.recipe.cli import RecipeCLI
@@ -72,11 +72,9 @@ def benchmark(
     if steps < 1 or steps % LOG_EVERY_N_STEPS:
         raise UserError(f"--steps must be a multiple of {LOG_EVERY_N_STEPS}, after which `fit` logs; got {steps}")
     check_device(device)
-    config = toy_decoder() if model == "toy" else known_decoder(model)
-    seq_len = seq_len or config.max_seq_len
-    config = dataclasses.replace(config, max_seq_len=seq_len)
+    config = sized(toy_decoder() if model == "toy" else known_decoder(model), seq_len)
     num_workers = (0 if device == "cpu" else 2) if num_workers is None else num_workers
-    bare = TrainingStep(config, seq_len, micro_batch_size, precision, torch.device(device), compile)
+    bare = TrainingStep(config, micro_batch_size, precision, torch.device(device), compile)
     measured = Turns(bare, steps)
     with TemporaryDirectory() as folder:
         recipe = _recipe(Path(folder), bare, micro_batch_size, compile, num_workers)
@@ -84,7 +82,7 @@ def benchmark(
         fit(recipe | {"budget": {"max_steps": (turns + 1) * steps + 1}}, Path(folder), measured)
     facts = [
         f"load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
-        f"{config.num_parameters():,} parameters, {micro_batch_size} rows of {seq_len:,} tokens a step, "
+        f"{config.num_parameters():,} parameters, {micro_batch_size} rows of {config.max_seq_len:,} tokens a step, "
         f"{num_workers} processes that read ahead; {turns} turns of {steps} steps of each kind",
     ]
     body = [
@@ -244,7 +242,7 @@ def _recipe(folder: Path, bare: TrainingStep, micro_batch_size: int, compile: bo
             "meap_lit.data.pretraining.PretrainingData",
             datasets=dataset,
             tokenizer=tokenizer,
-            seq_len=bare.seq_len,
+            seq_len=bare.config.max_seq_len,
             global_batch_size=micro_batch_size,
             micro_batch_size=micro_batch_size,
             num_workers=num_workers,

@@ -278,7 +278,7 @@ def _run_trainer(arguments: list[str]) -> None:
     if arguments[0] == "plan":
         from meap_lit.planning.command import PlanCLI
 
-        print(PlanCLI.read(arguments[1:]).plan.report())
+        print(PlanCLI.read(arguments[1:]).plan.text())
     elif arguments[0] == "preview":
         from meap_lit.recipe.preview import PreviewCLI
 

@@ -160,7 +160,7 @@ class Plan:
         rate = self.step.devices.number * self.hardware.peak_teraflops * 1e12 * self.hardware.utilisation
         return self.num_flops / rate / SECONDS_PER_DAY
 
-    def report(self) -> str:
+    def text(self) -> str:
         """Return the plan as text for a terminal."""
         lines = [*self._run_lines(), "", *self._memory_lines()]
         if not self.fits:

@@ -325,8 +325,7 @@ def check_value(value: Any, kind: Any, where: str = "") -> None:
             raise UserError(f"{place} must not be null; {default}")
         if entry is not None and not isinstance(entry, Mapping) and _takes_only_mappings(parameter.annotation):
             raise UserError(f"{place} must be {_IN_WORDS['dict']}, got {shorten(str(entry))}")
-        kinds = (parameter.annotation, *get_args(parameter.annotation))
-        check_value(entry, next(filter(dataclasses.is_dataclass, kinds), object), place)
+        check_value(entry, group_of(parameter) or object, place)
 
 
 _UNKNOWN = inspect.Parameter("unknown", inspect.Parameter.KEYWORD_ONLY)
