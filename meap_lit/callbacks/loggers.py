@@ -142,8 +142,13 @@ class WandB(Service):
     ) -> None:
         super().__init__(save_dir, name, version, resume)
         self.offline = offline
-        project = project or os.environ.get("WANDB_PROJECT") or "meap_lit"
-        self._options = {"project": project, "entity": entity, "group": group or name, "tags": tags, "notes": notes}
+        self._options: dict[str, Any] = {
+            "project": project or os.environ.get("WANDB_PROJECT") or "meap_lit",
+            "entity": entity,
+            "group": group or name,
+            "tags": tags,
+            "notes": notes,
+        }
         self._run: Any = None
 
     @property
