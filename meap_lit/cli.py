@@ -104,24 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except PermissionError as error:
-        # any access to a file in a folder without permission raises this
-        print(
-            f"error: no permission for {error.filename}: give this user access, or name another path", file=sys.stderr
-        )
-        return 2
     except BrokenPipeError:
         if not _stdout_is_closed():
             raise
         return 141  # the reader of the output, such as `head`, has ended: the status of SIGPIPE in a shell
     except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # only a path of the user is so long, or a link to itself
-            print(f"error: {shorten(str(error.filename))}: {error.strerror}; name another path", file=sys.stderr)
-            return 2
-        if error.errno not in NO_SPACE:
+        if (reason := _fault_of_path(error)) is None:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        print(f"error: cannot write{where}: {error.strerror}; free some space or name another folder", file=sys.stderr)
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -133,6 +123,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     print(hide_in_text("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def _fault_of_path(error: OSError) -> str | None:
+    """Return what is wrong with a path that the user named, or with its disk; None for any other error."""
+    if isinstance(error, PermissionError):  # any access to a file in a folder without permission raises this
+        return f"no permission for {error.filename}: give this user access, or name another path"
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # only a path of the user is so long, or a link to itself
+        return f"{shorten(str(error.filename))}: {error.strerror}; name another path"
+    if error.errno in NO_SPACE:
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot write{where}: {error.strerror}; free some space or name another folder"
+    return None
 
 
 def _stdout_is_closed() -> bool:
