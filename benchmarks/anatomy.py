@@ -15,8 +15,6 @@ causal half is not discounted.
     python -m benchmarks.anatomy --case 1.1b --top 20     # and the kernels that take most time
 """
 
-import shlex
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,12 +25,12 @@ from typing import Literal
 from unittest.mock import patch
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from benchmarks.kernels import CountKernels, Kernel
-from benchmarks.step import environment, known_decoder, publish
+from benchmarks.page import main, page, publish
+from benchmarks.step import known_decoder
 from meap_lit.errors import UserError
 from meap_lit.masking import mask_inputs
 from meap_lit.model import Decoder, DecoderConfig, Documents
@@ -116,27 +114,21 @@ def benchmark(
     """
     if top < 0:
         raise UserError(f"--top must be at least 0, got {top}")
-    report = [
-        "# Anatomy of a training step: counted on fake tensors; times are predicted, not measured",
-        "",
-        f"    python -m benchmarks.anatomy {shlex.join(sys.argv[1:])}".rstrip(),
-        "",
-        *environment("cpu"),
-        f"- predicted time of a kernel: the larger of bytes / {BYTES_PER_SECOND / 1e12:g} TB/s and FLOPs / "
+    facts = [
+        f"predicted time of a kernel: the larger of bytes / {BYTES_PER_SECOND / 1e12:g} TB/s and FLOPs / "
         f"{FLOPS_PER_SECOND / 1e12:g} TFLOP/s (one H200; products in float8: twice that); launches, host and "
         "communication take no time",
-        "- eager: one kernel for each operation; compiled: the blocks have one kernel for each product and each "
+        "eager: one kernel for each operation; compiled: the blocks have one kernel for each product and each "
         "attention, and one for connected operations between them; float8: compiled, with `model.float8`",
-        "- bf16-mixed: float32 weights, gradients and moments; masking with P = 0.15, none in packed rows, where "
+        "bf16-mixed: float32 weights, gradients and moments; masking with P = 0.15, none in packed rows, where "
         f"{SUPERVISED:.0%} of the positions have a label",
-        "",
     ]
-    for name in [case] if case else CASES:
-        report += _report(name, CASES[name], top)
-    publish("\n".join(report), output)
+    body = [line for name in ([case] if case else CASES) for line in _section(name, CASES[name], top)]
+    title = "Anatomy of a training step: counted on fake tensors; times are predicted, not measured"
+    publish(page("anatomy", title, "cpu", facts=facts, body=body), output)
 
 
-def _report(name: str, case: Case, top: int) -> list[str]:
+def _section(name: str, case: Case, top: int) -> list[str]:
     kinds = {"eager": count(case, compiled=False)}
     torch._dynamo.utils.counters.clear()
     kinds["compiled"] = count(case, compiled=True)
@@ -306,7 +298,4 @@ def _paths_of_a_gpu(counter: CountKernels) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

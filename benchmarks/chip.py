@@ -7,10 +7,7 @@ call of a kernel at lengths that it has not seen, since packed rows bring new on
     python -m benchmarks.chip --device cpu --toy true                    # small sizes, to see that it runs
 """
 
-import shlex
 import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,11 +15,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jsonargparse import auto_cli
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.step import environment, publish
+from benchmarks.page import check_device, main, page, publish
+from benchmarks.step import seconds_of
 from meap_lit.errors import UserError
 from meap_lit.model import Documents
 from meap_lit.model.attention import attention_within
@@ -48,21 +45,14 @@ def benchmark(
         repetitions: Timings of each; the tables have medians.
         output: Markdown file to write the result to as well.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    check_device(device)
     if repetitions < 1:
         raise UserError("--repetitions must be at least 1")
     chip = Chip(torch.device(device), repetitions)
     products = [(64, 64, 64)] if toy else [(8192, 8192, 8192), (16384, 2048, 5632), (16384, 2048, 32064)]
     shapes = [(1, 2, 64, 16)] if toy else [(2, 32, 4096, 64), (2, 32, 4096, 128)]
-    lines = [
-        "# The chip",
-        "",
-        f"    python -m benchmarks.chip {shlex.join(sys.argv[1:])}".rstrip(),
-        "",
-        *environment(device),
-        f"- copy: {chip.bandwidth(2**20 if toy else 2**33) / 1e12:.2f} TB/s, bytes read and bytes written",
-        "",
+    facts = [f"copy: {chip.bandwidth(2**20 if toy else 2**33) / 1e12:.2f} TB/s, bytes read and bytes written"]
+    body = [
         "| product in bfloat16, m x k x n | ms | TFLOP/s |",
         "| --- | --- | --- |",
         *(chip.product(*sizes) for sizes in products),
@@ -74,9 +64,8 @@ def benchmark(
         f"| first call at {NUM_LENGTHS} new lengths, and backward | median, ms | longest, ms | second call, ms |",
         "| --- | --- | --- | --- |",
         *chip.first_calls(128 if toy else 4096),
-        "",
     ]
-    publish("\n".join(lines), output)
+    publish(page("chip", "The chip", device, facts=facts, body=body), output)
 
 
 class Chip:
@@ -91,21 +80,9 @@ class Chip:
         self.device = device
         self.repetitions = repetitions
 
-    def seconds(self, work: Callable[[], object]) -> float:
-        """Return the seconds of one call."""
-        self._wait()
-        start = time.perf_counter()
-        work()
-        self._wait()
-        return time.perf_counter() - start
-
     def median(self, work: Callable[[], object]) -> float:
         """Return the median seconds of `repetitions` calls after two to warm up."""
-        return statistics.median([self.seconds(work) for _ in range(self.repetitions + 2)][2:])
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        return statistics.median([seconds_of(work, self.device) for _ in range(self.repetitions + 2)][2:])
 
     def bandwidth(self, num_bytes: int) -> float:
         """Return the bytes per second that a copy of so many bytes reads and writes."""
@@ -148,8 +125,8 @@ class Chip:
     def _first_calls(self, name: str, works: Sequence[Callable[[], object]]) -> str:
         try:
             works[0]()  # kernels load
-            firsts = [self.seconds(work) for work in works[1:]]
-            again = [self.seconds(work) for work in works[1:]]
+            firsts = [seconds_of(work, self.device) for work in works[1:]]
+            again = [seconds_of(work, self.device) for work in works[1:]]
         except RuntimeError as error:
             return f"| {name} | {' '.join(str(error).split())[:80].replace('|', '')} | | |"
         cells = (statistics.median(firsts), max(firsts), statistics.median(again))
@@ -179,7 +156,4 @@ def _attend_packed(tensors: list[Tensor], documents: Documents) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

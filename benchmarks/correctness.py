@@ -6,15 +6,12 @@
 The table is written after every test, so that one which hangs leaves those before it on record.
 """
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from jsonargparse import auto_cli
 
-from benchmarks.step import environment, publish
+from benchmarks.page import main, page, publish
 from meap_lit.errors import UserError
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -33,7 +30,7 @@ def benchmark(device: Literal["cpu", "cuda"] = "cuda", output: Path | None = Non
     record = Record(device, output)
     words = ["-m", "not gpu and not slow" if device == "cpu" else "gpu", "-q", "--tb=short", "-p", "no:cacheprovider"]
     pytest.main([*words, *map(str, paths)], plugins=[record])
-    publish(record.report(), output)
+    publish(record.page(), output)
     if record.count("failed") or not record.count("passed"):
         raise SystemExit(1)
 
@@ -48,7 +45,7 @@ class Record:
 
     def __init__(self, device: str, output: Path | None) -> None:
         self.output = output
-        self._environment = environment(device)
+        self._device = device
         self._rows: dict[str, tuple[str, float, str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -57,7 +54,7 @@ class Record:
             self._rows[report.nodeid] = (report.outcome, report.duration, reason)
         if self.output and report.when == "teardown":
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self.output.write_text(self.report())
+            self.output.write_text(self.page())
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -66,27 +63,18 @@ class Record:
     def count(self, outcome: str) -> int:
         return sum(row[0] == outcome for row in self._rows.values())
 
-    def report(self) -> str:
+    def page(self) -> str:
         counts = ", ".join(f"{self.count(outcome)} {outcome}" for outcome in ("passed", "failed", "skipped"))
         first = sorted(self._rows.items(), key=lambda item: item[1][0] != "failed")  # failures first
-        return "\n".join(
-            [
-                "# Tests that need a GPU",
-                "",
-                f"    python -m benchmarks.correctness {shlex.join(sys.argv[1:])}".rstrip(),
-                "",
-                *self._environment,
-                f"- {counts}",
-                "",
-                "| test | outcome | s | reason |",
-                "| --- | --- | --- | --- |",
-                *(
-                    f"| `{name.split('/', 1)[-1]}` | {outcome} | {seconds:.1f} | {reason} |"
-                    for name, (outcome, seconds, reason) in first
-                ),
-                "",
-            ]
-        )
+        body = [
+            "| test | outcome | s | reason |",
+            "| --- | --- | --- | --- |",
+            *(
+                f"| `{name.split('/', 1)[-1]}` | {outcome} | {seconds:.1f} | {reason} |"
+                for name, (outcome, seconds, reason) in first
+            ),
+        ]
+        return page("correctness", "Tests that need a GPU", self._device, facts=[counts], body=body)
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
@@ -100,7 +88,4 @@ def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

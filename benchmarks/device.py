@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import auto_cli
-
+from benchmarks.page import check_device, main
 from meap_lit.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -155,11 +154,7 @@ def benchmark(
     if budget <= 0:
         raise UserError(f"--budget must be above 0, got {budget:g}")
     start = time.monotonic()
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    check_device(device)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stage does not outlive this process
     chosen = [stage for stage in STAGES if stage.name in (stages or names)]
     results = []
@@ -276,7 +271,4 @@ def _cells(line: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

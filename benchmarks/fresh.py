@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from meap_lit.errors import UserError
 
@@ -81,13 +81,20 @@ class Growth:
     """
 
     def __init__(self) -> None:
-        if not STATUS.is_file():
-            raise UserError(f"peak memory is read from {STATUS}, which this system does not have; run it on Linux")
-        self._before = _kilobytes("VmRSS:")
+        self._before = memory("VmRSS")
 
     def __call__(self) -> int:
-        return 1024 * (_kilobytes("VmHWM:") - self._before)
+        return memory("VmHWM") - self._before
 
 
-def _kilobytes(field: str) -> int:
-    return int(next(line for line in STATUS.read_text().splitlines() if line.startswith(field)).split()[1])
+def memory(field: Literal["VmRSS", "VmHWM"]) -> int:
+    """Return the bytes of this process now (`VmRSS`) or at its peak (`VmHWM`).
+
+    Raises:
+        UserError: On systems other than Linux.
+    """
+    if not STATUS.is_file():
+        raise UserError(f"peak memory is read from {STATUS}, which this system does not have; run it on Linux")
+    # not ru_maxrss, which a process inherits from the one that started it
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])

@@ -14,9 +14,7 @@ tokens must come out. On a CPU the time is that of the process, which other proc
 import dataclasses
 import os
 import random
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -25,13 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor
 
-from benchmarks.step import environment, known_decoder, publish
+from benchmarks.page import check_device, main, page, publish
+from benchmarks.step import known_decoder
 from meap_lit.data.corpora.facts import filler_sentence
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
-from meap_lit.errors import UserError
 from meap_lit.evaluation.runner import alike_together, batches
 from meap_lit.evaluation.task import Item
 from meap_lit.evaluation.tasks.needle import Needle
@@ -79,8 +76,7 @@ def benchmark(
         repetitions: Turns of each.
         output: Markdown file to write the result to as well.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    check_device(device)
     longest = max(max(lengths) + new_tokens, *needle_lengths)
     config = dataclasses.replace(known_decoder(model), max_seq_len=longest)
     load = os.getloadavg()[0]
@@ -123,29 +119,22 @@ def benchmark(
             lines.append(
                 f"| {name} | {num_prompts} | {counts} | {rates[0]:,.1f} | {rates[1]:,.1f} | {ratio:.2f} | {shares} |"
             )
-    report = "\n".join(
-        [
-            f"# Generation: {model}, {device}, {dtype}",
-            "",
-            f"    python -m benchmarks.generation {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            *environment(device),
-            f"- {'wall-clock' if device == 'cuda' else 'CPU'} time; load of the machine {load:.1f} at the start, "
-            f"{os.getloadavg()[0]:.1f} at the end",
-            f"- model: {config.num_parameters():,} parameters; new tokens a second, medians of {repetitions} turns",
-            f"- random prompts: {', '.join(map(str, lengths))} tokens and fewer, by up to a fifth; {new_tokens} new "
-            f"tokens each",
-            f"- needle: {', '.join(map(str, needle_lengths))} tokens, answer included, at {len(needle_depths)} depths "
-            f"in {'the text given' if haystack else 'made-up text'}; {needle.max_new_tokens} new tokens each",
-            f"- batches hold {batch} of the longest prompts",
-            "",
-            "| prompts | number | batches | meap_lit, tokens/s | transformers, tokens/s | ratio | same tokens |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-            *lines,
-            "",
-        ]
-    )
-    publish(report, output)
+    facts = [
+        f"{'wall-clock' if device == 'cuda' else 'CPU'} time; load of the machine {load:.1f} at the start, "
+        f"{os.getloadavg()[0]:.1f} at the end",
+        f"model: {config.num_parameters():,} parameters; new tokens a second, medians of {repetitions} turns",
+        f"random prompts: {', '.join(map(str, lengths))} tokens and fewer, by up to a fifth; {new_tokens} new "
+        f"tokens each",
+        f"needle: {', '.join(map(str, needle_lengths))} tokens, answer included, at {len(needle_depths)} depths "
+        f"in {'the text given' if haystack else 'made-up text'}; {needle.max_new_tokens} new tokens each",
+        f"batches hold {batch} of the longest prompts",
+    ]
+    body = [
+        "| prompts | number | batches | meap_lit, tokens/s | transformers, tokens/s | ratio | same tokens |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *lines,
+    ]
+    publish(page("generation", f"Generation: {model}, {device}, {dtype}", device, facts=facts, body=body), output)
 
 
 def _random_prompts(config: DecoderConfig, lengths: tuple[int, ...], per_length: int) -> Prompts:
@@ -276,4 +265,4 @@ def _peer(folder: str, device: str, dtype: str) -> Engine:
 
 
 if __name__ == "__main__":
-    auto_cli(benchmark, as_positional=False)
+    main(benchmark)

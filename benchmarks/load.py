@@ -8,19 +8,18 @@ Pages of a mapped file count as resident, so a loader that keeps the file mapped
     python -m benchmarks.load --model small    # a quick look at the table
 """
 
-import multiprocessing
-import shlex
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor
 
-from benchmarks.step import environment, known_decoder, publish
+from benchmarks.fresh import Worker, memory
+from benchmarks.page import main, page, publish
+from benchmarks.step import known_decoder
 from meap_lit.checkpoint.export import Export
 from meap_lit.checkpoint.folder import write
 from meap_lit.checkpoint.source import DTYPES, open_source
@@ -28,8 +27,6 @@ from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
 from meap_lit.hf.weights import build_decoder
 from meap_lit.model import Decoder, DecoderConfig
-
-STATUS = Path("/proc/self/status")
 
 
 def benchmark(
@@ -48,8 +45,7 @@ def benchmark(
         repetitions: Processes that load each file; the table has the one with the highest peak.
         output: Markdown file to write the result to as well.
     """
-    if not STATUS.is_file():
-        raise UserError(f"peak memory is read from {STATUS}, which this system does not have; run it on Linux")
+    memory("VmHWM")  # fails at once where the processes could not read it
     if repetitions < 1:
         raise UserError("--repetitions must be at least 1")
     config = known_decoder(model)
@@ -57,24 +53,17 @@ def benchmark(
         places = _write_model(Path(folder), config, DTYPES[dtype], max_shard_size)
         baseline, _ = _measure(None, repetitions)
         rows = [_row(name, place, baseline, repetitions) for name, place in places.items()]
-    report = "\n".join(
-        [
-            f"# Loading weights: {model}, {dtype}",
-            "",
-            f"    python -m benchmarks.load {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            *environment("cpu"),
-            f"- model: {config.num_parameters():,} parameters; shards of at most {max_shard_size}",
-            f"- a process that has imported everything and loads nothing: {baseline / 1e9:.3f} GB; "
-            f"peaks are above it, the highest of {repetitions} processes",
-            "",
-            "| file | weights, GB | largest tensor, GB | peak memory, GB | peak / weights | seconds |",
-            "| --- | --- | --- | --- | --- | --- |",
-            *rows,
-            "",
-        ]
-    )
-    publish(report, output)
+    facts = [
+        f"model: {config.num_parameters():,} parameters; shards of at most {max_shard_size}",
+        f"a process that has imported everything and loads nothing: {baseline / 1e9:.3f} GB; "
+        f"peaks are above it, the highest of {repetitions} processes",
+    ]
+    body = [
+        "| file | weights, GB | largest tensor, GB | peak memory, GB | peak / weights | seconds |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *rows,
+    ]
+    publish(page("load", f"Loading weights: {model}, {dtype}", "cpu", facts=facts, body=body), output)
 
 
 def _write_model(folder: Path, config: DecoderConfig, dtype: torch.dtype, max_shard_size: str) -> dict[str, Path]:
@@ -112,32 +101,24 @@ def _row(name: str, place: Path, baseline: int, repetitions: int) -> str:
 
 def _measure(place: Path | None, repetitions: int) -> tuple[int, float]:
     """Highest peak in bytes and its seconds, over fresh processes that load what is at `place`."""
-    context = multiprocessing.get_context("spawn")
     results = []
     for _ in range(repetitions):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_load, args=(place, sender))
-        process.start()
-        results.append(receiver.recv())
-        process.join()
+        with Worker(partial(partial, _load, place)) as worker:
+            results.append(worker())
     return max(results)
 
 
-def _load(place: Path | None, sender: Any) -> None:
+def _load(place: Path | None) -> tuple[int, float]:
     start = time.perf_counter()
     weights: list[Tensor] = []
     if place is not None:
         source = open_source(place)
         weights = list(build_decoder(source.config, source).parameters())
     seconds = time.perf_counter() - start
-    # the high-water mark of this program alone; getrusage would count its parent's from before the exec
-    peak = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-    sender.send((int(peak.split()[1]) * 1024, seconds))
+    peak = memory("VmHWM")
     del weights
+    return peak, seconds
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

@@ -10,9 +10,7 @@ the count begins. The gradients of both are subtracted.
     python -m benchmarks.loss --device cuda --bf16 true --hidden_size 2048 --rows [256,1024,4096]
 """
 
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,11 +21,10 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from jsonargparse import auto_cli
 from torch import Tensor
 
 from benchmarks.fresh import Growth, in_fresh_process
-from benchmarks.step import environment, publish
+from benchmarks.page import check_device, main, page, publish
 from meap_lit.errors import UserError
 from meap_lit.model import linear_cross_entropy, loss
 
@@ -82,8 +79,7 @@ def benchmark(
         raise UserError(f"--ways has {min(unknown)!r}; choose from {', '.join(WAYS)}")
     if repetitions < 1:
         raise UserError("--repetitions must be at least 1")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    check_device(device)
     cases = {way: partial(measure, way, vocab_size, num_tokens, hidden_size, bf16, device) for way in ways}
     if rows and (ours := cases.pop("ours", None)):
         cases = {f"ours, pieces of {number:,} rows": partial(ours, number) for number in rows} | cases
@@ -93,29 +89,22 @@ def benchmark(
             measured[name].append(case() if device == "cuda" else in_fresh_process(case))
     gradients = 4 * hidden_size * (vocab_size + num_tokens)
     heading, unit = ("time, ms", 1e3) if device == "cuda" else ("CPU time, s", 1)
-    report = "\n".join(
-        [
-            "# Head and loss, forward and backward",
-            "",
-            f"    python -m benchmarks.loss {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            *environment(device),
-            f"- vocabulary {vocab_size:,}, {num_tokens:,} tokens, {hidden_size} wide, "
-            f"{'bfloat16 autocast' if bf16 else 'float32'}; all logits are {4e-9 * vocab_size * num_tokens:.1f} GB in "
-            f"float32, the gradients {gradients / 1e9:.2f} GB",
-            f"- medians of {repetitions} measurement(s) each, by turns",
-            "",
-            f"| way | peak beyond tensors given and gradients, GB | {heading} |",
-            "| --- | --- | --- |",
-            *(
-                f"| {name} | {(statistics.median(peak for peak, _ in results) - gradients) / 1e9:.2f} "
-                f"| {statistics.median(seconds for _, seconds in results) * unit:.1f} |"
-                for name, results in measured.items()
-            ),
-            "",
-        ]
-    )
-    publish(report, output)
+    facts = [
+        f"vocabulary {vocab_size:,}, {num_tokens:,} tokens, {hidden_size} wide, "
+        f"{'bfloat16 autocast' if bf16 else 'float32'}; all logits are {4e-9 * vocab_size * num_tokens:.1f} GB in "
+        f"float32, the gradients {gradients / 1e9:.2f} GB",
+        f"medians of {repetitions} measurement(s) each, by turns",
+    ]
+    body = [
+        f"| way | peak beyond tensors given and gradients, GB | {heading} |",
+        "| --- | --- | --- |",
+        *(
+            f"| {name} | {(statistics.median(peak for peak, _ in results) - gradients) / 1e9:.2f} "
+            f"| {statistics.median(seconds for _, seconds in results) * unit:.1f} |"
+            for name, results in measured.items()
+        ),
+    ]
+    publish(page("loss", "Head and loss, forward and backward", device, facts=facts, body=body), output)
 
 
 def measure(
@@ -168,7 +157,4 @@ def _measure_on_gpu(take: Callable[[], None], leaves: list[Tensor]) -> tuple[int
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

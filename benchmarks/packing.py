@@ -12,10 +12,7 @@ drawn from a log-normal distribution with the long tail of instruction data; con
 
 import dataclasses
 import random
-import shlex
 import statistics
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +20,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.step import environment, known_decoder, publish
+from benchmarks.page import check_device, main, page, publish
+from benchmarks.step import known_decoder, seconds_of
 from meap_lit.data.store.chunks import ChatIndex
 from meap_lit.data.stream.chat import RowReader
 from meap_lit.data.stream.order import Visit
@@ -68,8 +65,7 @@ def benchmark(
         repetitions: Passes of each kind, in turns.
         output: Markdown file to write the result to as well.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    check_device(device)
     if min(conversations, rows, padded_rows, repetitions) < 1:
         raise UserError("--conversations, --rows, --padded_rows and --repetitions must be at least 1")
     config = dataclasses.replace(known_decoder(model), max_seq_len=seq_len)
@@ -89,34 +85,28 @@ def benchmark(
     }
     ratio = statistics.median(fast / slow for fast, slow in zip(speeds["packed"], speeds["padded"], strict=True))
     batches = {name: [batch for turn in turns for batch in turn.kinds[name]] for name in seconds}
-    report = "\n".join(
-        [
-            f"# Packed and padded rows: {model}, {device}, {precision}, {layout}",
-            "",
-            f"    python -m benchmarks.packing {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            *environment(device),
-            f"- model: {config.num_parameters():,} parameters",
-            f"- {conversations} conversations a pass, of {lengths[1:].mean():.0f} tokens on average (median "
-            f"{np.median(lengths[1:]):.0f}, longest {lengths[1:].max()}); {num_tokens / repetitions:,.0f} tokens with "
-            "their copies",
-            f"- packed: rows of {seq_len:,}, {rows} a forward; padded: {padded_rows} documents a forward; "
-            f"{repetitions} passes of each kind, in turns with other conversations each",
-            "",
-            "| rows | share of real tokens | forwards a pass | median pass, s | median real tokens/s |",
-            "| --- | --- | --- | --- | --- |",
-            *(
-                f"| {name} | {num_tokens / sum(batch.input_ids.numel() for batch in batches[name]):.1%} "
-                f"| {len(batches[name]) / repetitions:.0f} | {statistics.median(seconds[name]):.2f} "
-                f"| {statistics.median(speeds[name]):,.0f} |"
-                for name in seconds
-            ),
-            "",
-            f"- packed / padded, tokens a second: {ratio:.2f} (median of the turns)",
-            "",
-        ]
-    )
-    publish(report, output)
+    facts = [
+        f"model: {config.num_parameters():,} parameters",
+        f"{conversations} conversations a pass, of {lengths[1:].mean():.0f} tokens on average (median "
+        f"{np.median(lengths[1:]):.0f}, longest {lengths[1:].max()}); {num_tokens / repetitions:,.0f} tokens with "
+        "their copies",
+        f"packed: rows of {seq_len:,}, {rows} a forward; padded: {padded_rows} documents a forward; "
+        f"{repetitions} passes of each kind, in turns with other conversations each",
+    ]
+    body = [
+        "| rows | share of real tokens | forwards a pass | median pass, s | median real tokens/s |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {name} | {num_tokens / sum(batch.input_ids.numel() for batch in batches[name]):.1%} "
+            f"| {len(batches[name]) / repetitions:.0f} | {statistics.median(seconds[name]):.2f} "
+            f"| {statistics.median(speeds[name]):,.0f} |"
+            for name in seconds
+        ),
+        "",
+        f"- packed / padded, tokens a second: {ratio:.2f} (median of the turns)",
+    ]
+    title = f"Packed and padded rows: {model}, {device}, {precision}, {layout}"
+    publish(page("packing", title, device, facts=facts, body=body), output)
 
 
 def _reader(lengths: np.ndarray, vocab_size: int, duplication: Duplication, seq_len: int) -> RowReader:
@@ -222,12 +212,11 @@ class Training:
         return seconds
 
     def _pass(self, batches: Sequence[Batch]) -> float:
-        self._wait()
-        start = time.perf_counter()
-        for batch in batches:
-            self._step(batch)
-        self._wait()
-        return time.perf_counter() - start
+        def work() -> None:
+            for batch in batches:
+                self._step(batch)
+
+        return seconds_of(work, self.device)
 
     def _step(self, batch: Batch) -> None:
         input_ids, labels, position_ids = (
@@ -241,13 +230,6 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

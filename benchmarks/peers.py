@@ -13,11 +13,8 @@ LitGPT pins versions that conflict with ours; `pip install --no-deps litgpt` is 
 """
 
 import contextlib
-import dataclasses
 import importlib
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +24,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 
 import meap_lit
 from benchmarks.fresh import Growth, Worker, in_fresh_process
-from benchmarks.step import Model, TrainingStep, environment, known_decoder, publish
+from benchmarks.page import about, check_device, main, page, publish
+from benchmarks.step import Model, TrainingStep, known_decoder, sized
 from meap_lit.errors import UserError
 from meap_lit.hf.config import family, write_config
 from meap_lit.model import DecoderConfig
@@ -71,44 +68,32 @@ def benchmark(
     """
     if repetitions < 2 or micro_batch_size < 1:
         raise UserError("--repetitions must be at least 2 and --micro_batch_size at least 1")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    check_device(device)
     installed = _versions()
     for peer in peers or []:
         if peer not in installed:
             raise UserError(f"--peers {peer} is not installed; pip install {peer}, or leave it out")
-    config = decoder or known_decoder(model)
-    if config.vocab_size is None:
-        raise UserError("--decoder.vocab_size must be given")
-    seq_len = seq_len or config.max_seq_len
-    config = dataclasses.replace(config, max_seq_len=seq_len)
+    config = sized(decoder or known_decoder(model), seq_len)
     names = list(dict.fromkeys(["meap_lit", *(peers or installed)]))
     contenders = [
-        Contender(name, compiled, config, seq_len, micro_batch_size, precision, device)
+        Contender(name, compiled, config, micro_batch_size, precision, device)
         for name in names
         for compiled in compile or [False, True]
     ]
     peaks = [contender.peak_bytes(mask_ratio) for contender in contenders if device == "cpu"]
     timings = measure(contenders, mask_ratio, repetitions)
     peaks = peaks or [timing.peak_bytes for timing in timings]
-    report = "\n".join(
-        [
-            f"# Training step beside peers: {'custom' if decoder else model}, {device}, {precision}",
-            "",
-            f"    python -m benchmarks.peers {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            *environment(device),
-            f"- {', '.join(f'{name} {installed[name]}' for name in names)}",
-            f"- model: {config.num_parameters():,} parameters ({config.num_layers} layers, {config.num_heads} heads, "
-            f"{config.num_kv_heads} key-value heads, {config.hidden_size} wide, {config.intermediate_size} MLP, "
-            f"vocabulary {config.vocab_size:,})",
-            f"- {micro_batch_size} rows of {seq_len:,} tokens a step, P = {mask_ratio:g} of ours; {repetitions} turns",
-            "",
-            *table(contenders, timings, peaks),
-            "",
-        ]
-    )
-    publish(report, output)
+    facts = [
+        f"{', '.join(f'{name} {installed[name]}' for name in names)}",
+        about(config),
+        f"{micro_batch_size} rows of {config.max_seq_len:,} tokens a step, P = {mask_ratio:g} of ours; "
+        f"{repetitions} turns",
+    ]
+    body = [
+        *table(contenders, timings, peaks),
+    ]
+    title = f"Training step beside peers: {'custom' if decoder else model}, {device}, {precision}"
+    publish(page("peers", title, device, facts=facts, body=body), output)
 
 
 def _versions() -> dict[str, str]:
@@ -206,14 +191,13 @@ class Contender:
     name: Name
     compile: bool
     config: DecoderConfig
-    seq_len: int
     micro_batch_size: int
     precision: str
     device: str
 
     def __call__(self) -> TrainingStep:
         step = STEPS[self.name](
-            self.config, self.seq_len, self.micro_batch_size, self.precision, torch.device(self.device), self.compile
+            self.config, self.micro_batch_size, self.precision, torch.device(self.device), self.compile
         )
         num_parameters = sum(parameter.numel() for parameter in step.model.parameters())
         assert num_parameters == self.config.num_parameters(), f"{self.name} has {num_parameters} parameters"
@@ -292,7 +276,7 @@ def table(contenders: Sequence[Contender], timings: Sequence[Timings], peaks: Se
     ]
     for contender, timing, peak in zip(contenders, timings, peaks, strict=True):
         low, median, high = (1e3 * seconds for seconds in statistics.quantiles(timing.wall, n=4))
-        rate = contender.micro_batch_size * contender.seq_len / median * 1e3
+        rate = contender.micro_batch_size * contender.config.max_seq_len / median * 1e3
         rows.append(
             f"| {contender.label} | {median:.1f} | {low:.1f} to {high:.1f} | {1e3 * statistics.median(timing.cpu):.1f} "
             f"| {rate:,.0f} | {peak / 1e6:,.0f} |"
@@ -322,7 +306,4 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

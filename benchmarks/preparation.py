@@ -25,10 +25,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import tokenizers
-from jsonargparse import auto_cli
 
 from benchmarks.fresh import in_fresh_process
-from benchmarks.step import environment, publish
+from benchmarks.page import main, page, publish
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.data.read.find import find_files, size_of
 from meap_lit.data.read.readers import TextReader, read_texts
@@ -83,24 +82,17 @@ def benchmark(
             for name in sorted(kinds, reverse=turn % 2 == 0):
                 rates[name].append(kinds[name]())
     prepared = rates["`prepare text`"]
-    report = "\n".join(
-        [
-            "# Preparing text and tokenizing it",
-            "",
-            f"    python -m benchmarks.preparation {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            *environment("cpu"),
-            f"- tokenizers {tokenizers.__version__}, byte-level BPE of {vocab_size:,} tokens",
-            f"- {len(files):,} files, {num_bytes / 1e6:.1f} MB; {repetitions} turns; {os.cpu_count()} cores, "
-            f"load of the machine {os.getloadavg()[0]:.1f} at the end",
-            "",
-            "| what | tokens/s, median | slowest and fastest | prepare text / this, turn by turn | middle half |",
-            "| --- | --- | --- | --- | --- |",
-            *(_row(name, rate, prepared) for name, rate in rates.items()),
-            "",
-        ]
-    )
-    publish(report, output)
+    facts = [
+        f"tokenizers {tokenizers.__version__}, byte-level BPE of {vocab_size:,} tokens",
+        f"{len(files):,} files, {num_bytes / 1e6:.1f} MB; {repetitions} turns; {os.cpu_count()} cores, "
+        f"load of the machine {os.getloadavg()[0]:.1f} at the end",
+    ]
+    body = [
+        "| what | tokens/s, median | slowest and fastest | prepare text / this, turn by turn | middle half |",
+        "| --- | --- | --- | --- | --- |",
+        *(_row(name, rate, prepared) for name, rate in rates.items()),
+    ]
+    publish(page("preparation", "Preparing text and tokenizing it", "cpu", facts=facts, body=body), output)
 
 
 def _row(name: str, rates: list[float], prepared: list[float]) -> str:
@@ -153,7 +145,4 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

@@ -21,11 +21,11 @@ from typing import Any, Literal
 
 import lightning as L
 import yaml
-from jsonargparse import auto_cli
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.step import environment, publish
+from benchmarks.fresh import memory
+from benchmarks.page import main, page, publish
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
 from meap_lit.errors import UserError
@@ -34,7 +34,6 @@ from meap_lit.planning.command import PlanCLI
 from meap_lit.planning.memory import Memory
 
 ROOT = Path(__file__).parents[1]
-STATUS = Path("/proc/self/status")
 TIMEOUT_SECONDS = 600
 
 SMALL = DecoderConfig(
@@ -98,8 +97,7 @@ def benchmark(
         steps: Optimizer steps before the count; the peak needs two.
         output: Markdown file to write the result to as well.
     """
-    if not STATUS.exists():
-        raise UserError(f"{STATUS} does not exist; the peak of a process is read there, on Linux")
+    memory("VmHWM")  # fails at once where the processes could not read it
     if decoder.vocab_size is None or decoder.vocab_size < 320:
         raise UserError(f"--decoder.vocab_size must be at least 320, got {decoder.vocab_size}")
     if steps < 2 or micro_batch_size < 1:
@@ -109,24 +107,17 @@ def benchmark(
         held = {way: run(way, recipe, Path(folder, str(number))) for number, way in enumerate(WAYS)}
         planned = {way: plan(way, recipe) for way in WAYS}
 
-    report = "\n".join(
-        [
-            "# Memory of a process by sharding",
-            "",
-            f"    python -m benchmarks.sharding {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            *environment("cpu"),
-            f"- model: {decoder.num_parameters():,} parameters ({decoder.num_layers} layers, "
-            f"{decoder.num_heads} heads, {decoder.hidden_size} wide, {decoder.intermediate_size} MLP, "
-            f"vocabulary {decoder.vocab_size:,})",
-            f"- {precision}; micro-batches of {micro_batch_size} x {decoder.max_seq_len:,} tokens, four in a step; "
-            f"one thread a process",
-            "",
-            *table(held, planned),
-            "",
-        ]
-    )
-    publish(report, output)
+    facts = [
+        f"model: {decoder.num_parameters():,} parameters ({decoder.num_layers} layers, "
+        f"{decoder.num_heads} heads, {decoder.hidden_size} wide, {decoder.intermediate_size} MLP, "
+        f"vocabulary {decoder.vocab_size:,})",
+        f"{precision}; micro-batches of {micro_batch_size} x {decoder.max_seq_len:,} tokens, four in a step; "
+        f"one thread a process",
+    ]
+    body = [
+        *table(held, planned),
+    ]
+    publish(page("sharding", "Memory of a process by sharding", "cpu", facts=facts, body=body), output)
 
 
 # --------------------------------------------------------------------------------------------------- the runs
@@ -178,13 +169,6 @@ class CountMemory(L.Callback):
 def local_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the parts of tensors that this process holds."""
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
-
-
-def memory(field: str) -> int:
-    """Bytes of this process now (`VmRSS`) or at its peak (`VmHWM`)."""
-    # not ru_maxrss, which a process inherits from the one that started it
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
 
 
 def write_recipe(folder: Path, decoder: DecoderConfig, micro_batch_size: int, precision: str, steps: int) -> Path:
@@ -273,7 +257,4 @@ def _mb(size: int, digits: int = 2) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

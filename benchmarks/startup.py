@@ -17,9 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
-from jsonargparse import auto_cli
 
-from benchmarks.step import environment, publish
+from benchmarks.page import main, page, publish
 from meap_lit.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -56,25 +55,18 @@ def benchmark(
     for _ in range(repetitions):
         for times, measure in zip(seconds.values(), (shown_help, lambda: first_step(recipe)), strict=True):
             times.append(measure())
-    report = "\n".join(
-        [
-            "# Start",
-            "",
-            f"    python -m benchmarks.startup {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            *environment("cpu"),
-            f"- load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
-            "",
-            "| what | median, s | fastest, s | slowest, s | processes |",
-            "| --- | --- | --- | --- | --- |",
-            *(
-                f"| {what} | {statistics.median(times):.2f} | {min(times):.2f} | {max(times):.2f} | {len(times)} |"
-                for what, times in seconds.items()
-            ),
-            "",
-        ]
-    )
-    publish(report, output)
+    facts = [
+        f"load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
+    ]
+    body = [
+        "| what | median, s | fastest, s | slowest, s | processes |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {what} | {statistics.median(times):.2f} | {min(times):.2f} | {max(times):.2f} | {len(times)} |"
+            for what, times in seconds.items()
+        ),
+    ]
+    publish(page("startup", "Start", "cpu", facts=facts, body=body), output)
 
 
 def shown_help() -> float:
@@ -107,7 +99,4 @@ def _run(words: list[str], variables: dict[str, str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

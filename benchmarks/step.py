@@ -10,10 +10,7 @@ slows down does so for both. Data loading and logging are left out; they are the
 
 import contextlib
 import dataclasses
-import datetime
-import platform
 import resource
-import shlex
 import statistics
 import sys
 import time
@@ -24,9 +21,9 @@ from typing import Literal
 
 import torch
 import yaml
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 
+from benchmarks.page import about, check_device, main, page, publish
 from meap_lit.callbacks.throughput import peak_flops
 from meap_lit.errors import UserError
 from meap_lit.masking import mask_inputs
@@ -35,7 +32,6 @@ from meap_lit.model.config import vocab_rows
 from meap_lit.model.float8 import use_float8
 from meap_lit.model.recompute import checkpoint_and_compile
 from meap_lit.modules import AdamW
-from meap_lit.provenance import processor
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Model = Literal["small", "quickstart", "10m", "0.1b", "0.3b", "0.5b", "1.1b"]
@@ -98,36 +94,24 @@ def benchmark(
         raise UserError(
             "--repetitions must be at least 2, --steps and --micro_batch_size at least 1, --profile at least 0"
         )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
-    config = decoder or known_decoder(model)
-    if config.vocab_size is None:
-        raise UserError("--decoder.vocab_size must be given")
-    seq_len = seq_len or config.max_seq_len
-    config = dataclasses.replace(config, max_seq_len=seq_len)
-    trainer = TrainingStep(config, seq_len, micro_batch_size, precision, torch.device(device), compile, float8)
+    check_device(device)
+    config = sized(decoder or known_decoder(model), seq_len)
+    trainer = TrainingStep(config, micro_batch_size, precision, torch.device(device), compile, float8)
 
     name = "custom" if decoder else model
-    report = "\n".join(
-        [
-            f"# Training step with and without masking: {name}, {device}, {precision}",
-            "",
-            f"    python -m benchmarks.step {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            *environment(device),
-            f"- model: {config.num_parameters():,} parameters ({config.num_layers} layers, {config.num_heads} heads, "
-            f"{config.num_kv_heads} key-value heads, {config.hidden_size} wide, {config.intermediate_size} MLP, "
-            f"vocabulary {config.vocab_size:,})",
-            f"- {micro_batch_size} rows of {seq_len:,} tokens a step, P = {mask_ratio:g}; "
-            f"{repetitions} turns, {steps} step(s) of each kind in a turn{', compiled' if compile else ''}"
-            f"{', float8' if float8 else ''}",
-            "",
-            *_measure(trainer, mask_ratio, repetitions, steps),
-            "",
-            *(_profile(trainer, mask_ratio, profile) if profile else []),
-        ]
-    )
-    publish(report, output)
+    facts = [
+        about(config),
+        f"{micro_batch_size} rows of {config.max_seq_len:,} tokens a step, P = {mask_ratio:g}; "
+        f"{repetitions} turns, {steps} step(s) of each kind in a turn{', compiled' if compile else ''}"
+        f"{', float8' if float8 else ''}",
+    ]
+    body = [
+        *_measure(trainer, mask_ratio, repetitions, steps),
+        "",
+        *(_profile(trainer, mask_ratio, profile) if profile else []),
+    ]
+    title = f"Training step with and without masking: {name}, {device}, {precision}"
+    publish(page("step", title, device, facts=facts, body=body), output)
 
 
 def known_decoder(model: str) -> DecoderConfig:
@@ -147,13 +131,36 @@ def known_decoder(model: str) -> DecoderConfig:
     return DecoderConfig(**{"vocab_size": vocab_rows(32_001), **sizes})
 
 
+def sized(config: DecoderConfig, seq_len: int | None) -> DecoderConfig:
+    """Return the model for rows of `seq_len` tokens, of its own max_seq_len if not given.
+
+    Raises:
+        UserError: If it has no vocabulary.
+    """
+    if config.vocab_size is None:
+        raise UserError("--decoder.vocab_size must be given")
+    return dataclasses.replace(config, max_seq_len=seq_len or config.max_seq_len)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return the wall time of some work, from an idle device to an idle device."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    work()
+    return now() - start
+
+
 class TrainingStep:
-    """One model, one optimizer and one batch of random tokens; a call is one training step."""
+    """One model, one optimizer and one batch of random rows of its max_seq_len; a call is one training step."""
 
     def __init__(
         self,
         config: DecoderConfig,
-        seq_len: int,
         micro_batch_size: int,
         precision: str,
         device: torch.device,
@@ -162,7 +169,7 @@ class TrainingStep:
     ) -> None:
         assert config.vocab_size is not None
         torch.manual_seed(0)
-        self.config, self.seq_len, self.device, self.precision = config, seq_len, device, precision
+        self.config, self.device, self.precision = config, device, precision
         with device:
             self.model = self.build()
         if float8:
@@ -172,9 +179,8 @@ class TrainingStep:
         if compile:
             self.compile()
         generator = torch.Generator().manual_seed(0)  # of its own: the same batch whatever a model drew for its weights
-        tokens = torch.randint(0, config.vocab_size - 1, (micro_batch_size, seq_len + 1), generator=generator).to(
-            device
-        )
+        shape = (micro_batch_size, config.max_seq_len + 1)
+        tokens = torch.randint(0, config.vocab_size - 1, shape, generator=generator).to(device)
         self.input_ids, self.labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         self.sample_ids = torch.arange(micro_batch_size, device=device)
         self.num_steps = 0
@@ -217,16 +223,12 @@ class TrainingStep:
 
     def seconds(self, action: Callable[[float], object], mask_ratio: float, times: int = 1) -> float:
         """Wall time of an action done so many times, from an idle device to an idle device."""
-        self._wait()
-        start = time.perf_counter()
-        for _ in range(times):
-            action(mask_ratio)
-        self._wait()
-        return time.perf_counter() - start
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        def work() -> None:
+            for _ in range(times):
+                action(mask_ratio)
+
+        return seconds_of(work, self.device)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         if self.precision == "bf16":
@@ -247,7 +249,7 @@ class Timings:
         rate = step.labels.numel() / median
         mfu = ""
         if peak := _peak_flops(step):
-            mfu = f"{rate * step.config.flops_per_token(step.seq_len) / peak:.1%}"
+            mfu = f"{rate * step.config.flops_per_token(step.config.max_seq_len) / peak:.1%}"
         memory = self.peak_bytes or _peak_resident_bytes()
         return (
             f"| {name} | {median * 1e3:.2f} | {low * 1e3:.2f} to {high * 1e3:.2f} | {rate:,.0f} "
@@ -318,23 +320,5 @@ def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def publish(report: str, output: Path | None) -> None:
-    """Print a report, and write it to `output` if that is given."""
-    print(report)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report)
-
-
-def environment(device: str) -> list[str]:
-    lines = [f"- date: {datetime.date.today()}", f"- CPU: {processor()}, {torch.get_num_threads()} thread(s)"]
-    if device == "cuda":
-        lines.append(f"- GPU: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
-    return [*lines, f"- torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"]
-
-
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

@@ -14,9 +14,7 @@ import contextlib
 import dataclasses
 import io
 import os
-import shlex
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +24,10 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import yaml
-from jsonargparse import auto_cli
 from lightning.pytorch.profilers import PassThroughProfiler
 
-from benchmarks.step import TrainingStep, environment, known_decoder, publish
+from benchmarks.page import check_device, main, page, publish
+from benchmarks.step import TrainingStep, known_decoder, sized
 from meap_lit.errors import UserError
 from meap_lit.model import DecoderConfig
 from meap_lit.recipe.cli import RecipeCLI
@@ -73,34 +71,25 @@ def benchmark(
         raise UserError("--turns must be at least 2, --micro_batch_size at least 1")
     if steps < 1 or steps % LOG_EVERY_N_STEPS:
         raise UserError(f"--steps must be a multiple of {LOG_EVERY_N_STEPS}, after which `fit` logs; got {steps}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
-    config = toy_decoder() if model == "toy" else known_decoder(model)
-    seq_len = seq_len or config.max_seq_len
-    config = dataclasses.replace(config, max_seq_len=seq_len)
+    check_device(device)
+    config = sized(toy_decoder() if model == "toy" else known_decoder(model), seq_len)
     num_workers = (0 if device == "cpu" else 2) if num_workers is None else num_workers
-    bare = TrainingStep(config, seq_len, micro_batch_size, precision, torch.device(device), compile)
+    bare = TrainingStep(config, micro_batch_size, precision, torch.device(device), compile)
     measured = Turns(bare, steps)
     with TemporaryDirectory() as folder:
         recipe = _recipe(Path(folder), bare, micro_batch_size, compile, num_workers)
         # one step more, at whose start the last turn ends; the first turn only warms up
         fit(recipe | {"budget": {"max_steps": (turns + 1) * steps + 1}}, Path(folder), measured)
-    report = "\n".join(
-        [
-            f"# Step of `fit` beside the bare loop: {model}, {device}, {precision}",
-            "",
-            f"    python -m benchmarks.trainer {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            *environment(device),
-            f"- load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
-            f"- {config.num_parameters():,} parameters, {micro_batch_size} rows of {seq_len:,} tokens a step, "
-            f"{num_workers} processes that read ahead; {turns} turns of {steps} steps of each kind",
-            "",
-            *table(measured.turns[1:]),
-            "",
-        ]
-    )
-    publish(report, output)
+    facts = [
+        f"load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
+        f"{config.num_parameters():,} parameters, {micro_batch_size} rows of {config.max_seq_len:,} tokens a step, "
+        f"{num_workers} processes that read ahead; {turns} turns of {steps} steps of each kind",
+    ]
+    body = [
+        *table(measured.turns[1:]),
+    ]
+    title = f"Step of `fit` beside the bare loop: {model}, {device}, {precision}"
+    publish(page("trainer", title, device, facts=facts, body=body), output)
 
 
 def toy_decoder() -> DecoderConfig:
@@ -253,7 +242,7 @@ def _recipe(folder: Path, bare: TrainingStep, micro_batch_size: int, compile: bo
             "meap_lit.data.pretraining.PretrainingData",
             datasets=dataset,
             tokenizer=tokenizer,
-            seq_len=bare.seq_len,
+            seq_len=bare.config.max_seq_len,
             global_batch_size=micro_batch_size,
             micro_batch_size=micro_batch_size,
             num_workers=num_workers,
@@ -275,7 +264,4 @@ def _object(class_path: str, **arguments: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(benchmark, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(benchmark)

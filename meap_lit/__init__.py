@@ -8,50 +8,33 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from meap_lit.callbacks import Budget, Checkpoint, RetrievalProbe
-    from meap_lit.data.finetuning import FineTuningData
-    from meap_lit.data.prepare.chat import PrepareChat
-    from meap_lit.data.prepare.text import PrepareText
-    from meap_lit.data.prepare.tokenizer import TrainTokenizer
-    from meap_lit.data.pretraining import PretrainingData
-    from meap_lit.inference.language_model import LanguageModel, load_model
-    from meap_lit.masking.duplication import Duplication
-    from meap_lit.masking.positions import mask_inputs
-    from meap_lit.masking.schedules import Constant, Cosine, Linear, MaskSchedule, Piecewise, WarmupHold
-    from meap_lit.model import DecoderConfig
-    from meap_lit.model.lora import LoRA
-    from meap_lit.modules import AdamW, MEAPFineTuning, MEAPPretraining
-    from meap_lit.tokenizer.tokenizer import Tokenizer
+if TYPE_CHECKING:  # "as" makes a name public for type checkers
+    from meap_lit.callbacks import Budget as Budget
+    from meap_lit.callbacks import Checkpoint as Checkpoint
+    from meap_lit.callbacks import RetrievalProbe as RetrievalProbe
+    from meap_lit.data.finetuning import FineTuningData as FineTuningData
+    from meap_lit.data.prepare.chat import PrepareChat as PrepareChat
+    from meap_lit.data.prepare.text import PrepareText as PrepareText
+    from meap_lit.data.prepare.tokenizer import TrainTokenizer as TrainTokenizer
+    from meap_lit.data.pretraining import PretrainingData as PretrainingData
+    from meap_lit.inference.language_model import LanguageModel as LanguageModel
+    from meap_lit.inference.language_model import load_model as load_model
+    from meap_lit.masking.duplication import Duplication as Duplication
+    from meap_lit.masking.positions import mask_inputs as mask_inputs
+    from meap_lit.masking.schedules import Constant as Constant
+    from meap_lit.masking.schedules import Cosine as Cosine
+    from meap_lit.masking.schedules import Linear as Linear
+    from meap_lit.masking.schedules import MaskSchedule as MaskSchedule
+    from meap_lit.masking.schedules import Piecewise as Piecewise
+    from meap_lit.masking.schedules import WarmupHold as WarmupHold
+    from meap_lit.model import DecoderConfig as DecoderConfig
+    from meap_lit.model.lora import LoRA as LoRA
+    from meap_lit.modules import AdamW as AdamW
+    from meap_lit.modules import MEAPFineTuning as MEAPFineTuning
+    from meap_lit.modules import MEAPPretraining as MEAPPretraining
+    from meap_lit.tokenizer.tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.2.0"
-
-__all__ = [
-    "AdamW",
-    "Budget",
-    "Checkpoint",
-    "Constant",
-    "Cosine",
-    "DecoderConfig",
-    "Duplication",
-    "FineTuningData",
-    "LanguageModel",
-    "Linear",
-    "LoRA",
-    "MEAPFineTuning",
-    "MEAPPretraining",
-    "MaskSchedule",
-    "Piecewise",
-    "PrepareChat",
-    "PrepareText",
-    "PretrainingData",
-    "RetrievalProbe",
-    "Tokenizer",
-    "TrainTokenizer",
-    "WarmupHold",
-    "load_model",
-    "mask_inputs",
-]
 
 _MODULES = {
     "callbacks": ("Budget", "Checkpoint", "RetrievalProbe"),
@@ -69,7 +52,9 @@ _MODULES = {
     "modules": ("AdamW", "MEAPFineTuning", "MEAPPretraining"),
     "tokenizer.tokenizer": ("Tokenizer",),
 }
-"""Where each of these names is defined, below this package."""
+"""Public names by the module that defines them, below this package."""
+
+__all__ = sorted(name for names in _MODULES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:

@@ -103,19 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UserError as error:
         return _fail(_one_line(error))
-    except PermissionError as error:  # raised by any access to a file in a folder without permission
-        return _fail(f"no permission for {error.filename}: give this user access, or name another path")
     except BrokenPipeError:
         if not _stdout_is_closed():
             raise
         return 141  # the reader of the output, such as `head`, has ended: the status of SIGPIPE in a shell
     except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # only a path of the user is so long, or a link to itself
-            return _fail(f"{shorten(str(error.filename))}: {error.strerror}; name another path")
-        if error.errno not in NO_SPACE:
+        if (reason := _fault_of_path(error)) is None:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        return _fail(f"cannot write{where}: {error.strerror}; free some space or name another folder")
+        return _fail(reason)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -131,6 +126,18 @@ def _fail(message: str) -> int:
 
 def _print_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     print(hide_in_text("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def _fault_of_path(error: OSError) -> str | None:
+    """Return what is wrong with a path that the user named, or with its disk; None for any other error."""
+    if isinstance(error, PermissionError):  # any access to a file in a folder without permission raises this
+        return f"no permission for {error.filename}: give this user access, or name another path"
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # only a path of the user is so long, or a link to itself
+        return f"{shorten(str(error.filename))}: {error.strerror}; name another path"
+    if error.errno in NO_SPACE:
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot write{where}: {error.strerror}; free some space or name another folder"
+    return None
 
 
 def _stdout_is_closed() -> bool:
@@ -276,7 +283,7 @@ def _run_trainer(arguments: list[str]) -> None:
     if arguments[0] == "plan":
         from meap_lit.planning.command import PlanCLI
 
-        print(PlanCLI.read(arguments[1:]).plan.report())
+        print(PlanCLI.read(arguments[1:]).plan.text())
     elif arguments[0] == "preview":
         from meap_lit.recipe.preview import PreviewCLI
 

@@ -253,14 +253,6 @@ def test_a_folder_that_may_not_be_entered_is_named(capsys, toy_sft_recipe, tmp_p
     assert line.endswith(": give this user access, or name another path")
 
 
-def test_a_command_without_a_recipe_says_so(capsys):
-    assert "name a recipe with --config" in complain(capsys, "fit")
-
-
-def test_a_missing_recipe_is_named(capsys):
-    assert "recipe nowhere.yaml does not exist" in complain(capsys, "fit", "--config", "nowhere.yaml")
-
-
 def test_a_folder_instead_of_a_recipe_is_named(capsys, tmp_path):
     line = complain(capsys, "fit", "--config", "recipes/strategy")
     assert line.endswith("recipe recipes/strategy is a folder; name a file in it, such as recipes/strategy/ddp.yaml")
@@ -280,12 +272,6 @@ def test_a_missing_dataset_is_named(capsys, toy_recipe):
     assert "prepare text" in line
 
 
-def test_an_empty_dataset_folder_is_named(capsys, toy_recipe, tmp_path):
-    (tmp_path / "empty").mkdir()
-    line = complain(capsys, "fit", "--config", toy_recipe, "--data.datasets", tmp_path / "empty")
-    assert "empty" in line
-
-
 def test_a_half_prepared_dataset_is_named(capsys, toy_recipe, prepared, tmp_path):
     import shutil
 
@@ -302,14 +288,6 @@ def test_another_tokenizer_is_refused(capsys, toy_recipe, prepared, tmp_path):
     line = complain(capsys, "fit", "--config", toy_recipe, "--data.tokenizer", other)
     assert "was prepared with another tokenizer" in line
     assert str(other) in line
-
-
-def test_an_existing_output_is_left_alone(capsys, prepared):
-    line = complain(
-        capsys, "prepare", "text", "--input", prepared.texts, "--tokenizer", prepared.tokenizer,
-        "--output", prepared.dataset,
-    )  # fmt: skip
-    assert "exists already" in line
 
 
 def test_a_malformed_line_is_named_by_file_and_number(capsys, prepared, tmp_path):

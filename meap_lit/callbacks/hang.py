@@ -169,7 +169,8 @@ class _Watch:
 
         def ask() -> None:
             try:
-                answers.put(self._ask())
+                known = [rank for rank in range(self.num_ranks) if self.store.check([str(rank)])]
+                answers.put({rank: Whereabouts(**json.loads(self.store.get(str(rank)))) for rank in known})
             except dist.DistError as error:
                 answers.put(error)
 
@@ -181,10 +182,6 @@ class _Watch:
         if isinstance(answer, dist.DistError):
             raise answer
         return answer
-
-    def _ask(self) -> dict[int, Whereabouts]:
-        ranks = [rank for rank in range(self.num_ranks) if self.store.check([str(rank)])]
-        return {rank: Whereabouts(**json.loads(self.store.get(str(rank)))) for rank in ranks}
 
     def _end(self, reason: str) -> None:
         if self._stopped.is_set():

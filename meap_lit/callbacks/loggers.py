@@ -59,8 +59,7 @@ class RunFolder(Logger):
 
     @property
     def log_dir(self) -> str:
-        version = self.version if isinstance(self.version, str) else f"version_{self.version}"
-        return os.path.join(self.save_dir, self.name, version)
+        return os.path.join(self.save_dir, self.name, named(self.version))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write nothing: curves.csv holds them."""
@@ -146,8 +145,10 @@ class WandB(Service):
         self._options: dict[str, Any] = {
             "project": project or os.environ.get("WANDB_PROJECT") or "meap_lit",
             "entity": entity,
+            "group": group or name,
+            "tags": tags,
+            "notes": notes,
         }
-        self._options |= {"group": group or name, "tags": tags, "notes": notes}
         self._run: Any = None
 
     @property
@@ -314,8 +315,12 @@ def run_folder(trainer: L.Trainer) -> str:
     logger = trainer.loggers[0]
     if logger.log_dir is not None:
         return logger.log_dir
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), named(logger.version))
+
+
+def named(version: int | str | None) -> str:
+    """Return the folder of a version, as Lightning's loggers name it."""
+    return version if isinstance(version, str) else f"version_{version}"
 
 
 def services(trainer: L.Trainer) -> list[Service]:

@@ -12,7 +12,7 @@ import torch
 
 from meap_lit import hub
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.results import report, save
+from meap_lit.evaluation.results import save, table_of
 from meap_lit.evaluation.runner import (
     Overflow,
     Records,
@@ -109,7 +109,7 @@ class Evaluate:
             save([result], self._folder(result.label))
         if len(results) == 2:
             save(results, self._folder("--".join(labels)))
-        print(report(results))
+        print(table_of(results))
         print(f"\nresults    {self._folder('--'.join(labels))}")
 
     def _folder(self, label: str) -> Path:

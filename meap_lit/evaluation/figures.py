@@ -26,8 +26,8 @@ _PANELS_IN_A_ROW = 3
 _MIN_TICKS, _MAX_TICKS = 3, 12
 """Above this number of x values, matplotlib chooses the ticks."""
 
-Line = dict[tuple[Any, ...], Mean]
-"""Means by the values of a plot's keys."""
+Line = Mapping[Any, Mean]
+"""Means by the values of a plot's keys, or by those of one key."""
 
 
 def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
@@ -40,7 +40,6 @@ def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
     Returns:
         The figure; None if a result has no values yet.
     """
-    first = next(iter(groups.values()))[0]
     seeds = {
         f"{label}, {name}" if name else label: [_line(plot, source, result) for result in results]
         for name, source in plot.lines.items()
@@ -48,48 +47,93 @@ def draw(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> "Figure | None":
     }
     if not all(line for lines in seeds.values() for line in lines):
         return None
-    axes = {plot.x: plot.x_label or plot.x} | ({} if plot.y is None else {plot.y: plot.y_label or plot.y})
-    places = [_in_order(at[n] for lines in seeds.values() for line in lines for at in line) for n in range(len(axes))]
-    kept = [n for n, values in enumerate(places) if len(values) > 1] or list(range(len(axes)))
-    places, labels = [places[n] for n in kept], [list(axes.values())[n] for n in kept]
-    means = {label: _over_seeds(lines) for label, lines in seeds.items()}
-    metric = next((source or first.headline for source in plot.lines.values() if isinstance(source, str)), None)
-    name = metric or first.headline
-    value_label = plot.value_label or f"{name} ({first.unit_of(name)})"
-    levels = _levels(plot, groups)
+    keys = [plot.x] if plot.y is None else [plot.x, plot.y]
+    places = [_in_order(at[n] for lines in seeds.values() for line in lines for at in line) for n in range(len(keys))]
+    kept = [n for n, values in enumerate(places) if len(values) > 1] or list(range(len(keys)))
     if len(kept) == 2:
-        columns, rows = places
-        panels = {
-            label if metric is None else f"{label}: {_mean(groups[label], metric):.1f}%": np.array(
-                [[line[x, y].value if (x, y) in line else np.nan for x in columns] for y in rows]
-            )
-            for label, line in means.items()
-        }
-        about = ", ".join([value_label, *(f"{name} {level:.4g}" for name, level in levels.items())])
-        title = f"{_title(first)}: {about}"
-        return heat_maps(panels, columns, rows, x_label=labels[0], y_label=labels[1], title=title)
+        return _draw_grid(plot, groups, {label: _over_seeds(lines) for label, lines in seeds.items()}, places)
+    [axis] = kept
 
     def project(line: Line) -> dict[Any, Mean]:
-        values = {at[kept[0]]: mean for at, mean in line.items()}
-        return {x: values[x] for x in places[0] if x in values}
+        values = {at[axis]: mean for at, mean in line.items()}
+        return {x: values[x] for x in places[axis] if x in values}
 
-    lines = {label: project(line) for label, line in means.items()}
-    heights = {label: {x: mean.value for x, mean in line.items()} for label, line in lines.items()}
-    errors = {label: {x: mean.error for x, mean in line.items()} for label, line in lines.items()}
-    title = ": ".join(filter(None, [_title(first), _same_everywhere(plot, first, name)]))
-    how: dict[str, Any] = {"x_label": labels[0], "y_label": value_label, "title": title, "errors": errors}
-    if not _are_numbers(places[0]):
-        return bars(heights, **how)
-    how["faint"] = {
-        label: [{x: mean.value for x, mean in project(line).items()} for line in lines]
-        for label, lines in seeds.items()
-        if len(lines) > 1
+    along_axis = {label: [project(line) for line in lines] for label, lines in seeds.items()}
+    return _draw_lines(plot, groups, along_axis, places[axis], _axis_labels(plot)[axis])
+
+
+def _draw_grid(
+    plot: Plot,
+    groups: Mapping[str, Sequence[Result]],
+    means: Mapping[str, Line],
+    places: Sequence[Sequence[Any]],
+) -> "Figure":
+    """Draw the means over two keys as heat maps."""
+    columns, rows = places
+    metric, value_label = _values_drawn(plot, groups)
+    panels = {
+        label if metric is None else f"{label}: {_mean(groups[label], metric):.1f}%": np.array(
+            [[line[x, y].value if (x, y) in line else np.nan for x in columns] for y in rows]
+        )
+        for label, line in means.items()
     }
-    how["y_range"] = (0, 102) if metric is not None and first.unit_of(metric) == "%" else None
-    figure = curves(heights, levels=levels, log_x=plot.log_x, **how)
-    if not plot.log_x and len(places[0]) <= _MAX_TICKS:
-        figure.axes[0].set_xticks(places[0])
+    about = ", ".join([value_label, *(f"{name} {level:.4g}" for name, level in _levels(plot, groups).items())])
+    x_label, y_label = _axis_labels(plot)
+    title = f"{_title(_any_result(groups))}: {about}"
+    return heat_maps(panels, columns, rows, x_label=x_label, y_label=y_label, title=title)
+
+
+def _draw_lines(
+    plot: Plot,
+    groups: Mapping[str, Sequence[Result]],
+    seeds: Mapping[str, Sequence[Line]],
+    places: Sequence[Any],
+    x_label: str,
+) -> "Figure":
+    """Draw the means over one key as lines, with a thin line for each seed, or as bars if its values are names."""
+    first = _any_result(groups)
+    metric, value_label = _values_drawn(plot, groups)
+    means = {label: _over_seeds(lines) for label, lines in seeds.items()}
+    heights = {label: _heights(line) for label, line in means.items()}
+    how: dict[str, Any] = {
+        "x_label": x_label,
+        "y_label": value_label,
+        "title": ": ".join(filter(None, [_title(first), _same_everywhere(plot, first, metric or first.headline)])),
+        "errors": {label: {x: mean.error for x, mean in line.items()} for label, line in means.items()},
+    }
+    if not _are_numbers(places):
+        return bars(heights, **how)
+    figure = curves(
+        heights,
+        levels=_levels(plot, groups),
+        log_x=plot.log_x,
+        faint={label: [_heights(line) for line in lines] for label, lines in seeds.items() if len(lines) > 1},
+        y_range=(0, 102) if metric is not None and first.unit_of(metric) == "%" else None,
+        **how,
+    )
+    if not plot.log_x and len(places) <= _MAX_TICKS:
+        figure.axes[0].set_xticks(places)
     return figure
+
+
+def _any_result(groups: Mapping[str, Sequence[Result]]) -> Result:
+    return next(iter(groups.values()))[0]
+
+
+def _axis_labels(plot: Plot) -> list[str]:
+    return [plot.x_label or plot.x, plot.y_label or plot.y or ""]
+
+
+def _values_drawn(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> tuple[str | None, str]:
+    """Return the first metric of a plot (None if it draws functions of the records) and the label of its values."""
+    first = _any_result(groups)
+    metric = next((source or first.headline for source in plot.lines.values() if isinstance(source, str)), None)
+    name = metric or first.headline
+    return metric, plot.value_label or f"{name} ({first.unit_of(name)})"
+
+
+def _heights(line: Line) -> dict[Any, float]:
+    return {x: mean.value for x, mean in line.items()}
 
 
 def _title(result: Result) -> str:
@@ -115,7 +159,7 @@ def _levels(plot: Plot, groups: Mapping[str, Sequence[Result]]) -> dict[str, flo
         for level in plot.levels
         if results[0].scored(level)
     }
-    options = next(iter(groups.values()))[0].options
+    options = _any_result(groups).options
     if plot.choices is not None and plot.choices in options:
         found["guessing"] = 100 / options[plot.choices]
     return found

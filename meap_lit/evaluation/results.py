@@ -1,4 +1,4 @@
-"""Results on disk and on screen: `load` and `save` result.json, and `report` the tables."""
+"""Results on disk and on screen: `load` and `save` result.json, and `table_of` the table."""
 
 import importlib
 import inspect
@@ -172,7 +172,7 @@ def extras(results: list[Result]) -> dict[str, float]:
     return found
 
 
-def report(results: list[Result]) -> str:
+def table_of(results: list[Result]) -> str:
     """Return the table of one result or two: each metric over all items, then the headline by each key of the cells."""
     rows = [["", *(result.label for result in results), *(["difference"] if len(results) == 2 else [])]]
     for metric in results[0].metrics:

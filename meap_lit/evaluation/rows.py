@@ -14,7 +14,7 @@ from meap_lit.files import parse_object
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """A JSON object of a data file. Each method returns a field as the type that it is named for.
 
     Args:
@@ -40,9 +40,9 @@ class Row:
             raise self.error(f"field {name!r} must be true or false, got {type(flag).__name__}")
         return flag
 
-    def rows(self, name: str) -> "list[Row]":
+    def rows(self, name: str) -> "list[DataRow]":
         """Return a list of objects."""
-        rows = [Row(f"{self.where}, {name}[{number}]", fields) for number, fields in enumerate(self.elements(name))]
+        rows = [DataRow(f"{self.where}, {name}[{number}]", fields) for number, fields in enumerate(self.elements(name))]
         for row in rows:
             if not isinstance(row.fields, dict):
                 raise row.error(f"must be a JSON object, got {type(row.fields).__name__}")
@@ -73,7 +73,7 @@ class Row:
             raise self.error(str(error)) from error
 
 
-def read_rows(path: str) -> Iterator[Row]:
+def read_rows(path: str) -> Iterator[DataRow]:
     """Yield the rows of a data file (.jsonl, .jsonl.gz or another of `RECORD_FORMATS`), except empty lines.
 
     Raises:
@@ -89,7 +89,7 @@ def read_rows(path: str) -> Iterator[Row]:
         if isinstance(entry.content, UserError):
             raise entry.content
         assert isinstance(entry.content, dict), "record formats have objects only"
-        yield Row(entry.where, entry.content)
+        yield DataRow(entry.where, entry.content)
         is_empty = False
     if is_empty:
         raise UserError(f"data file {path} is empty")

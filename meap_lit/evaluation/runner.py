@@ -108,7 +108,7 @@ class Records:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         self.settings = dict(settings)
-        self._check(self.settings)
+        self._check()
         check_writable(folder)
 
     def begin(self, items: str) -> None:
@@ -123,7 +123,7 @@ class Records:
         if _of_first_rank(items) != items:
             raise UserError(f"process {rank()} has other items than the first; give all machines the same data files")
         self.settings["items"] = items
-        self._check(self.settings)
+        self._check()
         file = self.folder / SETTINGS_FILE
         if rank() == 0 and not file.is_file():
             try:
@@ -134,13 +134,13 @@ class Records:
                     f"cannot write into {self.folder}: {error.strerror}; choose another --output"
                 ) from error
 
-    def _check(self, settings: Mapping[str, Any]) -> None:
+    def _check(self) -> None:
         # paths and times of the same files may differ between machines
-        reason = _of_first_rank(self._other_settings(settings) if rank() == 0 else None)
+        reason = _of_first_rank(self._other_settings() if rank() == 0 else None)
         if reason is not None:
             raise UserError(reason)
 
-    def _other_settings(self, settings: Mapping[str, Any]) -> str | None:
+    def _other_settings(self) -> str | None:
         """Return what the answers in the folder have other settings in, as a message; None if nothing."""
         file = self.folder / SETTINGS_FILE
         if not file.is_file():
@@ -149,7 +149,7 @@ class Records:
             then = current(read_json(file))
         except UserError as error:
             return f"{error}; remove the folder {self.folder} to evaluate again"
-        now = json.loads(json.dumps(settings, default=str))
+        now = json.loads(json.dumps(self.settings, default=str))
         shared = [name for name in now if name in then]  # earlier versions wrote fewer
         before, after = (_flat({name: found[name] for name in shared}) for found in (then, now))
         for key in {**after, **before}:

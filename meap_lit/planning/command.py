@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from jsonargparse import Namespace
 
@@ -28,8 +27,7 @@ from meap_lit.modules.base import DecoderModule, with_vocabulary
 from meap_lit.planning.devices import Devices, devices_of, precision
 from meap_lit.planning.memory import Memory, Step, memory_of, parameters_of
 from meap_lit.planning.remedies import smallest_changes
-from meap_lit.recipe.cli import KEYS, RecipeCLI, check_pair
-from meap_lit.recipe.parser import Parser
+from meap_lit.recipe.dry_run import DryRunCLI
 from meap_lit.tokenizer.tokenizer import Tokenizer
 
 USUAL_VOCAB_SIZE = 32_064
@@ -62,42 +60,20 @@ class Hardware:
         check_range("--utilisation", self.utilisation, "(0, 1]", "; write 0.4 for 40%")
 
 
-class PlanCLI(RecipeCLI):
+class PlanCLI(DryRunCLI):
     """Read a recipe as `fit` does, with the options of `Hardware`, and plan for it."""
 
-    keys = {**KEYS, **dict.fromkeys(f.name for f in dataclasses.fields(Hardware))}
+    name = "plan"
+    description = "Print the memory and time that a recipe needs on given devices, without running it."
+    example = "--devices N"
+    options_class = Hardware
     plan: "Plan"
 
-    @classmethod
-    def read(cls, arguments: list[str]) -> Self:
-        """Plan for the words after `plan`. The options of `Hardware` may be spelled with hyphens (`--device-memory`).
-
-        Raises:
-            UserError: If the recipe, an override or an option is wrong, or the devices cannot be divided as it asks.
-        """
-        spellings = {f"--{f.name.replace('_', '-')}": f"--{f.name}" for f in dataclasses.fields(Hardware)}
-        words = (word.partition("=") for word in arguments)
-        return cls.run(["fit", *(spellings.get(name, name) + sign + value for name, sign, value in words)])
-
-    def make_parser(self) -> Parser:
-        parser = super().make_parser()
-        parser.prog = "python -m meap_lit plan"
-        parser.description = "Print the memory and time that a recipe needs on given devices, without running it."
-        parser.usage = "python -m meap_lit plan --config RECIPE [--config OVERLAY ...] --devices N [--KEY VALUE ...]"
-        parser.add_class_arguments(Hardware, as_group=False)  # among the first options of the help
-        return parser
-
     def build(self) -> None:
-        """Build the recipe's model, data and budget, none of which reads anything yet; no Trainer."""
-        recipe = self.config
-        check_trainer(recipe.trainer.as_dict())
-        parts = self.parser.instantiate(Namespace(model=recipe.model, data=recipe.data, budget=recipe.budget))
-        check_pair(parts.model, parts.data)
-        hardware = Hardware(**{f.name: recipe[f.name] for f in dataclasses.fields(Hardware)})
-        self.plan = Plan.of(parts.model, parts.data, parts.budget, recipe.trainer, hardware)
-
-    def start(self) -> None:
-        """Run nothing."""
+        check_trainer(self.config.trainer.as_dict())
+        super().build()
+        parts = self.parts
+        self.plan = Plan.of(parts.model, parts.data, parts.budget, self.config.trainer, self.options)
 
 
 @dataclass(frozen=True)
@@ -184,7 +160,7 @@ class Plan:
         rate = self.step.devices.number * self.hardware.peak_teraflops * 1e12 * self.hardware.utilisation
         return self.num_flops / rate / SECONDS_PER_DAY
 
-    def report(self) -> str:
+    def text(self) -> str:
         """Return the plan as text for a terminal."""
         lines = [*self._run_lines(), "", *self._memory_lines()]
         if not self.fits:

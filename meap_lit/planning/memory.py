@@ -16,7 +16,7 @@ from meap_lit.model.build import meta_decoder
 from meap_lit.model.lora import LoRA, add_lora
 from meap_lit.parallel.tensor import part_of
 from meap_lit.planning.devices import PRECISIONS, Devices
-from meap_lit.planning.fake_step import Checkpointing, step_bytes
+from meap_lit.planning.fake_step import Checkpointing, StepBytes, step_bytes
 
 _BLOCKS = "layers."
 """How the names of parameters of blocks begin; embedding, head and final norm have others."""
@@ -161,18 +161,8 @@ def memory_of(step: Step) -> Memory:
     """
     devices, parameters = step.devices, parameters_of(step)
     trained = [p for p in parameters.values() if p.requires_grad]
-    num_shards, num_layers = devices.shard_size, step.decoder.num_layers
-    stored, gradients = (sharded_bytes(tensors, num_shards) for tensors in (parameters.values(), trained))
-    optimizer = optimizer_bytes(trained, num_shards)
-    # with `view` the gradients are in the buckets, except while micro-batches accumulate
-    apart = devices.buckets == "copy" or (devices.buckets == "view" and step.accumulation > 1)
-    buckets = gradients if apart else 0
-    if devices.fsdp and not devices.reduce_each_micro_batch and step.accumulation > 1:  # whole, until the last
-        buckets = sum(p.numel() * (devices.reduce_dtype or p.dtype).itemsize for p in trained)
-    host = 0
-    if devices.cpu_offload:
-        host = stored + gradients + optimizer
-        stored = gradients = optimizer = 0
+    stored, gradients = (sharded_bytes(tensors, devices.shard_size) for tensors in (parameters.values(), trained))
+    states = {"parameters": stored, "gradients": gradients, "optimizer": optimizer_bytes(trained, devices.shard_size)}
     own_dtype = PRECISIONS[step.precision]
     allocated = step_bytes(
         _local_decoder(step),
@@ -185,30 +175,44 @@ def memory_of(step: Step) -> Memory:
         lora=step.lora,
         fsdp=devices.fsdp,
     )
-    loss, blocks, embedding = allocated.loss, allocated.blocks, allocated.embedding
-    if devices.fsdp:
-        one_block = [p for name, p in parameters.items() if name.startswith("layers.0.")]
-        head = [p for name, p in parameters.items() if name == _HEAD]
-        root = [p for name, p in parameters.items() if not name.startswith(_BLOCKS) and name != _HEAD]
-        # the head, and the buffer in which it was gathered: FSDP2 frees the last one after the loss
-        loss += 2 * sum(p.numel() * (devices.param_dtype or p.dtype).itemsize for p in head)
-        # the gradient of the head is reduced while the last block computes; that of a block when it has ended, and what
-        # it kept is free
-        ended = allocated.forward // num_layers
-        of_blocks = reduced_gradient_bytes(one_block, devices) - ended
-        blocks += max(of_blocks, reduced_gradient_bytes(head, devices, computed=False))
-        # a tied weight, as large as its gradient, is freed by then
-        embedding = max(embedding, reduced_gradient_bytes(root, devices, computed=bool(head)))
     kept = allocated.forward + allocated.copies
+    if devices.fsdp:
+        allocated = _with_fsdp(allocated, parameters, step)
     return Memory(
-        parameters=stored,
-        gradients=gradients,
-        optimizer=optimizer,
-        buckets=buckets,
-        gathered=gathered_bytes(parameters, devices, num_layers),
+        **(dict.fromkeys(states, 0) if devices.cpu_offload else states),
+        buckets=_bucket_bytes(step, gradients, trained),
+        gathered=gathered_bytes(parameters, devices, step.decoder.num_layers),
         activations=allocated.forward,
         copies=allocated.copies,
-        loss=loss - kept,
-        backward=max(blocks, embedding) - kept,
-        host=host,
+        loss=allocated.loss - kept,
+        backward=max(allocated.blocks, allocated.embedding) - kept,
+        host=sum(states.values()) if devices.cpu_offload else 0,
+    )
+
+
+def _bucket_bytes(step: Step, gradients: int, trained: Sequence[Tensor]) -> int:
+    """Return the bytes of gradients beside those of the optimizer: DDP's buckets, or FSDP's whole gradients."""
+    devices, accumulates = step.devices, step.accumulation > 1
+    if devices.fsdp and not devices.reduce_each_micro_batch and accumulates:  # whole, until the last
+        return sum(p.numel() * (devices.reduce_dtype or p.dtype).itemsize for p in trained)
+    # with `view` the gradients are in the buckets, except while micro-batches accumulate
+    return gradients if devices.buckets == "copy" or (devices.buckets == "view" and accumulates) else 0
+
+
+def _with_fsdp(allocated: StepBytes, parameters: Mapping[str, Tensor], step: Step) -> StepBytes:
+    """Add what FSDP2 holds at the peaks of the loss and of the backward to what a step allocates."""
+    devices = step.devices
+    one_block = [p for name, p in parameters.items() if name.startswith("layers.0.")]
+    head = [p for name, p in parameters.items() if name == _HEAD]
+    root = [p for name, p in parameters.items() if not name.startswith(_BLOCKS) and name != _HEAD]
+    # the gradient of the head is reduced while the last block computes; that of a block when it has ended, and what it
+    # kept is free
+    of_block = reduced_gradient_bytes(one_block, devices) - allocated.forward // step.decoder.num_layers
+    return replace(
+        allocated,
+        # the head, and the buffer in which it was gathered: FSDP2 frees the last one after the loss
+        loss=allocated.loss + 2 * sum(p.numel() * (devices.param_dtype or p.dtype).itemsize for p in head),
+        blocks=allocated.blocks + max(of_block, reduced_gradient_bytes(head, devices, computed=False)),
+        # a tied weight, as large as its gradient, is freed by then
+        embedding=max(allocated.embedding, reduced_gradient_bytes(root, devices, computed=bool(head))),
     )

@@ -148,75 +148,115 @@ def explain(message: str, known: Known) -> str:
         return own[1]
     text = _UNION.sub("", _TAIL.sub("", " ".join(message.split())))
     missing = _NO_MODULE.search(text)  # of a value that may be of several types, each with its error
-    keys = _KEY.findall(text[: missing.start()] if missing else text)
-    classes = _CLASS.findall(text)
-    where = ".".join(keys)
+    where = ".".join(_KEY.findall(text[: missing.start()] if missing else text))
     if missing:
-        top = missing[1].partition(".")[0]
-        here = os.path.exists(f"{top}.py") or os.path.isdir(top)  # which `meap-lit`, unlike python -m, does not search
-        is_missing = missing[2] == f"No module named '{top}'"  # and not what it imports
-        hint = "; to find it in the current folder, run python -m meap_lit" if here and is_missing else ""
-        return f"{where}: class_path {missing[1]} cannot be imported: {missing[2]}{hint}"
+        return f"{where}: {_not_imported(*missing.groups())}"
+    classes = _CLASS.findall(text)
     core = text[max((match.end() for kind in (_KEY, _CLASS) for match in kind.finditer(text)), default=0) :]
+    return (
+        _explain_option(core, where, classes, known)
+        or _explain_class(core, where, message)
+        or _explain_form(core, where, known)
+        or _explain_words(core, where, known)
+        or _explain_choice(core, where, message, known)
+        or _at(where, core)
+    )
 
+
+def _at(where: str, reason: str) -> str:
+    return f"{where}: {reason}" if where else reason
+
+
+def _not_imported(class_path: str, reason: str) -> str:
+    top = class_path.partition(".")[0]
+    here = os.path.exists(f"{top}.py") or os.path.isdir(top)  # which `meap-lit`, unlike python -m, does not search
+    is_missing = reason == f"No module named '{top}'"  # and not what it imports
+    hint = "; to find it in the current folder, run python -m meap_lit" if here and is_missing else ""
+    return f"class_path {class_path} cannot be imported: {reason}{hint}"
+
+
+def _explain_option(core: str, where: str, classes: Sequence[str], known: Known) -> str | None:
+    """Return a line about an unknown key, or an unknown option of the last of `classes`."""
     if match := re.match(r"Option '([^']+)' is not accepted", core):
+        if classes:
+            kind = _class(classes[-1])
+            decides = getattr(kind, "decided_by", {}).get(match[1])
+            hint = f"; leave it out: {decides} decides it" if decides else _option_hint(match[1], [kind])
+            return _at(where, f"{classes[-1]} has no option '{match[1]}'{hint}")
+        if match[1].startswith("task.") and "model" in known:
+            return f"the recipe has the key '{match[1]}': it is for `evaluate`, not for this command"
+        return f"there is no key '{match[1]}'{_key_hint(match[1], known)}"
+    if match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", core):
         if not classes:
-            if match[1].startswith("task.") and "model" in known:
-                return f"the recipe has the key '{match[1]}': it is for `evaluate`, not for this command"
-            return f"there is no key '{match[1]}'{_key_hint(match[1], known)}"
-        kind = _class(classes[-1])
-        decides = getattr(kind, "decided_by", {}).get(match[1])
-        hint = f"; leave it out: {decides} decides it"
-        core = f"{classes[-1]} has no option '{match[1]}'{hint if decides else _option_hint(match[1], [kind])}"
-    elif match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", core):
-        group = parameters_of(_class(classes[-1])).get(match[1]) if classes else None
+            key = f"{match[1]}.{match[2]}"
+            return _at(where, f"there is no key '{key}'{_key_hint(key, known)}")
+        group = parameters_of(_class(classes[-1])).get(match[1])
         taken = inspect.signature(group.annotation).parameters if group else ()
-        key = f"{match[1]}.{match[2]}"
-        core = f"{match[1]} has no option '{match[2]}'{_hint(match[2], taken)}"
-        if not classes:
-            core = f"there is no key '{key}'{_key_hint(key, known)}"
-    elif match := re.search(r"module '([^']+)' has no attribute '([^']+)'", core):
+        return _at(where, f"{match[1]} has no option '{match[2]}'{_hint(match[2], taken)}")
+    return None
+
+
+def _explain_class(core: str, where: str, message: str) -> str | None:
+    """Return a line about a class_path that names no class, or the wrong one."""
+    if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", core):
         members = vars(importlib.import_module(match[1])).items()
         top = match[1].partition(".")[0]  # not what the module imports from elsewhere
         names = [name for name, value in members if inspect.isclass(value) and value.__module__.startswith(top)]
-        core = f"class_path {match[1]}.{match[2]} does not exist{_hint(match[2], names)}"
-    elif match := _NO_SUBCLASS.search(core):
+        return _at(where, f"class_path {match[1]}.{match[2]} does not exist{_hint(match[2], names)}")
+    if match := _NO_SUBCLASS.search(core):
         given = _GIVEN.search(message)
-        core = f"a class_path must name a subclass of {match[1]}, got {shorten(given[1] if given else 'another')}"
-    elif match := re.match(r"Exceeds the limit \((\d+) digits\)", core):
-        core = f"a number of more than {match[1]} digits"
-    elif match := re.match(r"Key must be a string, got: (.*)\.", core):
-        core = f"the key {match[1]} is not text"
-    elif match := re.match(r"(?:unhashable type:|argument of type) '(\w+)'", core):
-        core = f"a class_path must be text, not a {match[1]}"
-    elif match := re.match(r"'(\w+)' object has no attribute 'keys'", core):
-        core = f"init_args must be {_IN_WORDS['dict']}, not a {match[1]}"
-    elif match := re.match(r"Expected a tuple with (\d+) elements\. Got value: (.*)", core):
+        found = shorten(given[1] if given else "another")
+        return _at(where, f"a class_path must name a subclass of {match[1]}, got {found}")
+    return None
+
+
+def _explain_form(core: str, where: str, known: Known) -> str | None:
+    """Return a line about a value or a key of the wrong form."""
+    if match := re.match(r"Exceeds the limit \((\d+) digits\)", core):
+        return _at(where, f"a number of more than {match[1]} digits")
+    if match := re.match(r"Key must be a string, got: (.*)\.", core):
+        return _at(where, f"the key {match[1]} is not text")
+    if match := re.match(r"(?:unhashable type:|argument of type) '(\w+)'", core):
+        return _at(where, f"a class_path must be text, not a {match[1]}")
+    if match := re.match(r"'(\w+)' object has no attribute 'keys'", core):
+        return _at(where, f"init_args must be {_IN_WORDS['dict']}, not a {match[1]}")
+    if match := re.match(r"Expected a tuple with (\d+) elements\. Got value: (.*)", core):
         return f"{where} must be a list of {match[1]} values, got {shorten(match[2])}"
-    elif match := re.match(r"(the following arguments are required: )([\w., ]+\w)", core):
-        core = match[0]  # of a class, the rest says that the value is of no other type either
-        if not where:
-            core = match[1] + ", ".join(f"--{name}" for name in match[2].split(", "))
-            core += "; name a recipe with --config FILE" if "base" in known else ""
-    elif match := re.match(r"Unable to load config \"([^\"]*)\"", core):
+    if match := re.match(r"Unable to load config \"([^\"]*)\"", core):
         where = re.sub(r"\b(\w+)\.\1$", r"\1", where)  # jsonargparse names a group twice
         return _not_a_mapping(where, match[1], known)
-    elif match := re.match(r"unrecognized arguments: --([^\s=]+)", core):
-        core += _key_hint(match[1], known, "--")
-    elif match := re.match(r"unrecognized arguments: (\S+)", core):
+    return None
+
+
+def _explain_words(core: str, where: str, known: Known) -> str | None:
+    """Return a line about options of a class or of the command line that are missing or unknown."""
+    if match := re.match(r"(the following arguments are required: )([\w., ]+\w)", core):
+        if where:  # of a class, the rest says that the value is of no other type either
+            return f"{where}: {match[0]}"
+        needed = ", ".join(f"--{name}" for name in match[2].split(", "))
+        return match[1] + needed + ("; name a recipe with --config FILE" if "base" in known else "")
+    if match := re.match(r"unrecognized arguments: --([^\s=]+)", core):
+        return _at(where, core + _key_hint(match[1], known, "--"))
+    if match := re.match(r"unrecognized arguments: (\S+)", core):
         is_recipe = "base" in known and match[1].endswith((".yaml", ".yml"))
         option = "config" if is_recipe else match[1].partition("=")[0] if "=" in match[1] else next(iter(known))
-        core += f"; options begin with two dashes, such as --{option}"
-    elif match := _NO_CLASS.search(message):
+        return _at(where, f"{core}; options begin with two dashes, such as --{option}")
+    return None
+
+
+def _explain_choice(core: str, where: str, message: str, known: Known) -> str | None:
+    """Return a line about a value that is of none of the types, or names none of the classes, that the key takes."""
+    if match := _NO_CLASS.search(message):
         return f"{where}.{match[1]} is an option of a class, and {where} names none; name one with --{where} CLASS_PATH"
-    elif match := _AMBIGUOUS.search(message):
+    if match := _AMBIGUOUS.search(message):
         return f"{where}: several classes are called {match[1]}; name one of {match[2]}"
-    elif wanted := _wanted(core, classes := _choices(message, where, known)):
+    classes = _choices(message, where, known)
+    if wanted := _wanted(core, classes):
         given = _GIVEN.search(message)  # the innermost value comes first
         value = (given and given[1]) or "nothing"
         close = difflib.get_close_matches(value.rpartition(".")[2], classes, n=1, cutoff=0.55)
         return f"{where} must be {wanted}, got {shorten(value)}" + (f"; did you mean '{close[0]}'?" if close else "")
-    return f"{where}: {core}" if where else core
+    return None
 
 
 def check_values(recipe: Mapping[str, Any], known: Known) -> None:
@@ -285,8 +325,7 @@ def check_value(value: Any, kind: Any, where: str = "") -> None:
             raise UserError(f"{place} must not be null; {default}")
         if entry is not None and not isinstance(entry, Mapping) and _takes_only_mappings(parameter.annotation):
             raise UserError(f"{place} must be {_IN_WORDS['dict']}, got {shorten(str(entry))}")
-        kinds = (parameter.annotation, *get_args(parameter.annotation))
-        check_value(entry, next(filter(dataclasses.is_dataclass, kinds), object), place)
+        check_value(entry, group_of(parameter) or object, place)
 
 
 _UNKNOWN = inspect.Parameter("unknown", inspect.Parameter.KEYWORD_ONLY)

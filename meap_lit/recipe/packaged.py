@@ -56,13 +56,14 @@ def description(name: str) -> str:
     return re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0]
 
 
-def nearest(name: str) -> str | None:
-    """Return the packaged recipe that a name without folder or ending means, or that is spelled alike."""
+def nearest(name: str) -> str:
+    """Return a hint at the packaged recipe that a name without folder or ending means, or that is spelled alike."""
     recipes = [file for file in names() if file.endswith(".yaml")]
     stem = Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     same = [file for file in recipes if Path(file).name.removesuffix(".yaml") == stem]
     close = difflib.get_close_matches(name, recipes, n=1, cutoff=0.75)
-    return next(iter(same or close), None)
+    near = next(iter(same or close), None)
+    return f"did you mean {near}?" if near else "`meap-lit recipes` lists those of this package"
 
 
 def with_paths(options: Any) -> Any:
@@ -140,7 +141,5 @@ def _matches(asked: str) -> Iterator[str]:
     wanted = (path.relative_to(root()) if path.is_relative_to(root()) else path).as_posix()
     found = [name for name in names() if name == wanted or name.startswith(f"{wanted}/")]
     if not found:
-        near = nearest(asked)
-        hint = f"did you mean {near}?" if near else "`meap-lit recipes` lists those of this package"
-        raise UserError(f"no recipe {asked}; {hint}")
+        raise UserError(f"no recipe {asked}; {nearest(asked)}")
     yield from found

@@ -26,7 +26,7 @@ def weights(step: TrainingStep) -> dict[str, Tensor]:
 def test_with_our_weights_transformers_takes_our_steps(qk_norm: bool) -> None:
     """The same loss, and after two unmasked steps the same weights: shapes, labels, clipping and optimizer agree."""
     config = DecoderConfig(**{**vars(TOY), "qk_norm": qk_norm})
-    ours, theirs = (Contender(name, False, config, 32, 2, "fp32", "cpu")() for name in ("meap_lit", "transformers"))
+    ours, theirs = (Contender(name, False, config, 2, "fp32", "cpu")() for name in ("meap_lit", "transformers"))
     assert isinstance(theirs, TransformersStep)
     torch.testing.assert_close(ours.input_ids, theirs.input_ids)
     names = {name.removeprefix("model."): name for name in theirs.model.state_dict()}
@@ -58,7 +58,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_each_peer_is_compared_in_its_faster_way() -> None:
     names = [("meap_lit", False), ("meap_lit", True), ("transformers", False), ("transformers", True)]
-    contenders = [Contender(name, compiled, TOY, 32, 2, "fp32", "cpu") for name, compiled in names]
+    contenders = [Contender(name, compiled, TOY, 2, "fp32", "cpu") for name, compiled in names]
     seconds = [[2.0, 2.0, 2.0], [1.0, 2.0, 1.0], [3.0, 3.0, 3.0], [9.0, 9.0, 9.0]]
     lines = table(contenders, [T(wall, [2 * one for one in wall]) for wall in seconds], [0] * 4)
     assert lines[-1] == "| transformers | 3.000 | 1.500 to 3.000 | 3.000 | 1.500 to 3.000 |"

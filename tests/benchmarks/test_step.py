@@ -54,9 +54,7 @@ def test_ladder_is_that_of_the_recipes(model: str, num_parameters: int) -> None:
 def test_products_are_in_float8_on_request() -> None:
     """Which changes the loss a little, by rounding."""
     config = replace(TOY, num_kv_heads=2, intermediate_size=1040)  # multiples of 16, one of them not too small
-    plain, rounded = (
-        TrainingStep(config, 32, 2, "fp32", torch.device("cpu"), False, float8) for float8 in (False, True)
-    )
+    plain, rounded = (TrainingStep(config, 2, "fp32", torch.device("cpu"), False, float8) for float8 in (False, True))
     losses = [step.loss(step.input_ids).item() for step in (plain, rounded)]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
     assert losses[0] != losses[1]

@@ -44,7 +44,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_a_turn_is_the_mean_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of the test: 4 s in the bare loop and 6 s in the Trainer, for two steps each; 1 s in the fetcher."""
-    bare = TrainingStep(toy_decoder(), 16, 1, "fp32", torch.device("cpu"))
+    bare = TrainingStep(toy_decoder(), 1, "fp32", torch.device("cpu"))
     monkeypatch.setattr(bare, "seconds", lambda action, ratio, times: 2.0 * times)
     now = iter([10.0, 12.0, 13.0, 16.0, 20.0])
     monkeypatch.setattr(benchmarks.trainer.time, "perf_counter", lambda: next(now))

@@ -147,13 +147,13 @@ def test_70b_takes_32_devices():
     words = ["--config", "recipes/pretrain/meap_70b.yaml", "--config", "recipes/strategy/fsdp.yaml", "--devices", "8"]
     on_8, on_16 = (PlanCLI.read([*words, "--nodes", str(nodes)]).plan for nodes in (1, 2))
     whole = 8 * (on_8.memory.parameters + on_8.memory.gradients + on_8.memory.optimizer)
-    [remedy] = on_8.report().split("fits with\n")[1].splitlines()
+    [remedy] = on_8.text().split("fits with\n")[1].splitlines()
     assert remedy.startswith("  --trainer.strategy.cpu_offload true: 35.95 GB, and 141.11 GB of the host's memory for")
     offloaded = PlanCLI.read([*words, "--trainer.strategy.cpu_offload", "true"]).plan
     assert (offloaded.memory.parameters, offloaded.memory.host) == (0, whole // 8)
-    assert "and in the host's memory, for each device" in offloaded.report()
+    assert "and in the host's memory, for each device" in offloaded.text()
     assert f"{whole / 1e9:,.0f} GB" in Path("docs/scaling.md").read_text()
-    remedies = on_16.report().split("fits with\n")[1].splitlines()
+    remedies = on_16.text().split("fits with\n")[1].splitlines()
     assert [line.split(": ")[0].strip() for line in remedies if line[:2] == "  "] == ["--trainer.precision bf16-true"]
 
 

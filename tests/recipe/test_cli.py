@@ -12,6 +12,7 @@ import yaml
 from meap_lit.errors import UserError
 from meap_lit.recipe.cli import RecipeCLI
 from meap_lit.recipe.file import lineage
+from tests.conftest import TOY_RECIPE
 
 RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml"))
 OVERLAYS = [path for path in RECIPES if path.parent.name in ("strategy", "variant", "logger")]
@@ -409,12 +410,22 @@ def test_a_misspelt_option_of_a_group_is_named_with_what_was_meant(toy_recipe, w
 # ---------------------------------------------------------------------------------------------- --ckpt_path
 
 
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory):
+    """The folder of a run of `toy_recipe` with checkpoints of steps 5 and 6."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = folder / "toy.yaml"
+    recipe.write_text(TOY_RECIPE.format(dataset=prepared.dataset, tokenizer=prepared.tokenizer, runs=folder))
+    RecipeCLI.run(["fit", "--config", str(recipe), "--budget.max_steps", "6"])
+    return folder / "toy" / "version_0"
+
+
 @pytest.fixture
-def runs(toy_recipe, tmp_path):
+def runs(trained, tmp_path):
     """Versions 0 and 1 of a run with a checkpoint of steps 5 and 6 each."""
-    RecipeCLI.run(["fit", "--config", str(toy_recipe), "--budget.max_steps", "6"])
     folder = tmp_path / "runs" / "toy"
-    shutil.copytree(folder / "version_0", folder / "version_1", symlinks=True)
+    for version in ("version_0", "version_1"):
+        shutil.copytree(trained, folder / version, symlinks=True)
     return folder
 
 
@@ -450,18 +461,10 @@ def test_a_checkpoint_cut_short_is_passed_over_and_a_changed_one_refused(runs, t
         RecipeCLI.run([*resume, str(newest)])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ("--trainer.logger", "false"),
-            r"--ckpt_path last needs a trainer.logger with save_dir and name; name a run's folder instead",
-        ),
-    ],
-)
-def test_a_last_checkpoint_that_cannot_be_looked_for_is_named(toy_recipe, arguments, message):
+def test_a_last_checkpoint_that_cannot_be_looked_for_is_named(toy_recipe):
+    message = "--ckpt_path last needs a trainer.logger with save_dir and name; name a run's folder instead"
     with pytest.raises(UserError, match=f"^{message}$"):
-        RecipeCLI.run(["fit", "--config", str(toy_recipe), *arguments, "--ckpt_path", "last"])
+        RecipeCLI.run(["fit", "--config", str(toy_recipe), "--trainer.logger", "false", "--ckpt_path", "last"])
 
 
 def test_a_last_checkpoint_that_is_not_there_is_named_but_by_fit(toy_recipe, tmp_path):

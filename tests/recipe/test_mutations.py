@@ -199,8 +199,13 @@ def test_a_text_that_looks_like_aliases_is_taken_as_it_is(text):
     check_words(["generate", "--prompt", text, f"--stop={text}"])
 
 
-@pytest.mark.parametrize("value", ["null", "[]", "[1]", "5", "text", "1.5"])
-@pytest.mark.parametrize("key", ["trainer", "budget", "checkpoint"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("trainer", "null"), ("budget", "[]"), ("checkpoint", "[1]"), ("trainer", "5"), ("budget", "text")],
+        *[("checkpoint", "1.5"), ("trainer", "[1]"), ("budget", "null"), ("checkpoint", "text")],
+    ],
+)
 def test_a_group_that_is_no_mapping_is_named(toy_recipe, capsys, key, value):
     content = yaml.safe_load(toy_recipe.read_text()) | {key: yaml.safe_load(value)}
     toy_recipe.write_text(yaml.safe_dump(content))

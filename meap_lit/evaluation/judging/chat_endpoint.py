@@ -28,7 +28,7 @@ from meap_lit.errors import UserError, check_range, shorten
 LONGEST_WAIT = 600.0
 """Seconds; an endpoint that demands a longer wait (a quota of the day) ends the run."""
 
-PASSING = (408, 425, 429)
+TEMPORARY = (408, 425, 429)
 """Statuses that may pass, besides all from 500 on."""
 
 REFUSALS = (400, 413, 422)
@@ -140,7 +140,7 @@ class ChatEndpoint:
             self._pace.wait()
             try:
                 return self._attempt(data)
-            except Passing as problem:
+            except TemporaryFailure as problem:
                 attempt += 1
                 if attempt > self.max_retries:
                     times = "once" if attempt == 1 else f"{attempt} times"
@@ -163,14 +163,14 @@ class ChatEndpoint:
                 raw = _read(response, time.monotonic() + self.timeout)
         except urllib.error.HTTPError as error:
             problem = self._clean(f"status {error.code}, {_message(error)}")
-            if error.code in PASSING or error.code >= 500:
-                raise Passing(problem, _retry_after(error.headers)) from None
+            if error.code in TEMPORARY or error.code >= 500:
+                raise TemporaryFailure(problem, _retry_after(error.headers)) from None
             if error.code in REFUSALS and self.on_refusal == "undecided":
                 return ""
             raise UserError(f"{self._name} refuses: {problem}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            raise Passing(self._clean(str(reason) or type(reason).__name__)) from None
+            raise TemporaryFailure(self._clean(str(reason) or type(reason).__name__)) from None
         try:
             content = json.loads(raw)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
@@ -178,7 +178,7 @@ class ChatEndpoint:
         if content is None:  # the model refuses to answer
             return ""
         if not isinstance(content, str):
-            raise Passing(self._clean(f"no answer in {raw[:500].decode(errors='replace')!r}"))
+            raise TemporaryFailure(self._clean(f"no answer in {raw[:500].decode(errors='replace')!r}"))
         return content
 
     def _clean(self, text: str) -> str:
@@ -186,7 +186,7 @@ class ChatEndpoint:
         return shorten(" ".join((text if key is None else text.replace(key, "***")).split()), 200)
 
 
-class Passing(Exception):
+class TemporaryFailure(Exception):
     """A failure that may be gone at the next attempt, after at least `wait` seconds."""
 
     def __init__(self, problem: str, wait: float = 0.0) -> None:

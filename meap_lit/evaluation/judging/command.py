@@ -3,17 +3,15 @@
 Verdicts are added to the file that holds the summaries; no checkpoint is needed.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 from meap_lit.errors import UserError
+from meap_lit.evaluation.judging.agreement import agreements, free_by_judge
 from meap_lit.evaluation.judging.judges import Judge
 from meap_lit.evaluation.rows import read_rows
 from meap_lit.evaluation.runner import RECORDS_FILE, write_records
-from meap_lit.evaluation.statistics import Mean
 from meap_lit.evaluation.task import Record
 
 
@@ -57,7 +55,7 @@ class JudgeSummaries:
             for file, records in summaries.items():  # after each judge, since the next may fail
                 write_records(file, records)
         for file, records in summaries.items():
-            print(f"{file}\n{report(records, list(self.judges))}")
+            print(f"{file}\n{summary(records, list(self.judges))}")
 
     def _check_cost(self, records: Sequence[Record]) -> None:
         total = 0.0
@@ -80,7 +78,7 @@ class JudgeSummaries:
             raise UserError(f"judging may cost {total:.2f}, more than max_cost {self.max_cost:g}; nothing was asked")
 
 
-def report(records: Sequence[Record], judges: Sequence[str]) -> str:
+def summary(records: Sequence[Record], judges: Sequence[str]) -> str:
     """Return the share of each judge and the agreement of each pair, as lines."""
     lines = []
     for name, free in free_by_judge(records, judges).items():
@@ -91,17 +89,6 @@ def report(records: Sequence[Record], judges: Sequence[str]) -> str:
     for pair, (equal, kappa) in agreements(records, judges).items():
         lines.append(f"  {pair}: {equal:.2f} % equal, kappa {kappa:.3f}")
     return "\n".join(lines)
-
-
-def free_by_judge(records: Sequence[Record], judges: Sequence[str]) -> dict[str, Mean]:
-    """Return the percentage of summaries that each judge found free of hallucination."""
-    return {judge: Mean.of(100.0 * (record["verdicts"][judge] is True) for record in records) for judge in judges}
-
-
-def agreements(records: Sequence[Record], judges: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Return `agreement` of each pair of judges, by their names."""
-    verdicts = {judge: [record["verdicts"][judge] for record in records] for judge in judges}
-    return {f"{a} and {b}": agreement(verdicts[a], verdicts[b]) for a, b in combinations(judges, 2)}
 
 
 def read_summaries(file: Path) -> list[Record]:
@@ -118,18 +105,3 @@ def read_summaries(file: Path) -> list[Record]:
             row.text(name)
         records.append(dict(row.fields))
     return records
-
-
-def agreement(first: Sequence[bool | None], second: Sequence[bool | None]) -> tuple[float, float]:
-    """Return the percentage of equal verdicts of two judges, and Cohen's kappa; undecided counts as not free.
-
-    Kappa is 1 - (1 - equal) / (1 - expected), where `expected` is the share of equal verdicts of two independent judges
-    with the same totals (Cohen, 1960). It is NaN if `expected` is 1.
-    """
-    pairs = [(a is True, b is True) for a, b in zip(first, second, strict=True)]
-    if not pairs:
-        return math.nan, math.nan
-    equal = sum(a == b for a, b in pairs) / len(pairs)
-    p, q = (sum(verdicts) / len(pairs) for verdicts in zip(*pairs, strict=True))
-    expected = p * q + (1 - p) * (1 - q)
-    return 100 * equal, math.nan if expected == 1 else 1 - (1 - equal) / (1 - expected)

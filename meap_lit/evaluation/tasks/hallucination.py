@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.judging.command import agreements, free_by_judge
+from meap_lit.evaluation.judging.agreement import agreements, free_by_judge
 from meap_lit.evaluation.rows import read_rows
 from meap_lit.evaluation.statistics import Mean
 from meap_lit.evaluation.task import Item, Plot, Prompt, PromptTask, Record, Result

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.rows import Row, read_rows
+from meap_lit.evaluation.rows import DataRow, read_rows
 from meap_lit.evaluation.task import Plot, Prompt, PromptTask, Record, check_distinct
 
 Pair = tuple[str, str]
@@ -34,7 +34,7 @@ class KeyValueSet:
     value: str
 
     @classmethod
-    def from_row(cls, row: Row) -> "KeyValueSet":
+    def from_row(cls, row: DataRow) -> "KeyValueSet":
         pairs = []
         for number, pair in enumerate(row.elements("ordered_kv_records")):
             if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.rows import Row, read_rows
+from meap_lit.evaluation.rows import DataRow, read_rows
 from meap_lit.evaluation.task import Item, Plot, Prompt, PromptTask, Record, Result, check_distinct
 from meap_lit.inference.language_model import LanguageModel
 
@@ -47,7 +47,7 @@ class Question:
     distractors: list[Passage]
 
     @classmethod
-    def from_row(cls, row: Row) -> "Question":
+    def from_row(cls, row: DataRow) -> "Question":
         contexts = row.rows("ctxs")
         passages = [Passage(context.text("title"), context.text("text")) for context in contexts]
         is_gold = [context.flag("isgold") for context in contexts]

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.rows import Row, read_rows
+from meap_lit.evaluation.rows import DataRow, read_rows
 from meap_lit.evaluation.task import Record
 from meap_lit.evaluation.tasks.haystack import Boundary
 from meap_lit.evaluation.tasks.haystack_task import INTRODUCTION, HaystackPrompt, HaystackTask, grid_plot
@@ -39,7 +39,7 @@ class NeedleEntry:
     blank: str
 
     @classmethod
-    def from_row(cls, row: Row) -> "NeedleEntry":
+    def from_row(cls, row: DataRow) -> "NeedleEntry":
         """Parse a line of needles.jsonl."""
         match = _RETRIEVAL_QUESTION.fullmatch(row.text("retrieval_question"))
         if match is None:

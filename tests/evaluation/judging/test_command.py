@@ -8,7 +8,7 @@ import pytest
 
 from meap_lit import cli
 from meap_lit.errors import UserError
-from meap_lit.evaluation.judging.command import JudgeSummaries, agreement
+from meap_lit.evaluation.judging.command import JudgeSummaries
 from meap_lit.evaluation.judging.judges import ChatJudge, RecordedJudge, judge_prompt
 
 KEY = "sk-very-secret-0123456789"
@@ -92,28 +92,6 @@ def read(folder):
 def chat(server, folder, **options):
     cache = str(folder / "cache.jsonl")
     return ChatJudge(url=server.url, model="m", key_variable="TEST_KEY", cache=cache, backoff=0.01, **options)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "equal", "kappa"),
-    [
-        # 20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: 0.7 equal, 0.5 by chance
-        ([True] * 25 + [False] * 25, [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15, 70, 0.4),
-        ([True, False], [True, False], 100, 1),
-        ([True, False], [False, True], 0, -1),
-        ([None, True], [False, True], 100, 1),  # undecided is not free
-        ([True, True], [True, False], 50, 0),
-    ],
-)
-def test_agreement(first, second, equal, kappa):
-    assert agreement(first, second) == (pytest.approx(equal), pytest.approx(kappa))
-
-
-def test_agreement_of_judges_without_doubt():
-    equal, kappa = agreement([True, True], [True, True])
-    assert equal == 100
-    assert math.isnan(kappa)
-    assert math.isnan(agreement([], [])[0])
 
 
 def test_command(server, folder, capsys):
