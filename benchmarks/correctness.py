@@ -11,7 +11,7 @@ from typing import Literal
 
 import pytest
 
-from benchmarks.page import main, page, publish
+from benchmarks.page import environment, main, page, publish
 from meap_lit.errors import UserError
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -46,6 +46,7 @@ class Record:
     def __init__(self, device: str, output: Path | None) -> None:
         self.output = output
         self._device = device
+        environment(device)  # keeps it as it is before a test changes the threads, or breaks the GPU
         self._rows: dict[str, tuple[str, float, str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

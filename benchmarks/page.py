@@ -5,18 +5,20 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
-
-import torch
-from jsonargparse import auto_cli
+from typing import TYPE_CHECKING
 
 from meap_lit.errors import UserError
-from meap_lit.model import DecoderConfig
-from meap_lit.provenance import processor
+
+if TYPE_CHECKING:
+    from meap_lit.model import DecoderConfig
 
 
 def main(benchmark: Callable[..., None]) -> None:
     """Run a benchmark with the options of the command line; wrong input ends in one line."""
+    from jsonargparse import auto_cli
+
     try:
         auto_cli(benchmark, as_positional=False)
     except UserError as error:
@@ -25,7 +27,11 @@ def main(benchmark: Callable[..., None]) -> None:
 
 def check_device(device: str) -> None:
     """Raise `UserError` if there is no such device."""
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
 
 
@@ -40,7 +46,7 @@ def page(name: str, title: str, device: str, *, facts: Iterable[str], body: Iter
         body: Lines of the tables.
     """
     command = f"    python -m benchmarks.{name} {shlex.join(sys.argv[1:])}".rstrip()
-    listed = (f"- {fact}" for fact in (*_environment(device), *facts))
+    listed = (f"- {fact}" for fact in (*environment(device), *facts))
     return "\n".join([f"# {title}", "", command, "", *listed, "", *body]).rstrip("\n") + "\n"
 
 
@@ -52,7 +58,7 @@ def publish(page: str, output: Path | None) -> None:
         output.write_text(page)
 
 
-def about(config: DecoderConfig) -> str:
+def about(config: "DecoderConfig") -> str:
     """Return the size of a model in words."""
     return (
         f"model: {config.num_parameters():,} parameters ({config.num_layers} layers, {config.num_heads} heads, "
@@ -61,7 +67,13 @@ def about(config: DecoderConfig) -> str:
     )
 
 
-def _environment(device: str) -> list[str]:
+@cache
+def environment(device: str) -> list[str]:
+    """Return date, hardware and versions, as they were at the first call."""
+    import torch
+
+    from meap_lit.provenance import processor
+
     facts = [f"date: {datetime.date.today()}", f"CPU: {processor()}, {torch.get_num_threads()} thread(s)"]
     if device == "cuda":
         facts.append(f"GPU: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")

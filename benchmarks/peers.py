@@ -84,16 +84,13 @@ def benchmark(
     timings = measure(contenders, mask_ratio, repetitions)
     peaks = peaks or [timing.peak_bytes for timing in timings]
     facts = [
-        f"{', '.join(f'{name} {installed[name]}' for name in names)}",
+        ", ".join(f"{name} {installed[name]}" for name in names),
         about(config),
         f"{micro_batch_size} rows of {config.max_seq_len:,} tokens a step, P = {mask_ratio:g} of ours; "
         f"{repetitions} turns",
     ]
-    body = [
-        *table(contenders, timings, peaks),
-    ]
     title = f"Training step beside peers: {'custom' if decoder else model}, {device}, {precision}"
-    publish(page("peers", title, device, facts=facts, body=body), output)
+    publish(page("peers", title, device, facts=facts, body=table(contenders, timings, peaks)), output)
 
 
 def _versions() -> dict[str, str]:

@@ -114,10 +114,7 @@ def benchmark(
         f"{precision}; micro-batches of {micro_batch_size} x {decoder.max_seq_len:,} tokens, four in a step; "
         f"one thread a process",
     ]
-    body = [
-        *table(held, planned),
-    ]
-    publish(page("sharding", "Memory of a process by sharding", "cpu", facts=facts, body=body), output)
+    publish(page("sharding", "Memory of a process by sharding", "cpu", facts=facts, body=table(held, planned)), output)
 
 
 # --------------------------------------------------------------------------------------------------- the runs

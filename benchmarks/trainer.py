@@ -85,11 +85,8 @@ def benchmark(
         f"{config.num_parameters():,} parameters, {micro_batch_size} rows of {config.max_seq_len:,} tokens a step, "
         f"{num_workers} processes that read ahead; {turns} turns of {steps} steps of each kind",
     ]
-    body = [
-        *table(measured.turns[1:]),
-    ]
     title = f"Step of `fit` beside the bare loop: {model}, {device}, {precision}"
-    publish(page("trainer", title, device, facts=facts, body=body), output)
+    publish(page("trainer", title, device, facts=facts, body=table(measured.turns[1:])), output)
 
 
 def toy_decoder() -> DecoderConfig:

@@ -60,7 +60,7 @@ def test_a_rank_that_reads_another_dataset_is_named(toy_recipe, prepared, tmp_pa
         os.chdir(tmp_path / f"node{os.environ['LOCAL_RANK']}")
         sys.exit(main(words))
 
-    assert fork(fit, 2, timeout=300) == [2, 0]  # Lightning kills the first process of a node if another fails
+    assert fork(fit, 2, timeout=300)[0] == 2  # the other is killed, or ends by itself
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line.startswith(
         "error: dataset dataset on rank 1 is not that of rank 0 (contents differ); all ranks must"

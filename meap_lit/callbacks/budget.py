@@ -163,7 +163,7 @@ class Budget(L.Callback):
                 print(
                     f"the budget is spent: checkpoint {path} is at optimizer step {step}, and "
                     f"{self.stated} ends at step {trainer.max_steps}; raise it to continue, or start another "
-                    f"run with --ckpt_path null"
+                    f"run with --ckpt_path null --trainer.logger.name NAME"
                 )
             raise SystemExit(0)
 

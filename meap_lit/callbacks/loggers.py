@@ -59,7 +59,7 @@ class RunFolder(Logger):
 
     @property
     def log_dir(self) -> str:
-        return os.path.join(self.save_dir, self.name, named(self.version))
+        return os.path.join(self.save_dir, self.name, version_folder(self.version))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write nothing: curves.csv holds them."""
@@ -315,10 +315,10 @@ def run_folder(trainer: L.Trainer) -> str:
     logger = trainer.loggers[0]
     if logger.log_dir is not None:
         return logger.log_dir
-    return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), named(logger.version))
+    return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version_folder(logger.version))
 
 
-def named(version: int | str | None) -> str:
+def version_folder(version: int | str | None) -> str:
     """Return the folder of a version, as Lightning's loggers name it."""
     return version if isinstance(version, str) else f"version_{version}"
 

@@ -211,7 +211,7 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def _without_unused_mask(source: WeightSource, tokenizer: Tokenizer) -> WeightSource:
-    """Return `source`, without the rows that only a mask token needs that was added and never used in training."""
+    """Return `source`, without the vocabulary rows of a mask token that was added but never used in training."""
     if not isinstance(source, CheckpointSource) or source.rows_without_mask is None:
         return source
     return source.without_mask() if tokenizer.mask_token_id == tokenizer.vocab_size - 1 else source

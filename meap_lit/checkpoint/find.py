@@ -59,7 +59,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
             if link.is_symlink() and (linked := checkpoints / link.readlink()) in steps:
                 # a run that went back to an earlier step has left those after it behind, unless a kill came between
                 # the save and the link
-                saved_later = [path for path in steps[: steps.index(linked)] if _saved(path) > _saved(linked)]
+                saved_later = [path for path in steps[: steps.index(linked)] if _was_saved_later(path, linked)]
                 steps = [*saved_later, linked, *steps]
             newest = next((path for path in steps if is_whole(path)), None)
             if newest is not None:
@@ -67,9 +67,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _saved(path: Path) -> float:
-    """Return when a checkpoint was saved, in seconds: as it says, or by its files where an earlier version wrote it."""
+def _was_saved_later(path: Path, other: Path) -> bool:
+    """Return whether a checkpoint was saved after another.
+
+    Their own times decide. If an earlier version wrote one of them, it has none, and the times of the files decide.
+    """
+    saved, before = _saved(path), _saved(other)
+    if saved is None or before is None:
+        saved, before = path.stat().st_mtime, other.stat().st_mtime
+    return saved > before
+
+
+def _saved(path: Path) -> float | None:
     with suppress(UserError):  # damaged, which is said where it is read
-        if (saved := StoredCheckpoint(path).trainer_state.get("saved")) is not None:
-            return saved
-    return path.stat().st_mtime
+        return StoredCheckpoint(path).trainer_state.get("saved")
+    return None

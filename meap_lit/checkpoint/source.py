@@ -164,7 +164,7 @@ class CheckpointSource(WeightSource):
         if about is None:
             raise UserError(f"checkpoint {path} is not one of meap_lit: it has no decoder in it")
         all_weights = stored.weights.items()
-        weights = {name.removeprefix(_PREFIX): about for name, about in all_weights if name.startswith(_PREFIX)}
+        weights = {name.removeprefix(_PREFIX): tensor for name, tensor in all_weights if name.startswith(_PREFIX)}
         try:
             config = _decoder_config(about["config"])
             lora = LoRA(**about["lora"]) if about.get("lora") or any(map(is_adapter, weights)) else None

@@ -157,14 +157,14 @@ class MEAPCollator(TrainerCallback, ABC):
                 f"the model has {rows} vocabulary rows, none for the mask token {self.mask_token_id}; "
                 f"call add_mask_token(model, tokenizer) before the trainer is made"
             )
-        self.on_train_end(model=model)  # of an interrupted run, with whatever collator
+        self.on_train_end(args, state, control, model=model)  # of an interrupted run, with whatever collator
         self._is_training.fill_(1)
         _HOOKS[model] = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._is_training.fill_(0)
-        if kwargs["model"] in _HOOKS:
-            _HOOKS.pop(kwargs["model"]).remove()
+        if (model := kwargs.get("model")) in _HOOKS:
+            _HOOKS.pop(model).remove()
 
     def _before_forward(self, model: nn.Module, args: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Take the sample ids out of a batch that the model is called with."""

@@ -365,7 +365,10 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
 
 
 def _had_other_masks(checkpoint: Path, config: Namespace) -> bool:
-    """Return whether the recipe beside a checkpoint has another mask ratio, as where a baseline was to begin anew."""
+    """Return whether the recipe beside a checkpoint of pretraining has another mask ratio.
+
+    If so, the user may have wanted a new run, such as a baseline. Fine-tuning refuses such a checkpoint.
+    """
     try:
         recipe = current(yaml.safe_load((checkpoint.absolute().parents[1] / "config.yaml").read_text(encoding="utf-8")))
         return recipe["model"]["init_args"].get("mask_ratio") != config.model.as_dict()["init_args"].get("mask_ratio")

@@ -10,7 +10,7 @@ from meap_lit.recipe.parser import Parser
 
 
 class DryRunCLI(RecipeCLI):
-    """A command that builds model, data and budget of a recipe, none of which reads anything yet, but no Trainer."""
+    """A command that builds model, data and budget of a recipe, but no Trainer. None of them reads a file yet."""
 
     name: ClassVar[str]
     description: ClassVar[str]
@@ -47,10 +47,10 @@ class DryRunCLI(RecipeCLI):
 
     def build(self) -> None:
         recipe = self.config
-        names = (field.name for field in dataclasses.fields(self.options_class))
-        self.options = self.options_class(**{name: recipe[name] for name in names})
         self.parts = self.parser.instantiate(Namespace(model=recipe.model, data=recipe.data, budget=recipe.budget))
         check_pair(self.parts.model, self.parts.data)
+        names = (field.name for field in dataclasses.fields(self.options_class))
+        self.options = self.options_class(**{name: recipe[name] for name in names})
 
     def start(self) -> None:
         """Run nothing."""

@@ -43,7 +43,7 @@ def lineage(path: Path) -> list[Path]:
                 files = sorted(path.glob("*.yaml"))
                 inside = f"name a file in it, such as {files[0]}" if files else "it has no .yaml file"
                 raise UserError(f"recipe {path} is a folder{named_by}; {inside}")
-            raise UserError(f"recipe {path} does not exist{named_by}; {packaged.nearest(str(name))}")
+            raise UserError(f"recipe {path} does not exist{named_by}; {packaged.suggestion(str(name))}")
         if path.resolve() in (other.resolve() for other in chain):
             raise UserError(f"recipe {path} is based on itself")
         chain.insert(0, path)

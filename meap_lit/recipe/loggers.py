@@ -10,7 +10,7 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.loggers.logger import Logger
 
-from meap_lit.callbacks.loggers import Service, named, run_folder, services
+from meap_lit.callbacks.loggers import Service, run_folder, services, version_folder
 from meap_lit.checkpoint.folder import StoredCheckpoint
 from meap_lit.errors import NO_SPACE, UserError, in_one_line
 from meap_lit.secrets import hide_in_text
@@ -142,7 +142,7 @@ def fixed_folder(logger: Namespace) -> Path | None:
     version = logger.get("version")
     if version is None or not logger.get("save_dir"):
         return None
-    return Path(logger.save_dir, logger.get("name") or "", named(version))
+    return Path(logger.save_dir, logger.get("name") or "", version_folder(version))
 
 
 def make_log_folder(options: Namespace) -> None:

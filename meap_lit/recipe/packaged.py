@@ -56,8 +56,8 @@ def description(name: str) -> str:
     return re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0]
 
 
-def nearest(name: str) -> str:
-    """Return a hint at the packaged recipe that a name without folder or ending means, or that is spelled alike."""
+def suggestion(name: str) -> str:
+    """Return a sentence with the packaged recipe that is meant by a name without folder or ending, or spelled alike."""
     recipes = [file for file in names() if file.endswith(".yaml")]
     stem = Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     same = [file for file in recipes if Path(file).name.removesuffix(".yaml") == stem]
@@ -141,5 +141,5 @@ def _matches(asked: str) -> Iterator[str]:
     wanted = (path.relative_to(root()) if path.is_relative_to(root()) else path).as_posix()
     found = [name for name in names() if name == wanted or name.startswith(f"{wanted}/")]
     if not found:
-        raise UserError(f"no recipe {asked}; {nearest(asked)}")
+        raise UserError(f"no recipe {asked}; {suggestion(asked)}")
     yield from found

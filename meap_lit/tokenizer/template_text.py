@@ -59,7 +59,11 @@ class TemplateEncoder:
         return first, within
 
     def encode(self, text: str, spellings: dict[str, str]) -> Tokens:
-        """Return the tokens of a text of a template; `spellings` replace characters of it and are never special."""
+        """Return the tokens of a text of a template; `spellings` replace characters of it and are never special.
+
+        Raises:
+            UserError: If the vocabulary has no pieces for a part of the text, or only a special token.
+        """
         with self._tokenizer.explained():
             encoding = self._backend.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets

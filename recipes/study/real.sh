@@ -74,7 +74,7 @@ mkdir -p data/study_real
     --val_share 0.5 --output data/study_real/essays
 meap_lit preview --config "recipes/study/real/$SETTING.yaml" >/dev/null
 {
-    for arm in $ARMS; do for seed in $SEEDS; do echo "$arm $seed"; done; done
+    for seed in $SEEDS; do for arm in $ARMS; do echo "$arm $seed"; done; done
     for arm in $ONCE; do echo "$arm ${SEEDS%% *}"; done
 } |
     xargs -r -P "$JOBS" -L 1 bash -eEuc 'part "$@"' _

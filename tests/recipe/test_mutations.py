@@ -202,8 +202,8 @@ def test_a_text_that_looks_like_aliases_is_taken_as_it_is(text):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[("trainer", "null"), ("budget", "[]"), ("checkpoint", "[1]"), ("trainer", "5"), ("budget", "text")],
-        *[("checkpoint", "1.5"), ("trainer", "[1]"), ("budget", "null"), ("checkpoint", "text")],
+        *[("trainer", "null"), ("trainer", "5"), ("trainer", "[1]"), ("budget", "null"), ("budget", "[]")],
+        *[("budget", "text"), ("checkpoint", "null"), ("checkpoint", "[1]"), ("checkpoint", "1.5")],
     ],
 )
 def test_a_group_that_is_no_mapping_is_named(toy_recipe, capsys, key, value):

@@ -65,7 +65,7 @@ class InputPart:
 
 
 class Reader(ABC):
-    """Iterates over the entries of many files, one file after the other; all of them, or those of a part of the input.
+    """Iterates over the entries of many files, one file after the other: over all, or over a part of the input.
 
     At the first entry that cannot be read, `UserError` names file and line, unless `on_error` is `skip`, which counts
     it. The message names this option only if `on_error` is given. A file that cannot be opened and a Parquet file

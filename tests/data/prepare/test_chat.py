@@ -1,5 +1,9 @@
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -471,6 +475,33 @@ def test_a_worker_names_file_and_line(tmp_path, tokenizer_folder):
     ):
         prepare(tmp_path / "out", tmp_path / "in.jsonl", tokenizer_folder, num_workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+# ----------------------------------------------------------------------------------------------- interrupted
+
+
+@pytest.mark.slow
+def test_killed_run_leaves_no_dataset(tmp_path, tokenizer_folder):
+    source = write_json(tmp_path / "in.json", records(50) * 400)
+    options = {"output": str(tmp_path / "out"), "input": [source], "tokenizer": tokenizer_folder, "template": "alpaca"}
+    options |= {"num_workers": 1, "chunk_bytes": "20KB"}
+    code = f"from meap_lit.data.prepare.chat import PrepareChat; PrepareChat(**{options!r}).run()"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[3])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out.partial-*/train/chunk-0-3.bin")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=30) == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(
+        UserError, match=r"^dataset folder \S+ does not exist; make it with: python -m meap_lit prepare ch"
+    ):
+        Manifest.load(str(tmp_path / "out"), kind="chat")
+
+    prepare(tmp_path / "out", write_json(tmp_path / "in.json", records(2)), tokenizer_folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.json", "out"]
 
 
 # ----------------------------------------------------------------------------------------------- real data

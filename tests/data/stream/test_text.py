@@ -140,6 +140,12 @@ def test_a_token_outside_the_vocabulary_is_named(blocks):
         next(iter(stream))
 
 
+@pytest.mark.slow
+def test_a_spawned_worker_reads_the_same(blocks):
+    loader = DataLoader(train_stream([blocks]), batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert np.array_equal(next(iter(loader))["input_ids"], next(iter(train_stream([blocks])))["input_ids"])
+
+
 def test_a_stream_survives_pickling(blocks):
     """It is sent to the workers where processes are spawned."""
     stream = pickle.loads(pickle.dumps(train_stream([blocks])))
