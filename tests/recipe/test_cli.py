@@ -541,7 +541,7 @@ def test_a_checkpoint_of_a_run_with_other_masks_is_named_so(runs, toy_recipe, ca
         )
     *_, checkpoint, spent = capsys.readouterr().out.splitlines()
     assert checkpoint.endswith("step=6.ckpt, of a run with another model.mask_ratio" if is_other else "step=6.ckpt")
-    assert spent.endswith("raise it to continue, or start another run with --ckpt_path null")
+    assert spent.endswith("raise it to continue, or start another run with --ckpt_path null --trainer.logger.name NAME")
 
 
 def test_a_resumed_schedule_is_no_other_one(toy_recipe, capsys):
