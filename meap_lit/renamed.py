@@ -44,6 +44,7 @@ KEYS = {
     "model.mask": "mask_ratio",
     "model.mask_ratio.ratio": "mask_ratio",
     "model.mask_ratio.ratios": "mask_ratios",
+    "utilisation": "utilization",
 }
 """Keys of a recipe, without `init_args`, and the new last part of each: {"model.mask": "mask_ratio"}."""
 

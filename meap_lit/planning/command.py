@@ -43,21 +43,21 @@ class Hardware:
 
     Args:
         device_memory: Memory of a device in GB (10^9 bytes).
-        utilisation: Share of the peak that the model's own FLOPs reach (MFU); recomputation does not count.
+        utilization: Share of the peak that the model's own FLOPs reach (MFU); recomputation does not count.
         peak_teraflops: Dense peak of a device at the precision of its products; 989 is an H100's in bfloat16.
         decoder: The model to plan for if model.init_from does not exist yet: a Hugging Face config.json, or a recipe
             (.yaml) of the same shape.
     """
 
     device_memory: float = 80.0
-    utilisation: float = 0.4
+    utilization: float = 0.4
     peak_teraflops: float = 989.0
     decoder: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("device_memory", "peak_teraflops"):
             check_range(f"--{name}", getattr(self, name), "(0, inf)")
-        check_range("--utilisation", self.utilisation, "(0, 1]", "; write 0.4 for 40%")
+        check_range("--utilization", self.utilization, "(0, 1]", "; write 0.4 for 40%")
 
 
 class PlanCLI(DryRunCLI):
@@ -154,10 +154,10 @@ class Plan:
 
     @property
     def days(self) -> float | None:
-        """Return the days of training at the stated utilization: FLOPs / (devices x peak x utilisation)."""
+        """Return the days of training at the stated utilization: FLOPs / (devices x peak x utilization)."""
         if self.num_flops is None:
             return None
-        rate = self.step.devices.number * self.hardware.peak_teraflops * 1e12 * self.hardware.utilisation
+        rate = self.step.devices.number * self.hardware.peak_teraflops * 1e12 * self.hardware.utilization
         return self.num_flops / rate / SECONDS_PER_DAY
 
     def text(self) -> str:
@@ -190,7 +190,7 @@ class Plan:
         )
         assert self.days is not None
         yield (
-            f"time          {_duration(self.days)} at {self.hardware.utilisation:.0%} of {devices.number} x "
+            f"time          {_duration(self.days)} at {self.hardware.utilization:.0%} of {devices.number} x "
             f"{self.hardware.peak_teraflops:g} TFLOP/s"
         )
 

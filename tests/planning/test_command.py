@@ -166,7 +166,7 @@ def test_70b_takes_32_devices():
         ([], "set the devices of a node with --devices; trainer.devices is auto"),
         (["--devices", "0"], "set the devices of a node with --devices; trainer.devices is 0"),
         (["--devices", "8", "--nodes", "0"], "trainer.num_nodes must be in [1, 100000], got 0"),
-        (["--devices", "8", "--utilisation", "40"], "--utilisation must be in (0, 1], got 40; write 0.4 for 40%"),
+        (["--devices", "8", "--utilization", "40"], "--utilization must be in (0, 1], got 40; write 0.4 for 40%"),
         (["--devices", "8", "--device_memory", "-1"], "--device_memory must be above 0, got -1"),
         (["--devices", "8", "--peak_teraflops", "0"], "--peak_teraflops must be above 0, got 0"),
         (["--devices", "3"], "data.global_batch_size 256 cannot be divided by data.micro_batch_size 4 x 3 devices"),
