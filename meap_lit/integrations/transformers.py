@@ -106,9 +106,17 @@ def with_sample_ids(dataset: Any, source: int = 0) -> Any:
     Args:
         dataset: A `Dataset` or an `IterableDataset`.
         source: Number of the dataset.
+
+    Raises:
+        UserError: If the dataset is streamed and has several shards.
     """
     if hasattr(dataset, "__len__"):
         return dataset.add_column(SAMPLE_ID, [id_of_sample(source, index) for index in range(len(dataset))])
+    if dataset.num_shards > 1:  # `datasets` counts the rows of each dataloader worker anew
+        raise UserError(
+            f"the streamed dataset has {dataset.num_shards} shards, so the numbers of its rows would depend on the "
+            f"dataloader workers; store a column {SAMPLE_ID} with the number of each row in the dataset itself"
+        )
     return dataset.map(lambda row, index: {SAMPLE_ID: id_of_sample(source, index)}, with_indices=True)
 
 
@@ -216,7 +224,7 @@ class MEAPPretrainingCollator(MEAPCollator):
         self.step = self.max_steps = 0
 
     def __call__(self, rows: Sequence[Sample]) -> dict[str, Tensor]:
-        input_ids = [_tensor(row["input_ids"]) for row in rows]
+        input_ids = [_input_ids(row) for row in rows]
         labels = [_tensor(row.get("labels", row["input_ids"])) for row in rows]
         batch = _padded(input_ids, labels, self.pad_token_id)
         ids = self._sample_ids(rows)
@@ -275,8 +283,8 @@ class MEAPFineTuningCollator(MEAPCollator):
         duplication: How samples are duplicated and masked. If not given, samples without room for a copy are trained
             without one, unlike in a recipe; with `no_room="stop"` the run ends at the first of them.
         seed: Seed of the masks.
-        max_length: Tokens of the longest row, copy included; the context of the model (`max_position_embeddings`) if
-            not given.
+        max_length: Tokens of the longest row, copy included; the context of the model (`max_position_embeddings`, or a
+            smaller `sliding_window`) if not given.
     """
 
     def __init__(
@@ -291,7 +299,9 @@ class MEAPFineTuningCollator(MEAPCollator):
         self.duplication = duplication or Duplication(no_room="skip_copy")
         self.max_length = max_length
         added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.special_ids = {*added, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id}
+        # a text may have unknown tokens, but some tokenizers name their end of text as the unknown token too
+        self.special_ids = {*added, *tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - others)
         self._tokenizer = tokenizer
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -300,7 +310,8 @@ class MEAPFineTuningCollator(MEAPCollator):
         self._epoch.fill_(int(state.epoch or 0) - 1)
         config = kwargs["model"].config.get_text_config()
         if self.max_length is None:
-            self.max_length = getattr(config, "max_position_embeddings", None)
+            limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+            self.max_length = min(filter(None, limits), default=None)
         if self._restarts and is_flash_attention_requested(config):
             raise UserError(
                 "copy_positions restarted cannot be combined with FlashAttention, for which a position of 0 begins "
@@ -331,7 +342,7 @@ class MEAPFineTuningCollator(MEAPCollator):
 
     def _documents(self, row: Sample, sample_id: int | None) -> Iterator[Document]:
         """Yield the documents of a row: the original, the original with its copy, or both one by one."""
-        input_ids, answers = _tensor(row["input_ids"]), self._answers(row)
+        input_ids, answers = _input_ids(row), self._answers(row)
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise UserError(
                 f"a sample has {len(input_ids)} tokens, more than max_length {self.max_length}; raise it, or truncate "
@@ -408,6 +419,15 @@ class MEAPFineTuningCollator(MEAPCollator):
                 f"remove_columns('{SAMPLE_ID}'), or call with_sample_ids on the training set only"
             )
         return batch
+
+
+def _input_ids(row: Sample) -> Tensor:
+    """Return the token ids of a row, which must not be padded: padding would be masked, and learned."""
+    if 0 in row.get("attention_mask", ()):
+        raise UserError(
+            "the rows are padded (attention_mask has a 0); tokenize without padding, the collator pads them"
+        )
+    return _tensor(row["input_ids"])
 
 
 def _tensor(ids: Any) -> Tensor:

@@ -30,7 +30,7 @@ class LoRA:
         dropout: Share of an adapter's inputs that is dropped in training. What is dropped follows from data.seed, the
             optimizer step, the micro-batch and the rank: a resume drops the same, another split something else.
         frozen_dtype: What the frozen weights are kept in; `bfloat16` halves their memory and needs
-            trainer.precision bf16-mixed. The adapters are always float32.
+            trainer.precision bf16-mixed. The adapters are float32, unless trainer.precision is bf16-true.
     """
 
     rank: int = 8

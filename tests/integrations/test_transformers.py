@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from meap_lit.callbacks import Budget
@@ -213,6 +213,44 @@ def test_sample_ids_number_the_rows(is_streamed):
     rows = short_rows(3)
     numbered = with_sample_ids(rows.to_iterable_dataset() if is_streamed else rows, source=2)
     assert [row["sample_id"] for row in numbered] == [2 * 2**32, 2 * 2**32 + 1, 2 * 2**32 + 2]
+
+
+def test_shards_that_workers_would_number_by_themselves_are_refused():
+    with pytest.raises(UserError, match="the streamed dataset has 2 shards, so the numbers of its rows would depend"):
+        with_sample_ids(short_rows(4).to_iterable_dataset(num_shards=2))
+
+
+@pytest.mark.parametrize("collator_class", [MEAPPretrainingCollator, MEAPFineTuningCollator])
+def test_rows_that_are_padded_are_refused(small, collator_class):
+    collator = collator_class(small[1])
+    as_in_training(collator)
+    row = {"input_ids": [7, 8, 9, 1], "labels": [7, 8, 9, -100], "sample_id": 0}
+    assert collator([row | {"attention_mask": [1, 1, 1, 1]}])["attention_mask"].all()
+    with pytest.raises(UserError, match=r"the rows are padded \(attention_mask has a 0\)"):
+        collator([row | {"attention_mask": [1, 1, 1, 0]}])
+
+
+def test_an_end_of_text_that_is_the_unknown_token_too_is_never_masked(small):
+    tokenizer = small[1]
+    tokenizer.unk_token = tokenizer.eos_token
+    collator = MEAPFineTuningCollator(tokenizer, Duplication(mask_ratio=0.9, min_copied=1))
+    as_in_training(collator)
+    ids = [7, 8, 9, 10, 11, tokenizer.eos_token_id]
+    (copy,) = collator([{"input_ids": ids, "labels": ids, "sample_id": 0}])["input_ids"][:, len(ids) :]
+    assert (copy[:-1] == tokenizer.mask_token_id).any()
+    assert copy[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(("window", "num_tokens"), [(None, 60), (32, 30)])
+def test_a_copy_needs_room_in_the_window(small, window, num_tokens):
+    model, tokenizer = small
+    model.config.sliding_window = window
+    collator = MEAPFineTuningCollator(tokenizer, Duplication(mask_ratio=0.5, min_copied=1, no_room="skip_copy"))
+    collator.is_callback = True
+    collator.on_train_begin(None, TrainerState(), None, model=model)
+    ids = list(range(10, 40))
+    assert collator([{"input_ids": ids, "labels": ids, "sample_id": 0}])["input_ids"].size(1) == num_tokens
+    collator.on_train_end(None, None, None, model=model)
 
 
 @pytest.fixture

@@ -115,6 +115,10 @@ def test_options_are_spelt_with_hyphens_too(capsys, words):
     assert "of 50: does not fit" in plan(capsys, "--config", RECIPE, "--devices", 8, *words)
 
 
+def test_an_earlier_spelling_is_read(capsys):
+    assert "at 50% of 8 x" in plan(capsys, "--config", RECIPE, "--devices", 8, "--utilisation", 0.5)
+
+
 # ------------------------------------------------------------------------------------- the table of docs/scaling.md
 
 
