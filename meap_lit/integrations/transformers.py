@@ -171,7 +171,8 @@ class MEAPCollator(TrainerCallback, ABC):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._is_training.fill_(0)
-        if (model := kwargs.get("model")) in _HOOKS:
+        model = kwargs.get("model")
+        if model is not None and model in _HOOKS:
             _HOOKS.pop(model).remove()
 
     def _before_forward(self, model: nn.Module, args: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
