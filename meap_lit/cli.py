@@ -8,6 +8,7 @@ import difflib
 import errno
 import importlib
 import inspect
+import io
 import logging
 import os
 import re
@@ -89,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:  # an error of a library may hold an address with its password
         sys.excepthook = _print_without_secrets
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what the locale cannot write
+            sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(USAGE, end="")

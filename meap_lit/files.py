@@ -118,6 +118,11 @@ def write_file(file: Path, content: str | bytes) -> None:
         raise
 
 
+def local_path(name: str | Path) -> Path:
+    """Return the path of a name that may begin with `~`; a user who does not exist is a part of the name."""
+    return Path(os.path.expanduser(name))
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """Provide an empty folder beside `output` that takes its name when the block ends well, and goes when it fails.
@@ -137,6 +142,8 @@ def new_folder(output: Path) -> Iterator[Path]:
         try:
             os.rename(folder, output)
         except OSError as error:
+            if not os.path.lexists(output):
+                raise
             raise UserError(f"output folder {output} appeared while it was being made; nothing was replaced") from error
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from meap_lit.errors import NO_SPACE, UserError, in_one_line
+from meap_lit.files import local_path
 
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "chat_template*")
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -70,7 +71,7 @@ def local_folder(name: str | Path, what: str, files: tuple[str, ...] = MODEL_FIL
     Raises:
         UserError: If the path or repository does not exist, or cannot be downloaded.
     """
-    path, name = Path(name).expanduser(), str(name)
+    path, name = local_path(name), str(name)
     if path.exists():
         return path
     if not is_hub_id(name):

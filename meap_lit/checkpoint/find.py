@@ -7,7 +7,7 @@ from pathlib import Path
 from meap_lit.checkpoint.checksums import INDEX, is_whole
 from meap_lit.checkpoint.folder import StoredCheckpoint
 from meap_lit.errors import UserError, shorten
-from meap_lit.files import run_versions
+from meap_lit.files import local_path, run_versions
 
 LAST = "last.ckpt"
 """Link to the checkpoint that a run saved last."""
@@ -28,7 +28,7 @@ def find_checkpoint(path: str | Path, option: str = "--checkpoint") -> Path:
     Raises:
         UserError: If there is none; the message names the option that gave the path.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     if not path.exists():
         raise UserError(f"checkpoint {path} ({option}) does not exist")
     if path.suffix == ".ckpt":

@@ -16,6 +16,7 @@ from meap_lit.checkpoint.checksums import INDEX, check
 from meap_lit.checkpoint.find import newest_checkpoint
 from meap_lit.checkpoint.folder import StoredCheckpoint
 from meap_lit.errors import UserError
+from meap_lit.files import local_path
 from meap_lit.hf.config import family
 from meap_lit.hf.folder import CONFIG_FILE, PICKLED, WEIGHTS_FILE, HFFolder, foreign_format, pickle_refusal
 from meap_lit.hf.weights import EMBEDDING, HEAD, WeightSource, copy_rows
@@ -249,7 +250,7 @@ def _decoder_config(content: Mapping[str, Any]) -> DecoderConfig:
 def _open_base(file: Path, init_from: str, fingerprint: str | None, verify: bool) -> WeightSource:
     """Open the model of adapters; `fingerprint` is that of its weights, unless an earlier version wrote them."""
     try:
-        if not Path(init_from).expanduser().exists() and not is_pinned(init_from):
+        if not local_path(init_from).exists() and not is_pinned(init_from):
             # a path like ORG/NAME that is gone: anybody may have made a repository of that name
             raise UserError(f"checkpoint {init_from} does not exist")
         base = open_source(init_from, verify)

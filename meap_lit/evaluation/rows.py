@@ -10,7 +10,7 @@ from typing import Any
 from meap_lit.data.read.formats import RECORD_FORMATS, Span, has_suffix, read_file
 from meap_lit.data.read.readers import check_text
 from meap_lit.errors import UserError
-from meap_lit.files import parse_object
+from meap_lit.files import local_path, parse_object
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def read_rows(path: str) -> Iterator[DataRow]:
     Raises:
         UserError: If the file does not exist or has no row, or a line is not a JSON object.
     """
-    file = Path(path).expanduser()
+    file = local_path(path)
     if not has_suffix(file, list(RECORD_FORMATS)):
         raise UserError(f"data file {path} must end in one of {', '.join(RECORD_FORMATS)}")
     if not file.is_file():

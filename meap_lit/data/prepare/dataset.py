@@ -162,6 +162,7 @@ class PrepareDataset(Preparation, ABC):
         started = time.perf_counter()
         check_range("num_workers", self.num_workers, "[1, inf)")
         chunk_bytes = parse_bytes(self.chunk_bytes, "chunk_bytes")
+        check_range("chunk_bytes", chunk_bytes, "[1, 4000000000]", "; LitData counts the bytes of a chunk in 32 bits")
         encoder = self.new_encoder(Tokenizer.load(self.tokenizer))
         part = None if self.shard is None else InputPart.parse(self.shard)
         found = self.find()

@@ -55,7 +55,7 @@ class Preparation(ABC):
 
     def run(self) -> None:
         """Make `output`; raise `UserError` if it exists already, without touching it."""
-        if Path(self.output).exists():
+        if os.path.lexists(self.output):
             raise UserError(f"output folder {self.output} exists already; remove it or name another --output")
         record = {**self._record(), "sources": self._stamp()}  # first, because files may be added while `make` runs
         with new_folder(Path(self.output)) as folder:

@@ -13,11 +13,12 @@ have `tools`. An unknown key that would change the text or what is learned is re
 that are not listed count as metadata.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meap_lit.data.read.readers import check_text
+from meap_lit.data.read.readers import check_text, refuse_repeated
 from meap_lit.errors import UserError, shorten
 from meap_lit.files import parse_json
 from meap_lit.tokenizer.hidden_chat import REASONING, Message
@@ -254,7 +255,9 @@ def _parsed(where: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return parse_json(value, where)
+        content = parse_json(value, where, mark_repeated=True)
+        refuse_repeated(where, content)
+        return content
     except UserError as error:
         raise UserError(f"{error}: {_short(value)}") from error
 
@@ -317,6 +320,8 @@ def _check_json(where: str, value: Any, depth: int) -> None:
     elif isinstance(value, (list, tuple)):
         for entry in value:
             _check_json(where, entry, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} holds {value}, which JSON cannot hold")
     elif not isinstance(value, (bool, int, float, type(None))):
         raise UserError(f"{where} holds a value that JSON cannot hold, of type {type(value).__name__}")
 

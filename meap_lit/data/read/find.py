@@ -12,6 +12,7 @@ from typing import NoReturn
 from meap_lit.data.read.formats import FORMATS, Format, InputFile, has_suffix
 from meap_lit.data.store.remote import RemoteFile, Storage
 from meap_lit.errors import UserError
+from meap_lit.files import is_partial, local_path
 
 RECORD_FILE = "preparation.json"
 """Name of the file, in every folder that a step makes, with the step's class and arguments."""
@@ -95,11 +96,12 @@ def _expand(name: str, wanted: Sequence[str], formats: Mapping[str, Format]) -> 
 
 
 def expand(name: str) -> list[Path]:
-    """Return the local file or folder of a name, or all that match it as a pattern."""
-    path = Path(name).expanduser()
+    """Return the local file or folder of a name, or all that match it as a pattern, except unfinished ones."""
+    path = local_path(name)
     if path.exists() or not glob.has_magic(name):
         return [path] if path.exists() else []
-    return [Path(match) for match in glob.glob(str(path), recursive=True)]
+    matches = (Path(match) for match in glob.glob(str(path), recursive=True))
+    return [match for match in matches if not any(is_partial(part) for part in (match, *match.parents))]
 
 
 def _find_local(name: str) -> tuple[list[InputFile], list[InputFile]]:
@@ -124,8 +126,8 @@ def _find_remote(name: str) -> tuple[list[InputFile], list[InputFile]]:
 
 
 def _is_left_out(names: Sequence[str]) -> bool:
-    """Return whether a file in a folder is not input: a hidden one, or the record of a preparation step."""
-    return names[-1] == RECORD_FILE or any(name.startswith(".") for name in names)
+    """Return whether a file in a folder is not input: hidden, unfinished, or the record of a preparation step."""
+    return names[-1] == RECORD_FILE or any(name.startswith(".") or is_partial(Path(name)) for name in names)
 
 
 def _files_in(folder: Path) -> list[InputFile]:
@@ -145,7 +147,7 @@ def _files_in(folder: Path) -> list[InputFile]:
                 folders.clear()
                 continue
             seen.add(real)
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = [name for name in folders if not _is_left_out([name])]
             links += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
             files += [Path(parent, name) for name in names if not _is_left_out([name])]
         roots += sorted(links)

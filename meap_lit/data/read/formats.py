@@ -117,6 +117,8 @@ def _read_parquet(path: InputFile, file: IO[bytes], span: Span, column: str | No
         names = table.schema_arrow.names
         if column is not None and column not in names:
             raise UserError(f"{path} has no column {column!r}; it has {', '.join(names)}: name one by --text_field")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"{path} has more than one column {twice[0]!r}; rename or remove one")
         row, groups = _row_groups(table.metadata, size, span)
         columns = None if column is None else [column]
         for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=columns):
@@ -131,7 +133,7 @@ def _read_parquet(path: InputFile, file: IO[bytes], span: Span, column: str | No
 
 _TABLES: dict[str, Format] = {
     ".jsonl": lambda path, file, span, column: _parse_lines(path, file, _lines_of(file, span), span.start),
-    ".jsonl.gz": lambda path, file, span, column: _parse_lines(path, file, _lines(gzip.GzipFile(fileobj=file))),
+    ".jsonl.gz": lambda path, file, span, column: _parse_lines(path, file, _gzip_lines(file)),
     ".jsonl.zst": lambda path, file, span, column: _parse_lines(path, file, _split_lines(_decompress_zstd(file))),
     ".parquet": _read_parquet,
 }
@@ -189,6 +191,17 @@ def _lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
             line = file.readline(MAX_LINE_BYTES + 1)
 
 
+def _gzip_lines(file: IO[bytes]) -> Iterator[bytes]:
+    _refuse_empty(file)
+    yield from _lines(gzip.GzipFile(fileobj=file))
+
+
+def _refuse_empty(file: IO[bytes]) -> None:
+    """Raise `EOFError` if a compressed file has no bytes at all, as an interrupted download leaves it."""
+    if os.fstat(file.fileno()).st_size == 0:
+        raise EOFError("the file is empty")
+
+
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
         raise UserError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; divide it; each line is a document")
@@ -214,11 +227,15 @@ def _row_groups(metadata: Any, size: int, span: Span) -> tuple[int, list[int]]:
 
 
 def _row(batch: Any, number: int, where: str) -> dict[str, Any]:
-    try:
-        columns = zip(batch.schema.names, batch.columns, strict=True)
-        return {name: _without_nulls(column[number].as_py()) for name, column in columns}
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not valid UTF-8") from error
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = _without_nulls(column[number].as_py())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not valid UTF-8") from error
+        except (ValueError, OverflowError, LookupError, NotImplementedError) as error:  # such as a date after year 9999
+            raise UserError(f"{where}: column {name!r} cannot be read ({_first_line(error)})") from error
+    return row
 
 
 def _without_nulls(value: Any) -> Any:
@@ -235,6 +252,7 @@ def _decompress_zstd(file: IO[bytes]) -> Iterator[bytes]:
 
     The library's own stream reader takes a file that ends within a frame for a whole one.
     """
+    _refuse_empty(file)
     frame = None
     try:
         while block := file.read(1 << 12):  # which may become 2^15 times as much

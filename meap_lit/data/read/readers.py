@@ -174,17 +174,19 @@ class RecordReader(Reader):
     formats = RECORD_FORMATS
 
     def convert(self, entry: Entry) -> Entry:
-        if keys := _repeated(entry.content):
-            raise UserError(f"{entry.where}: key {min(keys)!r} is given more than once in an object")
+        refuse_repeated(entry.where, entry.content)
         return entry
 
 
-def _repeated(value: Any) -> set[str]:
-    """Return the keys that are given more than once in an object of nested JSON."""
-    if isinstance(value, Repeated):
-        return value.keys_repeated
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((keys for part in parts if (keys := _repeated(part))), set())
+def refuse_repeated(where: str, value: Any) -> None:
+    """Raise `UserError` if an object of nested JSON, as `parse_json` marks it, has a key more than once."""
+    parts = [value]
+    while parts:  # not recursive: JSON may be nested deeper than Python's stack
+        part = parts.pop()
+        if isinstance(part, Repeated):
+            raise UserError(f"{where}: key {min(part.keys_repeated)!r} is given more than once in an object")
+        if isinstance(part, dict | list):
+            parts += part.values() if isinstance(part, dict) else part
 
 
 def check_text(name: str, text: Any) -> str:

@@ -28,7 +28,7 @@ from typing import Any
 from meap_lit.data.store.chunks import INDEX_FILE, check_chunk, check_hash, chunk_problem, parse_index
 from meap_lit.data.store.remote import Storage
 from meap_lit.errors import UserError
-from meap_lit.files import write_file
+from meap_lit.files import local_path, write_file
 
 NUM_HELD = 16
 """Chunks of a split that a process counts as in use: two windows of `order.ShuffledOrder`, since rows that are packed
@@ -58,7 +58,7 @@ class CachedChunks:
     def __init__(self, address: str, storage: Storage, files: Mapping[str, str] | None) -> None:
         self.address = address
         self.storage = storage
-        self.root = Path(storage.cache_dir or "~/.cache/meap_lit").expanduser()
+        self.root = local_path(storage.cache_dir or "~/.cache/meap_lit")
         index = storage.read(f"{address}/{INDEX_FILE}")
         check_hash(index, files, f"{address}/{INDEX_FILE}")
         self._chunks = parse_index(index, address)["chunks"]

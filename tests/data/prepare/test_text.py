@@ -375,6 +375,11 @@ def test_nothing_of_the_users_is_touched(tmp_path, tokenizer_folder):
     (tmp_path / "out" / "model.bin").write_text("precious too")
     with pytest.raises(UserError, match="exists already"):
         prepare(tmp_path / "out", source, tokenizer_folder)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="link exists already"):
+        prepare(tmp_path / "link", source, tokenizer_folder)
+    with pytest.raises(UserError, match=r"chunk_bytes must be in \[1, 4000000000\], got 5000000000"):
+        prepare(tmp_path / "large", source, tokenizer_folder, chunk_bytes="5GB")
     prepare(tmp_path / "fresh", source, tokenizer_folder)
     assert (tmp_path / "model.bin").read_text() == "precious"
     assert (tmp_path / "out" / "model.bin").read_text() == "precious too"

@@ -354,6 +354,11 @@ def test_real_calls(shared_data):
             turn(tool_calls=[{"name": b"f"}]),
             r"messages\[1\].tool_calls\[0\] holds a value that JSON cannot hold, of ",
         ),
+        (turn(tool_calls=[{"name": float("nan")}]), r"messages\[1\].tool_calls\[0\] holds nan, which JSON cannot hold"),
+        (
+            turn(tool_calls=[{"function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}}]),
+            r"messages\[1\].tool_calls\[0\] arguments: key 'a' is given more than once in an object",
+        ),
         (turn(tool_calls=[{"name": nested(200)}]), r"messages\[1\].tool_calls\[0\] is nested too deeply"),
         (turn(reasoning_content=["x"]), r"field 'messages\[1\].reasoning_content' is not a string but list"),
         (

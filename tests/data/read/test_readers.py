@@ -98,6 +98,19 @@ def test_file_that_vanished(tmp_path):
 # ------------------------------------------------------------------------------------------------- formats
 
 
+@pytest.mark.parametrize("name", ["", "facts*", "*/a.jsonl"])
+def test_what_a_preparation_has_not_finished_is_no_input(tmp_path, name):
+    for folder in ("facts", "facts.partial-99@host-1"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "a.jsonl", jsonl("a"))
+    assert find_files([str(tmp_path / name)]) == [tmp_path / "facts" / "a.jsonl"]
+
+
+def test_the_home_of_an_unknown_user_does_not_exist():
+    with pytest.raises(UserError, match="input ~nobody-of-this-name/x does not exist"):
+        find_files(["~nobody-of-this-name/x"])
+
+
 def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "in" / "real").mkdir(parents=True)
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
@@ -321,6 +334,8 @@ def cut_zstd():
         ("d.jsonl.zst", cut_zstd()),
         ("d.jsonl.gz", b"not compressed\n"),
         ("d.jsonl.zst", b"not compressed\n"),
+        ("d.jsonl.gz", b""),
+        ("d.jsonl.zst", b""),
     ],
 )
 def test_damaged_compression(tmp_path, name, content):
@@ -387,6 +402,26 @@ def test_parquet_rows_and_columns(tmp_path):
     assert read(nulls, on_error="skip") == ["a", "c"]
     with pytest.raises(UserError, match=r"nulls.parquet has no column 'body'; it has text: name one by --text_field"):
         read(nulls, text_field="body", on_error="skip")
+
+
+def test_a_value_of_parquet_that_python_cannot_hold_is_a_bad_row(tmp_path):
+    dates = pyarrow.array([1, 10**7], pyarrow.date32())
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "day": dates}), tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=r"d.parquet, row 2: column 'day' cannot be read \("):
+        read_records(tmp_path / "d.parquet")
+    assert len(read_records(tmp_path / "d.parquet", on_error="skip")) == 1
+
+
+def test_a_column_given_twice_is_named(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(UserError, match="has more than one column 'text'"):
+        read(tmp_path / "d.parquet")
+
+
+def test_json_may_be_nested_deeper_than_the_stack(tmp_path):
+    file = write(tmp_path / "d.jsonl", b'{"a": ' + b"[" * 700 + b"]" * 700 + b"}\n")
+    assert len(read_records(file)) == 1
 
 
 def test_cut_parquet(tmp_path):
