@@ -2,7 +2,7 @@
 # Run the study of one size: train every arm with every seed, evaluate, fine-tune, and write the report. The same command
 # resumes runs that were interrupted and skips those that have finished.
 #   bash recipes/study/run.sh cpu                                      # half an hour on two cores
-#   ARMS="batch_masks spans protect_rare decay" bash recipes/study/run.sh cpu
+#   ARMS="batch_masks spans protect_rare decay" TUNED= bash recipes/study/run.sh cpu
 #   ARMS=mask_0.15 SEEDS=1 TUNED= bash recipes/study/run.sh gpu        # one arm and seed, no fine-tuning
 #   bash recipes/study/run.sh facts                                    # an hour and a half on two cores
 # An arm is ntp, mask_P for a mask ratio P, or a recipe in recipes/study/variant. OPTIONS go to every pretraining run, and
