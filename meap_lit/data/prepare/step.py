@@ -12,6 +12,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,7 +56,8 @@ class Preparation(ABC):
 
     def run(self) -> None:
         """Make `output`; raise `UserError` if it exists already, without touching it."""
-        if os.path.lexists(self.output):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(self.output)  # also finds a link to nothing
             raise UserError(f"output folder {self.output} exists already; remove it or name another --output")
         record = {**self._record(), "sources": self._stamp()}  # first, because files may be added while `make` runs
         with new_folder(Path(self.output)) as folder:
