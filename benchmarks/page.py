@@ -26,7 +26,7 @@ def main(benchmark: Callable[..., None]) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise `UserError` if there is no such device."""
+    """Raise `UserError` if `device` is cuda and torch finds no CUDA device."""
     if device == "cpu":
         return
     import torch

@@ -233,7 +233,8 @@ def _row(batch: Any, number: int, where: str) -> dict[str, Any]:
             row[name] = _without_nulls(column[number].as_py())
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not valid UTF-8") from error
-        except (ValueError, OverflowError, LookupError, NotImplementedError) as error:  # such as a date after year 9999
+        except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
+            # pyarrow raises these for values that Python cannot hold, such as a date after the year 9999
             raise UserError(f"{where}: column {name!r} cannot be read ({_first_line(error)})") from error
     return row
 
