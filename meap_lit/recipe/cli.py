@@ -47,6 +47,7 @@ from meap_lit.files import write_file
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.modules.cpu_memory import keep_freed_memory
 from meap_lit.parallel.strategies import Sharded, follow_launcher
+from meap_lit.recipe.changes import changes_since
 from meap_lit.recipe.explain import Known, causes, check_values, explain, find_user_error, input_errors, raised_by
 from meap_lit.recipe.file import recipe_words
 from meap_lit.recipe.help import help_page
@@ -61,7 +62,6 @@ from meap_lit.recipe.loggers import (
     runs_of,
 )
 from meap_lit.recipe.parser import Parser, add_recipe_option, import_choices
-from meap_lit.renamed import current
 
 register_unresolvable_import_paths(torch)  # functions that do not know their module: pytorch/pytorch#74483
 
@@ -218,6 +218,8 @@ class RecipeCLI:
         if config.ckpt_path not in (None, "best") and any(hub.is_hub_id(name) for _, name in _hub_names(config)):
             # the revisions with which the run of the checkpoint began
             hub.remember(StoredCheckpoint(Path(config.ckpt_path)).trainer_state.get("hub", {}))
+        if self.command == "fit" and config.ckpt_path not in (None, "best"):
+            self._name_changes(Path(config.ckpt_path))
         if self.command == "fit":
             if config.ckpt_path is None:
                 _refuse_folder_of_another(config)
@@ -232,6 +234,15 @@ class RecipeCLI:
             self.datamodule.resumes = config.ckpt_path is not None
         if isinstance(self.trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
+
+    @rank_zero_only
+    def _name_changes(self, checkpoint: Path) -> None:
+        """Print what the recipe changes in the run that it resumes; the user may have meant another run."""
+        config = self.config.clone()
+        for key, name in _hub_names(config):
+            config[key] = hub.pinned(name)
+        if changes := changes_since(checkpoint, yaml.safe_load(self.parser.dump(config, skip_none=False))):
+            print(f"changed since the checkpoint was saved: {', '.join(changes)}")
 
     def make_trainer(self, options: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         """Build the Trainer.
@@ -359,21 +370,8 @@ def _resolve_checkpoint(config: Namespace, *, starts_anew: bool) -> str | None:
         rank_zero_only(print)(f"checkpoint: none in {given} yet, so a new run starts")
         return None
     found = find_checkpoint(given, "--ckpt_path last" if path == "last" else "--ckpt_path")
-    of_other = ", of a run with another model.mask_ratio" if starts_anew and _had_other_masks(found, config) else ""
-    rank_zero_only(print)(f"checkpoint: {found}{of_other}")  # also one that the recipe of a resumed run names
+    rank_zero_only(print)(f"checkpoint: {found}")  # also one that the recipe of a resumed run names
     return str(found)
-
-
-def _had_other_masks(checkpoint: Path, config: Namespace) -> bool:
-    """Return whether the recipe beside a checkpoint of pretraining has another mask ratio.
-
-    If so, the user may have wanted a new run, such as a baseline. Fine-tuning refuses such a checkpoint.
-    """
-    try:
-        recipe = current(yaml.safe_load((checkpoint.absolute().parents[1] / "config.yaml").read_text(encoding="utf-8")))
-        return recipe["model"]["init_args"].get("mask_ratio") != config.model.as_dict()["init_args"].get("mask_ratio")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):  # not the recipe of a run
-        return False
 
 
 def _refuse_folder_of_another(config: Namespace) -> None:

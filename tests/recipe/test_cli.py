@@ -527,21 +527,30 @@ def test_a_spent_budget_is_said_in_a_line_and_leaves_nothing(toy_recipe, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("masks", "is_other"),
+    ("words", "changes"),
     [
-        ("--model.mask_ratio 0", True),
-        ("--model.mask_ratio WarmupHold --model.mask_ratio.mask_ratio 0.15 --model.mask_ratio.warmup_steps 4", True),
-        ("--model.mask_ratio 0.15", False),
+        ("--model.mask_ratio 0", "model.mask_ratio 0.15 -> 0.0"),
+        (
+            "--model.mask_ratio WarmupHold --model.mask_ratio.mask_ratio 0.15 --model.mask_ratio.warmup_steps 4",
+            "model.mask_ratio 0.15 -> WarmupHold",
+        ),
+        ("--model.mask_ratio 0.15", None),
+        (
+            "--model.optimizer.lr 0.1 --budget.val_every_n_steps 3",
+            "model.optimizer.lr 0.003 -> 0.1, budget.val_every_n_steps 5 -> 3",
+        ),
     ],
 )
-def test_a_checkpoint_of_a_run_with_other_masks_is_named_so(runs, toy_recipe, capsys, masks, is_other):
+def test_what_a_resume_changes_is_named(runs, toy_recipe, capsys, words, changes):
     with pytest.raises(SystemExit):
         RecipeCLI.run(
-            ["fit", "--config", str(toy_recipe), "--budget.max_steps", "6", "--ckpt_path", "last", *masks.split()]
+            ["fit", "--config", str(toy_recipe), "--budget.max_steps", "6", "--ckpt_path", "last", *words.split()]
         )
-    *_, checkpoint, spent = capsys.readouterr().out.splitlines()
-    assert checkpoint.endswith("step=6.ckpt, of a run with another model.mask_ratio" if is_other else "step=6.ckpt")
-    assert spent.endswith("raise it to continue, or start another run with --ckpt_path null --trainer.logger.name NAME")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.pop().endswith("or start another run with --ckpt_path null --trainer.logger.name NAME")
+    if changes is not None:
+        assert lines.pop() == f"changed since the checkpoint was saved: {changes}"
+    assert lines.pop().endswith("step=6.ckpt")
 
 
 def test_a_resumed_schedule_is_no_other_one(toy_recipe, capsys):

@@ -1,0 +1,49 @@
+"""What a recipe says otherwise than that of the run which it resumes."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import yaml
+
+from meap_lit.renamed import current
+
+_ABOUT_NO_STEP = {"base", "ckpt_path", "trainer.logger"}
+"""Keys that say where a run starts and logs, and nothing about its steps."""
+
+
+def changes_since(checkpoint: Path, recipe: Mapping[str, Any]) -> list[str]:
+    """Return each value that differs from the recipe beside a checkpoint, such as `model.mask_ratio 0.15 -> 0.0`.
+
+    Args:
+        checkpoint: Checkpoint in the folder of its run.
+        recipe: The resolved recipe that resumes from it, as `config.yaml` holds one.
+
+    Returns:
+        Nothing if the checkpoint has no readable recipe beside it. Keys that one of the recipes lacks are those of
+        another version, and are left out.
+    """
+    try:
+        text = (checkpoint.absolute().parents[1] / "config.yaml").read_text(encoding="utf-8")
+        before = current(yaml.safe_load(text))
+    except (OSError, ValueError, LookupError, yaml.YAMLError):
+        return []
+    return list(_changes(before, recipe)) if isinstance(before, dict) else []
+
+
+def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict) and before.get("class_path") == now.get("class_path"):
+        for name in now:
+            inner = key if name == "init_args" else f"{key}.{name}".removeprefix(".")
+            if name in before and inner not in _ABOUT_NO_STEP:
+                yield from _changes(before[name], now[name], inner)
+    elif before != now:
+        yield f"{key} {_short(before)} -> {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    """Return a value in a few words: of a class its name."""
+    if isinstance(value, dict) and isinstance(value.get("class_path"), str):
+        return str(value["class_path"].rpartition(".")[2])
+    return shorten("null" if value is None else str(value), 60, placeholder=" ...")
