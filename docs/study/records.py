@@ -89,21 +89,26 @@ def _real(name: str, hypotheses: tuple[tuple[str, str], ...], training: str = "f
     )
 
 
+def _facts(name: str, late: str, contexts: str) -> Setting:
+    return Setting(
+        name=name,
+        runs=f"study_{name}",
+        folder="facts",
+        main="facts",
+        hypotheses=((late, "ntp"), ("mask_0.15", "ntp"), (late, "mask_0.15")),
+        smallest=5.0,
+        place="depth",
+        title=f"One of eight facts in {contexts}",
+        x_label="depth of the fact in the context, from 0 (first) to 1 (last)",
+    )
+
+
 _ALL = (
     _real("alpaca", (("concat", "plain"), ("concat", "copies"), ("concat", "plain_79")), held_out_loss=True),
     _real("questions", (("concat", "plain"), ("concat", "copies"), ("concat", "plain_116"))),
     _real("continued", (("mask_0.15", "ntp"), ("ramp", "ntp")), "continued pretraining", num_seeds=2),
-    Setting(
-        name="facts",
-        runs="study_facts",
-        folder="facts",
-        main="facts",
-        hypotheses=(("late", "ntp"), ("mask_0.15", "ntp"), ("late", "mask_0.15")),
-        smallest=5.0,
-        place="depth",
-        title="One of eight facts in 64 to 128 tokens, 10.2M tokens of training",
-        x_label="depth of the fact in the context, from 0 (first) to 1 (last)",
-    ),
+    _facts("facts", "late", "64 to 128 tokens, 10.2M tokens of training"),
+    _facts("facts_256", "late_256", "128 to 256 tokens, 50M tokens of training"),
 )
 SETTINGS = {setting.name: setting for setting in _ALL}
 RUN_FIELDS = ("arm", "seed", "steps", "tokens", "seconds", "val_loss", "masked_loss", "device")

@@ -5,14 +5,16 @@
 #   ARMS="batch_masks spans protect_rare decay" TUNED= bash recipes/study/run.sh cpu
 #   ARMS=mask_0.15 SEEDS=1 TUNED= bash recipes/study/run.sh gpu        # one arm and seed, no fine-tuning
 #   bash recipes/study/run.sh facts                                    # an hour and a half on two cores
+#   bash recipes/study/run.sh facts_256                                # four hours on two cores
 # An arm is ntp, mask_P for a mask ratio P, or a recipe in recipes/study/variant. OPTIONS go to every pretraining run, and
 # SUFFIX is added to its name. JOBS runs are trained at the same time, each on one core. PYTHON is the interpreter.
 set -euo pipefail
-SIZE=${1:?name a size: cpu, gpu or facts}
+SIZE=${1:?name a size: cpu, gpu, facts or facts_256}
 PYTHON=${PYTHON:-python}
-if [ "$SIZE" = facts ]; then
-    SEEDS=${SEEDS:-"31 32 33"} ARMS=${ARMS-"ntp late mask_0.15"} TUNED=${TUNED-}
-fi
+case $SIZE in
+    facts) SEEDS=${SEEDS:-"31 32 33"} ARMS=${ARMS-"ntp late mask_0.15"} TUNED=${TUNED-} ;;
+    facts_256) SEEDS=${SEEDS:-"51 52 53"} ARMS=${ARMS-"ntp late_256 mask_0.15"} TUNED=${TUNED-} ;;
+esac
 SEEDS=${SEEDS:-"1 2"}
 ARMS=${ARMS-"ntp mask_0.05 mask_0.10 mask_0.15 mask_0.20 warmup"}
 TUNED=${TUNED-"ntp mask_0.15"}

@@ -10,7 +10,7 @@ from meap_lit.cli import main
 
 ROOT = Path(__file__).parents[2] / "recipes" / "study"
 RECIPES = sorted(ROOT.glob("eval_*/*.yaml"))
-FACTS = sorted(ROOT.glob("eval_facts/*.yaml"))
+FACTS = sorted(ROOT.glob("eval_facts*/*.yaml"))
 TOY = {
     "facts": ["--task.lengths", "[240,300]", "--task.num_items", "2"],
     "pairs": ["--task.lengths", "[380]", "--task.num_items", "1"],
@@ -28,9 +28,11 @@ def test_both_sizes_ask_the_same():
     assert names[0] == names[1] == {f"{name}.yaml" for name in TOY}
 
 
-def test_contexts_are_as_long_as_the_rows_of_training_or_longer():
-    rows = yaml.safe_load((ROOT / "facts.yaml").read_text())
-    lengths = {path.stem: yaml.safe_load(path.read_text())["task"]["init_args"]["lengths"] for path in FACTS}
+@pytest.mark.parametrize("size", ["facts", "facts_256"])
+def test_contexts_are_as_long_as_the_rows_of_training_or_longer(size):
+    rows = yaml.safe_load((ROOT / f"{size}.yaml").read_text())
+    recipes = [path for path in FACTS if path.parent.name == f"eval_{size}"]
+    lengths = {path.stem: yaml.safe_load(path.read_text())["task"]["init_args"]["lengths"] for path in recipes}
     assert max(lengths["facts"]) == rows["data"]["init_args"]["seq_len"] < min(lengths["longer"])
     assert max(lengths["longer"]) == rows["model"]["init_args"]["decoder"]["max_seq_len"]
 
