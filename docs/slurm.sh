@@ -8,7 +8,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=48:00:00
-#SBATCH --signal=USR1@300
+#SBATCH --signal=USR1@600
 set -euo pipefail
 : "${1:?name a recipe: --config RECIPE --config OVERLAY}"
 export OMP_NUM_THREADS=1

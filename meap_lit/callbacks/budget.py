@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Timer
 
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import UserError, check_range
+from meap_lit.modules.log_steps import ends_step
 
 DECIDED = {
     **dict.fromkeys(("max_steps", "min_steps", "fast_dev_run"), "budget.max_steps"),
@@ -54,6 +55,13 @@ class TimeLimit(Timer):
 
     def state_dict(self) -> dict[str, Any]:
         return {}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # ranks wait for each other here; and micro-batches of a step that does not end would be trained for nothing
+        if ends_step(trainer, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 class Budget(L.Callback):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from meap_lit.callbacks.budget import Budget
 from meap_lit.callbacks.loggers import run_folder
-from meap_lit.checkpoint.checksums import check, checksums, seal, to_disk
+from meap_lit.checkpoint.checksums import check, checksums, compare_sizes, seal, to_disk
 from meap_lit.checkpoint.find import LAST, age_of
 from meap_lit.checkpoint.folder import StoredCheckpoint, write
 from meap_lit.errors import UserError, check_range
@@ -38,16 +39,19 @@ class Checkpoint(callbacks.Checkpoint):
     what it leaves aside.
 
     The state is taken at the end of a step. It is written when Lightning has logged that step and validated, before the
-    next step, so that no value up to a checkpoint is missing from the logs.
+    next step, so that no value up to a checkpoint is missing from the logs. Several ranks write before the validation:
+    if one fails there, it takes the others with it, and they could not write together any more. So they wait for the
+    validation only if another callback, such as EarlyStopping, has a state that follows from it.
 
-    With `asynchronous` a save copies the state to the host's memory, and a thread does the rest while training
-    continues. A save that fails ends the run a little later, and a new save waits for the last.
+    A save needs memory on the host for what the rank writes, where the weights are on GPUs or `asynchronous` is set.
+    With `asynchronous` a thread does the rest while training continues. A save that fails ends the run a little later,
+    and a new save waits for the last.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
         keep: Number of checkpoints to keep; -1 keeps all.
         milestone_every_n_steps: Never remove checkpoints at multiples of this many steps.
-        asynchronous: Write while training continues; needs memory on the host for one copy of what a rank writes.
+        asynchronous: Write while training continues.
         dirpath: Folder; `checkpoints` inside the run's folder if not given.
         verify: Hash the checkpoint that a run resumes from, or starts from (`model.init_from`), before it is read;
             false compares sizes only.
@@ -109,6 +113,8 @@ class Checkpoint(callbacks.Checkpoint):
         self._ranks = Ranks(trainer, beside_training=self.asynchronous)
         if stage == "fit":
             self._ranks.do(self._make_folder)
+            if trainer.num_nodes > 1:
+                self._check_shared(trainer)
         if isinstance(trainer.strategy, Sharded):
             trainer.strategy.saving_group = self._ranks.group
         elif self.asynchronous and isinstance(trainer.strategy, ModelParallelStrategy):
@@ -132,6 +138,16 @@ class Checkpoint(callbacks.Checkpoint):
             raise UserError(f"{last} is a copy of a checkpoint, where a run sets a link to its last one; remove it")
         if os.listdir(self.dirpath):
             rank_zero_warn(f"Checkpoint directory {self.dirpath} exists and is not empty.")
+
+    def _check_shared(self, trainer: L.Trainer) -> None:
+        """Refuse a folder that is another one on each node: a checkpoint would have the files of the first only."""
+        mark = trainer.strategy.broadcast(partial_path(Path(self.dirpath or "", "shared")))
+        try:
+            self._ranks.do(lambda: mark.touch() if trainer.is_global_zero else None)
+            self._ranks.do(lambda: wait_for(mark))
+        finally:
+            if trainer.is_global_zero:
+                mark.unlink(missing_ok=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the checkpoints of the run that this one continues; `on_train_start` says where they are.
@@ -164,6 +180,10 @@ class Checkpoint(callbacks.Checkpoint):
         is_due = trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps
         if is_due and ends_step(trainer, batch_idx):
             self._save(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.world_size > 1 and _states(trainer).keys() <= {self.state_key}:
+            self._write_due(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._write_due(trainer)
@@ -205,7 +225,7 @@ class Checkpoint(callbacks.Checkpoint):
             logger.save()
         if checkpoint:
             # not what callbacks knew at the step's end: a resume does not repeat the validation that came after it
-            states = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
+            states = _states(trainer)
             checkpoint["callbacks"] = states if self._thread is None else on_host(states)
         if self._thread is None:
             due()
@@ -230,8 +250,10 @@ class Checkpoint(callbacks.Checkpoint):
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         checkpoint["saved"] = time.time()
         if self._thread is not None:  # the ranks of a node share its memory: no copy for those that write nothing
-            writes = trainer.is_global_zero or isinstance(trainer.strategy, Sharded)
-            checkpoint = on_host(checkpoint) if writes else {}
+            strategy = trainer.strategy
+            is_sharded = isinstance(strategy, Sharded)
+            is_copy = isinstance(strategy, Sharded) and strategy.parameter_device.type != "cpu"
+            checkpoint = on_host(checkpoint, is_copy) if trainer.is_global_zero or is_sharded else {}
         self._state = checkpoint
         self._due = partial(self._write, trainer, checkpoint, path, aside, removed)
 
@@ -309,6 +331,7 @@ def _refuse_remote(dirpath: Any) -> None:
 
 def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
     """Give a written checkpoint its checksums and its name, and move the link `last.ckpt` to it."""
+    compare_sizes(aside, found)  # other nodes may have written into folders of their own
     seal(aside, found)
     os.rename(aside, path)
     link = partial_path(path.with_name(LAST))
@@ -318,6 +341,27 @@ def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
     to_disk(path.parent)
 
 
+def wait_for(file: Path, seconds: float = 30.0) -> None:
+    """Wait for a file that another node has made.
+
+    Raises:
+        UserError: If it is not there after so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"checkpoint.dirpath {file.parent} is another folder on node {platform.node()}; name one that all "
+                f"nodes share, or set trainer.logger.save_dir to one"
+            )
+        time.sleep(0.1)
+
+
+def _states(trainer: L.Trainer) -> dict[str, Any]:
+    """Return the states of the callbacks that have one, by their keys."""
+    return {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
+
+
 def _take_away(path: Path) -> None:
     if path.exists():
         aside = partial_path(path)
@@ -325,8 +369,14 @@ def _take_away(path: Path) -> None:
         remove(aside)
 
 
-def on_host(state: Any) -> Any:
-    """Return a copy of a checkpoint's content in the host's memory; tensors that were one stay one."""
+def on_host(state: Any, is_copy: bool = False) -> Any:
+    """Return a copy of a checkpoint's content in the host's memory; tensors that were one stay one.
+
+    Args:
+        state: Mappings, lists, tensors and other values.
+        is_copy: Weights and moments on the host were brought there for this checkpoint, so they are not copied again.
+            Single numbers are: an optimizer may keep its own count of steps there.
+    """
     copies: dict[Any, torch.Tensor] = {}
 
     def copy(value: Any) -> Any:
@@ -334,7 +384,7 @@ def on_host(state: Any) -> Any:
             return {key: copy(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(map(copy, value))
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or (is_copy and value.device.type == "cpu" and value.dim() > 0):
             return value
         if id(value) not in copies:
             copies[id(value)] = value.detach().to("cpu", copy=True)

@@ -4,6 +4,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 
 from meap_lit.callbacks.checkpoint import Checkpoint
 from meap_lit.data.stream.loader import STOP_SIGNALS
-from meap_lit.modules.log_steps import ends_step
+from meap_lit.modules.log_steps import ends_step, is_logged
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.private import skip_sigterm_broadcast
+
+ASK_EVERY_S = 5.0
+"""Most seconds of training between two checks of several ranks, in whole steps."""
 
 VALIDATION_BATCHES = 10
 """Validation batches between two checks of several ranks."""
@@ -25,19 +29,26 @@ class StopOnSignal(L.Callback):
 
     The status is 143 for SIGTERM, 130 for SIGINT, and 138 for SIGUSR1, which SLURM can send before a job's time limit.
 
-    All ranks stop after the same step, whichever of them got the signal. With several ranks it is the next step that is
-    logged, since a check among ranks makes the host wait. A validation is aborted and not repeated. A second signal
-    ends the process at once, without saving.
+    All ranks stop after the same step, whichever of them got the signal. A check among ranks makes the host wait for
+    its device. So several ranks check at steps that are logged, where it waits anyway, and every `ASK_EVERY_S` seconds:
+    steps may take minutes, and a job has little time after a signal. A validation is aborted and not repeated. A second
+    signal ends the process at once, without saving.
     """
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._leaving_for = 0
         """The signal for which all ranks exit."""
+        self._asked_step, self._asked_at = 0, 0.0
+        """Optimizer step and time of the last check among ranks."""
+        self._next_step = 0
+        """Optimizer step of the next one."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Install the handlers, also for SIGTERM, at which Lightning would end a run between two micro-batches."""
         self._signal, self._leaving_for = None, 0
+        self._asked_step, self._asked_at = trainer.global_step, time.monotonic()
+        self._next_step = trainer.global_step + 1
         if trainer.received_sigterm:  # during setup, when there is nothing to save
             raise SystemExit(128 + signal.SIGTERM)
         if threading.current_thread() is threading.main_thread():
@@ -53,8 +64,9 @@ class StopOnSignal(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        is_asked = trainer.world_size == 1 or trainer.global_step % trainer.log_every_n_steps == 0
-        if is_asked and ends_step(trainer, batch_idx):
+        step = trainer.global_step
+        is_due = trainer.world_size == 1 or is_logged(trainer, step) or step >= self._next_step
+        if is_due and ends_step(trainer, batch_idx):
             self._ask(trainer)
 
     def on_validation_batch_start(
@@ -69,8 +81,13 @@ class StopOnSignal(L.Callback):
         """Check whether any rank got a signal; if so, save."""
         self._leaving_for = self._signal or 0
         if trainer.world_size > 1:
-            told = torch.tensor(self._leaving_for, device=trainer.strategy.root_device)
-            self._leaving_for = int(trainer.strategy.reduce(told, reduce_op="max"))
+            step = trainer.global_step
+            seconds = (time.monotonic() - self._asked_at) / max(1, step - self._asked_step)  # of a step
+            told = torch.tensor([self._leaving_for, seconds], dtype=torch.float32, device=trainer.strategy.root_device)
+            number, slowest = trainer.strategy.reduce(told, reduce_op="max").tolist()
+            self._leaving_for = int(number)
+            self._asked_step, self._asked_at = step, time.monotonic()
+            self._next_step = step + max(1, int(ASK_EVERY_S / slowest))  # the same on all ranks
         if self._leaving_for and isinstance(trainer.checkpoint_callback, Checkpoint):
             trainer.checkpoint_callback.save(trainer)
 

@@ -99,7 +99,7 @@ def recorded(path: Path) -> dict[str, Checksum] | None:
         return _recorded_inside(path)
     record = path / CHECKSUMS_FILE
     if not record.is_file():
-        _compare_sizes(path, dict.fromkeys((INDEX, TRAINER_STATE)))
+        compare_sizes(path, dict.fromkeys((INDEX, TRAINER_STATE)))
         return None
     files = _parse(record.read_bytes(), record).get("files")
     if not isinstance(files, dict) or not files.keys() >= {INDEX, TRAINER_STATE}:
@@ -108,7 +108,7 @@ def recorded(path: Path) -> dict[str, Checksum] | None:
     if outside is not None:
         raise _damaged(record, f"it lists {outside!r:.80} outside the folder")
     expected = {name: _checksum_of(checksum, record) for name, checksum in files.items()}
-    _compare_sizes(path, expected)
+    compare_sizes(path, expected)
     return expected
 
 
@@ -164,7 +164,12 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def _compare_sizes(folder: Path, expected: Mapping[str, Checksum | None]) -> None:
+def compare_sizes(folder: Path, expected: Mapping[str, Checksum | None]) -> None:
+    """Compare the files of a checkpoint with what was written.
+
+    Raises:
+        UserError: If a file is missing or of another size; the first one is named.
+    """
     for name, checksum in expected.items():
         file = folder / name
         if not file.is_file():

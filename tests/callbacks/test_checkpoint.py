@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from meap_lit.callbacks import Checkpoint
-from meap_lit.callbacks.checkpoint import VerifyCheckpoint, on_host
-from meap_lit.checkpoint.checksums import verify
+from meap_lit.callbacks.checkpoint import VerifyCheckpoint, _publish, on_host, wait_for
+from meap_lit.checkpoint.checksums import Checksum, checksums, verify
 from meap_lit.checkpoint.find import newest_checkpoint
 from meap_lit.checkpoint.folder import write
 from meap_lit.checkpoint.source import open_source
+from meap_lit.cli import main
 from meap_lit.errors import UserError
 from tests.support.checkpoints import read
 from tests.support.toy_module import fork, fork_command, kill_at, train
@@ -197,6 +198,50 @@ def test_a_copy_on_the_host_is_a_copy_and_keeps_ties():
     assert copy["a"].tolist() == [1.0, 1.0]
     assert copy["b"][0] is copy["a"]
     assert copy["b"][1] == (3, "x")
+
+
+def test_what_was_brought_to_the_host_for_a_checkpoint_is_not_copied_again():
+    weight, count = torch.ones(3), torch.tensor(5.0)
+    copied = on_host({"weight": weight, "step": count}, is_copy=True)
+    count += 1
+    assert copied["weight"] is weight
+    assert copied["step"] == 5.0
+
+
+def test_a_checkpoint_without_the_files_of_another_node_is_not_published(tmp_path):
+    aside, path = tmp_path / "step=2.ckpt.partial-1", tmp_path / "step=2.ckpt"
+    write({"state_dict": {"weight": torch.ones(3)}, "optimizer_states": [], "global_step": 2}, aside)
+    found = {**checksums(aside), "__1_0.distcp": Checksum(10, "0")}
+    with pytest.raises(UserError, match=r"__1_0\.distcp is missing"):
+        _publish(aside, path, found)
+    assert not path.exists()
+
+
+def test_nodes_with_folders_of_their_own_are_named(tmp_path):
+    (tmp_path / "there").touch()
+    wait_for(tmp_path / "there")
+    with pytest.raises(UserError, match=rf"checkpoint.dirpath {tmp_path} is another folder on node"):
+        wait_for(tmp_path / "not_there", seconds=0.0)
+
+
+def test_ranks_save_before_a_validation_in_which_one_of_them_is_killed(toy_recipe, tmp_path):
+    """Not if the state of a callback follows from the validation."""
+
+    def run(*words):
+        told = ["--trainer.callbacks+=tests.support.interruption.SignalInValidation", "--trainer.callbacks.step", "4"]
+        told += ["--trainer.callbacks.number", str(int(signal.SIGKILL))]
+        recipe = ["--config", str(toy_recipe), "--config", "recipes/strategy/ddp.yaml", "--trainer.devices", "2"]
+        every = ["--checkpoint.every_n_steps", "4", "--budget.val_every_n_steps", "4", "--data.micro_batch_size", "1"]
+        fork(lambda: main(["fit", *recipe, *every, *words, *told]), num_ranks=2, timeout=150)
+
+    run()
+    stopping = [
+        "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping",
+        "--trainer.callbacks.monitor=val/loss",
+    ]
+    run(*stopping)
+    runs = [tmp_path / "runs" / "toy" / f"version_{version}" / "checkpoints" for version in (0, 1)]
+    assert [visible(folder) for folder in runs] == [["last.ckpt", "step=4.ckpt"], []]
 
 
 def test_ranks_save_their_parts_beside_training(toy_recipe, tmp_path):

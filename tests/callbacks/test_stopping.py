@@ -4,11 +4,13 @@ import csv
 import signal
 import sys
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from meap_lit.callbacks import stopping
 from meap_lit.cli import main
 from tests.support.checkpoints import read
 from tests.support.toy_module import fork, fork_command
@@ -111,10 +113,28 @@ def test_a_kill_after_a_checkpoint_loses_nothing_that_was_logged_before(toy_reci
     assert {int(row["step"]) for row in rows if row["train/loss"]} == set(range(5))
 
 
-def test_all_ranks_leave_for_the_signal_of_one(toy_recipe, tmp_path):
-    """With the status of that signal: a job is requeued by it."""
+@pytest.mark.parametrize("log_every_n_steps", ["1", "1000"])
+def test_all_ranks_leave_for_the_signal_of_one(toy_recipe, tmp_path, monkeypatch, log_every_n_steps):
+    """With the status of that signal, by which a job is requeued, and not only at steps that are logged."""
+    monkeypatch.setattr(stopping, "ASK_EVERY_S", 0.0)
     words = ["fit", "--config", str(toy_recipe), "--config", "recipes/strategy/ddp.yaml", "--trainer.devices", "2"]
+    words += ["--trainer.log_every_n_steps", log_every_n_steps]
     words += [*signal_at(5, signal.SIGUSR1), "--trainer.callbacks.rank", "1"]  # one micro-batch a step
     assert fork(lambda: sys.exit(main(words)), num_ranks=2, timeout=150) == [128 + signal.SIGUSR1, 0]
     checkpoints = (tmp_path / "runs" / "toy" / "version_0" / "checkpoints").glob("step=*.ckpt")
     assert {path.name for path in checkpoints} == {"step=5.ckpt", "step=6.ckpt"}
+
+
+def test_ranks_check_after_every_step_that_takes_longer_than_they_may_wait(monkeypatch):
+    clock = iter([0.0, 80.0, 80.0, 160.0, 160.0, 160.1, 160.1])
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: next(clock))
+    stop = stopping.StopOnSignal()
+    reduced = mock.Mock(side_effect=lambda told, reduce_op: told)
+    trainer = mock.Mock(world_size=2, global_step=0, received_sigterm=False, log_every_n_steps=1000, max_steps=10**6)
+    trainer.strategy.reduce, trainer.strategy.root_device, trainer.accumulate_grad_batches = reduced, "cpu", 1
+    monkeypatch.setattr(stopping.signal, "signal", lambda *args: None)
+    stop.on_train_start(trainer, mock.Mock())
+    for step in (1, 2, 3, 4, 5):
+        trainer.global_step = step
+        stop.on_train_batch_end(trainer, mock.Mock(), None, None, step)
+    assert reduced.call_count == 3, "steps 1 and 2 took 80 seconds; after step 3, of 0.1 seconds, 50 may pass"
