@@ -48,7 +48,7 @@ KEYS = {
 }
 """Keys of a recipe, without `init_args`, and the new last part of each: {"model.mask": "mask_ratio"}."""
 
-GONE = {"model.mask_token_id", "trainer.strategy.save_distributed_checkpoint"}
+GONE = {"model.mask_token_id", "probe.batch_size", "trainer.strategy.save_distributed_checkpoint"}
 """Keys of a recipe, without `init_args`, that have no effect any more and are left out."""
 
 _REFERENCE = re.compile(r"(?<=\$\{)[\w.]+(?=\})")

@@ -31,16 +31,16 @@ class RetrievalProbe(L.Callback):
         num_items: Questions for each length and depth.
         num_options: People to choose from.
         near_duplicates: Use names of two words, where other names have one of the words too.
-        batch_size: Sequences scored at once.
+        batch_tokens: Maximum number of positions scored at once; a longer question is scored alone. Memory limits it.
         max_share: Largest share of the training time, in (0, 1]; 1 runs at every validation.
         seed: Seed of the questions, which are the same at every validation.
         filler: File or folder of text whose sentences surround the facts; made-up sentences by default.
 
     Raises:
-        UserError: If `max_share` is not in (0, 1].
+        UserError: If `max_share` is not in (0, 1], or `batch_tokens` is below 1.
     """
 
-    incidental: ClassVar = ("batch_size", "max_share")
+    incidental: ClassVar = ("batch_tokens", "max_share")
     """Options that do not decide an accuracy, see `Budget.incidental`."""
     off: ClassVar[dict[str, Any]] = {"lengths": []}
     """The options that `probe: null` sets."""
@@ -52,15 +52,16 @@ class RetrievalProbe(L.Callback):
         num_items: int = 8,
         num_options: int = 4,
         near_duplicates: bool = False,
-        batch_size: int = 32,
+        batch_tokens: int = 16_384,
         max_share: float = 0.02,
         seed: int = 0,
         filler: str | None = None,
     ) -> None:
         check_range("probe.max_share", max_share, "(0, 1]", "; write 0.02 for 2%")
+        check_range("probe.batch_tokens", batch_tokens, "[1, inf)")
         self.lengths = lengths or []
         self.num_options = num_options
-        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
         self.max_share = max_share
         self._task_of = partial(
             FactRetrieval,
@@ -116,7 +117,7 @@ class RetrievalProbe(L.Callback):
         # compiling for the lengths of the probe would take longer than the probe
         with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             label = f"Retrieval at step {trainer.global_step}"
-            result = self.task.result(pl_module.decoder, self._items, label, self.batch_size)
+            result = self.task.result(pl_module.decoder, self._items, label, self.batch_tokens)
         self.accuracy = result.mean().value / 100
         pl_module.log("val/retrieval_accuracy", self.accuracy, prog_bar=True, sync_dist=True)
         log_dir = trainer.log_dir  # on every rank, since Lightning broadcasts it

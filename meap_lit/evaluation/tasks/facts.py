@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from meap_lit.data.corpora.facts import OPENING, Filler, draw_facts, most_facts
 from meap_lit.data.read.find import find_files
 from meap_lit.errors import UserError, check_range
+from meap_lit.evaluation.runner import batches
 from meap_lit.evaluation.task import Item, Plot, Record, Result, Task, check_distinct, lengths_that_fit
 from meap_lit.inference.generation import not_finite
 from meap_lit.inference.language_model import LanguageModel
@@ -110,16 +111,16 @@ class FactRetrieval(Task):
         ]
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
-        scores = option_scores(model.decoder, items, len(items))
+        scores = option_scores(model.decoder, items, len(items) * max(item.num_tokens for item in items))
         if not all(math.isfinite(score) for row in scores for score in row):
             raise not_finite()
         return [{"option_scores": row} for row in scores]
 
-    def result(self, decoder: nn.Module, items: Sequence[Item], label: str, batch_size: int = 32) -> Result:
+    def result(self, decoder: nn.Module, items: Sequence[Item], label: str, batch_tokens: int = 16_384) -> Result:
         """Return the result of a decoder that is in training, for items that `build` returned."""
         records = [
             {"id": item.id, "cell": item.cell, "answer": item.fields["answer"], "option_scores": row}
-            for item, row in zip(items, option_scores(decoder, items, batch_size), strict=True)
+            for item, row in zip(items, option_scores(decoder, items, batch_tokens), strict=True)
         ]
         scored = [{**record, "scores": self.score(record)} for record in records]
         return Result(self, label, scored, about={"task": {"init_args": asdict(self)}})
@@ -196,13 +197,13 @@ def _encode_options(text: str, options: list[str], tokenizer: Tokenizer) -> tupl
 
 
 @torch.no_grad()
-def option_scores(decoder: nn.Module, items: Sequence[Item], batch_size: int) -> list[list[float]]:
+def option_scores(decoder: nn.Module, items: Sequence[Item], batch_tokens: int) -> list[list[float]]:
     """Return the summed log-likelihood of each option of each item.
 
     Args:
         decoder: Maps token ids [B, T] to hidden states [B, T, D]; its `logits` maps those to scores [..., V].
         items: The items that `FactRetrieval.build` returned.
-        batch_size: Sequences in one forward.
+        batch_tokens: Maximum number of positions in a forward, padding included; a longer sequence is one of its own.
     """
     # an option's last token is predicted but not read, so options of one token share a row
     rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # input -> the (item, option) pairs read off it
@@ -212,9 +213,7 @@ def option_scores(decoder: nn.Module, items: Sequence[Item], batch_size: int) ->
 
     scores = [[0.0] * len(item.fields["options"]) for item in items]
     device = next(decoder.parameters()).device
-    ordered = sorted(rows, key=len)  # rows of similar length together, for little padding
-    for first in range(0, len(ordered), batch_size):
-        batch = ordered[first : first + batch_size]
+    for batch in batches(sorted(rows, key=len), batch_tokens, len):  # similar lengths together, for little padding
         read = [  # for every token of an option: row, position that predicts it, id, item, option
             (row, len(items[i].fields["context_ids"]) - 1 + offset, token, i, j)
             for row, tokens in enumerate(batch)

@@ -170,9 +170,9 @@ def test_bos_is_used_where_the_tokenizer_writes_one(tokenizer, writes):
     assert (item.fields["context_ids"][0] == with_bos.bos_token_id) == writes
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_a_reader_scores_all(tokenizer, items, batch_size):
-    table = GRID.result(Reader(tokenizer), items, "reader", batch_size).table()
+@pytest.mark.parametrize("batch_tokens", [1, 3000, 1_000_000])
+def test_a_reader_scores_all(tokenizer, items, batch_tokens):
+    table = GRID.result(Reader(tokenizer), items, "reader", batch_tokens).table()
     assert {cell: mean.value for cell, mean in table.items()} == dict.fromkeys(product(GRID.lengths, GRID.depths), 100)
 
 
@@ -198,7 +198,7 @@ def test_scores_are_those_of_one_sequence_at_a_time(tokenizer, items):
     """Padding, shared rows and gathering change nothing: against plain log-likelihoods of whole sequences."""
     decoder = make_decoder(tokenizer)
     some = items[::7]
-    scores = option_scores(decoder, some, batch_size=4)
+    scores = option_scores(decoder, some, batch_tokens=1600)
     for item, row in zip(some, scores, strict=True):
         for option, score in zip(item.fields["options"], row, strict=True):
             ids = torch.tensor([item.fields["context_ids"] + option])
@@ -209,7 +209,7 @@ def test_scores_are_those_of_one_sequence_at_a_time(tokenizer, items):
 
 def test_random_weights_guess(tokenizer):
     grid = FactRetrieval(lengths=(200,), depths=(0.0, 1.0), num_items=200, seed=0)
-    result = grid.result(make_decoder(tokenizer), grid.build(tokenizer), "random", batch_size=100)
+    result = grid.result(make_decoder(tokenizer), grid.build(tokenizer), "random", batch_tokens=20_000)
     assert result.mean().value == pytest.approx(25, abs=9)  # four standard deviations of 400 guesses
 
 
