@@ -24,7 +24,7 @@ from meap_lit.checkpoint.checksums import check, checksums, compare_sizes, seal,
 from meap_lit.checkpoint.find import LAST, age_of
 from meap_lit.checkpoint.folder import StoredCheckpoint, write
 from meap_lit.errors import UserError, check_range
-from meap_lit.files import is_abandoned, is_partial, partial_path, remove
+from meap_lit.files import hold, is_abandoned, is_partial, partial_path, remove
 from meap_lit.modules.log_steps import ends_step
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
@@ -94,6 +94,8 @@ class Checkpoint(callbacks.Checkpoint):
         """The newest whole checkpoint of this run."""
         self._step = 0
         """Optimizer step of the last save; no step, no checkpoint."""
+        self._held: int | None = None
+        """By this descriptor the run holds the folder against other runs."""
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
         self._due: Callable[[], None] | None = None
@@ -124,7 +126,7 @@ class Checkpoint(callbacks.Checkpoint):
             )
 
     def _make_folder(self) -> None:
-        """Make the folder before training, not at the first save."""
+        """Make the folder before training, not at the first save, and hold it against other runs."""
         assert self.dirpath is not None
         try:
             os.makedirs(self.dirpath, exist_ok=True)
@@ -132,6 +134,13 @@ class Checkpoint(callbacks.Checkpoint):
             raise UserError(
                 f"cannot make the folder of checkpoints {self.dirpath}: {error.strerror}; name another as "
                 f"checkpoint.dirpath"
+            ) from error
+        try:
+            self._held = hold(Path(self.dirpath)) if self._ranks.rank == 0 else None
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is writing its checkpoints into {self.dirpath}; wait until it ends, or name another "
+                f"folder as checkpoint.dirpath or trainer.logger.version"
             ) from error
         last = Path(self.dirpath, LAST)
         if last.is_dir() and not last.is_symlink():
@@ -201,9 +210,12 @@ class Checkpoint(callbacks.Checkpoint):
         self._close()
 
     def _close(self) -> None:
-        """Finish a checkpoint that is being written, and end the thread."""
+        """Finish a checkpoint that is being written, end the thread, and let go of the folder."""
         if self._thread is not None:
             self._thread.shutdown()
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def _wait(self) -> None:
         if self._writing is not None:

@@ -50,8 +50,8 @@ def next_steps(trainer: L.Trainer, run: str | None, checkpoint: str, probe: Retr
             names, runs = [logger.name for logger in trainer.loggers if logger.name], [Path(run).parent]
             words = ["fit", "--config", recipe, *plain.split()]
             if len(names) == 1:  # a name of its own, so that neither run is taken for the other
-                words += ["--trainer.logger.name", f"{names[0]}_plain"]
-                runs.append(runs[0].with_name(f"{names[0]}_plain"))
+                words += ["--trainer.logger.name", f"{Path(names[0])}_plain"]
+                runs.append(Path(f"{runs[0]}_plain"))
             if trainer.ckpt_path:  # the recipe of a resumed run names a checkpoint
                 words += ["--ckpt_path", "null"]
             if checkpoint and not inside:  # in a folder that the recipe fixes

@@ -60,8 +60,10 @@ def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
     These are the source's own rows. If the mask token is new and has no room among them, it is the next multiple of 64.
 
     Raises:
-        UserError: If the tokenizer has more ids, a new mask token aside, than the source has rows.
+        UserError: If the tokenizer has more ids, a new mask token aside, than the source has rows, or is another one
+            than that of the source.
     """
+    check_tokenizer(tokenizer, source.tokenizer_folder, source.path)
     stated = source.config.vocab_size
     assert stated is not None
     rows = vocab_rows(tokenizer.vocab_size, stated, new_tokens=tokenizer.mask_is_new)
@@ -72,6 +74,30 @@ def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
             f"that belongs to the checkpoint"
         )
     return rows
+
+
+def check_tokenizer(tokenizer: Tokenizer, trained_with: Path | None, checkpoint: Path) -> None:
+    """Compare a tokenizer with the one that lies beside a checkpoint.
+
+    Args:
+        tokenizer: What writes the ids that the model is going to read.
+        trained_with: Folder of the tokenizer with which it was trained, if known.
+        checkpoint: The checkpoint, for the message.
+
+    Raises:
+        UserError: If an id stands for other text: the model would read nonsense, without an error.
+    """
+    if trained_with is None or Path(tokenizer.path).absolute() == trained_with.absolute():
+        return
+    if not (trained_with / "tokenizer.json").is_file():
+        return
+    difference = tokenizer.first_difference(Tokenizer.load(str(trained_with)))
+    if difference is not None:
+        token_id, token, its_token = difference
+        raise UserError(
+            f"tokenizer {tokenizer.path} is not that of checkpoint {checkpoint}: id {token_id} is {token!r} in the one "
+            f"and {its_token!r} in the other; name {trained_with}, or data prepared with it"
+        )
 
 
 def tokenizer_of(source: WeightSource, path: str | None = None) -> Tokenizer:

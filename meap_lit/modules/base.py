@@ -4,6 +4,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from meap_lit import hub
-from meap_lit.checkpoint.source import CheckpointSource, new_mask_token, open_source, vocab_size_for
+from meap_lit.checkpoint.source import CheckpointSource, check_tokenizer, new_mask_token, open_source, vocab_size_for
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import UserError
 from meap_lit.hf.weights import WeightSource, load_weights
@@ -345,7 +346,7 @@ class DecoderModule(L.LightningModule, ABC):
         """Refuse the weights of another model, and adapters of one: they might fit, and mean nothing.
 
         Raises:
-            UserError: If the checkpoint's model or adapters are not those of the recipe.
+            UserError: If the checkpoint's model, adapters or tokenizer are not those of the recipe.
         """
         is_foreign = type(self.data).__qualname__ not in checkpoint
         if is_foreign and self.trainer.state.fn == "fit":
@@ -353,6 +354,13 @@ class DecoderModule(L.LightningModule, ABC):
         about = checkpoint.get("decoder", {})
         self.masks_drawn |= about.get("rows_without_mask") is None
         check_same_model(about, self.config, self.lora, self.origin)
+        if self.trainer.state.fn == "fit":  # its data is compared, and so its tokenizer
+            if self.lora is None:  # the weights come from where the run began, whatever the recipe says now
+                self.origin.update((name, about[name]) for name in self.origin if name in about)
+        else:
+            checkpoint_path = Path(self.trainer.ckpt_path)
+            trained_with = checkpoint_path.absolute().parents[1] / "tokenizer"
+            check_tokenizer(self.data.tokenizer, trained_with, checkpoint_path)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # names hold for every strategy, and torch's optimizers take them for their own numbers

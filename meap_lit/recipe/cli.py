@@ -82,6 +82,9 @@ KEYS: Known = {
 }
 """The top-level keys of a recipe."""
 
+RUNS = "runs"
+"""Folder of what a run writes, where no logger has one."""
+
 SHORT = {"--devices": "--trainer.devices", "--nodes": "--trainer.num_nodes"}
 """Short spellings of options. They win over every recipe, wherever they are among the words."""
 
@@ -268,7 +271,7 @@ class RecipeCLI:
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
         callbacks.append(SaveRecipe(self.parser, self.config))
         follow_launcher(options)
-        options["default_root_dir"] = options["default_root_dir"] or "runs"
+        options["default_root_dir"] = options["default_root_dir"] or RUNS
         if self.config.ckpt_path is None:
             _refuse_requeued(Path(options["default_root_dir"]))
         if isinstance(options["strategy"], Sharded):
@@ -291,8 +294,7 @@ class RecipeCLI:
         except (TypeError, ValueError, MisconfigurationException) as error:  # from Lightning, about its own arguments
             raise UserError(f"trainer: {error}") from error
         opening.hold_back(trainer)
-        # callbacks that may find nothing to train come before those that need a logger
-        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, (Budget, VerifyCheckpoint, OpenLoggers)))
+        trainer.callbacks.sort(key=_place)
         return trainer
 
     def start(self) -> None:
@@ -381,13 +383,18 @@ def _refuse_folder_of_another(config: Namespace) -> None:
         "checkpoint.dirpath": config.checkpoint.dirpath,
         "trainer.logger.version": fixed_folder(loggers[0]) if loggers else None,
     }
+    if config.trainer.logger is False and config.trainer.enable_checkpointing is not False:
+        folders["checkpoint.dirpath"] = (
+            config.checkpoint.dirpath or f"{config.trainer.default_root_dir or RUNS}/checkpoints"
+        )
     for key, folder in folders.items():
         names = ("step=*.ckpt", "checkpoints/step=*.ckpt", "summary.json")
         found = [file for name in names if folder is not None for file in sorted(Path(folder).glob(name))]
         if found:
             raise UserError(
                 f"{folder} has an earlier run ({found[0].relative_to(folder)}), which a new one would replace; "
-                f"continue it with --ckpt_path last, or name another folder as {key}"
+                f"continue it with --ckpt_path {'last' if config.trainer.logger is not False else folder}, or name "
+                f"another folder as {key}"
             )
 
 
@@ -447,6 +454,17 @@ def _as_user_error(error: Exception) -> Exception:
     if isinstance(error, RuntimeError) and raised_by(error, "lightning.pytorch.callbacks"):
         return UserError(f"trainer.callbacks: {error}")
     return error
+
+
+def _place(callback: L.Callback) -> int:
+    """Return where a callback comes among all others.
+
+    First those that may find nothing to train. Last the one that opens the loggers, when no other run has the folder:
+    its files would be replaced.
+    """
+    if isinstance(callback, (Budget, VerifyCheckpoint, OpenLoggers)):
+        return 0
+    return 2 if isinstance(callback, SaveRecipe) else 1
 
 
 class SaveRecipe(L.Callback):

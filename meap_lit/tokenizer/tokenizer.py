@@ -312,6 +312,20 @@ class Tokenizer:
         named = others | {f"{role}_token": token for role, token in self._special.items()}
         return {name: token for name, token in named.items() if token and self._backend.token_to_id(token) is not None}
 
+    def first_difference(self, other: "Tokenizer") -> tuple[int, str, str] | None:
+        """Return an id that stands for other text in `other`, its token here and there; None if there is none.
+
+        Added tokens are left out, in both: a mask token is added in memory, and reserved ones are renamed.
+        """
+        added = {*self._backend.get_added_tokens_decoder(), *other._backend.get_added_tokens_decoder()}
+        here, there = (
+            {id: token for token, id in one._backend.get_vocab(with_added_tokens=True).items()} for one in (self, other)
+        )
+        for token_id in sorted(here.keys() & there.keys() - added):
+            if here[token_id] != there[token_id]:
+                return token_id, here[token_id], there[token_id]
+        return None
+
     def copy_backend(self) -> tokenizers.Tokenizer:
         """Return a copy of the tokenizer that a caller may change; it finds special tokens in the text."""
         try:

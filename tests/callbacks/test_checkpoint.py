@@ -20,6 +20,8 @@ from meap_lit.checkpoint.folder import write
 from meap_lit.checkpoint.source import open_source
 from meap_lit.cli import main
 from meap_lit.errors import UserError
+from meap_lit.files import hold
+from meap_lit.recipe.cli import RecipeCLI
 from tests.support.checkpoints import read
 from tests.support.toy_module import fork, fork_command, kill_at, train
 
@@ -215,6 +217,22 @@ def test_a_checkpoint_without_the_files_of_another_node_is_not_published(tmp_pat
     with pytest.raises(UserError, match=r"__1_0\.distcp is missing"):
         _publish(aside, path, found)
     assert not path.exists()
+
+
+def test_a_folder_into_which_another_run_writes_is_refused_and_left_alone(toy_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("meap_lit.callbacks.checkpoint.hold", partial(hold, seconds=0.0))
+    words = ["fit", "--config", str(toy_recipe), "--trainer.logger.version", "main"]
+    folder = tmp_path / "runs" / "toy" / "main"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "curves.csv").write_text("of the run that lives")
+    held = hold(folder / "checkpoints")
+    with pytest.raises(UserError, match=rf"^another run is writing its checkpoints into {folder}/checkpoints; wait"):
+        RecipeCLI.run(words)
+    assert {file.name for file in folder.iterdir()} == {"checkpoints", "curves.csv"}
+    assert (folder / "curves.csv").read_text() == "of the run that lives"
+    os.close(held)
+    RecipeCLI.run([*words, "--budget.max_steps", "2"])
+    RecipeCLI.run([*words, "--budget.max_steps", "3", "--ckpt_path", "last"])  # the first has let go
 
 
 def test_nodes_with_folders_of_their_own_are_named(tmp_path):

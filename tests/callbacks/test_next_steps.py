@@ -30,6 +30,15 @@ def paste(capsys, commands: list[list[str]]) -> dict[str, str]:
 ALL = ["preview", "generate", "evaluate", "export", "validate", "fit", "report"]
 
 
+def test_after_a_run_in_a_folder_of_a_study(toy_recipe, capsys):
+    commands = named_by(
+        capsys, "--config", str(toy_recipe), "--budget.max_steps", "1", "--trainer.logger.name", "study/a"
+    )
+    (report,) = (words for words in commands if words[0] == "report")
+    runs = toy_recipe.with_name("runs") / "study"
+    assert report == ["report", "--runs", f"{runs}/a", f"{runs}/a_plain"]
+
+
 @pytest.mark.slow
 def test_after_the_quickstart_and_its_fine_tuning(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import signal
 import time
 import warnings
@@ -13,7 +14,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from meap_lit.checkpoint.export import Export
-from meap_lit.checkpoint.source import new_mask_token, open_source
+from meap_lit.checkpoint.source import new_mask_token, open_source, tokenizer_of
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.errors import UserError
 from meap_lit.model import Decoder, DecoderConfig
@@ -228,6 +229,45 @@ def test_a_resume_with_another_model_is_refused(toy_recipe, change, message):
     run(toy_recipe, "--budget.max_steps", "2")
     with pytest.raises(UserError, match=message):
         run(toy_recipe, *change, "--ckpt_path", "last")
+
+
+@pytest.fixture
+def of_another(prepared, tmp_path):
+    """Words for a recipe on data of a tokenizer with as many ids, two of which stand for each other's text."""
+    folder = tmp_path / "another"
+    shutil.copytree(prepared.tokenizer, folder, ignore=shutil.ignore_patterns("preparation.json"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    output = str(tmp_path / "of_another")
+    PrepareText(input=[str(prepared.texts)], tokenizer=str(folder), output=output, val_share=0.1, num_workers=1).run()
+    return ["--data.datasets", output, "--data.tokenizer", str(folder)]
+
+
+def test_the_tokenizer_of_another_model_is_refused(toy_recipe, of_another, tmp_path):
+    run(toy_recipe, "--budget.max_steps", "2")
+    trained, tokenizer = str(tmp_path / "runs" / "toy"), of_another[-1]
+    message = rf"^tokenizer {tokenizer} is not that of checkpoint .*step=2.ckpt: id \d+ is '"
+    with pytest.raises(UserError, match=message):
+        run(toy_recipe, *of_another, "--model.decoder", "null", "--model.init_from", trained)
+    with pytest.raises(UserError, match=message):
+        RecipeCLI.run(["validate", "--config", str(toy_recipe), *of_another, "--ckpt_path", "last"])
+    with pytest.raises(UserError, match=message):
+        tokenizer_of(open_source(trained), tokenizer)
+
+
+def test_a_resumed_fine_tuning_keeps_the_source_of_its_weights(toy_recipe, tmp_path):
+    runs = [f"{tmp_path}/runs/toy/version_{version}" for version in (0, 1)]
+    run(toy_recipe, "--budget.max_steps", "1")
+    run(toy_recipe, "--budget.max_steps", "2")
+    words = ["--model.decoder", "null", "--trainer.logger.name", "second", "--model.init_from"]
+    run(toy_recipe, *words, runs[0], "--budget.max_steps", "1")
+    run(toy_recipe, *words, runs[1], "--budget.max_steps", "2", "--ckpt_path", "last")
+    steps = [read(tmp_path / f"runs/second/version_{version}/checkpoints/last.ckpt") for version in (0, 1)]
+    assert steps[0]["decoder"]["init_from"] == steps[1]["decoder"]["init_from"]
+    assert steps[0]["decoder"]["init_from"].startswith(runs[0])
 
 
 def test_shards_of_another_model_are_refused(toy_recipe):

@@ -92,7 +92,7 @@ def test_a_pretraining_recipe_runs_at_toy_size(recipe, prepared, source_folder, 
     assert {"val/loss", "val/retrieval_accuracy"} <= cli.trainer.callback_metrics.keys()
     config = cli.model.decoder.config
     # that of the source, of the longest evaluation, or the length of a row
-    context = 400 if recipe in CONTINUATIONS else 256 if recipe.name == "facts.yaml" else 192
+    context = 400 if recipe in CONTINUATIONS else {"facts": 256, "facts_256": 512}.get(recipe.stem, 192)
     assert (config.num_layers, config.max_seq_len) == (2 if continues else 1, context)
     assert config.rope_theta == 640_000 or recipe not in EXTENSIONS
 
@@ -465,6 +465,16 @@ def test_a_last_checkpoint_that_cannot_be_looked_for_is_named(toy_recipe):
     message = "--ckpt_path last needs a trainer.logger with save_dir and name; name a run's folder instead"
     with pytest.raises(UserError, match=f"^{message}$"):
         RecipeCLI.run(["fit", "--config", str(toy_recipe), "--trainer.logger", "false", "--ckpt_path", "last"])
+
+
+def test_runs_without_loggers_do_not_share_a_folder(toy_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "--config", str(toy_recipe), "--trainer.logger", "false", "--budget.max_steps"]
+    RecipeCLI.run([*words, "1"])
+    message = r"^runs/checkpoints has an earlier run \(step=1.ckpt\), which a new one would replace; continue it with"
+    with pytest.raises(UserError, match=rf"{message} --ckpt_path runs/checkpoints, or name another folder as checkp"):
+        RecipeCLI.run([*words, "1"])
+    RecipeCLI.run([*words, "2", "--ckpt_path", "runs/checkpoints"])
 
 
 def test_a_last_checkpoint_that_is_not_there_is_named_but_by_fit(toy_recipe, tmp_path):
