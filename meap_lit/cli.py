@@ -139,7 +139,8 @@ def _fault_of_path(error: OSError) -> str | None:
         return f"{shorten(str(error.filename))}: {error.strerror}; name another path"
     if error.errno in NO_SPACE:
         where = f" {error.filename}" if error.filename else ""
-        return f"cannot write{where}: {error.strerror}; free some space or name another folder"
+        fix = "name another folder" if error.errno == errno.EROFS else "free some space or name another folder"
+        return f"cannot write{where}: {error.strerror}; {fix}"
     return None
 
 
