@@ -1,70 +1,18 @@
 """Against a local server that misbehaves in the ways that servers do."""
 
-import json
 import threading
 import time
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.judging.chat_endpoint import ChatEndpoint, Pace, Stopped
+from tests.support.chat_server import answer, error, serving
 
 KEY = "sk-very-secret-0123456789"
 BODY = {"messages": [{"role": "user", "content": "?"}]}
-
-
-def answer(text):
-    return 200, {}, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-
-
-def error(status, message="no", **headers):
-    return status, headers, json.dumps({"error": {"message": message}}).encode()
-
-
-@contextmanager
-def serving(*script):
-    """A server that answers its requests by `script`, the last entry for ever; yields its URL and what it was asked.
-
-    An entry is (status, headers, body) or a function of the handler.
-    """
-    asked = []
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            with lock:
-                number = len(asked)
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                asked.append({"path": self.path, "key": self.headers["Authorization"], "time": time.monotonic()})
-                asked[-1]["body"] = json.loads(body)
-            step = script[min(number, len(script) - 1)]
-            if callable(step):
-                step(self)
-                return
-            status, headers, content = step
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def closes(handler):
@@ -209,11 +157,7 @@ def test_many_at_once():
 
     def meets(handler):
         barrier.wait(timeout=60)  # passes only if three are under way together
-        handler.send_response(200)
-        content = answer("fine")[2]
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content)
+        return answer("fine")
 
     found = {}
     with serving(meets, meets, meets, error(429), answer("fine")) as (url, asked):

@@ -1,8 +1,7 @@
 import dataclasses
 import json
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,60 +9,28 @@ from meap_lit import cli
 from meap_lit.errors import UserError
 from meap_lit.evaluation.judging.command import JudgeSummaries
 from meap_lit.evaluation.judging.judges import ChatJudge, RecordedJudge, judge_prompt
+from tests.support.chat_server import answer, error, serving
 
 KEY = "sk-very-secret-0123456789"
 
 
-class Server:
-    """A judge that finds free what stands in the document word for word; `fail_from` says when it breaks down."""
-
-    def __init__(self):
-        self.asked = []
-        self.fail_from = math.inf
-        self.fail_status = 401
-        lock = threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(handler):
-                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-                with lock:
-                    number = len(self.asked)
-                    self.asked.append(body)
-                prompt = body["messages"][1]["content"]
-                document = prompt.split("#Document#: ")[1].split("\n\n#Ground Truth")[0]
-                response = prompt.split("#Proposed Summary#: ")[1].split("\n\nWrite your")[0]
-                said = {"content": f"I read it. **Conclusion: {response in document}**"}
-                status, content = 200, {"choices": [{"message": said}]}
-                if number >= self.fail_from:
-                    status, content = (
-                        self.fail_status,
-                        {"error": {"message": f"bad key {handler.headers['Authorization']}"}},
-                    )
-                raw = json.dumps(content).encode()
-                handler.send_response(status)
-                handler.send_header("Content-Length", str(len(raw)))
-                handler.end_headers()
-                handler.wfile.write(raw)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
-
-
 @pytest.fixture
 def server(monkeypatch):
+    """A judge that finds free what stands in the document word for word; `fail_from` says when it breaks down."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("TEST_KEY", KEY)
-    server = Server()
-    yield server
-    server.close()
+
+    def judge(handler):
+        if len(server.asked) > server.fail_from:
+            return error(server.fail_status, f"bad key {handler.headers['Authorization']}")
+        prompt = handler.body["messages"][1]["content"]
+        document = prompt.split("#Document#: ")[1].split("\n\n#Ground Truth")[0]
+        response = prompt.split("#Proposed Summary#: ")[1].split("\n\nWrite your")[0]
+        return answer(f"I read it. **Conclusion: {response in document}**")
+
+    with serving(judge) as (url, asked):
+        server = SimpleNamespace(url=url, asked=asked, fail_from=math.inf, fail_status=401)
+        yield server
 
 
 @pytest.fixture
@@ -107,7 +74,7 @@ def test_command(server, folder, capsys):
     ]
     assert after[1]["explanations"] == {"chat": "I read it. **Conclusion: True**", "people": ""}
     assert [{k: v for k, v in r.items() if k not in ("verdicts", "explanations")} for r in after] == before
-    body = server.asked[0]
+    body = server.asked[0]["body"]
     assert {name: body[name] for name in ("model", "max_tokens", "temperature")} == {
         "model": "m",
         "max_tokens": 1024,
@@ -190,7 +157,7 @@ def test_options_of_the_request(server, folder):
     judge = chat(server, folder, options={"max_tokens": None, "max_completion_tokens": 9, "top_p": 0.5})
     assert judge.cost(read(folder)).output_tokens == 6 * 9
     judge.judge(read(folder)[:1])
-    assert sorted(server.asked[0]) == ["max_completion_tokens", "messages", "model", "top_p"]
+    assert sorted(server.asked[0]["body"]) == ["max_completion_tokens", "messages", "model", "top_p"]
 
 
 def test_refused_contents(server, folder):
