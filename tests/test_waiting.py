@@ -4,26 +4,12 @@ import json
 import os
 
 import pytest
-import torch
 
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
+from tests.support.devices import on_devices
 from tests.support.toy_module import fork
 from tests.support.waiting import waits_of
-
-on_devices = pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "gpu",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
-    ],
-)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from meap_lit.masking import mask_inputs
-from tests.support.devices import on_devices
+from tests.support.devices import on_devices, on_gpu
 
 
 @on_devices
@@ -25,9 +25,7 @@ def test_every_device_draws_the_same_mask(device: str, seed: int, step: int, spa
     assert torch.equal(mask(device), mask("cpu"))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("span_len", [1, 3])
+@pytest.mark.parametrize("span_len", [pytest.param(span_len, marks=on_gpu) for span_len in (1, 3)])
 def test_masking_never_waits_for_the_device(span_len: int) -> None:
     input_ids = torch.zeros(4, 4096, dtype=torch.int64, device="cuda")
     sample_ids = torch.arange(4, device="cuda")
