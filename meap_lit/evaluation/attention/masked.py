@@ -7,7 +7,7 @@ them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -106,10 +106,7 @@ class MaskedAttention(SequenceTask):
         return super().extent(model)
 
     def items(self, model: LanguageModel) -> list[Item]:
-        return [
-            Item(f"{self.split}-{number}", {}, {"block": number}, block[:-1], num_tokens=self.seq_len)
-            for number, block in enumerate(self.blocks(model))
-        ]
+        return [replace(item, input_ids=item.input_ids[:-1]) for item in super().items(model)]
 
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
         return [self._answer(model, item) for item in items]

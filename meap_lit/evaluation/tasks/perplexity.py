@@ -41,12 +41,6 @@ class Perplexity(SequenceTask):
         ),
     )
 
-    def items(self, model: LanguageModel) -> list[Item]:
-        return [
-            Item(f"{self.split}-{number}", {}, {"block": number}, block, num_tokens=self.seq_len)
-            for number, block in enumerate(self.blocks(model))
-        ]
-
     def answer(self, model: LanguageModel, items: Sequence[Item]) -> list[Record]:
         results = model.log_probs([item.input_ids for item in items], [1] * len(items))
         ends = context_ends(self.seq_len)

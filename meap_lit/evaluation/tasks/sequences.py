@@ -6,7 +6,7 @@ from typing import Any, Literal
 from meap_lit.data.store.manifest import Manifest
 from meap_lit.data.stream.text import TokenBlocks
 from meap_lit.errors import UserError, check_range
-from meap_lit.evaluation.task import Task
+from meap_lit.evaluation.task import Item, Task
 from meap_lit.inference.language_model import LanguageModel
 
 
@@ -36,6 +36,13 @@ class SequenceTask(Task):
 
     def options_that_fit(self, context: int) -> dict[str, Any]:
         return {"seq_len": context}
+
+    def items(self, model: LanguageModel) -> list[Item]:
+        """Return an item for each sequence, with all of its seq_len + 1 token ids."""
+        return [
+            Item(f"{self.split}-{number}", {}, {"block": number}, block, num_tokens=self.seq_len)
+            for number, block in enumerate(self.blocks(model))
+        ]
 
     def blocks(self, model: LanguageModel) -> list[list[int]]:
         """Return the seq_len + 1 token ids of each sequence; the last is only a label.
