@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from meap_lit.errors import UserError
+from meap_lit.errors import UserError, in_one_line
 from meap_lit.evaluation.runner import batches
 from meap_lit.inference.generation import Sampling
 from meap_lit.inference.language_model import Dtype, LanguageModel
@@ -312,10 +312,9 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[st
     try:
         tasks = manager.load(list(names))["tasks"]
     except Exception as error:  # from many libraries: no network, unknown data set, no permission, a damaged file
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"cannot load the tasks {', '.join(names)}: {reason}; the data of the harness's tasks is downloaded "
-            f"from the Hugging Face Hub at its first use and then kept"
+            f"cannot load the tasks {', '.join(names)}: {in_one_line(error)}; the data of the harness's tasks is "
+            f"downloaded from the Hugging Face Hub at its first use and then kept"
         ) from error
     for task in tasks.values():
         task.set_config(key="num_fewshot", value=0)
