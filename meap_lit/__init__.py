@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# the names of `_MODULES` again, because a type checker takes a name that only `__getattr__` knows for Any
 if TYPE_CHECKING:  # "as" makes a name public for type checkers
     from meap_lit.callbacks import Budget as Budget
     from meap_lit.callbacks import Checkpoint as Checkpoint
