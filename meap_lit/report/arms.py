@@ -14,7 +14,7 @@ from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import UserError
 from meap_lit.masking import Constant
 from meap_lit.modules.base import DecoderModule
-from meap_lit.report.runs import Kind, Run, shown
+from meap_lit.report.runs import RATIO, Kind, Run, shown
 
 _PARTS: dict[str, Any] = {"model": DecoderModule, "data": StreamingData, "budget": Budget, "probe": RetrievalProbe}
 """Parts of a recipe besides `trainer`, and the classes that take them; `incidental` are options without influence."""
@@ -145,7 +145,7 @@ def find_studies(runs: Sequence[Run]) -> list[Study]:
             names = ", ".join(arm.name for arm in group)
             raise UserError(
                 f"no baseline ({group[0].ratio_key} 0) for the {group[0].kind} of {names}; "
-                f"name its runs too, or leave these out of --runs"
+                f"name its runs too, or leave these out of --runs{_not_plain(group)}"
             )
         for arm in group:
             if not arm.is_plain:
@@ -156,6 +156,13 @@ def find_studies(runs: Sequence[Run]) -> list[Study]:
             title += f" ({len(titles) + 1})"
         studies.append(Study(title, group[0].kind, group))
     return studies
+
+
+def _not_plain(arms: Sequence[Arm]) -> str:
+    """Return which of the arms end without masks and had others before, or may have had, in brackets."""
+    before = {arm.name: arm.recipe.get(_BEFORE + arm.ratio_key) for arm in arms if arm.ratio == 0}
+    named = [f"before {name} was resumed, its mask ratio was {value}" for name, value in before.items() if value]
+    return f" ({'; '.join(named)})" if named else ""
 
 
 def _find_arms(runs: Sequence[Run]) -> list[Arm]:
@@ -208,12 +215,30 @@ _BEFORE = "before "
 def _recipe(run: Run) -> dict[str, Any]:
     """Return the recipe of a run, and what earlier parts had instead; how long a part was to last does not count."""
     recipe = recipe_of(run.config, run.datasets)
-    before: dict[str, Any] = {}
+    before = _ratio_before(run, recipe)
     for config in run.earlier:
         earlier = recipe_of(config, run.datasets)
         keys = [key for key in {**recipe, **earlier} if not key.startswith(("budget.", "model.init_from"))]
         before |= {_BEFORE + key: earlier.get(key, 0) for key in keys if earlier.get(key) != recipe.get(key)}
+    if run.kind == "pretraining" and not run.has_beginning:  # fine-tuning does not resume with other copies
+        before[_BEFORE + "model.mask_ratio"] = "unknown"
     return recipe | before
+
+
+def _ratio_before(run: Run, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mask ratio that a run has logged where its recipe has another; nothing for a schedule.
+
+    A run that resumes in its own folder replaces its recipe there, and keeps its curves.
+    """
+    ratio = recipe.get("model.mask_ratio", 0)
+    if isinstance(ratio, str):
+        return {}
+    others = sorted({round(point.value, 6) for point in run.curves.get(RATIO, ()) if abs(point.value - ratio) > 1e-6})
+    before: dict[str, Any] = {}
+    if others:  # several, of a schedule
+        value = others[0] if len(others) == 1 else f"{others[0]:g} to {others[-1]:g}"
+        _flatten(_BEFORE + "model.mask_ratio", value, before)
+    return before
 
 
 def recipe_of(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from meap_lit.errors import UserError
 from meap_lit.evaluation.results import RESULT_FILE, load
 from meap_lit.evaluation.task import Result
-from meap_lit.report.runs import Run
+from meap_lit.report.runs import Run, find_moved
 
 Evaluations = dict[str, dict[Path, Result]]
 """Results by the name of the evaluation, then by the folder of the run."""
@@ -68,17 +68,13 @@ def _name(result: Result) -> str:
 
 
 def _run_of(result: Result, runs: Sequence[Run]) -> Run | None:
-    """Return the run that the checkpoint belongs to.
-
-    If the runs were moved since, the last two names of a run's folder decide, unless several runs have them.
-    """
+    """Return the run that the checkpoint belongs to, also if it was moved since."""
     path = Path(result.about["checkpoint"])
     for run in runs:
         if run.holds(path):
             return run
-    names = [parent.parts[-2:] for parent in path.parents]
-    moved = [run for run in runs if run.path.resolve().parts[-2:] in names]
-    return moved[0] if len(moved) == 1 and not path.exists() else None
+    moved = find_moved(path, [run.path for run in runs])
+    return next((run for run in runs if run.path == moved), None)
 
 
 def _age(result: Result) -> tuple[int, str]:

@@ -1,7 +1,7 @@
 """Read finished runs: recipe, curves, model and cost."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from meap_lit.renamed import current
 CONFIG_FILE = "config.yaml"
 LOSS = "val/loss"
 ACCURACY = "val/retrieval_accuracy"
+RATIO = "mask/ratio"
 Kind = Literal["pretraining", "fine-tuning"]
 Curves = dict[str, list[Point]]
 """Points of each logged metric by its name, in the order of the steps."""
@@ -39,6 +40,7 @@ class Run:
         datasets: Fingerprint of each dataset by its path.
         summaries: Content of the summary.json of each part, the first part first; empty if it left none.
         earlier: Content of config.yaml of the parts before the last.
+        has_beginning: Whether the first of these parts is the beginning of the training.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Run:
     datasets: dict[str, str]
     summaries: tuple[dict[str, Any], ...]
     earlier: tuple[dict[str, Any], ...] = ()
+    has_beginning: bool = True
 
     def holds(self, path: Path) -> bool:
         """Return whether a resolved path is one of the run's folders or inside one."""
@@ -136,9 +139,9 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
             )
         paths.update(dict.fromkeys(found))
     configs = {path: _read_config(path) for path in paths}
-    continued = {path: _resumed_from(path, configs[path], paths) for path in paths}
-    ended = [path for path in paths if path not in continued.values()]
-    return [_open(_parts(path, continued), configs) for path in ended]
+    sources = {path: _resumed_from(configs[path], paths) for path in paths}
+    continued = {source for path, source in sources.items() if source != path}
+    return [_open(_parts(path, sources), configs, sources) for path in paths if path not in continued]
 
 
 def _has_metrics(folder: Path) -> bool:
@@ -158,23 +161,32 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _resumed_from(own: Path, config: dict[str, Any], paths: dict[Path, None]) -> Path | None:
-    """Return the other run of `paths` whose checkpoint a run resumed from."""
-    checkpoint = config.get("ckpt_path")
-    if not checkpoint:
+def _resumed_from(config: dict[str, Any], paths: dict[Path, None]) -> Path | None:
+    """Return the run of `paths` whose checkpoint a run resumed from; a run may resume in its own folder."""
+    if not config.get("ckpt_path"):
         return None
-    parents = Path(checkpoint).resolve().parents
-    found = next((path for path in paths if path.resolve() in parents), None)
-    return found if found != own else None  # a run may resume in its own folder
+    checkpoint = Path(config["ckpt_path"]).resolve()
+    found = next((path for path in paths if path.resolve() in checkpoint.parents), None)
+    return found or find_moved(checkpoint, paths)
 
 
-def _parts(path: Path, continued: dict[Path, Path | None]) -> list[Path]:
+def find_moved(checkpoint: Path, folders: Iterable[Path]) -> Path | None:
+    """Return the folder of a run that held a checkpoint before the run was moved.
+
+    The last two names of a run's folder decide, unless several runs have them or the checkpoint is still there.
+    """
+    names = [parent.parts[-2:] for parent in checkpoint.parents]
+    found = [folder for folder in folders if folder.resolve().parts[-2:] in names]
+    return found[0] if len(found) == 1 and not checkpoint.exists() else None
+
+
+def _parts(path: Path, sources: dict[Path, Path | None]) -> list[Path]:
     """Return a run and the parts before it, the last part first."""
-    before = continued[path]
-    return [path] if before is None else [path, *_parts(before, continued)]
+    before = sources[path]
+    return [path] if before is None or before == path else [path, *_parts(before, sources)]
 
 
-def _open(parts: list[Path], configs: dict[Path, dict[str, Any]]) -> Run:
+def _open(parts: list[Path], configs: dict[Path, dict[str, Any]], sources: dict[Path, Path | None]) -> Run:
     path, config = parts[0], configs[parts[0]]
     summaries = tuple(_read_summary(part) for part in reversed(parts))
     curves: Curves = {}
@@ -199,7 +211,26 @@ def _open(parts: list[Path], configs: dict[Path, dict[str, Any]]) -> Run:
         )
     folders = [*parts, checkpoint.parent] if checkpoint else parts
     earlier = tuple(configs[part] for part in parts[1:])
-    return Run(path, config, curves, tuple(folders), model["decoder"], model["datasets"], summaries, earlier)
+    was_lost = sources[parts[-1]] is None  # the run that the first part resumed from, at step `start`, if it did
+    has_beginning = _has_beginning(curves, configs[parts[-1]], start if was_lost else None)
+    return Run(
+        path, config, curves, tuple(folders), model["decoder"], model["datasets"], summaries, earlier, has_beginning
+    )
+
+
+def _has_beginning(curves: Curves, config: dict[str, Any], start: int | None) -> bool:
+    """Return whether the first logged step is one that a run from step 0 logs first.
+
+    The first step alone cannot tell: a run that resumed in its own folder has kept only its last recipe and summary.
+
+    Args:
+        curves: Logged metrics of all parts.
+        config: Recipe of the first part.
+        start: Step at which the first part resumed from a checkpoint of another folder, if it did.
+    """
+    first = min(point.step for points in curves.values() for point in points)
+    interval = config["trainer"].get("log_every_n_steps") or 50  # Lightning's default
+    return first <= (min(interval, start) if start else interval)
 
 
 def _read_curves(path: Path, config: dict[str, Any]) -> Curves:
@@ -216,6 +247,8 @@ def _read_events(path: Path) -> Curves:
     events.Reload()
     curves = {}
     for tag in events.Tags()["scalars"]:
+        if tag == "hp_metric":  # Lightning's logger writes it at step 0, also if the run resumes at a later one
+            continue
         # Lightning counts the steps before; a run that resumed in its folder logged some steps twice
         points = {event.step: Point(event.step + 1, event.value) for event in events.Scalars(tag)}
         curves[tag] = [points[step] for step in sorted(points)]

@@ -41,6 +41,14 @@ def setup(studies: Sequence[Study], evaluations: Evaluations) -> list[Block]:
                 f"{SUMMARY_FILE}: {', '.join(unfinished)}."
             )
         )
+    lost = [shown(run.path) for run in runs if run.kind == "pretraining" and not run.has_beginning]
+    if lost:
+        blocks.append(
+            Paragraph(
+                f"The beginning of these runs is not under --runs, so their earlier mask ratio is unknown and none of "
+                f"them is a baseline: {', '.join(lost)}."
+            )
+        )
     return [
         *blocks,
         Heading("Model and training", 3),

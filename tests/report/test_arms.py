@@ -1,6 +1,7 @@
 import inspect
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from meap_lit.callbacks import Budget, RetrievalProbe
 from meap_lit.data.finetuning import FineTuningData
@@ -8,8 +9,8 @@ from meap_lit.data.pretraining import PretrainingData
 from meap_lit.errors import UserError
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.report.arms import describe, find_studies
-from meap_lit.report.runs import find_runs
-from tests.support.toy_study import DECODER, recipe, write_run
+from meap_lit.report.runs import RATIO, find_runs
+from tests.support.toy_study import DECODER, recipe, write_run, write_table
 
 
 def studies_of(folder, *configs):
@@ -128,6 +129,57 @@ def test_a_run_that_masked_before_it_was_resumed_is_not_plain(tmp_path):
     plain, annealed = study.arms
     assert (plain.name, annealed.name, annealed.baseline) == ("ntp", "annealed", plain)
     assert annealed.differs_from(plain) == {"before model.mask_ratio": 0.15}
+
+
+def test_the_logged_ratio_tells_that_a_run_masked_before_it_was_resumed_in_its_folder(tmp_path):
+    folder = tmp_path / "annealed/main"
+    resumed = recipe("annealed", 1, 0, ckpt_path=str(folder / "checkpoints/step=20.ckpt"))
+    write_run(folder, resumed)
+    write_table(folder, {"val/loss": (3.0, 2.0), RATIO: (0.15, 0.15)}, first_step=10)
+    write_table(folder, {"val/loss": (1.0,), RATIO: (0.0,)}, first_step=30)
+    write_run(tmp_path / "ntp", recipe("ntp", 1, 0))
+    (study,) = find_studies(find_runs([str(tmp_path)]))
+    plain, annealed = study.arms
+    assert (plain.name, annealed.name, annealed.baseline) == ("ntp", "annealed", plain)
+    assert annealed.differs_from(plain) == {"before model.mask_ratio": 0.15}
+
+
+def test_a_run_that_was_moved_keeps_what_it_was_before_it_was_resumed(tmp_path):
+    first = write_run(tmp_path / "runs/m/version_0", recipe("m", 1, 0.15))
+    resumed = recipe("m", 1, 0, ckpt_path=str(first / "checkpoints" / "step=20.ckpt"))
+    write_run(tmp_path / "runs/m/version_1", resumed, first_step=30)
+    (tmp_path / "runs").rename(tmp_path / "archive")
+    write_run(tmp_path / "archive/ntp", recipe("ntp", 1, 0))
+    (study,) = find_studies(find_runs([str(tmp_path / "archive")]))
+    plain, moved = study.arms
+    assert (plain.name, moved.name) == ("ntp", "m")
+    assert moved.differs_from(plain) == {"before model.mask_ratio": 0.15}
+    assert min(moved.any_run.over_tokens("val/loss")) == 320, "the curves have both parts"
+
+
+@pytest.mark.parametrize("resumed_again", [False, True])
+def test_a_run_without_its_beginning_is_not_plain(tmp_path, resumed_again):
+    folder = tmp_path / "rest/main"
+    checkpoint = folder / "checkpoints/step=70.ckpt" if resumed_again else "runs/lost/checkpoints/step=20.ckpt"
+    resumed = recipe("rest", 1, 0, ckpt_path=str(checkpoint))
+    write_run(folder, resumed, first_step=60 if resumed_again else 30)
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_scalar("hp_metric", -1, 0)  # as Lightning does, resumed or not
+    write_run(tmp_path / "meap", recipe("meap", 1, 0.15))
+    with pytest.raises(UserError, match=r"\(before rest was resumed, its mask ratio was unknown\)"):
+        find_studies(find_runs([str(tmp_path)]))
+    write_run(tmp_path / "ntp", recipe("ntp", 1, 0))
+    (study,) = find_studies(find_runs([str(tmp_path)]))
+    assert {arm.name: arm.baseline.name for arm in study.masked} == {"meap": "ntp", "rest": "ntp"}
+
+
+def test_a_plain_run_that_resumed_in_its_folder_is_a_baseline(tmp_path):
+    folder = tmp_path / "ntp/main"
+    config = recipe("ntp", 1, 0, ckpt_path=str(folder / "checkpoints/step=5.ckpt"))  # before it logged anything
+    write_run(folder, config, summary={"first_step": 5, "seconds": 1.0})
+    write_run(tmp_path / "meap", recipe("meap", 1, 0.15))
+    (study,) = find_studies(find_runs([str(tmp_path)]))
+    assert study.arms[0].is_plain
 
 
 def test_the_path_of_a_dataset_does_not_make_an_arm(tmp_path):

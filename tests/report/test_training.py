@@ -85,6 +85,14 @@ def test_runs_that_had_not_ended_are_named(tmp_path):
     assert not warning(budget={"max_epochs": 2}, summary=ended), "of an older version"
 
 
+def test_runs_without_their_beginning_are_named(tmp_path):
+    write_run(tmp_path / "ntp", recipe("ntp", 1, 0))
+    write_run(tmp_path / "rest", recipe("rest", 1, 0, ckpt_path="runs/lost/checkpoints/step=20.ckpt"), first_step=30)
+    blocks = training.setup(find_studies(find_runs([str(tmp_path)])), {})
+    (text,) = (block.text for block in blocks if isinstance(block, Paragraph) and "beginning" in block.text)
+    assert text.endswith("none of them is a baseline: rest.")
+
+
 def test_a_dataset_in_a_bucket_is_not_called_gone(tmp_path):
     run = write_run(tmp_path / "run", recipe("ntp", 1, 0))
     (run_of,) = find_runs([str(run)])
