@@ -1,6 +1,7 @@
 """Group runs: an arm is a recipe with any seed, a study is a set of arms that compare with one another."""
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ class Arm:
 
 @dataclass
 class Study:
-    """Arms that compare with one another: same kind and shape, and for fine-tuning the same start.
+    """Arms that compare with one another: same kind, shape and validation data, and for fine-tuning the same start.
 
     Args:
         title: Title in the report.
@@ -145,7 +146,7 @@ def find_studies(runs: Sequence[Run]) -> list[Study]:
             names = ", ".join(arm.name for arm in group)
             raise UserError(
                 f"no baseline ({group[0].ratio_key} 0) for the {group[0].kind} of {names}; "
-                f"name its runs too, or leave these out of --runs{_not_plain(group)}"
+                f"name its runs too, or leave these out of --runs{_not_plain(group, arms)}"
             )
         for arm in group:
             if not arm.is_plain:
@@ -158,10 +159,17 @@ def find_studies(runs: Sequence[Run]) -> list[Study]:
     return studies
 
 
-def _not_plain(arms: Sequence[Arm]) -> str:
-    """Return which of the arms end without masks and had others before, or may have had, in brackets."""
-    before = {arm.name: arm.recipe.get(_BEFORE + arm.ratio_key) for arm in arms if arm.ratio == 0}
+def _not_plain(group: Sequence[Arm], arms: Sequence[Arm]) -> str:
+    """Return in brackets why arms without masks are not the baseline of a group."""
+    before = {arm.name: arm.recipe.get(_BEFORE + arm.ratio_key) for arm in group if arm.ratio == 0}
     named = [f"before {name} was resumed, its mask ratio was {value}" for name, value in before.items() if value]
+    model, _ = _study_key(group[0])
+    others = [arm.name for arm in arms if arm.is_plain and _study_key(arm)[0] == model]
+    if others:
+        named.append(
+            f"validated on other data, so that losses do not compare: {', '.join(others)}; see data.datasets, "
+            f"data.tokenizer, data.seq_len and data.val_samples"
+        )
     return f" ({'; '.join(named)})" if named else ""
 
 
@@ -277,12 +285,31 @@ def _flatten(key: str, value: Any, values: dict[str, Any]) -> None:
         _flatten(f"{key}.{name}", inner, values)
 
 
-def _study_key(arm: Arm) -> tuple[Any, ...]:
-    start = arm.recipe.get("model.init_from")
+def _study_key(arm: Arm) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return what the models and the validation data of a study have in common."""
+    start, validation = arm.recipe.get("model.init_from"), _validation_data(arm.any_run)
     if arm.kind == "fine-tuning":
-        return (arm.kind, start)
+        return (arm.kind, start), validation
     shape = {key: value for key, value in arm.any_run.decoder.items() if key not in ("max_seq_len", "rope_theta")}
-    return (arm.kind, start is not None, json.dumps(shape, sort_keys=True))
+    return (arm.kind, start is not None, json.dumps(shape, sort_keys=True)), validation
+
+
+def _validation_data(run: Run) -> tuple[Any, ...]:
+    """Return what decides the rows of a validation: each dataset with its share, their number and their length.
+
+    A dataset is known by its content, which includes the tokenizer, wherever it is; without it, by its folder.
+    """
+    weights = run.data["datasets"]
+    weights = {weights: 1} if isinstance(weights, str) else weights
+    content, tokenizer = [run.datasets.get(os.path.expanduser(path), "") for path in weights], None
+    if not all(content):
+        content = [str(Path(path).expanduser().resolve()) for path in weights]
+        tokenizer = str(Path(run.data.get("tokenizer", "")).expanduser().resolve())
+    total = sum(weights.values())
+    shares = [round(weight / total, 12) for weight in weights.values()]
+    # conversations do not see each other, so how many fill a row changes no loss
+    length = run.data["seq_len"] if run.kind == "pretraining" else None
+    return tuple(sorted(zip(content, shares, strict=True))), tokenizer, length, run.data.get("val_samples")
 
 
 def _title(arm: Arm) -> str:

@@ -90,7 +90,8 @@ def _model_rows(studies: Sequence[Study]) -> list[list[str]]:
     for study in studies:
         run = study.arms[0].any_run
         about = {**run.decoder, **{f"optimizer.{key}": value for key, value in run.model.get("optimizer", {}).items()}}
-        about |= {key: run.data.get(key) for key in ("seq_len", "global_batch_size")}
+        about["datasets"] = study.arms[0].recipe.get("data.datasets")
+        about |= {key: run.data.get(key) for key in ("seq_len", "val_samples", "global_batch_size")}
         about["precision"] = run.config["trainer"].get("precision")
         columns.append({key: shown(value) for key, value in about.items() if value is not None})
     keys = dict.fromkeys(key for column in columns for key in column)
@@ -180,8 +181,9 @@ def loss_section(study: Study) -> list[Block]:
     return [
         Heading("Validation loss over tokens", 3),
         Paragraph(
-            "Validation never masks, so both objectives are on one axis; lower is better. Lines are means over seeds, "
-            "thin lines the seeds. Intervals are those of the paired t-test over seeds."
+            "Validation never masks and reads the same data for all arms of a study, so both objectives are on one "
+            "axis; lower is better. Lines are means over seeds, thin lines the seeds. Intervals are those of the "
+            "paired t-test over seeds."
         ),
         _over_tokens(study, "loss", "Clean validation loss", loss, y_label=label, log_x=True),
         Table(["arm", "mean", "seeds", "difference to the baseline, 95%"], [loss.row(arm) for arm in study.arms]),

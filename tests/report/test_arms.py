@@ -1,4 +1,5 @@
 import inspect
+from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
@@ -190,6 +191,58 @@ def test_the_path_of_a_dataset_does_not_make_an_arm(tmp_path):
         write_run(tmp_path / f"ntp_{seed}", recipe("ntp", seed, **values), summary=summary)
     (study,) = find_studies(find_runs([str(tmp_path)]))
     assert [list(arm.runs) for arm in study.arms] == [["1", "2"]]
+
+
+def write_run_on(folder, fingerprints, name, ratio, **values):
+    """A run on datasets with these fingerprints, by path."""
+    summary = {"first_step": 0, "seconds": 1.0, "decoder": {**DECODER, "vocab_size": 8}, "datasets": fingerprints}
+    values = {"data__init_args__datasets": dict.fromkeys(fingerprints, 1.0), **values}
+    write_run(folder, recipe(name, 1, ratio, **values), summary=summary)
+
+
+@pytest.mark.parametrize(
+    ("fingerprints", "values"),
+    [
+        ({"data/text": "a" * 64}, {}),
+        ({"data/text": "f" * 64, "data/more": "a" * 64}, {}),
+        ({"data/text": "f" * 64}, {"data__init_args__seq_len": 16}),
+        ({"data/text": "f" * 64}, {"data__init_args__val_samples": 4}),
+    ],
+)
+def test_runs_that_were_validated_on_other_data_do_not_compare(tmp_path, fingerprints, values):
+    write_run_on(tmp_path / "ntp", {"data/text": "f" * 64}, "ntp", 0)
+    write_run_on(tmp_path / "meap", fingerprints, "meap", 0.15, **values)
+    message = r"no baseline \(.* of meap; .* \(validated on other data, so that losses do not compare: ntp; see"
+    with pytest.raises(UserError, match=message):
+        find_studies(find_runs([str(tmp_path)]))
+    write_run_on(tmp_path / "ntp_other", fingerprints, "ntp_other", 0, **values)
+    studies = find_studies(find_runs([str(tmp_path)]))
+    assert [[arm.name for arm in study.arms] for study in studies] == [["ntp"], ["ntp_other", "meap"]]
+    assert studies[1].title == "Pretraining, 66 parameters (2)"
+
+
+def test_the_same_data_compares_wherever_it_is(tmp_path):
+    write_run_on(tmp_path / "ntp", {"data/text": "f" * 64, "data/more": "a" * 64}, "ntp", 0)
+    write_run_on(tmp_path / "meap", {"/mnt/b/more": "a" * 64, "/mnt/b/text": "f" * 64}, "meap", 0.15)
+    (study,) = find_studies(find_runs([str(tmp_path)]))
+    assert [arm.name for arm in study.arms] == ["ntp", "meap"]
+
+
+def test_datasets_of_unknown_content_are_known_by_their_folder(tmp_path):
+    there = {"data__init_args__datasets": str(Path.cwd() / "data/text")}
+    other = {"data__init_args__datasets": "other/text"}
+    write_run_on(tmp_path / "ntp", {}, "ntp", 0, data__init_args__datasets="data/text")
+    for ratio, values in ((0.1, there), (0.2, other), (0, other)):
+        write_run_on(tmp_path / f"p{ratio}", {}, f"p{ratio}", ratio, **values)
+    studies = find_studies(find_runs([str(tmp_path)]))
+    assert [[arm.name for arm in study.arms] for study in studies] == [["ntp", "p0.1"], ["p0", "p0.2"]]
+
+
+def test_rows_of_another_length_do_not_change_the_loss_of_conversations(tmp_path):
+    tuned = {"fine_tuning": True, "init_from": "hf/model"}
+    longer = recipe("concat", 1, 0.1, data__init_args__seq_len=16, **tuned)
+    (study,) = studies_of(tmp_path, recipe("plain", 1, 0, **tuned), longer)
+    assert [arm.name for arm in study.masked] == ["concat"]
 
 
 def test_continued_pretraining_is_plain_only_if_it_began_plain(tmp_path):
