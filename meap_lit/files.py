@@ -172,15 +172,20 @@ def _pid_namespace() -> str:
 
 
 def hold(folder: Path, seconds: float = 30.0) -> int | None:
-    """Keep other processes from holding a folder until the returned descriptor is closed or this process has ended.
+    """Lock a folder until `release`, or until this process and those that it has forked have ended.
 
-    Processes that read data have copies of the descriptor. After a kill they end by themselves, within seconds.
+    Processes that read data are forked. After a kill they end by themselves, within seconds. Other machines see the
+    lock only where the file system passes it on.
+
+    Args:
+        folder: The folder.
+        seconds: How long to wait for another process.
 
     Returns:
-        The descriptor; None on a file system without locks.
+        The descriptor for `release`; None on a file system without locks.
 
     Raises:
-        BlockingIOError: If another process still holds the folder after so many seconds.
+        BlockingIOError: If another process still has the lock after so many seconds.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     deadline = time.monotonic() + seconds
@@ -197,6 +202,12 @@ def hold(folder: Path, seconds: float = 30.0) -> int | None:
             return None
         else:
             return descriptor
+
+
+def release(descriptor: int) -> None:
+    """Unlock a folder that `hold` has locked, also for forked processes, which have copies of the descriptor."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def is_partial(path: Path) -> bool:

@@ -24,7 +24,7 @@ from meap_lit.checkpoint.checksums import check, checksums, compare_sizes, seal,
 from meap_lit.checkpoint.find import LAST, age_of
 from meap_lit.checkpoint.folder import StoredCheckpoint, write
 from meap_lit.errors import UserError, check_range
-from meap_lit.files import hold, is_abandoned, is_partial, partial_path, remove
+from meap_lit.files import hold, is_abandoned, is_partial, partial_path, release, remove
 from meap_lit.modules.log_steps import ends_step
 from meap_lit.parallel.ranks import Ranks
 from meap_lit.parallel.strategies import Sharded
@@ -39,9 +39,8 @@ class Checkpoint(callbacks.Checkpoint):
     what it leaves aside.
 
     The state is taken at the end of a step. It is written when Lightning has logged that step and validated, before the
-    next step, so that no value up to a checkpoint is missing from the logs. Several ranks write before the validation:
-    if one fails there, it takes the others with it, and they could not write together any more. So they wait for the
-    validation only if another callback, such as EarlyStopping, has a state that follows from it.
+    next step, so that no value up to a checkpoint is missing from the logs. If one of several ranks fails in that
+    validation, the checkpoint is lost, since the others cannot write it without that rank.
 
     A save needs memory on the host for what the rank writes, where the weights are on GPUs or `asynchronous` is set.
     With `asynchronous` a thread does the rest while training continues. A save that fails ends the run a little later,
@@ -95,7 +94,7 @@ class Checkpoint(callbacks.Checkpoint):
         self._step = 0
         """Optimizer step of the last save; no step, no checkpoint."""
         self._held: int | None = None
-        """By this descriptor the run holds the folder against other runs."""
+        """Descriptor of the folder, which is locked while the run lasts."""
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
         self._due: Callable[[], None] | None = None
@@ -126,7 +125,7 @@ class Checkpoint(callbacks.Checkpoint):
             )
 
     def _make_folder(self) -> None:
-        """Make the folder before training, not at the first save, and hold it against other runs."""
+        """Make the folder before training, not at the first save, and lock it."""
         assert self.dirpath is not None
         try:
             os.makedirs(self.dirpath, exist_ok=True)
@@ -190,10 +189,6 @@ class Checkpoint(callbacks.Checkpoint):
         if is_due and ends_step(trainer, batch_idx):
             self._save(trainer)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.world_size > 1 and _states(trainer).keys() <= {self.state_key}:
-            self._write_due(trainer)
-
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._write_due(trainer)
 
@@ -202,19 +197,21 @@ class Checkpoint(callbacks.Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # other ranks would wait for this one; a user error may mean that the weights are not finite
-        if trainer.world_size == 1 and not isinstance(exception, UserError):
-            self._write_due(trainer)
-        self._close()
+        try:
+            if trainer.world_size == 1 and not isinstance(exception, UserError):
+                self._write_due(trainer)
+        finally:
+            self._close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._close()
 
     def _close(self) -> None:
-        """Finish a checkpoint that is being written, end the thread, and let go of the folder."""
+        """Finish a checkpoint that is being written, end the thread, and release the folder."""
         if self._thread is not None:
             self._thread.shutdown()
         if self._held is not None:
-            os.close(self._held)
+            release(self._held)
             self._held = None
 
     def _wait(self) -> None:
@@ -237,7 +234,7 @@ class Checkpoint(callbacks.Checkpoint):
             logger.save()
         if checkpoint:
             # not what callbacks knew at the step's end: a resume does not repeat the validation that came after it
-            states = _states(trainer)
+            states = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
             checkpoint["callbacks"] = states if self._thread is None else on_host(states)
         if self._thread is None:
             due()
@@ -343,7 +340,12 @@ def _refuse_remote(dirpath: Any) -> None:
 
 def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
     """Give a written checkpoint its checksums and its name, and move the link `last.ckpt` to it."""
-    compare_sizes(aside, found)  # other nodes may have written into folders of their own
+    try:
+        compare_sizes(aside, found)
+    except UserError as error:
+        raise UserError(
+            f"checkpoint.dirpath {path.parent} is not the same folder on all nodes ({error}); name one that they share"
+        ) from error
     seal(aside, found)
     os.rename(aside, path)
     link = partial_path(path.with_name(LAST))
@@ -356,6 +358,10 @@ def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
 def wait_for(file: Path, seconds: float = 30.0) -> None:
     """Wait for a file that another node has made.
 
+    Args:
+        file: The file.
+        seconds: How long to wait.
+
     Raises:
         UserError: If it is not there after so many seconds.
     """
@@ -363,15 +369,10 @@ def wait_for(file: Path, seconds: float = 30.0) -> None:
     while not file.exists():
         if time.monotonic() > deadline:
             raise UserError(
-                f"checkpoint.dirpath {file.parent} is another folder on node {platform.node()}; name one that all "
-                f"nodes share, or set trainer.logger.save_dir to one"
+                f"checkpoint.dirpath {file.parent} is another folder on node {platform.node()}; name one that they "
+                f"share, or set trainer.logger.save_dir to one"
             )
         time.sleep(0.1)
-
-
-def _states(trainer: L.Trainer) -> dict[str, Any]:
-    """Return the states of the callbacks that have one, by their keys."""
-    return {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
 
 
 def _take_away(path: Path) -> None:

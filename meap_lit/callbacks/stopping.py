@@ -1,5 +1,6 @@
 """Stop a run on a signal (SIGTERM, SIGUSR1, Ctrl-C): finish the step, save, and print how to resume."""
 
+import math
 import shlex
 import signal
 import sys
@@ -30,9 +31,9 @@ class StopOnSignal(L.Callback):
     The status is 143 for SIGTERM, 130 for SIGINT, and 138 for SIGUSR1, which SLURM can send before a job's time limit.
 
     All ranks stop after the same step, whichever of them got the signal. A check among ranks makes the host wait for
-    its device. So several ranks check at steps that are logged, where it waits anyway, and every `ASK_EVERY_S` seconds:
-    steps may take minutes, and a job has little time after a signal. A validation is aborted and not repeated. A second
-    signal ends the process at once, without saving.
+    its device. So several ranks check at steps that are logged, where it waits anyway, and about every `ASK_EVERY_S`
+    seconds, by the time of the steps before: steps may take minutes, and a job has little time after a signal. A
+    validation is aborted and not repeated. A second signal ends the process at once, without saving.
     """
 
     def __init__(self) -> None:
@@ -82,12 +83,13 @@ class StopOnSignal(L.Callback):
         self._leaving_for = self._signal or 0
         if trainer.world_size > 1:
             step = trainer.global_step
-            seconds = (time.monotonic() - self._asked_at) / max(1, step - self._asked_step)  # of a step
+            num_steps = step - self._asked_step  # 0 in a validation, which says nothing of a step's time
+            seconds = (time.monotonic() - self._asked_at) / num_steps if num_steps else math.inf
             told = torch.tensor([self._leaving_for, seconds], dtype=torch.float32, device=trainer.strategy.root_device)
             number, slowest = trainer.strategy.reduce(told, reduce_op="max").tolist()
             self._leaving_for = int(number)
             self._asked_step, self._asked_at = step, time.monotonic()
-            self._next_step = step + max(1, int(ASK_EVERY_S / slowest))  # the same on all ranks
+            self._next_step = step + max(1, int(ASK_EVERY_S / max(slowest, 0.001)))  # the same on all ranks
         if self._leaving_for and isinstance(trainer.checkpoint_callback, Checkpoint):
             trainer.checkpoint_callback.save(trainer)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -60,8 +61,8 @@ def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
     These are the source's own rows. If the mask token is new and has no room among them, it is the next multiple of 64.
 
     Raises:
-        UserError: If the tokenizer has more ids, a new mask token aside, than the source has rows, or is another one
-            than that of the source.
+        UserError: If the tokenizer has more ids, a new mask token aside, than the source has rows, or is not that of
+            the source.
     """
     check_tokenizer(tokenizer, source.tokenizer_folder, source.path)
     stated = source.config.vocab_size
@@ -77,26 +78,29 @@ def vocab_size_for(source: WeightSource, tokenizer: Tokenizer) -> int:
 
 
 def check_tokenizer(tokenizer: Tokenizer, trained_with: Path | None, checkpoint: Path) -> None:
-    """Compare a tokenizer with the one that lies beside a checkpoint.
+    """Compare a tokenizer with the one that a checkpoint was trained with.
 
     Args:
-        tokenizer: What writes the ids that the model is going to read.
-        trained_with: Folder of the tokenizer with which it was trained, if known.
+        tokenizer: The tokenizer of the text that the model is going to read.
+        trained_with: Folder of the tokenizer of the training; nothing is compared if it is None or cannot be read.
         checkpoint: The checkpoint, for the message.
 
     Raises:
-        UserError: If an id stands for other text: the model would read nonsense, without an error.
+        UserError: If an id has another token: the model would read nonsense, without an error.
     """
     if trained_with is None or Path(tokenizer.path).absolute() == trained_with.absolute():
         return
-    if not (trained_with / "tokenizer.json").is_file():
+    try:
+        other = tokenizers.Tokenizer.from_file(str(trained_with / "tokenizer.json"))
+    except Exception:  # the library raises nothing more special; only a tokenizer that is used has to be readable
         return
-    difference = tokenizer.first_difference(Tokenizer.load(str(trained_with)))
+    difference = tokenizer.first_difference(other)
     if difference is not None:
         token_id, token, its_token = difference
         raise UserError(
-            f"tokenizer {tokenizer.path} is not that of checkpoint {checkpoint}: id {token_id} is {token!r} in the one "
-            f"and {its_token!r} in the other; name {trained_with}, or data prepared with it"
+            f"tokenizer {tokenizer.path} is not that of checkpoint {checkpoint}: its id {token_id} is {token!r}, and "
+            f"the model was trained with {its_token!r}; set data.tokenizer (or --tokenizer) to {trained_with}, and "
+            f"prepare the data with it"
         )
 
 

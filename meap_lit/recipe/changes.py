@@ -1,12 +1,12 @@
-"""What a recipe says otherwise than that of the run which it resumes."""
+"""Name the values that a resume changes in the recipe of its run."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import yaml
 
+from meap_lit.errors import shorten
 from meap_lit.renamed import current
 
 _ABOUT_NO_STEP = {"base", "ckpt_path", "trainer.logger"}
@@ -21,8 +21,8 @@ def changes_since(checkpoint: Path, recipe: Mapping[str, Any]) -> list[str]:
         recipe: The resolved recipe that resumes from it, as `config.yaml` holds one.
 
     Returns:
-        Nothing if the checkpoint has no readable recipe beside it. Keys that one of the recipes lacks are those of
-        another version, and are left out.
+        Nothing if the checkpoint has no readable recipe beside it. Keys that one of the recipes lacks are left out,
+        since other versions have other keys.
     """
     try:
         text = (checkpoint.absolute().parents[1] / "config.yaml").read_text(encoding="utf-8")
@@ -46,4 +46,4 @@ def _short(value: Any) -> str:
     """Return a value in a few words: of a class its name."""
     if isinstance(value, dict) and isinstance(value.get("class_path"), str):
         return str(value["class_path"].rpartition(".")[2])
-    return shorten("null" if value is None else str(value), 60, placeholder=" ...")
+    return "null" if value is None else shorten(" ".join(str(value).split()))

@@ -83,7 +83,7 @@ KEYS: Known = {
 """The top-level keys of a recipe."""
 
 RUNS = "runs"
-"""Folder of what a run writes, where no logger has one."""
+"""Folder for the files of a run without loggers."""
 
 SHORT = {"--devices": "--trainer.devices", "--nodes": "--trainer.num_nodes"}
 """Short spellings of options. They win over every recipe, wherever they are among the words."""
@@ -459,8 +459,8 @@ def _as_user_error(error: Exception) -> Exception:
 def _place(callback: L.Callback) -> int:
     """Return where a callback comes among all others.
 
-    First those that may find nothing to train. Last the one that opens the loggers, when no other run has the folder:
-    its files would be replaced.
+    Those that may find nothing to train come first. `SaveRecipe` comes last: its first values replace the files of the
+    folder, so `Checkpoint` must have locked it.
     """
     if isinstance(callback, (Budget, VerifyCheckpoint, OpenLoggers)):
         return 0

@@ -28,11 +28,8 @@ MAX_REFERENCES = 20
 _NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxXoO_:.+-]*")
 
 
-_OTHER_BASES = {
-    r"[-+]?0[0-7_]+": "in base 8; write it without the zero at its beginning",
-    r"[-+]?[1-9]\d*(:[0-5]?\d)+": "in base 60; quote it, if it is a time or a text",
-}
-"""Numbers of YAML 1.1 that few people mean: 010 is 8, and 12:30:45 is 45045."""
+_OTHER_BASES = {8: re.compile(r"[-+]?0[0-7_]+"), 60: re.compile(r"[-+]?[1-9][\d_]*(:[0-5]?\d)+(\.[\d_]*)?")}
+"""Forms of numbers in YAML 1.1 that few people mean: 010 is 8, and 12:30:45 is 45045."""
 
 
 def lineage(path: Path) -> list[Path]:
@@ -194,9 +191,12 @@ def _check(text: str, name: str, is_recipe: bool = True) -> None:
 
 
 def _check_scalar(event: Any, where: str) -> None:
-    for form, how in _OTHER_BASES.items():
-        if event.implicit[0] and re.fullmatch(form, event.value):
-            raise UserError(f"{where}: YAML reads {event.value} {how}")
+    for base, form in _OTHER_BASES.items():
+        if event.implicit[0] and form.fullmatch(event.value):
+            raise UserError(
+                f"{where}: YAML reads {event.value} as a number in base {base}; quote it if it is a text or a time, "
+                f"or write the number in base 10"
+            )
     if len(event.value) > MAX_DIGITS and event.implicit[0] and _NUMBER.fullmatch(event.value):
         raise UserError(f"{where}: a number of {len(event.value):,} digits; the most is {MAX_DIGITS}")
     if event.value.count("${") > MAX_REFERENCES:  # OmegaConf takes minutes to resolve thousands of nested ones

@@ -229,7 +229,8 @@ def _has_beginning(curves: Curves, config: dict[str, Any], start: int | None) ->
         start: Step at which the first part resumed from a checkpoint of another folder, if it did.
     """
     first = min(point.step for points in curves.values() for point in points)
-    interval = config["trainer"].get("log_every_n_steps") or 50  # Lightning's default
+    # at least Lightning's default: the first part of a run that resumed in its own folder may have had another one
+    interval = max(50, config["trainer"].get("log_every_n_steps") or 50)
     return first <= (min(interval, start) if start else interval)
 
 

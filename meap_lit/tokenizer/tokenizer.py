@@ -312,14 +312,20 @@ class Tokenizer:
         named = others | {f"{role}_token": token for role, token in self._special.items()}
         return {name: token for name, token in named.items() if token and self._backend.token_to_id(token) is not None}
 
-    def first_difference(self, other: "Tokenizer") -> tuple[int, str, str] | None:
-        """Return an id that stands for other text in `other`, its token here and there; None if there is none.
+    def first_difference(self, other: tokenizers.Tokenizer) -> tuple[int, str, str] | None:
+        """Find an id with another token in another tokenizer.
 
-        Added tokens are left out, in both: a mask token is added in memory, and reserved ones are renamed.
+        Args:
+            other: The other one. Added tokens of both are left out: a mask token is added in memory, and people rename
+                reserved tokens.
+
+        Returns:
+            The first such id, its token here and its token there; None if there is no such id.
         """
-        added = {*self._backend.get_added_tokens_decoder(), *other._backend.get_added_tokens_decoder()}
+        added = {*self._backend.get_added_tokens_decoder(), *other.get_added_tokens_decoder()}
         here, there = (
-            {id: token for token, id in one._backend.get_vocab(with_added_tokens=True).items()} for one in (self, other)
+            {token_id: token for token, token_id in one.get_vocab(with_added_tokens=True).items()}
+            for one in (self._backend, other)
         )
         for token_id in sorted(here.keys() & there.keys() - added):
             if here[token_id] != there[token_id]:

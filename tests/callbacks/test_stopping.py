@@ -126,7 +126,7 @@ def test_all_ranks_leave_for_the_signal_of_one(toy_recipe, tmp_path, monkeypatch
 
 
 def test_ranks_check_after_every_step_that_takes_longer_than_they_may_wait(monkeypatch):
-    clock = iter([0.0, 80.0, 80.0, 160.0, 160.0, 160.1, 160.1])
+    clock = iter([0.0, 80.0, 80.0, 80.1, 160.0, 160.0, 160.1, 160.1])  # two readings at a check after a step
     monkeypatch.setattr(stopping.time, "monotonic", lambda: next(clock))
     stop = stopping.StopOnSignal()
     reduced = mock.Mock(side_effect=lambda told, reduce_op: told)
@@ -137,4 +137,8 @@ def test_ranks_check_after_every_step_that_takes_longer_than_they_may_wait(monke
     for step in (1, 2, 3, 4, 5):
         trainer.global_step = step
         stop.on_train_batch_end(trainer, mock.Mock(), None, None, step)
-    assert reduced.call_count == 3, "steps 1 and 2 took 80 seconds; after step 3, of 0.1 seconds, 50 may pass"
+        if step == 1:
+            trainer.state.fn, trainer.sanity_checking = "fit", False
+            stop.on_validation_batch_start(trainer, mock.Mock(), None, 0)
+            assert reduced.call_count == 2
+    assert reduced.call_count == 4, "steps 1 and 2 took 80 seconds; after step 3, of 0.1 seconds, 50 may pass"

@@ -136,11 +136,11 @@ BOMB = "bomb:\n- &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     ("old", "new", "message"),
     [
         ("seed_everything: 1", "seed_everything: \xff", "recipe {recipe}, line 1: not valid UTF-8"),
-        ("max_steps: 12", "max_steps: 012", "recipe {recipe}, line 19: YAML reads 012 in base 8; write it without the"),
+        ("max_steps: 12", "max_steps: 012", "recipe {recipe}, line 19: YAML reads 012 as a number in base 8; quote it"),
         (
             "max_steps: 12",
             "max_steps: 1:12",
-            "recipe {recipe}, line 19: YAML reads 1:12 in base 60; quote it, if it is",
+            "recipe {recipe}, line 19: YAML reads 1:12 as a number in base 60; quote",
         ),
         ("lr: 3.0e-3", "lr: " + "9" * 5000, "recipe {recipe}, line 8: a number of 5,000 digits; the most is 400"),
         (
