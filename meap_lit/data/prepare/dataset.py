@@ -18,7 +18,7 @@ import numpy as np
 from meap_lit.data.prepare.splits import SplitWriter, draw
 from meap_lit.data.prepare.step import Preparation, progress_bar
 from meap_lit.data.prepare.workers import default_num_workers, map_in_order
-from meap_lit.data.read.find import Input
+from meap_lit.data.read.find import Input, size_of
 from meap_lit.data.read.formats import Entry, InputFile
 from meap_lit.data.read.readers import SKIP_HINT, InputPart, Reader
 from meap_lit.data.store.chunks import Split
@@ -157,6 +157,14 @@ class PrepareDataset(Preparation, ABC):
 
     def source_files(self) -> Sequence[InputFile]:
         return self.find().files
+
+    def files_read(self, files: Sequence[InputFile]) -> Sequence[InputFile]:
+        if self.shard is None:
+            return files
+        found = self.find().files
+        spans = InputPart.parse(self.shard).spans(found, [size_of(file) for file in found])
+        unread = {str(file) for file in found} - {str(file) for file, _ in spans}
+        return [file for file in files if str(file) not in unread]  # each part reads a template too
 
     def make(self, folder: Path) -> str:
         started = time.perf_counter()

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from meap_lit.data.prepare.sources import hash_file, read_sources
 from meap_lit.data.prepare.splits import RESERVE
 from meap_lit.data.prepare.step import Preparation, progress_bar
 from meap_lit.data.read.find import RECORD_FILE, expand
@@ -154,12 +155,40 @@ def _check_alike(parts: Sequence[_Part]) -> None:
                     f"{part} was made from other input than {parts[0]}: "
                     f"{_describe(source)} where that has {_describe(first)}; prepare one of the two again"
                 )
+    _check_content(parts)
     for name in sorted({name for part in parts for name in part.options} - _NOT_COMPARED):
         values = [(part, part.options.get(name)) for part in parts]
         if name in ("on_error", "on_long"):
             # a part that was told to stop did not meet what others skipped, dropped or truncated
             values = [(part, value) for part, value in values if value != "stop"]
         _check_equal(name, values)
+
+
+def _check_content(parts: Sequence[_Part]) -> None:
+    """Make sure that no file of the input changed between the first part and the last.
+
+    A part hashes the files of which it reads anything (none if an earlier version made it). If all hashes of a file are
+    the same but its times differ, it was copied, or it changed after the parts that read it: it is hashed once more.
+    """
+    hashes: dict[str, tuple[str, _Part]] = {}
+    times: dict[str, int] = {}
+    other_times: set[str] = set()
+    for part in parts:
+        for file in read_sources(read_json(part.folder / RECORD_FILE), part.folder) or []:
+            if times.setdefault(file.path, file.time) != file.time:
+                other_times.add(file.path)
+            if file.sha256 is None:
+                continue
+            found, reader = hashes.setdefault(file.path, (file.sha256, part))
+            if found != file.sha256:
+                raise UserError(
+                    f"{part} was made from other input than {reader}: {file.path} has changed in between; "
+                    f"prepare one of the two again"
+                )
+    for path in sorted(other_times & hashes.keys()):
+        found, reader = hashes[path]
+        if hash_file(Path(path)) not in (None, found):  # None where the file is not here any more
+            raise UserError(f"{path} has changed since {reader} was made from it; prepare that part again")
 
 
 def _check_equal(what: str, values: Sequence[tuple[_Part, Any]]) -> None:

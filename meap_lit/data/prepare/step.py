@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,11 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
+from meap_lit.data.prepare.sources import SourceFile, is_same, look_at, read_sources
 from meap_lit.data.read.find import RECORD_FILE, size_of
 from meap_lit.data.read.formats import InputFile
 from meap_lit.errors import UserError
-from meap_lit.files import new_folder, read_json
+from meap_lit.files import new_folder, read_json, write_file
 from meap_lit.secrets import without_secrets
 
 
@@ -50,6 +51,10 @@ class Preparation(ABC):
         """
         return []
 
+    def files_read(self, files: Sequence[InputFile]) -> Sequence[InputFile]:
+        """Return those of the `source_files` of which the step reads anything."""
+        return files
+
     @abstractmethod
     def make(self, folder: Path) -> str | None:
         """Write the whole result into the empty `folder`, which becomes `output`, and return a summary to print."""
@@ -59,7 +64,11 @@ class Preparation(ABC):
         with suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(self.output)  # also finds a link to nothing
             raise UserError(f"output folder {self.output} exists already; remove it or name another --output")
-        record = {**self._record(), "sources": self._stamp()}  # first, because files may be added while `make` runs
+        files = self._sources()  # first, because files may be added or changed while `make` runs
+        record = self._record() | {
+            "sources": _stamp(files),
+            "files": None if files is None else [file._asdict() for file in self._look_at(files)],
+        }
         with new_folder(Path(self.output)) as folder:
             summary = self.make(folder)
             (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
@@ -99,8 +108,8 @@ class Preparation(ABC):
                     f"folder {output} was made with {name} = {before!r}, the recipe says {value!r}; "
                     f"remove the folder or name another output"
                 )
-        before, stamp = was.get("sources"), self._stamp() if check_sources else None
-        if before is not None and stamp not in (None, before):
+        files = self._sources() if check_sources else None
+        if files is not None and not self._was_made_of(files, was):
             raise UserError(
                 f"folder {output} was made of other files than its sources hold now; remove it to make it again, or "
                 f"use it as it is with --data.preparation null"
@@ -114,15 +123,49 @@ class Preparation(ABC):
             "arguments": json.loads(json.dumps(arguments)),
         }
 
-    def _stamp(self) -> str | None:
-        """Return a hash of the names and sizes of the files that the step reads; None if one cannot be found."""
+    def _sources(self) -> list[InputFile] | None:
+        """Return the files that the step reads, those in its own output aside; None if one cannot be found."""
         output = Path(self.output).absolute()
         try:
             files = [file for file in self.source_files() if output not in Path(str(file)).absolute().parents]
-            sizes = sorted((file.name, size_of(file)) for file in files)
+            _stamp(files)
         except UserError:
             return None
-        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+        return files
+
+    def _was_made_of(self, files: Sequence[InputFile], record: dict[str, Any]) -> bool:
+        """Return whether the step made its folder, whose record is given, of `files` as they are now."""
+        if record.get("sources") not in (None, _stamp(files)):
+            return False
+        before = read_sources(record, Path(self.output))
+        if before is None:
+            return True
+        now = self._look_at(files, before)
+        if not is_same(before, now):
+            return False
+        if now != before:
+            # copies have other paths or times: hash them once, not whenever a run starts
+            content = record | {"files": [file._asdict() for file in now]}
+            with suppress(OSError):  # a folder that is not to be written is hashed again
+                write_file(Path(self.output) / RECORD_FILE, json.dumps(content, indent=2) + "\n")
+        return True
+
+    def _look_at(self, files: Sequence[InputFile], known: Iterable[SourceFile] = ()) -> list[SourceFile]:
+        num_bytes = sum(size_of(file) for file in files if isinstance(file, Path))
+        with progress_bar(f"hashing the sources of {self.output}", num_bytes, delay=2) as bar:
+            return look_at(files, self.files_read(files), bar, known)
+
+
+def _stamp(files: Sequence[InputFile] | None) -> str | None:
+    """Return a hash of the names and sizes of files; None of None.
+
+    Raises:
+        UserError: If a file is not there.
+    """
+    if files is None:
+        return None
+    sizes = sorted((file.name, size_of(file)) for file in files)
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
 
 def _read_record(file: Path) -> dict[str, Any]:
@@ -136,8 +179,8 @@ def _read_record(file: Path) -> dict[str, Any]:
     return record
 
 
-def progress_bar(description: str, num_bytes: int) -> tqdm:
-    """Return a progress bar over `num_bytes` bytes of input, which the caller moves."""
+def progress_bar(description: str, num_bytes: int, delay: float = 0) -> tqdm:
+    """Return a progress bar over `num_bytes` bytes of input, which the caller moves, after `delay` seconds."""
     # a log file gets a line every half minute instead of ten a second
     seconds = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=num_bytes, desc=description, unit="B", unit_scale=True, mininterval=seconds)
+    return tqdm(total=num_bytes, desc=description, unit="B", unit_scale=True, mininterval=seconds, delay=delay)

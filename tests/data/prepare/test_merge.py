@@ -232,6 +232,64 @@ def test_chunk_files_are_copied_where_links_cannot_be(tmp_path, sources, tokeniz
     assert not (merged / "train" / "chunk-0-0.bin").samefile(tmp_path / "shard" / "train" / "chunk-0-0.bin")
 
 
+def rewrite(file):
+    """Edit a file and keep its size."""
+    file.write_text(file.read_text().replace("Document", "Dokument"))
+
+
+@pytest.mark.parametrize("edited", ["a.jsonl", "b.jsonl"])
+def test_a_file_that_changed_after_a_part_had_read_it_is_refused(tmp_path, tokenizer_folder, edited):
+    """Part 0 reads a.jsonl, part 1 the rest of it, and b.jsonl; part 2 neither."""
+    source = tmp_path / "in"
+    source.mkdir()
+    write_jsonl(source / "a.jsonl", texts(40))
+    write_jsonl(source / "b.jsonl", texts(3))
+    (source / "c.jsonl").write_bytes((source / "a.jsonl").read_bytes())
+    for index in range(2):
+        prepare_text(tmp_path / f"s{index}", source, tokenizer_folder, shard=f"{index}/3")
+    rewrite(source / edited)
+    prepare_text(tmp_path / "s2", source, tokenizer_folder, shard="2/3")
+    reader = 0 if edited == "a.jsonl" else 1
+    message = rf"^{source}/{edited} has changed since part {reader}/3 in {tmp_path}/s{reader} was made from it; prepare"
+    with pytest.raises(UserError, match=message):
+        merge(tmp_path / "merged", tmp_path / "s?")
+    for index in range(2):
+        shutil.rmtree(tmp_path / f"s{index}")
+        prepare_text(tmp_path / f"s{index}", source, tokenizer_folder, shard=f"{index}/3")
+    merged = merge(tmp_path / "merged", tmp_path / "s?")
+    prepare_text(tmp_path / "one", source, tokenizer_folder)
+    assert documents_of(merged) == documents_of(tmp_path / "one")
+
+
+def test_a_file_that_changed_between_two_parts_that_read_it_is_refused(tmp_path, tokenizer_folder):
+    source = write_jsonl(tmp_path / "in.jsonl", texts(20))
+    prepare_text(tmp_path / "s0", source, tokenizer_folder, shard="0/2")
+    rewrite(source)
+    prepare_text(tmp_path / "s1", source, tokenizer_folder, shard="1/2")
+    message = rf"^part 1/2 in \S+ was made from other input than part 0/2 in \S+: {source} has changed in between; prep"
+    with pytest.raises(UserError, match=message):
+        merge(tmp_path / "merged", tmp_path / "s?")
+    record = tmp_path / "s0" / "preparation.json"
+    content = json.loads(record.read_text())
+    del content["files"]
+    record.write_text(json.dumps(content))  # of an earlier version
+    merge(tmp_path / "merged", tmp_path / "s?")
+
+
+def test_parts_of_copies_with_other_times_are_merged(tmp_path, tokenizer_folder):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in "ab":
+        write_jsonl(source / f"{name}.jsonl", texts(20))
+    for index in range(2):
+        prepare_text(tmp_path / f"s{index}", source, tokenizer_folder, shard=f"{index}/2")
+        for file in source.iterdir():
+            os.utime(file, (index, index))  # as of a copy
+    merge(tmp_path / "merged", tmp_path / "s?")
+    shutil.rmtree(source)
+    merge(tmp_path / "without_the_input", tmp_path / "s?")
+
+
 @pytest.mark.parametrize("on_long", ["drop", "truncate"])
 def test_merged_conversations_are_what_one_run_makes(tmp_path, tokenizer_folder, on_long):
     turns = [{"role": role, "content": text} for role, text in [("user", "Go on?"), ("assistant", "Yes, quick.")]]

@@ -3,10 +3,13 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from meap_lit.data.corpora.facts import FactCorpus
+from meap_lit.data.prepare import sources
+from meap_lit.data.prepare.chat import PrepareChat
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.data.prepare.tokenizer import TrainTokenizer
@@ -147,11 +150,80 @@ def test_files_of_the_user_that_change_are_noticed_and_those_that_go_are_not_nee
     moved = tmp_path / "moved"
     source.rename(moved)
     (moved / "c.txt").unlink()
+    record = moved / "out" / "preparation.json"
     for paths in ([str(moved)], [f"{moved}/*.txt"]):
-        assert PrepareText(output=str(moved / "out"), input=paths, **options)._stamp() == before["sources"]
+        record.write_text(json.dumps(before | {"arguments": before["arguments"] | {"input": paths}}))
+        PrepareText(output=str(moved / "out"), input=paths, **options).ensure()
     for file in moved.glob("*.txt"):
         file.unlink()
-    assert PrepareText(output=str(moved / "out"), input=[str(moved)], **options)._stamp() is None
+    PrepareText(output=str(moved / "out"), input=paths, **options).ensure()
+
+
+@pytest.mark.parametrize("num_bytes", [100, 3000])
+def test_an_edit_that_keeps_the_size_is_noticed_and_a_copy_is_not(tmp_path, tokenizer_folder, monkeypatch, num_bytes):
+    monkeypatch.setattr(sources, "_ALWAYS_HASHED", 1000)
+    source, output = tmp_path / "in.txt", tmp_path / "out"
+    source.write_text("one " * (num_bytes // 4))
+    step = PrepareText(output=str(output), input=[str(source)], tokenizer=tokenizer_folder, val_share=0, num_workers=1)
+    step.ensure()
+    record, manifest = (output / name for name in ("preparation.json", "manifest.json"))
+    hashed = []
+    read = sources.hash_file
+    monkeypatch.setattr(sources, "hash_file", lambda *args: hashed.append(args[0]) or read(*args))
+    step.ensure()
+    assert len(hashed) == (num_bytes == 100)  # a large file only if its time has changed
+    before = record.read_bytes(), manifest.read_bytes()
+    shutil.copy(source, tmp_path / "copy.txt")
+    (tmp_path / "copy.txt").rename(source)
+    hashed.clear()
+    step.ensure()
+    assert hashed
+    assert record.read_bytes() != before[0]  # has the new time
+    assert manifest.read_bytes() == before[1]
+    hashed.clear()
+    step.ensure()
+    assert len(hashed) == (num_bytes == 100)
+    source.write_text("two " * (num_bytes // 4))
+    with pytest.raises(UserError, match=f"^folder {output} was made of other files than its sources hold now"):
+        step.ensure()
+    step.ensure(check_sources=False)
+    source.unlink()
+    step.ensure()
+
+
+def test_an_edited_template_of_the_same_size_and_time_is_noticed(tmp_path, tokenizer_folder):
+    source, template = tmp_path / "in.jsonl", tmp_path / "own.jinja"
+    source.write_text('{"instruction": "Go on?", "output": "Yes."}\n')
+    template.write_text("{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}")
+    options = {"input": [str(source)], "tokenizer": tokenizer_folder, "template": str(template), "val_share": 0}
+    step = PrepareChat(output=str(tmp_path / "out"), num_workers=1, **options)
+    step.ensure()
+    step.ensure()
+    time = template.stat().st_mtime_ns
+    template.write_text(template.read_text().replace("message", "massage"))
+    os.utime(template, ns=(time, time))
+    with pytest.raises(UserError, match="was made of other files than its sources hold now"):
+        step.ensure()
+
+
+def test_a_dataset_of_an_earlier_version_is_compared_by_sizes(tmp_path, tokenizer_folder):
+    source, output = tmp_path / "in.txt", tmp_path / "out"
+    source.write_text("one")
+    step = PrepareText(output=str(output), input=[str(source)], tokenizer=tokenizer_folder, val_share=0, num_workers=1)
+    step.ensure()
+    record = json.loads((output / "preparation.json").read_text())
+    assert [Path(file["path"]).name for file in record.pop("files")] == ["in.txt"]
+    (output / "preparation.json").write_text(json.dumps(record))
+    source.write_text("two")
+    step.ensure()
+    source.write_text("three")
+    with pytest.raises(UserError, match="was made of other files"):
+        step.ensure()
+    source.write_text("two")
+    for files in (7, [7], [{"path": "in.txt"}], [{"path": "in.txt", "bytes": 3, "time": "now", "sha256": None}]):
+        (output / "preparation.json").write_text(json.dumps(record | {"files": files}))
+        with pytest.raises(UserError, match=rf"^{output}/preparation.json is damaged; remove {output} and make it"):
+            step.ensure()
 
 
 def test_a_file_that_comes_while_others_are_read_is_noticed(tmp_path, tokenizer_folder):
