@@ -438,6 +438,22 @@ def test_an_export_from_before_its_checkpoint_is_not_described_by_it(server, sou
     assert ("models", "org/later") not in server.repositories
 
 
+def test_an_export_from_before_its_checkpoint_is_not_pushed_again(server, source_folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    shutil.copytree(source_folder, "model")
+    export = ["export", "--checkpoint", "model", "--output", "exported", "--push", "org/again"]
+    assert main(export) == 0
+    assert main(export) == 0
+    before = Path("exported/preparation.json").stat().st_mtime
+    os.utime("model", (before + 10, before + 10))
+    os.utime("exported", (before + 20, before + 20))  # as after an edit of its README.md
+    num_pushed = len(server.repositories["models", "org/again"].commits)
+    assert "model is newer than exported, which was exported before; remove exported" in complain(capsys, *export)
+    assert len(server.repositories["models", "org/again"].commits) == num_pushed
+    shutil.rmtree("model")
+    assert main(export) == 0  # nothing newer is left
+
+
 def test_a_push_that_failed_is_repeated_by_the_same_command(server, source_folder, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     export = ["export", "--checkpoint", str(source_folder), "--output", "exported", "--push", "closed/new"]

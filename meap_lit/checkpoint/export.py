@@ -47,8 +47,8 @@ class Export(Preparation):
         adapter_only: Write only the LoRA adapters, in the format of PEFT.
         verify: Hash the checkpoint of a run and compare it with its checksums; false compares sizes only.
         push: Upload the folder to this repository (ORG/NAME) of the Hugging Face Hub, which is made if there is none.
-            A README.md (model card) is added if the folder has none. Needs HF_TOKEN. After a failure, the same command
-            uploads the folder that exists.
+            A README.md (model card) is added if the folder has none. Needs HF_TOKEN. A folder that exists is uploaded,
+            as after a failure, unless the checkpoint is newer.
         private: Make that repository private.
     """
 
@@ -71,6 +71,7 @@ class Export(Preparation):
         output = Path(self.output)
         if output.exists():
             self.ensure()  # refuses what another export made
+            self._refuse_older(output)
             print(f"{output} exists already and is pushed as it is")
         else:
             super().run()
@@ -80,13 +81,21 @@ class Export(Preparation):
         address = push(output, self.push, private=self.private, ignore=(RECORD_FILE,))
         print(f"pushed {output} to {address}")
 
-    def _card(self, output: Path, repository: str) -> str:
-        """Return the card of what was exported, which may be from before the run went on."""
-        source = open_source(self.checkpoint, verify=False)
-        if source.path.stat().st_mtime > output.stat().st_mtime:
+    def _refuse_older(self, output: Path) -> None:
+        """Refuse a folder that was exported before the checkpoint was written, as if the run went on since."""
+        try:
+            path = open_source(self.checkpoint, verify=False).path
+        except UserError:  # a run that is gone has nothing newer
+            return
+        # the folder itself has the time at which a README.md was added
+        if (output / RECORD_FILE).stat().st_mtime < path.stat().st_mtime:
             raise UserError(
-                f"{source.path} is newer than {output}, which was exported before; remove {output} to export again"
+                f"{path} is newer than {output}, which was exported before; remove {output} to export again"
             )
+
+    def _card(self, output: Path, repository: str) -> str:
+        """Return the card of what was exported."""
+        source = open_source(self.checkpoint, verify=False)
         if not self.adapter_only:  # an export may lack rows of the vocabulary that training had
             source = dataclasses.replace(source, config=open_source(output, verify=False).config)
         return model_card(source, repository, self.adapter_only)
