@@ -10,8 +10,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,8 +96,29 @@ def recorded(path: Path) -> dict[str, Checksum] | None:
     Raises:
         UserError: If the record is damaged, or a file is missing or of another size; the first is named.
     """
-    if path.is_file():
-        return _recorded_inside(path)
+    with reading(path):
+        return _recorded_inside(path) if path.is_file() else _recorded_beside(path)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Read a checkpoint in this block, which a run that is still training may remove meanwhile.
+
+    Raises:
+        UserError: In place of any other reason why it cannot be read, if it is not there any more.
+    """
+    try:
+        yield
+    except (OSError, UserError) as error:
+        if path.exists():
+            raise
+        raise UserError(
+            f"checkpoint {path} is gone, as a run removes its old ones; repeat the command (the folder of a run names "
+            f"its newest)"
+        ) from error
+
+
+def _recorded_beside(path: Path) -> dict[str, Checksum] | None:
     record = path / CHECKSUMS_FILE
     if not record.is_file():
         compare_sizes(path, dict.fromkeys((INDEX, TRAINER_STATE)))
@@ -149,9 +171,10 @@ def verify(path: Path, rank: int = 0, num_ranks: int = 1) -> int | None:
     if expected is None:
         return None
     mine = [name for name in expected if _owner(name) % num_ranks == rank]
-    for name in mine:
-        if _hash(path / name, expected[name].bytes) != expected[name].hash:
-            raise _damaged(path / name, "its content is not what was written")
+    with reading(path):
+        for name in mine:
+            if _hash(path / name, expected[name].bytes) != expected[name].hash:
+                raise _damaged(path / name, "its content is not what was written")
     return len(mine)
 
 
@@ -172,9 +195,12 @@ def compare_sizes(folder: Path, expected: Mapping[str, Checksum | None]) -> None
     """
     for name, checksum in expected.items():
         file = folder / name
-        if not file.is_file():
+        try:
+            size = file.stat().st_size if file.is_file() else None
+        except FileNotFoundError:  # removed in between
+            size = None
+        if size is None:
             raise UserError(f"checkpoint file {file} is missing; {_FIX}")
-        size = file.stat().st_size
         if checksum is not None and size != checksum.bytes:
             raise _damaged(file, f"it has {size} bytes where {checksum.bytes} were written")
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from meap_lit.checkpoint.checksums import check, checksums, recorded, seal, verify
+from meap_lit.checkpoint.checksums import check, checksums, reading, recorded, seal, verify
 from meap_lit.checkpoint.find import find_checkpoint
 from meap_lit.checkpoint.folder import StoredCheckpoint, write
 from meap_lit.errors import UserError
@@ -141,7 +141,8 @@ def _parts(path: Path) -> str:
 
 
 def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    with reading(path):
+        return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
 
 
 def _gb(size: int) -> str:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meap_lit.checkpoint.card import model_card
+from meap_lit.checkpoint.checksums import reading
 from meap_lit.checkpoint.source import DTYPES, CheckpointSource, open_source, tokenizer_of
 from meap_lit.data.prepare.step import Preparation
 from meap_lit.data.read.find import RECORD_FILE
@@ -88,7 +89,9 @@ class Export(Preparation):
         except UserError:  # a run that is gone has nothing newer
             return
         # the folder itself has the time at which a README.md was added
-        if (output / RECORD_FILE).stat().st_mtime < path.stat().st_mtime:
+        with reading(path):
+            is_older = (output / RECORD_FILE).stat().st_mtime < path.stat().st_mtime
+        if is_older:
             raise UserError(
                 f"{path} is newer than {output}, which was exported before; remove {output} to export again"
             )

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from meap_lit.checkpoint.checksums import INDEX, TRAINER_STATE
+from meap_lit.checkpoint.checksums import INDEX, TRAINER_STATE, reading
 from meap_lit.checkpoint.content import divide, load
 from meap_lit.checkpoint.one_file import OneFile
 from meap_lit.errors import UserError, shorten
@@ -133,7 +133,7 @@ def _file_error(error: BaseException) -> OSError | None:
 class StoredCheckpoint:
     """A checkpoint on disk. Opening it reads nothing; tensors are read whole, one by one, or into a rank's shards.
 
-    What is damaged or has code in it is refused by `UserError`.
+    What is damaged, has code in it, or was removed meanwhile is refused by `UserError`.
 
     Args:
         path: Its folder, or a file that an earlier version wrote.
@@ -150,7 +150,8 @@ class StoredCheckpoint:
         Raises:
             UserError: If it is damaged or has code in it.
         """
-        state = self._reader.trainer_state()
+        with reading(self.path):
+            state = self._reader.trainer_state()
         for name, kind in _KINDS.items():
             if name in state and not isinstance(state[name], kind):
                 found = type(state[name]).__name__
@@ -164,7 +165,8 @@ class StoredCheckpoint:
         Raises:
             UserError: As for `read_index`.
         """
-        return self._reader.read_metadata()
+        with reading(self.path):
+            return self._reader.read_metadata()
 
     @cached_property
     def weights(self) -> dict[str, TensorStorageMetadata]:
@@ -237,15 +239,16 @@ class StoredCheckpoint:
     def _load(self, states: dict[str, Any], *, flatten: bool) -> None:
         """Fill `states`: nested, by all ranks together, or flat, by this process alone."""
         planner = _Planner(flatten_state_dict=flatten)
-        try:
-            dcp.load(states, storage_reader=self._reader, planner=planner, no_dist=not flatten)
-        except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            if isinstance(cause, UserError):
-                raise cause from error
-            has_code = isinstance(cause, pickle.UnpicklingError)
-            reason = "one is damaged or contains code" if has_code else " ".join(str(cause).split())
-            raise UserError(f"the parts of checkpoint {self.path} cannot be read: {reason:.200}") from error
+        with reading(self.path):
+            try:
+                dcp.load(states, storage_reader=self._reader, planner=planner, no_dist=not flatten)
+            except CheckpointException as error:
+                cause = next(iter(error.failures.values()))[0]
+                if isinstance(cause, UserError):
+                    raise cause from error
+                has_code = isinstance(cause, pickle.UnpicklingError)
+                reason = "one is damaged or contains code" if has_code else " ".join(str(cause).split())
+                raise UserError(f"the parts of checkpoint {self.path} cannot be read: {reason:.200}") from error
 
 
 def _room(about: Any) -> Any:

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import torch
 
+from meap_lit.checkpoint import checksums as module
 from meap_lit.checkpoint.checksums import checksums, is_whole, recorded, seal, verify
 from meap_lit.checkpoint.find import find_checkpoint, newest_checkpoint
 from meap_lit.errors import UserError
@@ -122,6 +123,30 @@ def test_a_damaged_part_is_named(tmp_path, name, damage, message, looks_whole):
     with pytest.raises(UserError, match=rf"^checkpoint file {path}/{name} {message}; name an earlier checkpoint$"):
         verify(path)
     assert is_whole(path) == looks_whole
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "unsealed folder"])
+def test_a_checkpoint_that_a_run_removes_is_gone(tmp_path, monkeypatch, form):
+    path = tmp_path / "step=4.ckpt"
+    if form == "file":
+        make_file(path)
+    else:
+        make_folder(path, sealed=form == "folder")
+    message = rf"^checkpoint {path} is gone, as a run removes its old ones; repeat the command \(the folder of a run"
+    if form != "unsealed folder":
+
+        def remove_and_hash(file, end):
+            path.rename(tmp_path / "aside")
+            return hash_of(file, end)
+
+        hash_of = module._hash
+        monkeypatch.setattr(module, "_hash", remove_and_hash)
+        with pytest.raises(UserError, match=message):
+            verify(path)
+    else:
+        path.rename(tmp_path / "aside")
+    with pytest.raises(UserError, match=message):
+        verify(path)
 
 
 def test_a_part_is_hashed_by_its_own_rank_only(tmp_path):

@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,36 @@ def test_inspect_says_what_parts_hold(parts, capsys):
     assert rows["optimizer"] == "step  4"
     assert rows["weights"] == "97 float32"  # 8 x 8 + 8, 8 + 8, 8 + 1
     assert rows["checksums"] == "of 4 files"
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_inspect_is_one_line_whenever_the_run_removes_the_checkpoint(parts, tmp_path, capsys, monkeypatch, sealed):
+    path, aside = tmp_path / "step=4.ckpt", tmp_path / "aside"
+    shutil.copytree(parts / "checkpoints" / "step=4.ckpt", path)
+    if not sealed:
+        (path / "checksums.json").unlink()
+    look, ends = Path.stat, []
+    for number in range(1, 100):
+        left = number
+
+        def count_and_look(self, **options):
+            nonlocal left
+            if self == path or self.parent == path:
+                left -= 1
+                if left == 0:
+                    path.rename(aside)
+            return look(self, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "stat", count_and_look)
+            status = main(["checkpoint", "inspect", "--checkpoint", str(path)])
+        if status == 0:  # it was there until all of it was known
+            break
+        ends.append(capsys.readouterr().err.splitlines()[-1])
+        aside.rename(path)
+    assert len(ends) > 10
+    assert "does not exist" in ends[0]
+    assert all(f"checkpoint {path} is gone, as a run removes" in line for line in ends[1:])
 
 
 def test_inspect_says_what_a_run_of_ours_holds(toy_recipe, tmp_path, capsys):

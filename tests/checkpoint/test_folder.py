@@ -70,3 +70,18 @@ def test_weights_of_another_shape_are_one_line(stored):
     path, _ = stored
     with pytest.raises(UserError, match=r"^the parts of checkpoint .*step=4.ckpt cannot be read: .*[Ss]ize"):
         StoredCheckpoint(path).load_into({"state_dict": {"a.weight": torch.zeros(5, 2)}})
+
+
+def test_a_checkpoint_that_a_run_removes_while_it_is_read_is_gone(stored, tmp_path):
+    path, _ = stored
+    begun, unread = StoredCheckpoint(path), StoredCheckpoint(path)
+    is_folder = path.is_dir()
+    assert begun.weights
+    path.rename(tmp_path / "aside")
+    message = rf"^checkpoint {path} is gone, as a run removes its old ones; repeat the command"
+    for read_more in (lambda: unread.trainer_state, lambda: unread.index, lambda: unread.read_all()):
+        with pytest.raises(UserError, match=message):
+            read_more()
+    if is_folder:  # a file stays open
+        with pytest.raises(UserError, match=message):
+            begun.read_weight("c")
