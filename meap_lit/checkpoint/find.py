@@ -74,7 +74,10 @@ def _was_saved_later(path: Path, other: Path) -> bool:
     """
     saved, before = _saved(path), _saved(other)
     if saved is None or before is None:
-        saved, before = path.stat().st_mtime, other.stat().st_mtime
+        try:
+            saved, before = path.stat().st_mtime, other.stat().st_mtime
+        except FileNotFoundError:  # the run has removed it meanwhile
+            return False
     return saved > before
 
 
