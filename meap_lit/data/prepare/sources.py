@@ -1,9 +1,8 @@
 """Record the local files that a step reads, and notice later that one has changed.
 
 A file is compared by its name, its size and the SHA-256 of its content. A core hashes about 1 GB a second, too slow to
-hash tens of GB whenever a run starts. Apart from small ones, a file of the recorded path, size and modification time
-therefore counts as unchanged; any other file is hashed again. Remote files are compared by name and size only, in
-step.py.
+hash tens of GB whenever a run starts. So a file of the recorded path, size and modification time counts as unchanged;
+any other file is hashed again. Remote files are compared by name and size only, in step.py.
 """
 
 import hashlib
@@ -18,9 +17,6 @@ from meap_lit.data.read.find import RECORD_FILE
 from meap_lit.data.read.formats import InputFile
 from meap_lit.errors import UserError
 
-_ALWAYS_HASHED = 16 << 20
-"""Files of so many bytes together are hashed whatever their times, in 20 milliseconds: an edit of a chat template often
-keeps its size, and some tools keep the time."""
 _PIECE = 1 << 20
 
 
@@ -44,12 +40,11 @@ def look_at(
         files: What a step names, in order.
         read: Those that it reads; the others are not hashed.
         bar: Progress, in bytes.
-        known: The files as they were earlier; what has not changed since then, and is not small, is not hashed again.
+        known: The files as they were earlier; what has not changed since then is not hashed again.
     """
     before = {file.path: file for file in known}
     paths_read = {str(file) for file in read}
     found: list[SourceFile] = []
-    room = _ALWAYS_HASHED
     for file in files:
         if not isinstance(file, Path):
             continue
@@ -59,13 +54,11 @@ def look_at(
             continue
         now = SourceFile(str(file), status.st_size, status.st_mtime_ns, None)
         was = before.get(now.path)
-        is_unchanged = was is not None and was[:3] == now[:3]
-        if is_unchanged and now.bytes > room:
-            now = now._replace(sha256=before[now.path].sha256)
+        if was is not None and was[:3] == now[:3]:
+            now = was
             bar.update(now.bytes)
         elif now.path in paths_read:
             now = now._replace(sha256=hash_file(file, bar))
-            room -= now.bytes if is_unchanged else 0
         found.append(now)
     return found
 

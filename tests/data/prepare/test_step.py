@@ -159,11 +159,9 @@ def test_files_of_the_user_that_change_are_noticed_and_those_that_go_are_not_nee
     PrepareText(output=str(moved / "out"), input=paths, **options).ensure()
 
 
-@pytest.mark.parametrize("num_bytes", [100, 3000])
-def test_an_edit_that_keeps_the_size_is_noticed_and_a_copy_is_not(tmp_path, tokenizer_folder, monkeypatch, num_bytes):
-    monkeypatch.setattr(sources, "_ALWAYS_HASHED", 1000)
+def test_an_edit_that_keeps_the_size_is_noticed_and_a_copy_is_not(tmp_path, tokenizer_folder, monkeypatch):
     source, output = tmp_path / "in.txt", tmp_path / "out"
-    source.write_text("one " * (num_bytes // 4))
+    source.write_text("one " * 25)
     step = PrepareText(output=str(output), input=[str(source)], tokenizer=tokenizer_folder, val_share=0, num_workers=1)
     step.ensure()
     record, manifest = (output / name for name in ("preparation.json", "manifest.json"))
@@ -171,7 +169,7 @@ def test_an_edit_that_keeps_the_size_is_noticed_and_a_copy_is_not(tmp_path, toke
     read = sources.hash_file
     monkeypatch.setattr(sources, "hash_file", lambda *args: hashed.append(args[0]) or read(*args))
     step.ensure()
-    assert len(hashed) == (num_bytes == 100)  # a large file only if its time has changed
+    assert not hashed, "a file whose time has not changed is not hashed again"
     before = record.read_bytes(), manifest.read_bytes()
     shutil.copy(source, tmp_path / "copy.txt")
     (tmp_path / "copy.txt").rename(source)
@@ -182,8 +180,8 @@ def test_an_edit_that_keeps_the_size_is_noticed_and_a_copy_is_not(tmp_path, toke
     assert manifest.read_bytes() == before[1]
     hashed.clear()
     step.ensure()
-    assert len(hashed) == (num_bytes == 100)
-    source.write_text("two " * (num_bytes // 4))
+    assert not hashed
+    source.write_text("two " * 25)
     with pytest.raises(UserError, match=f"^folder {output} was made of other files than its sources hold now"):
         step.ensure()
     step.ensure(check_sources=False)
@@ -191,7 +189,7 @@ def test_an_edit_that_keeps_the_size_is_noticed_and_a_copy_is_not(tmp_path, toke
     step.ensure()
 
 
-def test_an_edited_template_of_the_same_size_and_time_is_noticed(tmp_path, tokenizer_folder):
+def test_an_edited_template_of_the_same_size_is_noticed(tmp_path, tokenizer_folder):
     source, template = tmp_path / "in.jsonl", tmp_path / "own.jinja"
     source.write_text('{"instruction": "Go on?", "output": "Yes."}\n')
     template.write_text("{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}")
@@ -199,9 +197,7 @@ def test_an_edited_template_of_the_same_size_and_time_is_noticed(tmp_path, token
     step = PrepareChat(output=str(tmp_path / "out"), num_workers=1, **options)
     step.ensure()
     step.ensure()
-    time = template.stat().st_mtime_ns
     template.write_text(template.read_text().replace("message", "massage"))
-    os.utime(template, ns=(time, time))
     with pytest.raises(UserError, match="was made of other files than its sources hold now"):
         step.ensure()
 
