@@ -5,7 +5,7 @@
 #   ARMS="batch_masks spans protect_rare decay" TUNED= bash recipes/study/run.sh cpu
 #   ARMS=mask_0.15 SEEDS=1 TUNED= bash recipes/study/run.sh gpu        # one arm and seed, no fine-tuning
 #   bash recipes/study/run.sh facts                                    # an hour and a half on two cores
-#   bash recipes/study/run.sh facts_256                                # four hours on two cores
+#   bash recipes/study/run.sh facts_256                                # five hours on two cores
 # An arm is ntp, mask_P for a mask ratio P, or a recipe in recipes/study/variant. OPTIONS go to every pretraining run, and
 # SUFFIX is added to its name. JOBS runs are trained at the same time, each on one core. PYTHON is the interpreter.
 set -euo pipefail
