@@ -249,7 +249,7 @@ def of_another(prepared, tmp_path):
 def test_the_tokenizer_of_another_model_is_refused(toy_recipe, of_another, tmp_path):
     run(toy_recipe, "--budget.max_steps", "2")
     trained, tokenizer = str(tmp_path / "runs" / "toy"), of_another[-1]
-    message = rf"^tokenizer {tokenizer} is not that of checkpoint .*step=2.ckpt: id \d+ is '"
+    message = rf"^tokenizer {tokenizer} is not that of checkpoint .*step=2.ckpt: its id \d+ is '"
     with pytest.raises(UserError, match=message):
         run(toy_recipe, *of_another, "--model.decoder", "null", "--model.init_from", trained)
     with pytest.raises(UserError, match=message):
