@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from meap_lit.callbacks import stopping
 from meap_lit.data.prepare.text import PrepareText
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from tests.support.devices import on_devices
@@ -41,9 +42,15 @@ def test_fine_tuning_in_bf16_with_adapters(toy_sft_recipe, device):
     check(*waits_of(toy_sft_recipe, *options))
 
 
-def test_two_ranks_do_not_ask_each_other_either(toy_recipe, tmp_path):
+def test_two_ranks_do_not_ask_each_other_either(toy_recipe, tmp_path, monkeypatch):
+    """But after the first step and after that which follows a validation: how long a step takes is not known before."""
+    monkeypatch.setattr(stopping, "ASK_EVERY_S", 1e9)
+
     def run():
-        waits = waits_of(toy_recipe, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+        unlogged, logged = waits_of(toy_recipe, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+        checks = [what for what in unlogged if "stopping.py" in what]
+        assert sum(what.startswith("tolist") for what in checks) == 2
+        waits = [what for what in unlogged if what not in checks], logged
         (tmp_path / f"{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(waits))
 
     assert fork(run, num_ranks=2) == [0, 0]

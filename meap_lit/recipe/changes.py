@@ -6,7 +6,9 @@ from typing import Any
 
 import yaml
 
-from meap_lit.errors import shorten
+from meap_lit.checkpoint.folder import StoredCheckpoint
+from meap_lit.errors import UserError, shorten
+from meap_lit.recipe.file import check_yaml
 from meap_lit.renamed import current
 
 _ABOUT_NO_STEP = {"base", "ckpt_path", "trainer.logger"}
@@ -14,20 +16,21 @@ _ABOUT_NO_STEP = {"base", "ckpt_path", "trainer.logger"}
 
 
 def changes_since(checkpoint: Path, recipe: Mapping[str, Any]) -> list[str]:
-    """Return each value that differs from the recipe beside a checkpoint, such as `model.mask_ratio 0.15 -> 0.0`.
+    """Return each value that differs from the recipe in a checkpoint, such as `model.mask_ratio 0.15 -> 0.0`.
 
     Args:
-        checkpoint: Checkpoint in the folder of its run.
+        checkpoint: The checkpoint.
         recipe: The resolved recipe that resumes from it, as `config.yaml` holds one.
 
     Returns:
-        Nothing if the checkpoint has no readable recipe beside it. Keys that one of the recipes lacks are left out,
-        since other versions have other keys.
+        Nothing if the checkpoint has no readable recipe. Keys that one of the recipes lacks are left out, since other
+        versions have other keys.
     """
     try:
-        text = (checkpoint.absolute().parents[1] / "config.yaml").read_text(encoding="utf-8")
+        text = StoredCheckpoint(checkpoint).trainer_state["recipe"]
+        check_yaml(text, "recipe")
         before = current(yaml.safe_load(text))
-    except (OSError, ValueError, LookupError, yaml.YAMLError):
+    except (UserError, LookupError, TypeError, AttributeError, yaml.YAMLError):  # damage is said where it is verified
         return []
     return list(_changes(before, recipe)) if isinstance(before, dict) else []
 

@@ -441,7 +441,9 @@ def _as_user_error(error: Exception) -> Exception:
         return wrong
     if isinstance(error, MisconfigurationException):
         return UserError(explain(str(error), KEYS))
-    if died := re.match(r"DataLoader worker \((pid.*?)\) (.*)", str(error)):
+    # torch raises it wherever the main thread is; a logger would call it a wrong value
+    found = (re.match(r"DataLoader worker \((pid.*?)\) (.*)", str(cause)) for cause in causes(error))
+    if died := next(filter(None, found), None):
         return UserError(
             f"a worker that reads data ({died[1]}) {died[2].strip(' .')}: usually because memory ran out; free some or "
             f"lower data.num_workers (0 reads within the training), then resume with --ckpt_path last"
@@ -487,6 +489,9 @@ class SaveRecipe(L.Callback):
         self._recipe = self.parser.dump(self.config, skip_none=False)
         for logger in trainer.loggers:
             log_recipe(logger, yaml.safe_load(self._recipe))
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recipe"] = self._recipe  # a resume in the same folder replaces that of the folder
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning's callbacks keep options in their states, as EarlyStopping its patience

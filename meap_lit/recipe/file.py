@@ -67,7 +67,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"recipe {path} has {size:,} bytes, more than a recipe needs; name a YAML file")
     text = decode(path.read_bytes(), f"recipe {path}")
     try:
-        _check(text, f"recipe {path}")
+        check_yaml(text, f"recipe {path}")
         content = get_loader("yaml")(text)
     except yaml.YAMLError as error:
         reason = in_one_line(error).replace('in "<unicode string>", ', "at ")
@@ -105,7 +105,7 @@ def check_words(words: Sequence[str]) -> None:
         name, text = (option, value) if option.startswith("--") and equals else (before, word)
         if "&" in text and "*" in text:
             with suppress(yaml.YAMLError):  # text that is not YAML is taken literally
-                _check(text, name, is_recipe=False)
+                check_yaml(text, name, is_recipe=False)
 
 
 def recipe_words(words: Sequence[str]) -> list[str]:
@@ -145,10 +145,14 @@ def _current_text(text: str, key: str) -> str:
     return text
 
 
-def _check(text: str, name: str, is_recipe: bool = True) -> None:
+def check_yaml(text: str, name: str, is_recipe: bool = True) -> None:
     """Refuse YAML whose value is huge or deeply nested, without building the value.
 
     In a recipe, refuse also a key that appears twice; a text such as a prompt may repeat what looks like one.
+
+    Raises:
+        UserError: Names the line.
+        yaml.YAMLError: If the text is not YAML.
     """
     levels = [_Level(None, None)]
     sizes: dict[str, int] = {}  # values behind each anchor

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2] / "recipes" / "study"
 RECIPES = sorted(ROOT.glob("eval_*/*.yaml"))
 FACTS = sorted(ROOT.glob("eval_facts*/*.yaml"))
 TOY = {
-    "facts": ["--task.lengths", "[240,300]", "--task.num_items", "2"],
+    "facts": ["--task.lengths", "[240,300]", "--task.num_items", "2", "--task.num_options", "4"],
     "pairs": ["--task.lengths", "[380]", "--task.num_items", "1"],
     "copying": ["--task.seq_len", "64", "--task.span_len", "8", "--task.distances", "[0,16]", "--task.num_spans", "6"],
     "perplexity": ["--task.seq_len", "64"],

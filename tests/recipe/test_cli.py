@@ -47,7 +47,7 @@ TOY_PRETRAINING = [
     *("--budget.max_tokens", "null"),
     *("--probe.lengths", "[192]"),
     *("--probe.num_items", "1"),
-    *("--probe.num_options", "4"),
+    *("--probe.num_options", "3"),
     *("--probe.filler", "null"),
 ]
 TOY_FINE_TUNING = [

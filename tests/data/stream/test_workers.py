@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
+from torch.utils.tensorboard import SummaryWriter
 
 from meap_lit.cli import main
 from meap_lit.data.stream.loader import Arrays
+from meap_lit.errors import UserError
 from meap_lit.recipe.cli import RecipeCLI, _as_user_error
 from tests.callbacks.test_stopping import fit
 
@@ -51,6 +53,21 @@ def test_a_killed_worker_is_named(toy_recipe):
         line,
     )
     assert "Traceback" not in log
+
+
+def test_a_killed_worker_is_named_whatever_the_error_interrupts(toy_recipe, monkeypatch):
+    """Torch raises it from a signal, here while a value is logged; Lightning's logger replaces it."""
+
+    write = SummaryWriter.add_scalar
+
+    def interrupted(self, tag, *args, **kwargs):
+        if tag == "train/loss":
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        return write(self, tag, *args, **kwargs)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", interrupted)
+    with pytest.raises(UserError, match=r"^a worker that reads data \(pid 7\) is killed by signal: Killed: usually"):
+        RecipeCLI.run(["fit", "--config", str(toy_recipe)])
 
 
 def test_workers_that_cannot_start(toy_recipe, monkeypatch, capsys):
