@@ -179,13 +179,13 @@ def hold(folder: Path, seconds: float = 30.0) -> int | None:
 
     Args:
         folder: The folder.
-        seconds: How long to wait for another process.
+        seconds: Maximum time to wait for another process, in seconds.
 
     Returns:
         The descriptor for `release`; None on a file system without locks.
 
     Raises:
-        BlockingIOError: If another process still has the lock after so many seconds.
+        BlockingIOError: If another process still has the lock after `seconds` seconds.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     deadline = time.monotonic() + seconds

@@ -148,7 +148,7 @@ class Checkpoint(callbacks.Checkpoint):
             rank_zero_warn(f"Checkpoint directory {self.dirpath} exists and is not empty.")
 
     def _check_shared(self, trainer: L.Trainer) -> None:
-        """Refuse a folder that is another one on each node: a checkpoint would have the files of the first only."""
+        """Refuse a folder that the nodes do not share: a checkpoint would lack the files of all but the first node."""
         mark = trainer.strategy.broadcast(partial_path(Path(self.dirpath or "", "shared")))
         try:
             self._ranks.do(lambda: mark.touch() if trainer.is_global_zero else None)
@@ -259,10 +259,10 @@ class Checkpoint(callbacks.Checkpoint):
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         checkpoint["saved"] = time.time()
         if self._thread is not None:  # the ranks of a node share its memory: no copy for those that write nothing
-            strategy = trainer.strategy
-            is_sharded = isinstance(strategy, Sharded)
-            is_copy = isinstance(strategy, Sharded) and strategy.parameter_device.type != "cpu"
-            checkpoint = on_host(checkpoint, is_copy) if trainer.is_global_zero or is_sharded else {}
+            if isinstance(trainer.strategy, Sharded):
+                checkpoint = on_host(checkpoint, is_copy=trainer.strategy.parameter_device.type != "cpu")
+            else:
+                checkpoint = on_host(checkpoint) if trainer.is_global_zero else {}
         self._state = checkpoint
         self._due = partial(self._write, trainer, checkpoint, path, aside, removed)
 
@@ -360,10 +360,10 @@ def wait_for(file: Path, seconds: float = 30.0) -> None:
 
     Args:
         file: The file.
-        seconds: How long to wait.
+        seconds: Maximum time to wait, in seconds.
 
     Raises:
-        UserError: If it is not there after so many seconds.
+        UserError: If the file does not exist after `seconds` seconds.
     """
     deadline = time.monotonic() + seconds
     while not file.exists():

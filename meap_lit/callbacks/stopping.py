@@ -19,7 +19,7 @@ from meap_lit.parallel.ranks import Ranks
 from meap_lit.private import skip_sigterm_broadcast
 
 ASK_EVERY_S = 5.0
-"""Most seconds of training between two checks of several ranks, in whole steps."""
+"""Maximum time of training between two checks among ranks, in seconds, rounded to whole steps."""
 
 VALIDATION_BATCHES = 10
 """Validation batches between two checks of several ranks."""
@@ -83,7 +83,7 @@ class StopOnSignal(L.Callback):
         self._leaving_for = self._signal or 0
         if trainer.world_size > 1:
             step = trainer.global_step
-            num_steps = step - self._asked_step  # 0 in a validation, which says nothing of a step's time
+            num_steps = step - self._asked_step  # 0 in a validation, so the time of a step is not known
             seconds = (time.monotonic() - self._asked_at) / num_steps if num_steps else math.inf
             told = torch.tensor([self._leaving_for, seconds], dtype=torch.float32, device=trainer.strategy.root_device)
             number, slowest = trainer.strategy.reduce(told, reduce_op="max").tolist()

@@ -102,10 +102,10 @@ def recorded(path: Path) -> dict[str, Checksum] | None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Read a checkpoint in this block, which a run that is still training may remove meanwhile.
+    """Report a checkpoint that is removed while this block reads it, for example by a run that is still training.
 
     Raises:
-        UserError: In place of any other reason why it cannot be read, if it is not there any more.
+        UserError: If the checkpoint no longer exists when reading it fails; the original error is the cause.
     """
     try:
         yield

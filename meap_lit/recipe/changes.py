@@ -11,8 +11,8 @@ from meap_lit.errors import UserError, shorten
 from meap_lit.recipe.file import check_yaml
 from meap_lit.renamed import current
 
-_ABOUT_NO_STEP = {"base", "ckpt_path", "trainer.logger"}
-"""Keys that say where a run starts and logs, and nothing about its steps."""
+_IGNORED = {"base", "ckpt_path", "trainer.logger"}
+"""Keys that do not affect the training: where the run starts, and where it logs."""
 
 
 def changes_since(checkpoint: Path, recipe: Mapping[str, Any]) -> list[str]:
@@ -30,7 +30,7 @@ def changes_since(checkpoint: Path, recipe: Mapping[str, Any]) -> list[str]:
         text = StoredCheckpoint(checkpoint).trainer_state["recipe"]
         check_yaml(text, "recipe")
         before = current(yaml.safe_load(text))
-    except (UserError, LookupError, TypeError, AttributeError, yaml.YAMLError):  # damage is said where it is verified
+    except (UserError, LookupError, TypeError, AttributeError, yaml.YAMLError):  # `VerifyCheckpoint` reports damage
         return []
     return list(_changes(before, recipe)) if isinstance(before, dict) else []
 
@@ -39,14 +39,14 @@ def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(now, dict) and before.get("class_path") == now.get("class_path"):
         for name in now:
             inner = key if name == "init_args" else f"{key}.{name}".removeprefix(".")
-            if name in before and inner not in _ABOUT_NO_STEP:
+            if name in before and inner not in _IGNORED:
                 yield from _changes(before[name], now[name], inner)
     elif before != now:
         yield f"{key} {_short(before)} -> {_short(now)}"
 
 
 def _short(value: Any) -> str:
-    """Return a value in a few words: of a class its name."""
+    """Return a short form of a value; a class is represented by its name."""
     if isinstance(value, dict) and isinstance(value.get("class_path"), str):
         return str(value["class_path"].rpartition(".")[2])
     return "null" if value is None else shorten(" ".join(str(value).split()))

@@ -29,7 +29,7 @@ _NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxXoO_:.+-]*")
 
 
 _OTHER_BASES = {8: re.compile(r"[-+]?0[0-7_]+"), 60: re.compile(r"[-+]?[1-9][\d_]*(:[0-5]?\d)+(\.[\d_]*)?")}
-"""Forms of numbers in YAML 1.1 that few people mean: 010 is 8, and 12:30:45 is 45045."""
+"""Numbers that YAML 1.1 does not read in base 10: 010 is 8, and 12:30:45 is 45045."""
 
 
 def lineage(path: Path) -> list[Path]:

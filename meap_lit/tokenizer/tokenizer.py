@@ -320,7 +320,7 @@ class Tokenizer:
                 reserved tokens.
 
         Returns:
-            The first such id, its token here and its token there; None if there is no such id.
+            The first such id, its token in this tokenizer, and its token in `other`; None if there is no such id.
         """
         added = {*self._backend.get_added_tokens_decoder(), *other.get_added_tokens_decoder()}
         here, there = (

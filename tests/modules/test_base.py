@@ -233,7 +233,7 @@ def test_a_resume_with_another_model_is_refused(toy_recipe, change, message):
 
 @pytest.fixture
 def of_another(prepared, tmp_path):
-    """Words for a recipe on data of a tokenizer with as many ids, two of which stand for each other's text."""
+    """Arguments for a recipe whose tokenizer has the same number of ids, with the ids of two tokens exchanged."""
     folder = tmp_path / "another"
     shutil.copytree(prepared.tokenizer, folder, ignore=shutil.ignore_patterns("preparation.json"))
     content = json.loads((folder / "tokenizer.json").read_text())

@@ -80,7 +80,7 @@ def hash_file(file: Path, bar: tqdm | None = None) -> str | None:
 def is_same(before: Iterable[SourceFile], now: Iterable[SourceFile]) -> bool:
     """Return whether files have the same names and contents, in whatever folders they are.
 
-    Files of a name and size of which one was not hashed count as the same.
+    Files without a hash are compared by name and size only.
     """
     states = [Counter((Path(file.path).name, file.bytes, file.sha256) for file in files) for files in (before, now)]
     unknown = {key[:2] for state in states for key in state if key[2] is None}

@@ -52,7 +52,7 @@ class Preparation(ABC):
         return []
 
     def files_read(self, files: Sequence[InputFile]) -> Sequence[InputFile]:
-        """Return those of the `source_files` of which the step reads anything."""
+        """Return the subset of `source_files` that the step reads, in whole or in part."""
         return files
 
     @abstractmethod

@@ -16,7 +16,7 @@ KEY = "sk-very-secret-0123456789"
 
 @pytest.fixture
 def server(monkeypatch):
-    """A judge that finds free what stands in the document word for word; `fail_from` says when it breaks down."""
+    """A judge that accepts text copied verbatim from the document; it fails from request `fail_from` on."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("TEST_KEY", KEY)
 
