@@ -167,7 +167,7 @@ def _check_alike(parts: Sequence[_Part]) -> None:
 def _check_content(parts: Sequence[_Part]) -> None:
     """Make sure that no file of the input changed between the first part and the last.
 
-    A part records the hashes of the files that it reads (none if an earlier version made it). If all hashes of a file are
+    A part records the hashes of the files that it reads, unless an earlier version made it. If all hashes of a file are
     the same but its times differ, it was copied, or it changed after the parts that read it: it is hashed once more.
     """
     hashes: dict[str, tuple[str, _Part]] = {}
