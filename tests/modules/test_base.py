@@ -155,18 +155,18 @@ def test_a_checkpoint_says_which_model_it_holds(any_recipe, tmp_path):
     assert checkpoint["decoder"]["mask_token_id"] == 1
 
 
-def test_a_killed_run_resumes_as_if_nothing_had_happened(any_recipe, tmp_path):
+def test_a_killed_run_resumes_as_if_nothing_had_happened(toy_recipe, tmp_path):
     arguments = ["--budget.max_steps", "60", "--budget.val_every_n_steps", "20"]
-    whole = run(any_recipe, *arguments)
+    whole = run(toy_recipe, *arguments)
     checkpoints = tmp_path / "runs" / "toy" / "version_1" / "checkpoints"
-    process = multiprocessing.get_context("fork").Process(target=run, args=(any_recipe, *arguments))
+    process = multiprocessing.get_context("fork").Process(target=run, args=(toy_recipe, *arguments))
     process.start()
     while process.is_alive() and not (checkpoints / "step=10.ckpt").exists():
         time.sleep(0.01)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, "the run was to be stopped before its end"
-    resumed = run(any_recipe, *arguments, "--ckpt_path", str(checkpoints / "last.ckpt"))
+    resumed = run(toy_recipe, *arguments, "--ckpt_path", str(checkpoints / "last.ckpt"))
     assert_same_weights(whole, resumed)
 
 

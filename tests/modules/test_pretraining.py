@@ -48,10 +48,10 @@ def trainer_of(device="cpu", *, precision="32-true", vocab_size=64):
 
 
 class Recorder(L.Callback):
-    """Keeps what the training steps saw and gave."""
+    """Keeps the losses of the training steps."""
 
     def __init__(self):
-        self.inputs, self.masks, self.losses = [], [], []
+        self.losses = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(float(outputs["loss"]))
@@ -205,30 +205,12 @@ def test_special_and_rare_tokens_are_never_masked(prepared, tmp_path):
     assert module.protected.nonzero().flatten().tolist() == [eos]
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
-def test_the_split_into_micro_batches_changes_nothing(prepared, tmp_path, micro_batch_size):
+def test_the_split_into_micro_batches_changes_nothing(prepared, tmp_path):
     whole, _ = fit(prepared, mask_ratio=0.15, micro_batch_size=8, tmp_path=tmp_path)
-    split, _ = fit(prepared, mask_ratio=0.15, micro_batch_size=micro_batch_size, tmp_path=tmp_path)
-    for name, tensor in whole.decoder.state_dict().items():
-        torch.testing.assert_close(tensor, split.decoder.state_dict()[name], atol=1e-5, rtol=1e-4)
-
-
-def test_a_toy_model_overfits_a_few_sequences():
-    torch.manual_seed(0)
-    config = DecoderConfig(
-        num_layers=2, num_heads=2, num_kv_heads=1, hidden_size=64, intermediate_size=128, max_seq_len=32
-    )
-    module = MEAPPretraining(decoder=config, mask_ratio=0.15, optimizer=AdamW())
-    module.trainer = trainer_of(vocab_size=128)
-    module.configure_model()
-    tokens = torch.randint(0, 127, (4, 33))
-    optimizer = AdamW(lr=1e-2).build(module.decoder)
-    for _ in range(150):
-        loss = module._summed_loss(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.02
+    for micro_batch_size in (1, 2):
+        split, _ = fit(prepared, mask_ratio=0.15, micro_batch_size=micro_batch_size, tmp_path=tmp_path)
+        for name, tensor in whole.decoder.state_dict().items():
+            torch.testing.assert_close(tensor, split.decoder.state_dict()[name], atol=1e-5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ whole runs

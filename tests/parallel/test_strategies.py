@@ -233,12 +233,7 @@ def test_all_groups_of_a_mesh_wait_as_long_as_the_recipe_says(toy_recipe, tmp_pa
             ["--trainer.strategy.shard_size", "3"],
             "1 devices cannot be divided into groups of .*shard_size 3 x tensor_pa",
         ),
-        (["--trainer.strategy.shard_size", "0"], "trainer.strategy.shard_size must be at least 1, got 0"),
         (["--trainer.strategy.timeout_minutes", "0"], "trainer.strategy.timeout_minutes must be above 0, got 0"),
-        (
-            ["--trainer.strategy.tensor_parallel_size", "2"],
-            "1 devices of a node cannot be divided by .*tensor_parallel_size 2;",
-        ),
     ],
 )
 def test_devices_that_do_not_divide_are_named(toy_recipe, options, message):
