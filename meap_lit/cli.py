@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from meap_lit import __version__
-from meap_lit.errors import NO_SPACE, UserError, shorten
+from meap_lit.errors import NO_SPACE, UserError, fix_of_disk, printable, shorten
 from meap_lit.secrets import hide_in_text
 
 USAGE = """\
@@ -139,8 +139,7 @@ def _fault_of_path(error: OSError) -> str | None:
         return f"{shorten(str(error.filename))}: {error.strerror}; name another path"
     if error.errno in NO_SPACE:
         where = f" {error.filename}" if error.filename else ""
-        fix = "name another folder" if error.errno == errno.EROFS else "free some space or name another folder"
-        return f"cannot write{where}: {error.strerror}; {fix}"
+        return f"cannot write{where}: {error.strerror}; {fix_of_disk(error)}"
     return None
 
 
@@ -161,8 +160,7 @@ def _one_line(error: UserError) -> str:
     """Return the message as one printable line of bounded length, without secrets."""
     # the message of a DataLoader's worker process is its traceback, whose last line is the error's own
     text = re.sub(r"(?s)^Caught UserError in .*\n(\w+\.)*UserError: ", "", str(error)).strip()
-    text = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in " ".join(text.split()))
-    return shorten(hide_in_text(text), _LONGEST_LINE)
+    return shorten(hide_in_text(printable(text)), _LONGEST_LINE)
 
 
 # ---------------------------------------------------------------------------------------------- thin commands

@@ -23,6 +23,16 @@ def shorten(text: str, limit: int = 100) -> str:
     return f"{text[:head]}... ({len(text):,} characters) ...{text[-(limit - head) :]}"
 
 
+def printable(text: str) -> str:
+    """Return `text` as one line, with escapes such as `\\x1b` for characters that control a terminal."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in " ".join(text.split()))
+
+
+def fix_of_disk(error: OSError) -> str:
+    """Return what a user can do about an error in `NO_SPACE`."""
+    return "name another folder" if error.errno == errno.EROFS else "free some space or name another folder"
+
+
 def in_one_line(error: BaseException) -> str:
     """Return the message of an exception without line breaks, or its class if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -67,7 +67,7 @@ def current(value: Any, key: str = "") -> Any:
     if isinstance(value, Mapping):
         found: dict[Any, Any] = {}
         for name, entry in value.items():
-            if _plain(f"{key}.{name}") in GONE:
+            if is_gone(f"{key}.{name}"):
                 continue
             new = KEYS.get(_plain(f"{key}.{name}"), name)
             if new != name and new in value:
@@ -92,6 +92,11 @@ def current_key(key: str) -> str:
     for end in range(1, len(parts) + 1):
         parts[end - 1] = KEYS.get(_plain(".".join(parts[:end])), parts[end - 1])
     return ".".join(parts)
+
+
+def is_gone(key: str) -> bool:
+    """Return whether a dotted key has no effect any more."""
+    return _plain(key) in GONE
 
 
 def _plain(key: str) -> str:

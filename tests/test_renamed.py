@@ -131,6 +131,8 @@ def test_keys_and_classes_are_renamed_wherever_a_recipe_names_them():
         ("--model {share: {of: 0.1}}", '--model {"mask_ratio": {"ratio": 0.1}}'),
         (f"--data.preparation+ {OLD_MODULE}.Needle", "--data.preparation+ meap_lit.evaluation.tasks.needle.Needle"),
         ("fit --config share --chat", "fit --config share --chat"),
+        ("fit --probe.batch_size 10 --chat", "fit --chat"),
+        ("fit --probe.batch_size=10 --chat", "fit --chat"),
     ],
 )
 def test_words_are_renamed(old, new):

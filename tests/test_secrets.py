@@ -16,7 +16,7 @@ from meap_lit.data.prepare.text import PrepareText
 from meap_lit.evaluation.command import describe
 from meap_lit.evaluation.task import Task
 from meap_lit.recipe.cli import RecipeCLI
-from meap_lit.secrets import hide_in_text, hide_in_words, is_secret, without_secrets
+from meap_lit.secrets import hide_in_text, hide_in_words, is_secret, with_variables, without_secrets
 
 SECRET = "hunter2-do-not-write"
 
@@ -52,6 +52,12 @@ def test_names_of_secrets(name):
 )
 def test_names_of_other_things(name):
     assert not is_secret(name)
+
+
+def test_the_current_folder_of_the_shell_is_no_secret(monkeypatch):
+    monkeypatch.setenv("PWD", "/home/me/project")
+    monkeypatch.setenv("MY_PWD", "/home/me/hunter2")
+    assert with_variables("/home/me/project/data /home/me/hunter2") == "/home/me/project/data ${oc.env:MY_PWD}"
 
 
 def test_no_option_of_a_recipe_of_ours_is_taken_for_a_secret():

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from meap_lit.callbacks.budget import Budget
 from meap_lit.callbacks.loggers import run_folder
 from meap_lit.checkpoint.checksums import check, checksums, compare_sizes, seal, to_disk
-from meap_lit.checkpoint.find import LAST, age_of
+from meap_lit.checkpoint.find import LAST, age_of, newest_checkpoint
 from meap_lit.checkpoint.folder import StoredCheckpoint, write
 from meap_lit.errors import UserError, check_range
 from meap_lit.files import hold, is_abandoned, is_partial, partial_path, release, remove
@@ -134,6 +134,7 @@ class Checkpoint(callbacks.Checkpoint):
                 f"cannot make the folder of checkpoints {self.dirpath}: {error.strerror}; name another as "
                 f"checkpoint.dirpath"
             ) from error
+        newest = newest_checkpoint(Path(self.dirpath))
         try:
             self._held = hold(Path(self.dirpath)) if self._ranks.rank == 0 else None
         except BlockingIOError as error:
@@ -141,6 +142,8 @@ class Checkpoint(callbacks.Checkpoint):
                 f"another run is writing its checkpoints into {self.dirpath}; wait until it ends, or name another "
                 f"folder as checkpoint.dirpath or trainer.logger.version"
             ) from error
+        if (saved := newest_checkpoint(Path(self.dirpath))) != newest:  # by the run for whose end `hold` waited
+            raise UserError(f"another run has just saved {saved} and ended; repeat the command to resume from it")
         last = Path(self.dirpath, LAST)
         if last.is_dir() and not last.is_symlink():
             raise UserError(f"{last} is a copy of a checkpoint, where a run sets a link to its last one; remove it")
@@ -343,8 +346,10 @@ def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
     try:
         compare_sizes(aside, found)
     except UserError as error:
+        what = str(error).partition(";")[0]
         raise UserError(
-            f"checkpoint.dirpath {path.parent} is not the same folder on all nodes ({error}); name one that they share"
+            f"cannot save checkpoint {path}: {what}; it was removed, or the nodes do not share the folder: name a "
+            f"shared one as checkpoint.dirpath"
         ) from error
     seal(aside, found)
     os.rename(aside, path)

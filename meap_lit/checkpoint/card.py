@@ -39,11 +39,17 @@ def model_card(source: WeightSource, name: str, adapter_only: bool) -> str:
 
 
 def _recipe_of(source: WeightSource) -> dict[str, Any]:
-    """Return the resolved recipe that a run wrote beside its checkpoints, without secrets; empty if there is none."""
-    file = source.path.absolute().parent.parent / "config.yaml"
-    if not isinstance(source, CheckpointSource) or not file.is_file():
+    """Return the resolved recipe of a checkpoint's run, without secrets; empty if there is none.
+
+    A checkpoint of an earlier version has no recipe in it; its run wrote one beside its checkpoints.
+    """
+    if not isinstance(source, CheckpointSource):
         return {}
-    return without_secrets(yaml.safe_load(read_text(file)))
+    text = source.stored.trainer_state.get("recipe", "")
+    file = source.path.absolute().parent.parent / "config.yaml"
+    if not text and file.is_file():
+        text = read_text(file)
+    return without_secrets(yaml.safe_load(text) or {})
 
 
 def _training(source: WeightSource, recipe: dict[str, Any], base: str | None) -> list[str]:

@@ -52,6 +52,7 @@ _INDEX_CLASSES = {
 _KINDS = {
     "global_step": int,
     "saved": float,
+    "recipe": str,
     **dict.fromkeys(("decoder", "hub", "services", "callbacks", "loops"), dict),
 }
 """What the entries of a checkpoint are that are read before anything is restored from it."""

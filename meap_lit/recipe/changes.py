@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from meap_lit.checkpoint.folder import StoredCheckpoint
-from meap_lit.errors import UserError, shorten
+from meap_lit.errors import printable, shorten
 from meap_lit.recipe.file import check_yaml
 from meap_lit.renamed import current
 
@@ -27,10 +27,10 @@ def changes_since(checkpoint: Path, recipe: Mapping[str, Any]) -> list[str]:
         versions have other keys.
     """
     try:
-        text = StoredCheckpoint(checkpoint).trainer_state["recipe"]
+        text = StoredCheckpoint(checkpoint).trainer_state.get("recipe", "")
         check_yaml(text, "recipe")
         before = current(yaml.safe_load(text))
-    except (UserError, LookupError, TypeError, AttributeError, yaml.YAMLError):  # `VerifyCheckpoint` reports damage
+    except (ValueError, yaml.YAMLError):  # `VerifyCheckpoint` reports damage
         return []
     return list(_changes(before, recipe)) if isinstance(before, dict) else []
 
@@ -41,6 +41,9 @@ def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
             inner = key if name == "init_args" else f"{key}.{name}".removeprefix(".")
             if name in before and inner not in _IGNORED:
                 yield from _changes(before[name], now[name], inner)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (was, entry) in enumerate(zip(before, now, strict=True)):
+            yield from _changes(was, entry, f"{key}.{number}")
     elif before != now:
         yield f"{key} {_short(before)} -> {_short(now)}"
 
@@ -49,4 +52,4 @@ def _short(value: Any) -> str:
     """Return a short form of a value; a class is represented by its name."""
     if isinstance(value, dict) and isinstance(value.get("class_path"), str):
         return str(value["class_path"].rpartition(".")[2])
-    return "null" if value is None else shorten(" ".join(str(value).split()))
+    return "null" if value is None else shorten(printable(str(value)))

@@ -42,7 +42,7 @@ from meap_lit.checkpoint.folder import StoredCheckpoint
 from meap_lit.data.datamodule import StreamingData
 from meap_lit.data.finetuning import FineTuningData
 from meap_lit.data.pretraining import PretrainingData
-from meap_lit.errors import NO_SPACE, UserError
+from meap_lit.errors import NO_SPACE, UserError, fix_of_disk
 from meap_lit.files import write_file
 from meap_lit.modules import MEAPFineTuning, MEAPPretraining
 from meap_lit.modules.cpu_memory import keep_freed_memory
@@ -326,7 +326,7 @@ class RecipeCLI:
             saved = getattr(self.trainer.checkpoint_callback, "last_saved", None) or self.trainer.ckpt_path
             where = full.filename or next((logger.save_dir for logger in self.trainer.loggers), None) or "the disk"
             raise UserError(
-                f"cannot write into {where}: {full.strerror}; free some space or name another folder, such as "
+                f"cannot write into {where}: {full.strerror}; {fix_of_disk(full)}, such as "
                 f"trainer.logger.save_dir; last good checkpoint: {saved or 'none was saved yet'}"
             ) from error
 

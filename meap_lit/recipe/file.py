@@ -15,7 +15,7 @@ from jsonargparse import get_loader
 from meap_lit.errors import UserError, in_one_line
 from meap_lit.files import decode
 from meap_lit.recipe import packaged
-from meap_lit.renamed import current, current_key
+from meap_lit.renamed import current, current_key, is_gone
 
 MAX_BYTES = 10_000_000
 MAX_LEVELS = 50
@@ -111,9 +111,9 @@ def check_words(words: Sequence[str]) -> None:
 def recipe_words(words: Sequence[str]) -> list[str]:
     """Return the words of a command that reads recipes, as the parser takes them.
 
-    Old names are replaced by current ones, and `--model.decoder.vocab_size null` by
-    `--model.decoder={vocab_size: null}`: jsonargparse (4.53) passes a value to a class within a class as text, in which
-    null has become the word None.
+    Old names are replaced by current ones, options without effect are left out. `--model.decoder.vocab_size null` is
+    replaced by `--model.decoder={vocab_size: null}`: jsonargparse (4.53) passes a value to a class within a class as
+    text, in which null has become the word None.
     """
     taken: list[str] = []
     option = ""
@@ -121,6 +121,9 @@ def recipe_words(words: Sequence[str]) -> list[str]:
         starts = word.startswith("--")
         option, equals, value = word.partition("=") if starts else (option, "", word)
         option = f"--{current_key(option[2:])}" if starts else option
+        if is_gone(option[2:]):
+            option = "" if equals or not starts else option
+            continue
         if option == "--base":
             raise UserError("`base` is a key of recipe files; on the command line give both recipes with --config")
         value = _current_text(value, option[2:].removesuffix("+"))

@@ -228,9 +228,11 @@ def _has_beginning(curves: Curves, config: dict[str, Any], start: int | None) ->
         config: Recipe of the first part.
         start: Step at which the first part resumed from a checkpoint of another folder, if it did.
     """
-    first = min(point.step for points in curves.values() for point in points)
-    # at least Lightning's default: the first part of a run that resumed in its own folder may have had another one
-    interval = max(50, config["trainer"].get("log_every_n_steps") or 50)
+    earliest = min((points for points in curves.values() if points), key=lambda points: points[0].step)
+    first = earliest[0].step
+    # the first part of a run that resumed in its own folder may have had another interval than its recipe says now
+    between = earliest[1].step - first if len(earliest) > 1 else 0
+    interval = max(50, config["trainer"].get("log_every_n_steps") or 50, between)
     return first <= (min(interval, start) if start else interval)
 
 

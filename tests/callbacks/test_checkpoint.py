@@ -215,7 +215,7 @@ def test_a_checkpoint_without_the_files_of_another_node_is_not_published(tmp_pat
     write({"state_dict": {"weight": torch.ones(3)}, "optimizer_states": [], "global_step": 2}, aside)
     found = {**checksums(aside), "__1_0.distcp": Checksum(10, "0")}
     with pytest.raises(
-        UserError, match=rf"^checkpoint.dirpath {tmp_path} is not the same folder on all nodes \(.*__1_0"
+        UserError, match=rf"^cannot save checkpoint {path}: checkpoint file .*__1_0.distcp is missing; "
     ):
         _publish(aside, path, found)
     assert not path.exists()
@@ -235,6 +235,23 @@ def test_a_folder_into_which_another_run_writes_is_refused_and_left_alone(toy_re
     release(held)
     RecipeCLI.run([*words, "--budget.max_steps", "2", "--data.num_workers", "1"])
     RecipeCLI.run([*words, "--budget.max_steps", "3", "--ckpt_path", "last"])  # the first has let go
+
+
+def test_a_run_does_not_go_on_from_a_checkpoint_that_is_no_longer_the_newest(toy_recipe, tmp_path, monkeypatch):
+    """The run before it saves while this one waits for its folder."""
+    words = ["fit", "--config", str(toy_recipe), "--trainer.logger.version", "main", "--budget.max_steps"]
+    RecipeCLI.run([*words, "2"])
+    folder = tmp_path / "runs" / "toy" / "main" / "checkpoints"
+
+    def hold_later(path):
+        shutil.copytree(folder / "step=2.ckpt", folder / "step=3.ckpt")
+        (folder / "last.ckpt").unlink()
+        (folder / "last.ckpt").symlink_to("step=3.ckpt")
+        return hold(path)
+
+    monkeypatch.setattr("meap_lit.callbacks.checkpoint.hold", hold_later)
+    with pytest.raises(UserError, match=rf"^another run has just saved {folder}/step=3.ckpt and ended; repeat"):
+        RecipeCLI.run([*words, "4", "--ckpt_path", "last"])
 
 
 def test_nodes_with_folders_of_their_own_are_named(tmp_path, monkeypatch):

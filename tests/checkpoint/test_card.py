@@ -24,6 +24,15 @@ def test_the_card_of_a_run_has_its_recipe_without_secrets(toy_recipe, tmp_path):
     assert "hunter2" not in card
 
 
+def test_the_card_of_a_checkpoint_has_the_recipe_that_made_it(toy_recipe, tmp_path):
+    fit = ["fit", "--config", str(toy_recipe), "--trainer.logger.version", "main", "--budget.max_steps"]
+    assert main([*fit, "1"]) == main([*fit, "2", "--ckpt_path", "last", "--model.mask_ratio", "0"]) == 0
+    checkpoints = tmp_path / "runs" / "toy" / "main" / "checkpoints"
+    for step, ratio in ((1, 0.15), (2, 0.0)):
+        card = model_card(open_source(checkpoints / f"step={step}.ckpt"), "org/toy", adapter_only=False)
+        assert f"input tokens that were masked (mask_ratio): {ratio}\n" in card
+
+
 def test_the_card_of_a_folder_says_no_more_than_it_knows(source_folder):
     card = model_card(open_source(source_folder), "org/toy", adapter_only=False)
     assert "mask_ratio" not in card

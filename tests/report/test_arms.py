@@ -5,6 +5,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from meap_lit.callbacks import Budget, RetrievalProbe
+from meap_lit.callbacks.metrics import MetricsTable
 from meap_lit.data.finetuning import FineTuningData
 from meap_lit.data.pretraining import PretrainingData
 from meap_lit.errors import UserError
@@ -181,6 +182,19 @@ def test_a_plain_run_that_resumed_in_its_folder_is_a_baseline(tmp_path):
     write_run(tmp_path / "meap", recipe("meap", 1, 0.15))
     (study,) = find_studies(find_runs([str(tmp_path)]))
     assert study.arms[0].is_plain
+
+
+def test_a_run_that_logs_more_often_since_its_resume_has_its_beginning(tmp_path):
+    """Its recipe has the new `trainer.log_every_n_steps` only."""
+    folder = tmp_path / "ntp"
+    config = recipe("ntp", 1, 0, ckpt_path=str(folder / "checkpoints/step=200.ckpt"))
+    write_run(folder, config, summary={"first_step": 200, "seconds": 1.0})
+    (folder / "curves.csv").unlink()
+    table = MetricsTable(folder, 0)
+    for step in (100, 200, 210, 220):
+        table.log_metrics({"val/loss": 1.0}, step - 1)
+    (run,) = find_runs([str(tmp_path)])
+    assert run.has_beginning
 
 
 def test_the_path_of_a_dataset_does_not_make_an_arm(tmp_path):

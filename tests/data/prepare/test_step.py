@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -187,6 +188,49 @@ def test_an_edit_that_keeps_the_size_is_noticed_and_a_copy_is_not(tmp_path, toke
     step.ensure(check_sources=False)
     source.unlink()
     step.ensure()
+
+
+def state(path, sha256, size=5):
+    return sources.SourceFile(path, size, 0, sha256)
+
+
+def test_a_file_that_is_not_read_hides_no_edit_of_another_of_its_name():
+    before = [state("a/x.txt", "1"), state("b/x.txt", None)]
+    assert sources.is_same(before, [state("a/x.txt", "1"), state("b/x.txt", None)])
+    assert not sources.is_same(before, [state("a/x.txt", "2"), state("b/x.txt", None)])
+    assert sources.is_same([state("a/x.txt", "1")], [state("copy/x.txt", "1")])
+    assert not sources.is_same([state("a/x.txt", "1")], [state("copy/x.txt", "2")])
+
+
+def test_a_file_that_cannot_be_read_once_is_known_by_its_hash_later(tmp_path, tokenizer_folder, monkeypatch):
+    source, output = tmp_path / "in.txt", tmp_path / "out"
+    source.write_text("one")
+    step = PrepareText(output=str(output), input=[str(source)], tokenizer=tokenizer_folder, val_share=0, num_workers=1)
+    step.ensure()
+    os.utime(source, (0, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "hash_file", lambda *args: None)
+        step.ensure()
+    source.write_text("two")
+    with pytest.raises(UserError, match="was made of other files"):
+        step.ensure()
+
+
+def test_pieces_of_a_large_file_are_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_PIECE", 10)
+    monkeypatch.setattr(sources, "_NUM_PIECES", 4)
+    file, content = tmp_path / "x", bytearray(range(100))
+
+    def hash_of(place=None):
+        file.write_bytes(bytes(0 if number == place else byte for number, byte in enumerate(content)))
+        return sources.hash_file(file)
+
+    assert [place for place in range(100) if hash_of(place) == hash_of()] == [
+        *[0],  # a zero already
+        *[*range(10, 30), *range(40, 60), *range(70, 90)],
+    ]
+    content = content[:40]
+    assert hash_of() == hashlib.sha256(content).hexdigest()
 
 
 def test_an_edited_template_of_the_same_size_is_noticed(tmp_path, tokenizer_folder):
