@@ -142,6 +142,12 @@ class Study:
         ]
         return bootstrap(seeds) if any(seeds) else None
 
+    def over_seeds(self, arm: str, other: str) -> Difference:
+        """Return arm minus `other` of the main measure, by the t interval over the means of the seeds."""
+        results = self.results[self.setting.main]
+        seeds = self.seeds(self.setting.main, other, arm)
+        return t_interval([results[arm, seed].mean().value - results[other, seed].mean().value for seed in seeds])
+
     def loss_difference(self, arm: str, other: str) -> Difference | None:
         """Return arm minus `other` of the clean validation loss, by the t interval over seeds."""
         seeds = [seed for one, seed in self.runs if one == arm and (other, seed) in self.runs]
@@ -242,16 +248,18 @@ def page(setting: Setting) -> str:
     rows = []
     for number, (arm, other) in enumerate(setting.hypotheses, start=1):
         change = study.difference(setting.main, arm, other)
-        words = ["not run", "", ""]
+        words = ["not run", "", "", ""]
         if change is not None:
-            words = [change.text(1), str(change.num_seeds), verdict(change, setting)]
+            over_seeds = study.over_seeds(arm, other)
+            t_text = "" if change.num_seeds == 1 else f"[{over_seeds.low:+.1f}, {over_seeds.high:+.1f}]"
+            words = [change.text(1), t_text, str(change.num_seeds), verdict(change, setting)]
         rows.append([f"H{number}", f"`{arm}` minus `{other}`", *words])
     arm, other = setting.hypotheses[0]
     clean = study.loss_difference(arm, other) if setting.held_out_loss else None
     if clean is not None and clean.num_seeds == setting.num_seeds:
-        words = [clean.text(4), str(clean.num_seeds), "at most 0.02" if clean.high < 0.02 else "open"]
+        words = [clean.text(4), "", str(clean.num_seeds), "at most 0.02" if clean.high < 0.02 else "open"]
         rows.append([f"H{len(rows) + 1}", f"held-out loss, `{arm}` minus `{other}`", *words])
-    lines += _table(["", "difference", "95%", "seeds", "verdict"], rows)
+    lines += _table(["", "difference", "95%", "t over seeds", "seeds", "verdict"], rows)
     lengths = {arm: text for arm in study.arms if (text := _words(study, arm))}
     if lengths:
         lines += ["", "Words in the line that is scored, on average:", ""]
@@ -273,7 +281,9 @@ def page(setting: Setting) -> str:
 
 _INTRODUCTION = """`python docs/study/records.py {setting}` writes this page from the records beside it. The
 [plan]({plan}) has the arms, the measures and the rules. Differences are paired over seeds and items, with a
-bootstrap interval of 95%; those of the held-out loss have the t interval over seeds."""
+bootstrap interval of 95%; those of the held-out loss have the t interval over seeds. A bootstrap interval of three
+seeds is too narrow where seeds differ more than items, so the main measure has the t interval beside it. Verdicts
+follow the plan."""
 
 
 def _items(results: dict[Part, Result]) -> str:

@@ -15,7 +15,7 @@ from meap_lit.data.datamodule import StreamingData
 from meap_lit.errors import UserError
 from meap_lit.masking import Constant
 from meap_lit.modules.base import DecoderModule
-from meap_lit.report.runs import RATIO, Kind, Run, shown
+from meap_lit.report.runs import RATIO, Kind, Run, holder, shown
 
 _PARTS: dict[str, Any] = {"model": DecoderModule, "data": StreamingData, "budget": Budget, "probe": RetrievalProbe}
 """Parts of a recipe besides `trainer`, and the classes that take them; `incidental` are options without influence."""
@@ -211,9 +211,8 @@ def _origin(run: Run, runs: Sequence[Run]) -> Run | None:
     if not start:
         return None
     path = Path(start).resolve()
-    around = [other for other in runs if other.holds(path)]
     below = [other for other in runs if path == other.path.resolve().parent]
-    return next(reversed(around or below), None)
+    return holder(path, runs) or next(reversed(below), None)
 
 
 _BEFORE = "before "

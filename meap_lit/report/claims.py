@@ -1,6 +1,7 @@
 """Claims that a study tests, read from a file of the study, each with its verdict."""
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ CLAIMS_FILE = "recipes/study/claims.yaml"
 SUPPORTED = "supported"
 NOT_SUPPORTED = "not supported"
 NOT_TESTED = "not tested at this scale"
+_ENOUGH_SEEDS = 5
+"""With fewer, the bootstrap interval of a score may cover far less than 95%. Simulated with 30 items whose standard
+deviation is 0.3 of that of the seeds: 54% with two seeds, 78% with three, 85% with five."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +146,11 @@ def verdict(change: Difference, margin: float = 0.0) -> str:
         text = f"{NOT_SUPPORTED}: the interval is below {bound}, on the other side"
     else:
         text = f"{NOT_SUPPORTED}: the interval includes {bound}"
-    return text if change.num_seeds > 1 else f"{text} (one seed: says nothing about other seeds)"
+    if change.num_seeds == 1:
+        return f"{text} (one seed: says nothing about other seeds)"
+    is_bootstrap = change.n > change.num_seeds  # over items too; the t interval is as wide as few seeds need
+    few = is_bootstrap and change.num_seeds < _ENOUGH_SEEDS
+    return f"{text} ({change.num_seeds} seeds: a bootstrap interval is too narrow)" if few else text
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,9 @@ def _score(case: Case) -> Iterator[Tested]:
         change = score.change(case.arm, case.baseline)
         if change is not None:
             note = case.claims.note(score.result.task.name, score.result.options)
-            before, after = (score.format(score.mean(arm)) for arm in (case.baseline, case.arm))
+            values = [score.by_seed(arm) for arm in (case.baseline, case.arm)]
+            seeds = [seed for seed in values[0] if seed in values[1]]
+            before, after = (score.format(statistics.mean(value[seed] for seed in seeds)) for value in values)
             yield (
                 f"{name}{note}: {before} to {after}",
                 in_words(change, score.digits),

@@ -3,11 +3,12 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from meap_lit.errors import UserError
 from meap_lit.evaluation.results import RESULT_FILE, load
 from meap_lit.evaluation.task import Result
-from meap_lit.report.runs import Run, find_moved
+from meap_lit.report.runs import Run, find_moved, holder
 
 Evaluations = dict[str, dict[Path, Result]]
 """Results by the name of the evaluation, then by the folder of the run."""
@@ -70,11 +71,16 @@ def _name(result: Result) -> str:
 def _run_of(result: Result, runs: Sequence[Run]) -> Run | None:
     """Return the run that the checkpoint belongs to, also if it was moved since."""
     path = Path(result.about["checkpoint"])
-    for run in runs:
-        if run.holds(path):
-            return run
+    if (run := holder(path, runs)) is not None:
+        return run
     moved = find_moved(path, [run.path for run in runs])
-    return next((run for run in runs if run.path == moved), None)
+    return next((run for run in runs if run.path == moved and _is_of_model(result, run)), None)
+
+
+def _is_of_model(result: Result, run: Run) -> bool:
+    """Return whether a result is of the run's model; a run of another study may have a folder of the same names."""
+    model = result.about.get("model", {})
+    return all(run.decoder[key] == model[key] for key in run.decoder.keys() & model.keys() - {"max_seq_len"})
 
 
 def _age(result: Result) -> tuple[int, str]:
@@ -82,7 +88,7 @@ def _age(result: Result) -> tuple[int, str]:
 
 
 def check_items(results: Sequence[Result]) -> None:
-    """Raise `UserError` unless these results of one evaluation have the same items, with scores that compare."""
+    """Raise `UserError` unless these results of one evaluation have the same items and options, and compare."""
     first, *others = results
     for other in others:
         if other.about["items"] != first.about["items"]:
@@ -90,4 +96,29 @@ def check_items(results: Sequence[Result]) -> None:
                 f"evaluation {_name(first)} has other items in {other.path} than in {first.path} (hashes differ), so "
                 f"their scores do not compare; give evaluate the same options for all runs, or another --name"
             )
+        before, after = _settings(first), _settings(other)
+        for key in before.keys() & after.keys():
+            if not _is_alike(before[key], after[key]):
+                raise UserError(
+                    f"evaluation {_name(first)} has {key} {after[key]} in {other.path} and {before[key]} in "
+                    f"{first.path}, so their scores do not compare; give evaluate the same options for all runs, or "
+                    f"another --name"
+                )
         first.task.check_pair(first, other)
+
+
+def _settings(result: Result) -> dict[str, Any]:
+    """Return what answers depend on besides the items."""
+    dtype = {"dtype": result.about["dtype"]} if "dtype" in result.about else {}
+    return {f"task.{name}": value for name, value in result.options.items()} | dtype
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    """Compare values of options; of a path the last part counts, since the items have its content."""
+    if isinstance(one, str) and isinstance(other, str):
+        return Path(one).name == Path(other).name
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(map(_is_alike, one, other))
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return all(_is_alike(value, other[key]) for key, value in one.items())
+    return bool(one == other)

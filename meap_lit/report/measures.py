@@ -69,7 +69,10 @@ class Measure(ABC):
 
     def change_text(self, arm: Arm, baseline: Arm) -> str:
         change = self.change(arm, baseline)
-        return "no seed in common" if change is None else in_words(change, self.digits)
+        if change is None:
+            return "no seed in common"
+        others = self.by_seed(arm).keys() ^ self.by_seed(baseline).keys()
+        return in_words(change, self.digits) + (f", without seed {', '.join(sorted(others))}" if others else "")
 
 
 @dataclass(frozen=True)

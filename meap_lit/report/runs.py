@@ -55,7 +55,7 @@ class Run:
 
     def holds(self, path: Path) -> bool:
         """Return whether a resolved path is one of the run's folders or inside one."""
-        return any(folder.resolve() in (path, *path.parents) for folder in self.folders)
+        return any(_is_in(path, folder) for folder in self.folders)
 
     @property
     def kind(self) -> Kind:
@@ -121,6 +121,16 @@ class Run:
         return max((point.value for point in self.curves.get("memory/gigabytes", [])), default=None)
 
 
+def _is_in(path: Path, folder: Path) -> bool:
+    return folder.resolve() in (path, *path.parents)
+
+
+def holder(path: Path, runs: Sequence[Run]) -> Run | None:
+    """Return the run that holds a resolved path; of several, because one began as a part of another, the one itself."""
+    holding = [run for run in runs if run.holds(path)]
+    return next((run for run in holding if _is_in(path, run.path)), holding[-1] if holding else None)
+
+
 def find_runs(folders: Sequence[str]) -> list[Run]:
     """Return the runs in these folders and below, each with the parts that it was resumed from.
 
@@ -140,7 +150,11 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
         paths.update(dict.fromkeys(found))
     configs = {path: _read_config(path) for path in paths}
     sources = {path: _resumed_from(configs[path], paths) for path in paths}
-    continued = {source for path, source in sources.items() if source != path}
+    continued = {
+        source
+        for path, source in sources.items()
+        if source is not None and source != path and not _is_branch(configs[path], configs[source], source)
+    }
     return [_open(_parts(path, sources), configs, sources) for path in paths if path not in continued]
 
 
@@ -168,6 +182,16 @@ def _resumed_from(config: dict[str, Any], paths: dict[Path, None]) -> Path | Non
     checkpoint = Path(config["ckpt_path"]).resolve()
     found = next((path for path in paths if path.resolve() in checkpoint.parents), None)
     return found or find_moved(checkpoint, paths)
+
+
+def _is_branch(config: dict[str, Any], of_source: dict[str, Any], source: Path) -> bool:
+    """Return whether a run resumed with another recipe from a checkpoint that its source has trained beyond.
+
+    Then the source is a run of its own, such as a plain run that one with masks has begun with.
+    """
+    age, newest = age_of(config["ckpt_path"]), newest_checkpoint(source)
+    last = max(_read_summary(source).get("last_step", 0), (age_of(newest) or (0, 0))[0] if newest else 0)
+    return age is not None and last > age[0] and any(config[part] != of_source[part] for part in ("model", "data"))
 
 
 def find_moved(checkpoint: Path, folders: Iterable[Path]) -> Path | None:

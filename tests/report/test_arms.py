@@ -123,7 +123,7 @@ def test_fine_tuning_is_grouped_by_the_arm_that_it_started_from(tmp_path):
 
 
 def test_a_run_that_masked_before_it_was_resumed_is_not_plain(tmp_path):
-    first = write_run(tmp_path / "annealed/version_0", recipe("annealed", 1, 0.15))
+    first = write_run(tmp_path / "annealed/version_0", recipe("annealed", 1, 0.15), saved=20)
     resumed = recipe("annealed", 1, 0, ckpt_path=str(first / "checkpoints" / "step=20.ckpt"))
     write_run(tmp_path / "annealed/version_1", resumed)
     write_run(tmp_path / "ntp", recipe("ntp", 1, 0))
@@ -147,7 +147,7 @@ def test_the_logged_ratio_tells_that_a_run_masked_before_it_was_resumed_in_its_f
 
 
 def test_a_run_that_was_moved_keeps_what_it_was_before_it_was_resumed(tmp_path):
-    first = write_run(tmp_path / "runs/m/version_0", recipe("m", 1, 0.15))
+    first = write_run(tmp_path / "runs/m/version_0", recipe("m", 1, 0.15), saved=20)
     resumed = recipe("m", 1, 0, ckpt_path=str(first / "checkpoints" / "step=20.ckpt"))
     write_run(tmp_path / "runs/m/version_1", resumed, first_step=30)
     (tmp_path / "runs").rename(tmp_path / "archive")

@@ -8,6 +8,7 @@ from meap_lit.evaluation.statistics import Difference
 from meap_lit.report.arms import find_studies
 from meap_lit.report.claims import CLAIMS_FILE, find, read, verdict
 from meap_lit.report.evaluations import find_evaluations
+from meap_lit.report.measures import Score
 from meap_lit.report.runs import find_runs
 from tests.support.toy_study import recipe, write_result, write_run
 
@@ -17,7 +18,8 @@ CLAIMS = read(CLAIMS_FILE)
 @pytest.mark.parametrize(
     ("low", "high", "num_seeds", "margin", "says"),
     [
-        (0.1, 2.0, 3, 0.0, "supported"),
+        (0.1, 2.0, 5, 0.0, "supported"),
+        (0.1, 2.0, 3, 0.0, "supported (3 seeds: a bootstrap interval is too narrow)"),
         (0.0, 2.0, 3, 0.0, "not supported: the interval includes 0"),
         (-1.0, 2.0, 3, 0.0, "not supported: the interval includes 0"),
         (-2.0, -0.1, 3, 0.0, "not supported: the interval is below 0, on the other side"),
@@ -29,7 +31,8 @@ CLAIMS = read(CLAIMS_FILE)
     ],
 )
 def test_verdicts(low, high, num_seeds, margin, says):
-    assert verdict(Difference(0.0, low, high, num_seeds, num_seeds), margin) == says
+    num_items = 100 if "bootstrap" in says else num_seeds  # the t interval is over seeds alone
+    assert verdict(Difference(0.0, low, high, num_items, num_seeds), margin) == says
 
 
 def test_findings_of_a_study(tmp_path):
@@ -43,7 +46,8 @@ def test_findings_of_a_study(tmp_path):
     found = {finding.claim: finding for finding in find(CLAIMS, find_studies(runs), evaluations)}
     needle = found["retrieval from context is better (needle in a haystack)"]
     assert needle.ours == "needle: 0.00 to 100.00"
-    assert (needle.difference, needle.verdict) == ("+100.00 [+100.00, +100.00]", "supported")
+    assert needle.difference == "+100.00 [+100.00, +100.00]"
+    assert needle.verdict == "supported (2 seeds: a bootstrap interval is too narrow)"
     emergence = found["retrieval emerges after fewer tokens"]
     assert emergence.ours == "probe: 960/960 to 320/320 tokens"
     assert (emergence.difference, emergence.verdict) == ("-640 [-640, -640]", "supported")
@@ -51,6 +55,21 @@ def test_findings_of_a_study(tmp_path):
     assert (speed.difference, speed.verdict) == ("+0.0 [+0.0, +0.0]", "supported")
     assert found["multi-document QA: better after fine-tuning"].verdict == "not tested at this scale"
     assert len(found) == len(CLAIMS.claims) == 12
+
+
+def test_values_and_difference_are_of_the_same_seeds(tmp_path):
+    for arm, ratio, scores in (("ntp", 0, (50.0, 50.0, 80.0)), ("meap", 0.15, (52.0, 52.0))):
+        for seed, score in enumerate(scores, start=1):
+            run = write_run(tmp_path / f"runs/{arm}_{seed}", recipe(arm, seed, ratio))
+            write_result(tmp_path / f"out/needle/{arm}_{seed}", run, {"a": score, "b": score}, task="needle")
+    runs = find_runs([str(tmp_path / "runs")])
+    evaluations, _ = find_evaluations([str(tmp_path / "out")], runs)
+    (study,) = find_studies(runs)
+    found = {finding.claim: finding for finding in find(CLAIMS, [study], evaluations)}
+    needle = found["retrieval from context is better (needle in a haystack)"]
+    assert (needle.ours, needle.difference) == ("needle: 50.00 to 52.00", "+2.00 [+2.00, +2.00]")
+    baseline, arm = study.arms
+    assert Score(evaluations["needle"]).text(arm, baseline) == "52.00 (+2.00 [+2.00, +2.00], without seed 3)"
 
 
 def test_a_claim_is_about_the_arm_with_the_papers_ratio(tmp_path):
@@ -90,7 +109,8 @@ def test_a_loss_is_better_where_it_is_lower_and_other_differences_are_said(tmp_p
         (finding,) = find(read(str(file)), find_studies(runs), evaluations)
         assert finding.ours.endswith(" (also differs in budget.max_steps 40)")
         said.append(finding.verdict)
-    assert said == ["not supported: the interval is below -0.05, on the other side", "supported"]
+    few = "(2 seeds: a bootstrap interval is too narrow)"
+    assert said == [f"not supported: the interval is below -0.05, on the other side {few}", f"supported {few}"]
 
 
 def test_retrieval_that_never_emerges_where_that_of_the_baseline_does_is_a_verdict(tmp_path):

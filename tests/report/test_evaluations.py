@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 
 import pytest
 
@@ -78,6 +79,50 @@ def test_other_items_do_not_compare(two_arms, tmp_path):
     found, _ = find_evaluations([str(tmp_path / "evaluations")], find_runs([str(tmp_path / "runs")]))
     with pytest.raises(UserError, match=r"evaluation kv has other items in .*b/result.json than in .*a/result.json"):
         check_items(list(found["kv"].values()))
+
+
+@pytest.mark.parametrize(
+    ("option", "there", "message"),
+    [
+        ("max_new_tokens", 100, "task.max_new_tokens 100 in .*b/result.json and 5 in .*a/result.json"),
+        ("dtype", "bfloat16", "dtype bfloat16 in .*b/result.json and float32 in"),
+        ("path", "/mnt/data/nq.jsonl", None),
+    ],
+)
+def test_answers_of_other_options_do_not_compare(two_arms, tmp_path, option, there, message):
+    here = {"max_new_tokens": 5, "path": "data/nq.jsonl", "dtype": "float32"}
+    for label, run, options in (("a", "ntp_1", here), ("b", "meap_1", {**here, option: there})):
+        folder = write_result(
+            tmp_path / "evaluations/kv" / label, two_arms[run], {"a": 1.0}, dtype=options.pop("dtype")
+        )
+        content = json.loads((folder / "result.json").read_text())
+        content["results"][0]["about"]["task"]["init_args"] = options
+        (folder / "result.json").write_text(json.dumps(content))
+    found, _ = find_evaluations([str(tmp_path / "evaluations")], find_runs([str(tmp_path / "runs")]))
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_items(list(found["kv"].values()))
+
+
+def test_a_result_of_another_model_in_a_folder_of_the_same_names_is_not_of_a_run(two_arms, tmp_path):
+    elsewhere = tmp_path / "other/machine/runs/meap_1/version_0"
+    write_result(tmp_path / "evaluations/kv/x", elsewhere, {"a": 1.0}, model={"hidden_size": 4096})
+    found, num_others = find_evaluations([str(tmp_path / "evaluations")], find_runs([str(tmp_path / "runs")]))
+    assert not found
+    assert num_others == 1
+
+
+def test_a_run_that_another_began_with_keeps_its_results(two_arms, tmp_path):
+    """One with masks resumed from step 20 of a plain run that went on."""
+    checkpoint = two_arms["ntp_1"] / "checkpoints/step=20.ckpt"
+    late = recipe("late", 1, 0.15, ckpt_path=str(checkpoint))
+    branch = write_run(tmp_path / "runs/late_1/version_0", late, first_step=30)
+    for name, run in (("plain", two_arms["ntp_1"]), ("late", branch)):
+        write_result(tmp_path / f"evaluations/kv/{name}", run, {"a": 1.0 if name == "late" else 0.0})
+    runs = find_runs([str(tmp_path / "runs")])
+    found, _ = find_evaluations([str(tmp_path / "evaluations")], runs)
+    assert {run: result.label for run, result in found["kv"].items()} == {two_arms["ntp_1"]: "plain", branch: "late"}
+    (study,) = find_studies(runs)
+    assert {arm.name: list(arm.runs) for arm in study.arms} == {"ntp": ["1", "2"], "meap": ["1", "2"], "late": ["1"]}
 
 
 def test_scores_of_other_judges_do_not_compare(two_arms, tmp_path):

@@ -49,9 +49,9 @@ def recipe(name, seed=1, ratio=0.0, *, init_from=None, fine_tuning=False, schedu
 
 
 def write_run(
-    folder: Path, config, losses=(3.0, 2.0, 1.0), accuracies=(), *, first_step=10, summary=None, older=False
+    folder: Path, config, losses=(3.0, 2.0, 1.0), accuracies=(), *, first_step=10, saved=30, summary=None, older=False
 ) -> Path:
-    """A run that validated every ten steps and saved after the last; an older one has only events of TensorBoard."""
+    """A run that validated every ten steps and saved once; an older one has only events of TensorBoard."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     write = write_events if older else write_table
@@ -61,7 +61,7 @@ def write_run(
         "decoder": {"config": {**DECODER, "vocab_size": 8}},
         "PretrainingData": {"datasets": {"data/text": "f" * 64}},
     }
-    save_as_0_1(content, folder / "checkpoints" / "step=30.ckpt")
+    save_as_0_1(content, folder / "checkpoints" / f"step={saved}.ckpt")
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder

@@ -172,13 +172,18 @@ class RecordedJudge(Judge):
     file: str
 
     def judge(self, records: Sequence[Record]) -> list[Judgement]:
-        known = {}
+        known: dict[tuple[str, str], Judgement] = {}
         for row in read_rows(self.file):
             verdict = row.value("verdict")
             if verdict is not None and not isinstance(verdict, bool):
                 raise row.error(f"verdict must be true, false or null, got {json.dumps(verdict)}")
             explanation = row.text("explanation") if "explanation" in row.fields else ""
-            known[row.text("id"), row.text("model_answer")] = Judgement(verdict, explanation)
+            key = row.text("id"), row.text("model_answer")
+            if known.setdefault(key, Judgement(verdict, explanation)).verdict != verdict:
+                raise row.error(  # ids of two datasets may be equal
+                    f"another verdict on the same summary of {key[0]} is above; use one file for each dataset, or "
+                    f"remove one of the lines"
+                )
         judgements = []
         for record in records:
             judgement = known.get((record["id"], record["model_answer"]))
