@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 from jsonargparse import Namespace
 
 from meap_lit.recipe.cli import KEYS, RecipeCLI, check_pair
+from meap_lit.recipe.explain import input_errors
 from meap_lit.recipe.parser import Parser
 
 
@@ -47,7 +48,8 @@ class DryRunCLI(RecipeCLI):
 
     def build(self) -> None:
         recipe = self.config
-        self.parts = self.parser.instantiate(Namespace(model=recipe.model, data=recipe.data, budget=recipe.budget))
+        with input_errors(KEYS):
+            self.parts = self.parser.instantiate(Namespace(model=recipe.model, data=recipe.data, budget=recipe.budget))
         check_pair(self.parts.model, self.parts.data)
         names = (field.name for field in dataclasses.fields(self.options_class))
         self.options = self.options_class(**{name: recipe[name] for name in names})

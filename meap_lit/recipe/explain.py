@@ -234,7 +234,7 @@ def _explain_words(core: str, where: str, known: Known) -> str | None:
         if where:  # of a class, the rest says that the value is of no other type either
             return f"{where}: {match[0]}"
         needed = ", ".join(f"--{name}" for name in match[2].split(", "))
-        return match[1] + needed + ("; name a recipe with --config FILE" if "base" in known else "")
+        return match[1] + needed + ("; name a recipe with --config FILE (null is no value)" if "base" in known else "")
     if match := re.match(r"unrecognized arguments: --([^\s=]+)", core):
         return _at(where, core + _key_hint(match[1], known, "--"))
     if match := re.match(r"unrecognized arguments: (\S+)", core):
@@ -255,7 +255,10 @@ def _explain_choice(core: str, where: str, message: str, known: Known) -> str | 
         given = _GIVEN.search(message)  # the innermost value comes first
         value = (given and given[1]) or "nothing"
         close = difflib.get_close_matches(value.rpartition(".")[2], classes, n=1, cutoff=0.55)
-        return f"{where} must be {wanted}, got {shorten(value)}" + (f"; did you mean '{close[0]}'?" if close else "")
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        if (whole := re.fullmatch(r"(-?\d+)\.0", value)) and _IN_WORDS["int"] in wanted:  # of 4e6
+            hint = f"; write {int(whole[1]):_}"
+        return f"{where} must be {wanted}, got {shorten(value)}{hint}"
     return None
 
 
@@ -377,6 +380,8 @@ def _wanted(core: str, classes: Sequence[str]) -> str:
     ]
     if re.search(_NOT_A_CLASS, core):
         kinds.append(f"a class ({', '.join(classes)})" if classes else "a class_path")
+    if any(kind.isdigit() for kind in kinds):  # of a Literal, which jsonargparse calls a number too
+        kinds = [kind for kind in kinds if kind != _IN_WORDS["int"]]
     *others, last = dict.fromkeys(kinds) or [""]
     return f"{', '.join(others)} or {last}" if others else last
 

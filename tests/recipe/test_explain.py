@@ -40,6 +40,20 @@ KNOWN = {"model": None, "budget": Group, "hang": None}
             "arguments are required: save_dir - Expected a <class 'bool'> Given value type: <class 'Namespace'>",
             "trainer.logger: the following arguments are required: save_dir",
         ),
+        (
+            'Parser key "size": Does not validate against any of the Union subtypes Subtypes: [...] Errors: - '
+            "Expected a <class 'int'> - Expected a typing.Literal[64, 32] - Expected a typing.Literal['half'] "
+            "Given value: fp8",
+            "size must be 64, 32 or half, got fp8",
+        ),
+        (
+            "Parser key \"size\": Expected a <class 'int'>. Got value: 4000000.0",
+            "size must be a whole number, got 4000000.0; write 4_000_000",
+        ),
+        (
+            "Parser key \"size\": Expected a <class 'int'>. Got value: 0.5",
+            "size must be a whole number, got 0.5",
+        ),
     ],
 )
 def test_a_complaint_in_one_line(message, line):
@@ -151,6 +165,7 @@ def test_null_is_taken_where_it_means_something(path, value):
     check_values(changed(value, path), KNOWN)
 
 
+@pytest.mark.parametrize("command", ["fit", "plan", "preview"])
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -158,9 +173,9 @@ def test_null_is_taken_where_it_means_something(path, value):
         (("--model.mask_ratio.mask_ratio", "15"), "model.mask_ratio.mask_ratio must be in [0, 1), got 15; write 0.15"),
     ],
 )
-def test_a_wrong_value_of_a_schedule_is_named_though_a_number_would_do(toy_recipe, capsys, words, message):
+def test_a_wrong_value_of_a_schedule_is_named_though_a_number_would_do(toy_recipe, capsys, command, words, message):
     schedule = ["--model.mask_ratio", "meap_lit.masking.WarmupHold"]
-    assert main(["fit", "--config", str(toy_recipe), *schedule, *words]) == 2
+    assert main([command, "--config", str(toy_recipe), *schedule, *words]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
 
 
