@@ -84,6 +84,10 @@ class Parser(ArgumentParser):
             given = get_loader("yaml")(content)
             taken = current(given)
             if isinstance(taken, dict):
+                # jsonargparse leaves empty mappings out before it looks for unknown keys
+                empty = [key for key, value in taken.items() if value == {}]
+                known = self.get_defaults() if empty else ()
+                taken |= {key: None for key in empty if key not in known}
                 taken = {key: self.off.get(key) if value is None else value for key, value in taken.items()}
             if taken != given:
                 content = json.dumps(taken, ensure_ascii=False)

@@ -223,6 +223,7 @@ def test_a_group_that_is_no_mapping_is_named(toy_recipe, capsys, key, value):
     ("old", "new", "message"),
     [
         ("model:", "modle:", "there is no key 'modle"),
+        ("budget:", "modle: {}\nbudget:", "there is no key 'modle'; did you mean 'model'?"),
         ("log_every_n_steps: 1", "log_every_n_steps: -1", "trainer.log_every_n_steps must be at least 1, got -1"),
     ],
 )
