@@ -124,6 +124,7 @@ def test_a_torchvision_that_does_not_fit_is_named(tmp_path, toy_recipe):
         ("fit --config recipes/quickstart.yaml --model.mask_ratio", "--model.mask_ratio needs a value after it; "),
         ("fit --config quickstart", "recipe quickstart does not exist; did you mean recipes/quickstart.yaml?"),
         ("fit --config recipes/pretrain/meap_1b.yaml", "did you mean recipes/pretrain/meap_1.1b.yaml?"),
+        ("plan --config recipes/quickstart.yaml --data.seq_len -5", "data.seq_len must be at least 1, got -5"),
         ("fit recipes/quickstart.yaml", "options begin with two dashes, such as --config"),
         ("fit -config recipes/quickstart.yaml", "options begin with two dashes; write --config"),
         ("fit --config recipes/quickstart.yaml model.mask_ratio=0", "two dashes, such as --model.mask_ratio"),

@@ -163,8 +163,9 @@ class RecipeCLI:
             "--base", type=str | None, default=None, help="Recipe that this one starts from, relative to its folder."
         )
         import_choices("meap_lit.data")
-        parser.add_subclass_arguments(L.LightningModule, "model", fail_untyped=False, required=True)
+        # data is built first: the model's context often refers to data.seq_len, which is the one to name if it is wrong
         parser.add_subclass_arguments(L.LightningDataModule, "data", fail_untyped=False, required=True)
+        parser.add_subclass_arguments(L.LightningModule, "model", fail_untyped=False, required=True)
         for key, callback in CALLBACKS.items():
             parser.add_class_arguments(callback, key, fail_untyped=False, sub_configs=True)
         parser.off = {key: callback.off for key, callback in CALLBACKS.items() if hasattr(callback, "off")}

@@ -25,7 +25,7 @@ def option(page: str, key: str) -> str:
 
 def test_the_help_of_fit_begins_with_the_keys_of_this_project(capsys):
     page = page_of(capsys, "fit")
-    places = [page.index(f"\n{key}") for key in ("options:", "model:", "data:", "budget:", "checkpoint:", "probe:")]
+    places = [page.index(f"\n{key}") for key in ("options:", "data:", "model:", "budget:", "checkpoint:", "probe:")]
     places.append(page.index("\ntrainer: "))
     assert places == sorted(places)
     assert page.count("--trainer.", 0, places[-1]) == 2  # of --devices and --nodes
