@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import select
+import shlex
 import sys
 import threading
 import traceback
@@ -242,7 +243,7 @@ def _no_command(arguments: list[str]) -> str:
             f"; did you mean '{arguments[0]} {near[0]}'?" if near else ""
         )
     if arguments[0].endswith((".yaml", ".yml")):
-        return f"{arguments[0]} is a recipe, not a command; write fit --config {arguments[0]}"
+        return f"{arguments[0]} is a recipe, not a command; write fit --config {shlex.quote(arguments[0])}"
     near = difflib.get_close_matches(" ".join(arguments[:2]), known, n=1) or difflib.get_close_matches(
         arguments[0], known, n=1
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -124,7 +125,7 @@ class Export(Preparation):
         prompt = "--chat --prompt 'Name three rivers.'" if tokenizer.chat_template else "--prompt 'Once upon a time'"
         lines = [
             self._summary(folder, source, files, what, dtype),
-            f"try: python -m meap_lit generate --checkpoint {self.output} {prompt}",
+            f"try: python -m meap_lit generate --checkpoint {shlex.quote(self.output)} {prompt}",
             *([note] if note else []),
         ]
         if model_type == "qwen2" and QWEN2_SPLIT not in _pre_tokenizer(tokenizer):

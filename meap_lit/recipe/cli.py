@@ -3,6 +3,7 @@
 import atexit
 import inspect
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Sequence
@@ -392,10 +393,10 @@ def _refuse_folder_of_another(config: Namespace) -> None:
         names = ("step=*.ckpt", "checkpoints/step=*.ckpt", "summary.json")
         found = [file for name in names if folder is not None for file in sorted(Path(folder).glob(name))]
         if found:
+            place = "last" if config.trainer.logger is not False else shlex.quote(str(folder))
             raise UserError(
                 f"{folder} has an earlier run ({found[0].relative_to(folder)}), which a new one would replace; "
-                f"continue it with --ckpt_path {'last' if config.trainer.logger is not False else folder}, or name "
-                f"another folder as {key}"
+                f"continue it with --ckpt_path {place}, or name another folder as {key}"
             )
 
 
@@ -409,7 +410,7 @@ def _refuse_requeued(folder: Path) -> None:
     if found is not None and SLURMEnvironment.detect():
         raise UserError(
             f"Lightning would start this run from {found}, which another run saved; remove it, or resume from it with "
-            f"--ckpt_path {found}"
+            f"--ckpt_path {shlex.quote(str(found))}"
         )
 
 

@@ -435,7 +435,7 @@ def test_plain_adapters_on_a_plain_run_lose_both_rows_of_the_mask(
 
 def test_command(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     decoder = save_run(tmp_path / "run", CONFIG)
-    output = tmp_path / "out"
+    output = tmp_path / "out of it"
     arguments = ["export", "--checkpoint", str(tmp_path / "run"), "--tokenizer", tokenizer, "--output", str(output)]
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -443,14 +443,12 @@ def test_command(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         f"exported {tmp_path / 'run' / 'checkpoints' / 'step=1.ckpt'} to {output}",
         f"  {sum(p.numel() for p in decoder.parameters()):,} parameters, llama, float32",
         f"  model.safetensors, {(output / 'model.safetensors').stat().st_size / 1e6:.2f} MB",
-        f"  try: python -m meap_lit generate --checkpoint {output} --chat --prompt 'Name three rivers.'",
+        f"  try: python -m meap_lit generate --checkpoint '{output}' --chat --prompt 'Name three rivers.'",
         "  transformers takes [MASK] in a text for the mask token, unless its tokenizer is called with "
         "split_special_tokens=True",
     ]
     assert main(arguments) == 2
-    assert (
-        capsys.readouterr().err == f"error: output folder {output} exists already; remove it or name another --output\n"
-    )
+    assert capsys.readouterr().err == f"error: output {output} exists already; remove it or name another --output\n"
     shutil.rmtree(output)
     assert main([*arguments[:-4], *arguments[-2:]]) == 2
     assert "has no tokenizer; name that of its training with --tokenizer" in capsys.readouterr().err

@@ -63,7 +63,7 @@ class Preparation(ABC):
         """Make `output`; raise `UserError` if it exists already, without touching it."""
         with suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(self.output)  # also finds a link to nothing
-            raise UserError(f"output folder {self.output} exists already; remove it or name another --output")
+            raise UserError(f"output {self.output} exists already; remove it or name another --output")
         files = self._sources()  # first, because files may be added or changed while `make` runs
         record = self._record() | {
             "sources": _stamp(files),
@@ -95,7 +95,7 @@ class Preparation(ABC):
             # another process, such as one on another node, has made it meanwhile
         record = output / RECORD_FILE
         if not record.is_file():
-            raise UserError(f"folder {output} exists but was not made by meap_lit; remove it or name another output")
+            raise UserError(f"{output} exists but was not made by meap_lit; remove it or name another output")
         was, now = _read_record(record), self._record()
         if was["step"] != now["step"]:
             raise UserError(f"folder {output} was made by {was['step']}, not {now['step']}; name another output")

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -260,7 +261,7 @@ _CONTENT = {"text": "documents of text", "chat": "conversations"}
 
 
 def _command(location: str, kind: Kind) -> str:
-    return f"python -m meap_lit prepare {kind} --input FILES --tokenizer DIR --output {location}"
+    return f"python -m meap_lit prepare {kind} --input FILES --tokenizer DIR --output {shlex.quote(location)}"
 
 
 def _reader(location: str, storage: Storage, kind: Kind) -> Callable[[str], bytes]:
@@ -268,6 +269,8 @@ def _reader(location: str, storage: Storage, kind: Kind) -> Callable[[str], byte
     if "://" in location:
         return lambda name: storage.hasty.read(f"{location.rstrip('/')}/{name}")
     folder = Path(location)
+    if folder.is_file():
+        raise UserError(f"dataset {location} is a file; name the folder that prepare {kind} made (its --output)")
     if not folder.is_dir():
         raise UserError(f"dataset folder {location} does not exist; make it with: {_command(location, kind)}")
     if not (folder / MANIFEST_FILE).is_file():

@@ -549,7 +549,7 @@ def test_many_missing_parts_are_counted(tmp_path, sources, tokenizer_folder):
 
 def test_an_output_that_exists_is_not_touched(tmp_path, parts):
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(UserError, match=r"^output folder \S+ exists already; remove it or name another --output"):
+    with pytest.raises(UserError, match=r"^output \S+ exists already; remove it or name another --output"):
         merge(tmp_path, parts / "0", parts / "1")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

@@ -64,6 +64,10 @@ def test_missing_empty_and_foreign_folders(dataset, tmp_path):
         UserError, match=r"^dataset folder \S+/none does not exist; make it with: python -m meap_lit pr"
     ):
         Manifest.load(str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"--output '\S+/no ne'$"):
+        Manifest.load(str(tmp_path / "no ne"))
+    with pytest.raises(UserError, match=r"^dataset \S+/manifest.json is a file; name the folder that prepare text"):
+        Manifest.load(str(dataset / "manifest.json"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"^dataset folder \S+/empty is empty: it was not made, or not finished, by"):
         Manifest.load(str(tmp_path / "empty"))
