@@ -67,7 +67,7 @@ class PreviewCLI(DryRunCLI):
             _write(Path(options.html), page(rows, note))
             print(f"preview   {options.html}")
             return
-        console = Console(highlight=False)
+        console = _Console(highlight=False)
         console.print(LEGEND_OF_LINES, style="dim")
         for row in rows:
             console.print()
@@ -75,6 +75,13 @@ class PreviewCLI(DryRunCLI):
                 console.print(line, soft_wrap=True)
         if note is not None:
             console.print(f"\n{note}", style="bold")
+
+
+class _Console(Console):
+    """A console that raises `BrokenPipeError`, for which `main` has a status; rich would end with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def _write(file: Path, text: str) -> None:

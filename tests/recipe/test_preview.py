@@ -1,12 +1,15 @@
 """The command `preview`: rows in a terminal, in a pipe and as a page, and wrong input in one line."""
 
+import io
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from meap_lit.cli import main
+from meap_lit.recipe.preview import PreviewCLI
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +47,16 @@ def test_masks_are_marked_without_colors_in_a_pipe(preview, toy_recipe, tmp_path
     assert shown.count("32 tokens, 4 masked (12.5% of 32; P = 0.15), 32 supervised") == 3
     assert max(map(len, shown.splitlines())) <= 100
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_pipe_that_nobody_reads_is_left_to_the_command_line(toy_recipe, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):  # for which `main` returns 141
+        PreviewCLI.read(["--config", str(toy_recipe)])
 
 
 def test_a_terminal_gets_colors_unless_no_color_is_set(preview, toy_recipe, monkeypatch):
