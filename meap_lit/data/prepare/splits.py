@@ -34,9 +34,12 @@ class SplitWriter:
         """Draw of the documents in the split `reserve`; None without such a split."""
         self._reserve: list[Any] = []
         self._smallest_draw = 1.0
+        self._draws: set[float] = set()  # one if all texts are the same, two if not
 
     def add(self, document: Any, draw: float) -> None:
         """Write one document, or keep it back."""
+        if len(self._draws) < 2:
+            self._draws.add(draw)
         if draw < self._val_share:
             self._writers["val"].add(document)
         elif draw > self._smallest_draw or not self._lacks_val:
@@ -61,14 +64,15 @@ class SplitWriter:
         self._release("val" if self._lacks_val else "train")
         if self._writers["train"].num_documents == 0:
             count = self._writers["val"].num_documents
-            if count == 1:
+            if len(self._draws) == 1:
+                what = "the input has one sample" if count == 1 else f"all {count} samples have the same text"
                 raise UserError(
-                    f"the input has one sample, and val_share {self._val_share:g} holds one out at least; divide it "
-                    f"into several (files, or lines of a .jsonl), or set val_share to 0 for no validation split"
+                    f"{what}, and samples of the same text go to the same split, so none is left to train on; add "
+                    f"others (a long text may be divided into several files), or set val_share to 0"
                 )
             raise UserError(
-                f"no document is left to train on: the validation split took {count} of {count}, since copies stay "
-                f"together; lower val_share, got {self._val_share:g}, or set it to 0 for no validation split"
+                f"no sample is left to train on: the validation split took all {count}; lower val_share, got "
+                f"{self._val_share:g}, or set it to 0 for no validation split"
             )
         return {name: writer.close() for name, writer in self._writers.items()}
 

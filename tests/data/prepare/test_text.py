@@ -285,10 +285,18 @@ def test_no_validation_split_if_none_is_asked(tmp_path, tokenizer_folder):
     assert not (tmp_path / "out" / "val").exists()
 
 
-def test_nothing_left_to_train_on(tmp_path, tokenizer_folder):
-    source = write_jsonl(tmp_path / "in.jsonl", ["only one"])
-    with pytest.raises(UserError, match=r"the input has one sample, and val_share 0.01 holds one out at least"):
-        prepare(tmp_path / "out", source, tokenizer_folder, val_share=0.01)
+@pytest.mark.parametrize(
+    ("texts", "val_share", "message"),
+    [
+        (["only one"], 0.01, "the input has one sample, .* set val_share to 0"),
+        (["one"] * 10, 0.01, "all 10 samples have the same text, .* set val_share to 0"),
+        (["one", "two"], 0.999999, "no sample is left .*took all 2; lower val_share, got 0.999999, or set it to 0 .*"),
+    ],
+)
+def test_nothing_left_to_train_on(tmp_path, tokenizer_folder, texts, val_share, message):
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        prepare(tmp_path / "out", source, tokenizer_folder, val_share=val_share)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
