@@ -43,6 +43,7 @@ class Conversation:
 _FUNCTION_CALL = "function_call"
 _ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -96,6 +97,8 @@ def to_conversation(record: Mapping[str, Any], system: str | None = None) -> Con
     elif "prompt" in fields:
         question = {"role": "user", "content": check_text("prompt", fields["prompt"])}
         messages = [question, _answer(fields, "completion")]
+    elif wrapped := [name for name, value in fields.items() if _is_records(value)]:
+        raise UserError(f"the records are in the list {wrapped[0]!r} of an object; write that list alone")
     else:
         raise UserError(
             f"unknown format with {', '.join(map(repr, fields)) or 'no fields'}; known formats are Alpaca "
@@ -113,6 +116,12 @@ def to_conversation(record: Mapping[str, Any], system: str | None = None) -> Con
     messages, trained = before + messages, [False] * len(before) + trained
     _check_turns(messages, trained)
     return Conversation(messages, trained, _tools(fields))
+
+
+def _is_records(value: Any) -> bool:
+    """Return whether a value is a list of records of a known format."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and not {"messages", "conversations", "instruction", "prompt"}.isdisjoint(first)
 
 
 def _alpaca_question(fields: Mapping[str, Any]) -> Message:

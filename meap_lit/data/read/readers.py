@@ -21,7 +21,7 @@ from meap_lit.data.read.formats import (
 from meap_lit.errors import UserError
 from meap_lit.files import Repeated
 
-SKIP_HINT = "use --on_error skip to leave such lines out"
+SKIP_HINT = "use --on_error skip to leave out what cannot be read"
 
 
 @dataclass(frozen=True)

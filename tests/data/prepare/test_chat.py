@@ -314,7 +314,7 @@ def test_small_corpora_and_the_validation_split(tmp_path, tokenizer_folder):
     prepare(tmp_path / "out", source, tokenizer_folder, val_share=1e-9)
     splits = Manifest.load(str(tmp_path / "out"), kind="chat").splits
     assert {name: split.documents for name, split in splits.items()} == {"train": 2, "val": 1}
-    with pytest.raises(UserError, match=r"the input has one sample, and val_share 0.01 holds one out at least"):
+    with pytest.raises(UserError, match=r"^the input has one sample, .*; add others .* set val_share to 0$"):
         prepare(tmp_path / "one", write_json(tmp_path / "one.json", records(1)), tokenizer_folder, val_share=0.01)
     assert not (tmp_path / "one").exists()
 
@@ -437,9 +437,7 @@ def test_bad_records_stop_or_are_counted(tmp_path, tokenizer, record, message, c
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text(refusing + NAMED["mistral"])
     source = write_json(tmp_path / "in.json", [ANSWERED, record, ANSWERED])
     options = {"template": "tokenizer"}
-    with pytest.raises(
-        UserError, match=rf"^\S+/in.json, element 2: {message}.*; use --on_error skip to leave such lin"
-    ):
+    with pytest.raises(UserError, match=rf"^\S+/in.json, element 2: {message}.*; use --on_error skip to leave out wh"):
         prepare(tmp_path / "out", source, str(tmp_path / "tokenizer"), **options)
     assert not (tmp_path / "out").exists()
     prepare(tmp_path / "out", source, str(tmp_path / "tokenizer"), on_error="skip", **options)

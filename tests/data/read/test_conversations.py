@@ -73,6 +73,8 @@ def test_default_system_message():
     assert to_conversation(OPENAI, "be brief").messages == [system("be brief"), user("q"), assistant("a")]
     own = {"messages": [{"role": "system", "content": "own"}, *OPENAI["messages"]]}
     assert to_conversation(own, "be brief").messages[0] == system("own")
+    by_developer = {"messages": [{"role": "developer", "content": "own"}, *OPENAI["messages"]]}
+    assert to_conversation(by_developer) == to_conversation(own)
     assert to_conversation(SHAREGPT | {"system": "own"}, "be brief").messages[0] == system("own")
     assert to_conversation(own | {"system": "own"}) == to_conversation(own)
 
@@ -263,6 +265,11 @@ def test_real_calls(shared_data):
             {"text": "t", "id": 1},
             r"unknown format with 'text', 'id'; known formats are Alpaca \(instruction, output\), ShareGPT",
         ),
+        (
+            {"version": 1, "data": [{"messages": []}]},
+            "the records are in the list 'data' of an object; write that list alone",
+        ),
+        ({"data": [{"speaker": "a"}]}, "unknown format with 'data'; known formats are Alpaca"),
         ({}, "unknown format with no fields; known formats are Alpaca"),
         ({"instruction": "i"}, "no answer: field 'output' is missing"),
         ({"instruction": "i", "output": None}, "no answer: field 'output' is missing"),
@@ -279,7 +286,7 @@ def test_real_calls(shared_data):
         ),
         (
             openai("user", "critic"),
-            r"messages\[1\] has the unknown role 'critic'; known roles are system, user, human, assistant, gpt, funct",
+            r"messages\[1\] has the unknown role 'critic'; known roles are system, developer, user, human, assistant",
         ),
         (openai("user", "tool"), "no answer: the assistant says nothing"),
         (openai("user", "tool", "assistant"), "roles out of order: message 2 is of the tool instead of the assistant"),

@@ -14,7 +14,7 @@ from meap_lit.data.read.formats import RECORD_FORMATS
 from meap_lit.data.read.readers import InputPart, RecordReader, TextReader, read_texts
 from meap_lit.errors import UserError
 
-SKIP_HINT = "use --on_error skip to leave such lines out"
+SKIP_HINT = "use --on_error skip to leave out what cannot be read"
 
 
 def read(*files, **options):
