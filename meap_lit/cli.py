@@ -67,7 +67,7 @@ COMMAND --help describes a command, and --version prints the version. To begin:
 EXAMPLES = {
     "tokenizer train": "--input my_texts --vocab_size 16384 --output data/tokenizer",
     "prepare text": "--input my_texts --tokenizer data/tokenizer --output data/pretrain",
-    "prepare chat": "--input chats.jsonl --tokenizer data/tokenizer --template llama3 --output data/chat",
+    "prepare chat": "--input chats.jsonl --tokenizer data/tokenizer --template alpaca --output data/chat",
     "prepare merge": "--input data/part-* --output data/pretrain",
     "prepare facts": "--output data/facts --num_documents 8000",
     "export": "--checkpoint runs/quickstart --output exported",
