@@ -234,7 +234,8 @@ def _explain_words(core: str, where: str, known: Known) -> str | None:
         if where:  # of a class, the rest says that the value is of no other type either
             return f"{where}: {match[0]}"
         needed = ", ".join(f"--{name}" for name in match[2].split(", "))
-        return match[1] + needed + ("; name a recipe with --config FILE (null is no value)" if "base" in known else "")
+        hint = "; name a recipe with --config FILE (null counts as missing)" if "base" in known else ""
+        return match[1] + needed + hint
     if match := re.match(r"unrecognized arguments: --([^\s=]+)", core):
         return _at(where, core + _key_hint(match[1], known, "--"))
     if match := re.match(r"unrecognized arguments: (\S+)", core):
