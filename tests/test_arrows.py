@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "meap_lit"
-BELOW_ALL = {"errors", "files", "secrets", "provenance", "renamed", "private", "hub", "__version__"}
+BELOW_ALL = {"errors", "files", "secrets", "provenance", "renamed", "private", "hub", "bounded_yaml", "__version__"}
 """Loose modules that every room may import."""
 
 

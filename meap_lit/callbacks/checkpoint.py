@@ -91,6 +91,8 @@ class Checkpoint(callbacks.Checkpoint):
         self._newest_inherited = ""
         self.last_saved: str | None = None
         """The newest whole checkpoint of this run."""
+        self.resumes_newest = False
+        """Whether the run resumes from the newest checkpoint of its recipe, or is the first one."""
         self._step = 0
         """Optimizer step of the last save; no step, no checkpoint."""
         self._held: int | None = None
@@ -114,6 +116,7 @@ class Checkpoint(callbacks.Checkpoint):
         self._ranks = Ranks(trainer, beside_training=self.asynchronous)
         if stage == "fit":
             self._ranks.do(self._make_folder)
+            self._ranks.do(lambda: self._check_newest(trainer) if self.resumes_newest else None)
             if trainer.num_nodes > 1:
                 self._check_shared(trainer)
         if isinstance(trainer.strategy, Sharded):
@@ -134,7 +137,6 @@ class Checkpoint(callbacks.Checkpoint):
                 f"cannot make the folder of checkpoints {self.dirpath}: {error.strerror}; name another as "
                 f"checkpoint.dirpath"
             ) from error
-        newest = newest_checkpoint(Path(self.dirpath))
         try:
             self._held = hold(Path(self.dirpath)) if self._ranks.rank == 0 else None
         except BlockingIOError as error:
@@ -142,13 +144,18 @@ class Checkpoint(callbacks.Checkpoint):
                 f"another run is writing its checkpoints into {self.dirpath}; wait until it ends, or name another "
                 f"folder as checkpoint.dirpath or trainer.logger.version"
             ) from error
-        if (saved := newest_checkpoint(Path(self.dirpath))) != newest:  # by the run for whose end `hold` waited
-            raise UserError(f"another run has just saved {saved} and ended; repeat the command to resume from it")
         last = Path(self.dirpath, LAST)
         if last.is_dir() and not last.is_symlink():
             raise UserError(f"{last} is a copy of a checkpoint, where a run sets a link to its last one; remove it")
         if os.listdir(self.dirpath):
             rank_zero_warn(f"Checkpoint directory {self.dirpath} exists and is not empty.")
+
+    def _check_newest(self, trainer: L.Trainer) -> None:
+        """Refuse a checkpoint that is no longer the newest: another run may have saved one while this one started."""
+        newest = newest_checkpoint(Path(self.dirpath or "")) if self._ranks.rank == 0 else None
+        known = trainer.ckpt_path and Path(trainer.ckpt_path).resolve()
+        if newest is not None and newest.resolve() != known:
+            raise UserError(f"another run has just saved {newest}; repeat the command to resume from it")
 
     def _check_shared(self, trainer: L.Trainer) -> None:
         """Refuse a folder that the nodes do not share: a checkpoint would lack the files of all but the first node."""
@@ -348,8 +355,8 @@ def _publish(aside: Path, path: Path, found: dict[str, Any]) -> None:
     except UserError as error:
         what = str(error).partition(";")[0]
         raise UserError(
-            f"cannot save checkpoint {path}: {what}; it was removed, or the nodes do not share the folder: name a "
-            f"shared one as checkpoint.dirpath"
+            f"cannot save checkpoint {path}: {what}; it was changed or removed, or the nodes do not share the folder: "
+            f"name a shared one as checkpoint.dirpath"
         ) from error
     seal(aside, found)
     os.rename(aside, path)

@@ -45,11 +45,11 @@ def _recipe_of(source: WeightSource) -> dict[str, Any]:
     """
     if not isinstance(source, CheckpointSource):
         return {}
-    text = source.stored.trainer_state.get("recipe", "")
+    recipe = source.stored.recipe
     file = source.path.absolute().parent.parent / "config.yaml"
-    if not text and file.is_file():
-        text = read_text(file)
-    return without_secrets(yaml.safe_load(text) or {})
+    if not recipe and file.is_file():
+        recipe = yaml.safe_load(read_text(file))
+    return without_secrets(recipe)
 
 
 def _training(source: WeightSource, recipe: dict[str, Any], base: str | None) -> list[str]:

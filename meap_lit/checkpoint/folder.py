@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as dcp
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from meap_lit.bounded_yaml import check_yaml
 from meap_lit.checkpoint.checksums import INDEX, TRAINER_STATE, reading
 from meap_lit.checkpoint.content import divide, load
 from meap_lit.checkpoint.one_file import OneFile
@@ -158,6 +160,21 @@ class StoredCheckpoint:
                 found = type(state[name]).__name__
                 raise UserError(f"checkpoint {self.path} is damaged: its {name} is {found}, not {kind.__name__}")
         return state
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe of its run; empty if an earlier version wrote the checkpoint, or it cannot be read.
+
+        Raises:
+            UserError: As for `trainer_state`.
+        """
+        text = self.trainer_state.get("recipe", "")
+        try:
+            check_yaml(text, "recipe")
+            found = yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     @cached_property
     def index(self) -> Metadata:

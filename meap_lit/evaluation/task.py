@@ -103,6 +103,8 @@ class Task(ABC):
     """Units of the metrics that have another one."""
     higher_is_better: ClassVar[bool] = True
     """Direction of the headline."""
+    decide_answers: ClassVar[tuple[str, ...]] = ()
+    """Options that decide the answers to the same items; `report` compares no results where they differ."""
     by_key: ClassVar[tuple[str, ...]] = ()
     """Metrics that the printed table gives for each value of each key, besides the headline."""
     plots: ClassVar[tuple[Plot, ...]] = ()
@@ -192,6 +194,8 @@ class GenerationTask(Task):
             helpful, excellent and smart assistant."
         max_new_tokens: Maximum number of tokens in an answer.
     """
+
+    decide_answers = ("max_new_tokens",)
 
     prompt_style: PromptStyle = "raw"
     template: str = "tokenizer"

@@ -4,11 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from meap_lit.checkpoint.folder import StoredCheckpoint
-from meap_lit.errors import printable, shorten
-from meap_lit.recipe.file import check_yaml
+from meap_lit.errors import UserError, printable, shorten
 from meap_lit.renamed import current
 
 _IGNORED = {"base", "ckpt_path", "trainer.logger"}
@@ -27,12 +24,10 @@ def changes_since(checkpoint: Path, recipe: Mapping[str, Any]) -> list[str]:
         versions have other keys.
     """
     try:
-        text = StoredCheckpoint(checkpoint).trainer_state.get("recipe", "")
-        check_yaml(text, "recipe")
-        before = current(yaml.safe_load(text))
-    except (ValueError, yaml.YAMLError):  # `VerifyCheckpoint` reports damage
+        before = current(StoredCheckpoint(checkpoint).recipe)
+    except UserError:  # `VerifyCheckpoint` reports damage
         return []
-    return list(_changes(before, recipe)) if isinstance(before, dict) else []
+    return list(_changes(before, recipe))
 
 
 def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:

@@ -219,6 +219,7 @@ class RecipeCLI:
         if self.command == "validate" and config.ckpt_path is None and not config.model.init_args.get("init_from"):
             raise UserError("the weights of this recipe are random; name a checkpoint with --ckpt_path, such as last")
         expand_folders(config)
+        self._resumes_newest = config.ckpt_path == "last"
         config.ckpt_path = _resolve_checkpoint(config, starts_anew=self.command == "fit")
         if config.ckpt_path not in (None, "best") and any(hub.is_hub_id(name) for _, name in _hub_names(config)):
             # the revisions with which the run of the checkpoint began
@@ -273,6 +274,9 @@ class RecipeCLI:
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
         callbacks.append(SaveRecipe(self.parser, self.config))
         follow_launcher(options)
+        for callback in callbacks:
+            if isinstance(callback, Checkpoint):
+                callback.resumes_newest = self._resumes_newest
         options["default_root_dir"] = options["default_root_dir"] or RUNS
         if self.config.ckpt_path is None:
             _refuse_requeued(Path(options["default_root_dir"]))

@@ -96,29 +96,18 @@ def check_items(results: Sequence[Result]) -> None:
                 f"evaluation {_name(first)} has other items in {other.path} than in {first.path} (hashes differ), so "
                 f"their scores do not compare; give evaluate the same options for all runs, or another --name"
             )
-        before, after = _settings(first), _settings(other)
-        for key in before.keys() & after.keys():
-            if not _is_alike(before[key], after[key]):
+        for key, (one, two) in _settings(first, other).items():
+            if one != two:
                 raise UserError(
-                    f"evaluation {_name(first)} has {key} {after[key]} in {other.path} and {before[key]} in "
-                    f"{first.path}, so their scores do not compare; give evaluate the same options for all runs, or "
-                    f"another --name"
+                    f"evaluation {_name(first)} has {key} {two} in {other.path} and {one} in {first.path}, so their "
+                    f"scores do not compare; give evaluate the same options for all runs, or another --name"
                 )
         first.task.check_pair(first, other)
 
 
-def _settings(result: Result) -> dict[str, Any]:
-    """Return what answers depend on besides the items."""
-    dtype = {"dtype": result.about["dtype"]} if "dtype" in result.about else {}
-    return {f"task.{name}": value for name, value in result.options.items()} | dtype
-
-
-def _is_alike(one: Any, other: Any) -> bool:
-    """Compare values of options; of a path the last part counts, since the items have its content."""
-    if isinstance(one, str) and isinstance(other, str):
-        return Path(one).name == Path(other).name
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return all(map(_is_alike, one, other))
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return all(_is_alike(value, other[key]) for key, value in one.items())
-    return bool(one == other)
+def _settings(first: Result, other: Result) -> dict[str, tuple[Any, Any]]:
+    """Return what decides answers to the same items, where both results have it, by its key."""
+    names = [name for name in first.task.decide_answers if name in first.options and name in other.options]
+    found = {f"task.{name}": (first.options[name], other.options[name]) for name in names}
+    dtypes = first.about.get("dtype"), other.about.get("dtype")
+    return found | ({"dtype": dtypes} if all(dtypes) else {})

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ class Run:
         path: Folder of the last part.
         config: Content of config.yaml there.
         curves: Logged metrics of all parts.
-        folders: Folders of all parts, the last first, and that of the checkpoints.
+        folders: Folders of all parts, the last first, and that of the checkpoints if the recipe names one.
         decoder: Configuration of the model.
         datasets: Fingerprint of each dataset by its path.
         summaries: Content of the summary.json of each part, the first part first; empty if it left none.
@@ -54,8 +55,16 @@ class Run:
     has_beginning: bool = True
 
     def holds(self, path: Path) -> bool:
-        """Return whether a resolved path is one of the run's folders or inside one."""
-        return any(_is_in(path, folder) for folder in self.folders)
+        """Return whether a resolved path is one of the run's folders or inside one.
+
+        Of the checkpoints of an earlier part, those after the one that the next part resumed from are not the run's.
+        """
+        ends = [None, *(age_of(config.get("ckpt_path") or "") for config in (self.config, *self.earlier))]
+        age = age_of(path)
+        return any(
+            _is_in(path, folder) and (end is None or age is None or age <= end)
+            for folder, end in zip_longest(self.folders, ends[: 1 + len(self.earlier)])
+        )
 
     @property
     def kind(self) -> Kind:
@@ -126,7 +135,7 @@ def _is_in(path: Path, folder: Path) -> bool:
 
 
 def holder(path: Path, runs: Sequence[Run]) -> Run | None:
-    """Return the run that holds a resolved path; of several, because one began as a part of another, the one itself."""
+    """Return the run that holds a resolved path; of several that began as the same run, that run."""
     holding = [run for run in runs if run.holds(path)]
     return next((run for run in holding if _is_in(path, run.path)), holding[-1] if holding else None)
 
@@ -185,13 +194,18 @@ def _resumed_from(config: dict[str, Any], paths: dict[Path, None]) -> Path | Non
 
 
 def _is_branch(config: dict[str, Any], of_source: dict[str, Any], source: Path) -> bool:
-    """Return whether a run resumed with another recipe from a checkpoint that its source has trained beyond.
+    """Return whether a run resumed with other masks from a checkpoint that its source has trained beyond.
 
     Then the source is a run of its own, such as a plain run that one with masks has begun with.
     """
     age, newest = age_of(config["ckpt_path"]), newest_checkpoint(source)
     last = max(_read_summary(source).get("last_step", 0), (age_of(newest) or (0, 0))[0] if newest else 0)
-    return age is not None and last > age[0] and any(config[part] != of_source[part] for part in ("model", "data"))
+    return age is not None and last > age[0] and _masks(config) != _masks(of_source)
+
+
+def _masks(config: dict[str, Any]) -> tuple[Any, Any]:
+    model, data = (config[part].get("init_args") or {} for part in ("model", "data"))
+    return model.get("mask_ratio"), (data.get("duplication") or {}).get("mask_ratio")
 
 
 def find_moved(checkpoint: Path, folders: Iterable[Path]) -> Path | None:
@@ -233,7 +247,7 @@ def _open(parts: list[Path], configs: dict[Path, dict[str, Any]], sources: dict[
             f"run {path} has neither a complete checkpoint (checkpoints/step=N.ckpt) nor a {SUMMARY_FILE}, which a run "
             f"writes when it ends; leave it out of --runs"
         )
-    folders = [*parts, checkpoint.parent] if checkpoint else parts
+    folders = [*parts, checkpoint.parent] if checkpoint and dirpath else parts
     earlier = tuple(configs[part] for part in parts[1:])
     was_lost = sources[parts[-1]] is None  # the run that the first part resumed from, at step `start`, if it did
     has_beginning = _has_beginning(curves, configs[parts[-1]], start if was_lost else None)

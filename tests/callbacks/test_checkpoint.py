@@ -238,7 +238,7 @@ def test_a_folder_into_which_another_run_writes_is_refused_and_left_alone(toy_re
 
 
 def test_a_run_does_not_go_on_from_a_checkpoint_that_is_no_longer_the_newest(toy_recipe, tmp_path, monkeypatch):
-    """The run before it saves while this one waits for its folder."""
+    """The run before it saves while this one starts."""
     words = ["fit", "--config", str(toy_recipe), "--trainer.logger.version", "main", "--budget.max_steps"]
     RecipeCLI.run([*words, "2"])
     folder = tmp_path / "runs" / "toy" / "main" / "checkpoints"
@@ -250,8 +250,10 @@ def test_a_run_does_not_go_on_from_a_checkpoint_that_is_no_longer_the_newest(toy
         return hold(path)
 
     monkeypatch.setattr("meap_lit.callbacks.checkpoint.hold", hold_later)
-    with pytest.raises(UserError, match=rf"^another run has just saved {folder}/step=3.ckpt and ended; repeat"):
+    with pytest.raises(UserError, match=rf"^another run has just saved {folder}/step=3.ckpt; repeat the command"):
         RecipeCLI.run([*words, "4", "--ckpt_path", "last"])
+    monkeypatch.setattr("meap_lit.callbacks.checkpoint.hold", hold)
+    RecipeCLI.run([*words, "3", "--ckpt_path", str(folder / "step=2.ckpt")])  # as asked
 
 
 def test_nodes_with_folders_of_their_own_are_named(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ CLAIMS = read(CLAIMS_FILE)
     ("low", "high", "num_seeds", "margin", "says"),
     [
         (0.1, 2.0, 5, 0.0, "supported"),
-        (0.1, 2.0, 3, 0.0, "supported (3 seeds: a bootstrap interval is too narrow)"),
+        (0.1, 2.0, 3, 0.0, "supported (3 seeds: a bootstrap interval covers less than 95%)"),
         (0.0, 2.0, 3, 0.0, "not supported: the interval includes 0"),
         (-1.0, 2.0, 3, 0.0, "not supported: the interval includes 0"),
         (-2.0, -0.1, 3, 0.0, "not supported: the interval is below 0, on the other side"),
@@ -47,7 +47,7 @@ def test_findings_of_a_study(tmp_path):
     needle = found["retrieval from context is better (needle in a haystack)"]
     assert needle.ours == "needle: 0.00 to 100.00"
     assert needle.difference == "+100.00 [+100.00, +100.00]"
-    assert needle.verdict == "supported (2 seeds: a bootstrap interval is too narrow)"
+    assert needle.verdict == "supported (2 seeds: a bootstrap interval covers less than 95%)"
     emergence = found["retrieval emerges after fewer tokens"]
     assert emergence.ours == "probe: 960/960 to 320/320 tokens"
     assert (emergence.difference, emergence.verdict) == ("-640 [-640, -640]", "supported")
@@ -109,7 +109,7 @@ def test_a_loss_is_better_where_it_is_lower_and_other_differences_are_said(tmp_p
         (finding,) = find(read(str(file)), find_studies(runs), evaluations)
         assert finding.ours.endswith(" (also differs in budget.max_steps 40)")
         said.append(finding.verdict)
-    few = "(2 seeds: a bootstrap interval is too narrow)"
+    few = "(2 seeds: a bootstrap interval covers less than 95%)"
     assert said == [f"not supported: the interval is below -0.05, on the other side {few}", f"supported {few}"]
 
 

@@ -86,11 +86,12 @@ def test_other_items_do_not_compare(two_arms, tmp_path):
     [
         ("max_new_tokens", 100, "task.max_new_tokens 100 in .*b/result.json and 5 in .*a/result.json"),
         ("dtype", "bfloat16", "dtype bfloat16 in .*b/result.json and float32 in"),
-        ("path", "/mnt/data/nq.jsonl", None),
+        ("path", "/mnt/data/nq.jsonl.gz", None),
+        ("num_items", 500, None),
     ],
 )
 def test_answers_of_other_options_do_not_compare(two_arms, tmp_path, option, there, message):
-    here = {"max_new_tokens": 5, "path": "data/nq.jsonl", "dtype": "float32"}
+    here = {"max_new_tokens": 5, "path": "data/nq.jsonl", "num_items": None, "dtype": "float32"}
     for label, run, options in (("a", "ntp_1", here), ("b", "meap_1", {**here, option: there})):
         folder = write_result(
             tmp_path / "evaluations/kv" / label, two_arms[run], {"a": 1.0}, dtype=options.pop("dtype")
@@ -121,6 +122,9 @@ def test_a_run_that_another_began_with_keeps_its_results(two_arms, tmp_path):
     runs = find_runs([str(tmp_path / "runs")])
     found, _ = find_evaluations([str(tmp_path / "evaluations")], runs)
     assert {run: result.label for run, result in found["kv"].items()} == {two_arms["ntp_1"]: "plain", branch: "late"}
+    write_result(tmp_path / "evaluations/kv/at_start", branch, {"a": 2.0}, checkpoint=str(checkpoint), tokens_seen=9**9)
+    found, _ = find_evaluations([str(tmp_path / "evaluations")], runs)
+    assert {run: result.label for run, result in found["kv"].items()}[branch] == "late", "the source's own"
     (study,) = find_studies(runs)
     assert {arm.name: list(arm.runs) for arm in study.arms} == {"ntp": ["1", "2"], "meap": ["1", "2"], "late": ["1"]}
 

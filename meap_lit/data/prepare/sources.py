@@ -74,7 +74,7 @@ def hash_file(file: Path, bar: tqdm | None = None) -> str | None:
     """
     found = hashlib.sha256()
     try:
-        with open(file, "rb", buffering=0) as opened:
+        with open(file, "rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             if size <= _NUM_PIECES * _PIECE:
                 starts: Iterable[int] = range(0, size, _PIECE)
@@ -82,7 +82,8 @@ def hash_file(file: Path, bar: tqdm | None = None) -> str | None:
                 found.update(str(size).encode())
                 starts = [(size - _PIECE) * number // (_NUM_PIECES - 1) for number in range(_NUM_PIECES)]
             for start in starts:
-                found.update(os.pread(opened.fileno(), _PIECE, start))
+                opened.seek(start)
+                found.update(opened.read(_PIECE))
             if bar is not None:
                 bar.update(size)
     except OSError:

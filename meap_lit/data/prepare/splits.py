@@ -65,11 +65,10 @@ class SplitWriter:
         if self._writers["train"].num_documents == 0:
             count = self._writers["val"].num_documents
             if len(self._draws) == 1:
-                what = "the input has one sample" if count == 1 else f"all {count} samples have the same text"
-                raise UserError(
-                    f"{what}, and samples of the same text go to the same split, so none is left to train on; add "
-                    f"others (a long text may be divided into several files), or set val_share to 0"
-                )
+                why = "the input has one sample, which the validation split takes"
+                if count > 1:
+                    why = f"all {count} samples have the same text, and equal texts go to the same split"
+                raise UserError(f"{why}; add others, or set val_share to 0 for no validation split")
             raise UserError(
                 f"no sample is left to train on: the validation split took all {count}; lower val_share, got "
                 f"{self._val_share:g}, or set it to 0 for no validation split"

@@ -143,8 +143,9 @@ class Preparation(ABC):
         now = self._look_at(files, before)
         if not is_same(before, now):
             return False
-        num_unknown = [sum(file.sha256 is None for file in files) for files in (before, now)]
-        if now != before and num_unknown[0] >= num_unknown[1]:  # a file that cannot be read now keeps its hash
+        places = {file.path: file for file in before}
+        now = [places.get(file.path, file) if file.sha256 is None else file for file in now]  # not to be read just now
+        if now != before:
             # copies have other paths or times: hash them once, not whenever a run starts
             content = record | {"files": [file._asdict() for file in now]}
             with suppress(OSError):  # a folder that is not to be written is hashed again

@@ -68,6 +68,7 @@ class MaskedAttention(SequenceTask):
     name = "attention"
     is_analysis = True
     metrics = ("decay", "variance_increase")
+    decide_answers = ("mask_ratio", "seed")
     plots = (
         _layer_plot("attention_masked", "attention", "mean attention weight of a masked position"),
         _layer_plot("attention_variance", "variance", "variance of the other attention weights"),
