@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from meap_lit.cli import main
 from meap_lit.data.prepare.text import PrepareText
+from meap_lit.data.stream.text import TokenBlocks
 from tests.support.split_model import save_split_model
 from tests.support.toy_module import fork
 
@@ -157,7 +158,7 @@ def test_pretraining_on_a_mix(toy_recipe, mixed_datasets, tmp_path):
     for source, path in enumerate(mixed_datasets):
         samples = [sample_id % 2**32 for sample_id in sample_ids if sample_id >> 32 == source]
         num_before_stop = sum(sample_id >> 32 == source for sample_id in sample_ids[: 3 * 8])
-        assert_once_an_epoch(samples, 1 + max(samples), num_before_stop)
+        assert_once_an_epoch(samples, len(TokenBlocks(f"{path}/train", 32)), num_before_stop)
         name = path.rpartition("/")[2]
         for step, share in logged[f"mix/{name}"]:
             drawn = sample_ids[: 8 * (step + 1)]

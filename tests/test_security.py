@@ -405,6 +405,7 @@ def test_a_flip_anywhere_in_what_describes_a_dataset_is_named(dataset):
             file.write_bytes(damaged)
             with pytest.raises(UserError) as error:
                 open_dataset(folder, kind)
+            assert str(folder) in str(error.value)
             assert "\n" not in str(error.value)
         file.write_bytes(content)
     open_dataset(folder, kind)

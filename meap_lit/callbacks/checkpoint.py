@@ -116,7 +116,6 @@ class Checkpoint(callbacks.Checkpoint):
         self._ranks = Ranks(trainer, beside_training=self.asynchronous)
         if stage == "fit":
             self._ranks.do(self._make_folder)
-            self._ranks.do(lambda: self._check_newest(trainer) if self.resumes_newest else None)
             if trainer.num_nodes > 1:
                 self._check_shared(trainer)
         if isinstance(trainer.strategy, Sharded):
@@ -181,6 +180,8 @@ class Checkpoint(callbacks.Checkpoint):
         return {name: getattr(self, name) for name in names}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.resumes_newest:
+            self._ranks.do(lambda: self._check_newest(trainer))
         self._step = trainer.global_step  # of the checkpoint that this run resumes from
         assert self.dirpath is not None
         here = Path(self.dirpath)

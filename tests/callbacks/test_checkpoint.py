@@ -254,6 +254,7 @@ def test_a_run_does_not_go_on_from_a_checkpoint_that_is_no_longer_the_newest(toy
         RecipeCLI.run([*words, "4", "--ckpt_path", "last"])
     monkeypatch.setattr("meap_lit.callbacks.checkpoint.hold", hold)
     RecipeCLI.run([*words, "3", "--ckpt_path", str(folder / "step=2.ckpt")])  # as asked
+    RecipeCLI.run([*words, "4", "--ckpt_path", "last"])
 
 
 def test_nodes_with_folders_of_their_own_are_named(tmp_path, monkeypatch):

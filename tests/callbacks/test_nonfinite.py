@@ -142,6 +142,15 @@ def test_an_update_that_ruins_the_weights_fails_the_run(toy_recipe, tmp_path, mo
         run(toy_recipe, *rate)
 
 
+def test_weights_that_an_update_has_ruined_are_not_saved(toy_recipe, tmp_path, monkeypatch):
+    """Loss and gradients of the step were finite."""
+    learn_at(monkeypatch, 1e39)
+    message = r"decoder\.\S+ is not finite after optimizer step 1, and no checkpoint of it is saved"
+    with pytest.raises(UserError, match=message):
+        run(toy_recipe, "--checkpoint.every_n_steps", "1")
+    assert saved(tmp_path) == []
+
+
 def test_a_loss_too_large_for_a_perplexity_is_written_down(toy_recipe, capsys, monkeypatch):
     learn_at(monkeypatch, 1e3)
     cli = run(toy_recipe, "--budget.max_steps", "1")

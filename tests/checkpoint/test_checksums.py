@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import zipfile
+from unittest import mock
 
 import pytest
 import torch
@@ -58,6 +59,13 @@ def test_a_folder_carries_the_checksums_of_its_files(tmp_path):
         content = (path / name).read_bytes()
         assert about == {"bytes": 300, "hash": hashlib.sha256(hashlib.sha256(content).digest()).hexdigest()}, name
     assert verify(path) == 5
+
+
+def test_a_checkpoint_is_on_the_disk_when_it_has_its_checksums(tmp_path):
+    path = make_folder(tmp_path / "a.ckpt")
+    with mock.patch("os.fsync", wraps=os.fsync) as waits:
+        seal(path, checksums(path))
+    assert waits.call_count == 3
 
 
 def test_ranks_share_the_files_out(tmp_path):

@@ -221,6 +221,12 @@ def test_positions_go_out_as_they_came(changes: dict[str, int], written: dict[st
             "quantization",
         ),
         ({"num_local_experts": 8}, "num_local_experts 8 is not supported; it must be 0 or absent"),
+        ({"num_experts": 8}, "num_experts 8 is not supported; it must be 0 or absent"),
+        ({"is_causal": False}, "is_causal false is not supported; it must be true or absent"),
+        (
+            {"compression_config": {"bits": 4}},
+            'compression_config {"bits": 4} is not supported; use the model as it was',
+        ),
         (
             {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2, "layer_types": ["linear_attention"]},
             "layer_types linear_attention is not supported; only full_attention is",

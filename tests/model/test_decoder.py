@@ -396,6 +396,8 @@ def test_initial_weights_are_those_of_tinyllama() -> None:
             assert measured_std(parameter) == pytest.approx(std, rel=0.03), name
     assert kinds["o_proj.weight"] == kinds["down_proj.weight"] == kinds["q_norm.weight"] == kinds["q_proj.bias"] == 3
     assert kinds["embed_tokens.weight"] == kinds["lm_head.weight"] == 1
+    matrices = [parameter[0, :8].tolist() for parameter in model.parameters() if parameter.dim() == 2]
+    assert len(set(map(tuple, matrices))) == len(matrices), "each has values of its own"
 
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
@@ -408,9 +410,13 @@ def test_meta_device_start_gives_the_same_weights(tie_embeddings: bool) -> None:
     torch.manual_seed(3)
     model.reset_parameters()
     assert (model.lm_head.weight is model.embed_tokens.weight) == tie_embeddings
-    direct = Decoder(config)
+    direct, other = Decoder(config), Decoder(config)
     torch.manual_seed(3)
+    torch.rand(5)  # the seed decides, not what was drawn before
     direct.reset_parameters()
+    torch.manual_seed(4)
+    other.reset_parameters()
+    assert not torch.equal(other.lm_head.weight, direct.lm_head.weight)
     assert model.state_dict().keys() == direct.state_dict().keys()
     for name, tensor in direct.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name

@@ -151,13 +151,13 @@ def test_inputs_are_masked_and_labels_stay_clean(prepared, tmp_path):
 
 
 def test_one_set_of_positions_for_the_batch_and_a_cycle_of_steps(prepared, tmp_path):
-    module, _ = fit(prepared, mask_ratio=0.15, max_steps=1, mask_scope="batch", mask_cycle=1, tmp_path=tmp_path)
+    module, _ = fit(prepared, mask_ratio=0.15, max_steps=1, mask_scope="batch", mask_cycle=2, tmp_path=tmp_path)
     batch = {"input_ids": torch.full((4, 32), 7), "sample_ids": torch.arange(4)}
-    _, first = module.mask_batch(batch, step=0, max_steps=2)
+    first, second, third = (module.mask_batch(batch, step=step, max_steps=3)[1] for step in range(3))
     assert first.any()
     assert (first == first[0]).all()
-    _, second = module.mask_batch(batch, step=1, max_steps=2)
-    assert torch.equal(first, second)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, third)
 
 
 def test_the_last_position_is_never_masked_as_in_the_released_code(prepared, tmp_path):
@@ -203,6 +203,10 @@ def test_special_and_rare_tokens_are_never_masked(prepared, tmp_path):
     module.protect_rare = 0.0
     module.on_fit_start()
     assert module.protected.nonzero().flatten().tolist() == [eos]
+    module.protect = ["bos"]
+    module.data.tokenizer.bos_token_id = 7
+    module.on_fit_start()
+    assert module.protected.nonzero().flatten().tolist() == [7]
 
 
 def test_the_split_into_micro_batches_changes_nothing(prepared, tmp_path):

@@ -126,6 +126,9 @@ def test_a_checkpoint_resumes_on_other_devices(toy_recipe, tmp_path):
     save_as_0_1(read(checkpoint(0, 2)), tmp_path / "old.ckpt")
     train_forked(2, toy_recipe, *MODEL, "--ckpt_path", str(tmp_path / "old.ckpt"))
     assert_close(weights_of(runs / "version_4"), alone)
+    train_forked(2, toy_recipe, *MODEL, "--ckpt_path", str(checkpoint(1, 2)))
+    same, whole = weights_of(runs / "version_5"), weights_of(runs / "version_1")
+    assert all(torch.equal(same[name], value) for name, value in whole.items()), "the same devices: to the bit"
 
 
 def test_a_checkpoint_of_replicated_shards_resumes_with_tensor_parallelism(toy_recipe, tmp_path):

@@ -66,7 +66,7 @@ def train(folder, *, max_steps=4, num_shards=0, num_copies=0, ckpt_path=None, ca
 
 
 def fork(action, num_ranks=1, timeout=60):
-    """Do `action` in `num_ranks` forked processes; their exit statuses."""
+    """Do `action` in `num_ranks` forked processes; their exit statuses, "timeout" of one that did not end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,12 +82,13 @@ def fork(action, num_ranks=1, timeout=60):
     processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(num_ranks)]
     for process in processes:
         process.start()
+    statuses = []
     for process in processes:
         process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return [process.exitcode for process in processes]
+        statuses.append("timeout" if process.is_alive() else process.exitcode)
+        process.kill()
+        process.join()
+    return statuses
 
 
 def fork_command(words, num_ranks=1, timeout=300, folder="."):
