@@ -314,7 +314,7 @@ def test_small_corpora_and_the_validation_split(tmp_path, tokenizer_folder):
     prepare(tmp_path / "out", source, tokenizer_folder, val_share=1e-9)
     splits = Manifest.load(str(tmp_path / "out"), kind="chat").splits
     assert {name: split.documents for name, split in splits.items()} == {"train": 2, "val": 1}
-    with pytest.raises(UserError, match=r"^the input has one sample, .*; add others .* set val_share to 0$"):
+    with pytest.raises(UserError, match=r"^the input has one sample, .*; add others, or set val_share to 0 for"):
         prepare(tmp_path / "one", write_json(tmp_path / "one.json", records(1)), tokenizer_folder, val_share=0.01)
     assert not (tmp_path / "one").exists()
 

@@ -288,8 +288,8 @@ def test_no_validation_split_if_none_is_asked(tmp_path, tokenizer_folder):
 @pytest.mark.parametrize(
     ("texts", "val_share", "message"),
     [
-        (["only one"], 0.01, "the input has one sample, .* set val_share to 0"),
-        (["one"] * 10, 0.01, "all 10 samples have the same text, .* set val_share to 0"),
+        (["only one"], 0.01, "the input has one sample, .* set val_share to 0 for no validation split"),
+        (["one"] * 10, 0.01, "all 10 samples have the same text, .* set val_share to 0 for no validation split"),
         (["one", "two"], 0.999999, "no sample is left .*took all 2; lower val_share, got 0.999999, or set it to 0 .*"),
     ],
 )
