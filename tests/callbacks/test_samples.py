@@ -98,8 +98,11 @@ def test_every_curve_has_a_title(toy_recipe, toy_sft_recipe, prepared, tmp_path)
 def test_other_loggers_get_no_texts(toy_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("meap_lit.callbacks.samples.generate", lambda *_, **__: pytest.fail("nobody reads it"))
     csv = f'{{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {{"save_dir": "{tmp_path / "csv"}"}}}}'
+    root = ["--trainer.default_root_dir", tmp_path]  # of a run without loggers
     for logger in (csv, "false"):
-        assert fit(toy_recipe, "--trainer.logger", logger, "--samples.prompts", PROMPTS).trainer.global_step == 12
+        assert (
+            fit(toy_recipe, "--trainer.logger", logger, "--samples.prompts", PROMPTS, *root).trainer.global_step == 12
+        )
 
 
 def test_a_sharded_model_leaves_the_prompts_out_and_says_so(toy_recipe, caplog):
