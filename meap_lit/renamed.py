@@ -95,7 +95,7 @@ def current_key(key: str) -> str:
 
 
 def is_gone(key: str) -> bool:
-    """Return whether a dotted key has no effect any more."""
+    """Return whether a dotted key is obsolete and ignored."""
     return _plain(key) in GONE
 
 

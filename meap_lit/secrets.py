@@ -75,7 +75,7 @@ def with_variables(text: str) -> str:
     its key.
     """
     for name, value in os.environ.items():
-        if name != "PWD" and len(value) >= _SHORTEST and is_secret(name):  # of a shell: its current folder
+        if name != "PWD" and len(value) >= _SHORTEST and is_secret(name):  # the working directory
             text = text.replace(value, f"${{oc.env:{name}}}")
     return text
 

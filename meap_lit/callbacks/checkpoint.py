@@ -92,7 +92,7 @@ class Checkpoint(callbacks.Checkpoint):
         self.last_saved: str | None = None
         """The newest whole checkpoint of this run."""
         self.resumes_newest = False
-        """Whether the run resumes from the newest checkpoint of its recipe, or is the first one."""
+        """Whether `--ckpt_path last` selected the checkpoint, so that it must still be the newest."""
         self._step = 0
         """Optimizer step of the last save; no step, no checkpoint."""
         self._held: int | None = None
@@ -150,7 +150,7 @@ class Checkpoint(callbacks.Checkpoint):
             rank_zero_warn(f"Checkpoint directory {self.dirpath} exists and is not empty.")
 
     def _check_newest(self, trainer: L.Trainer) -> None:
-        """Refuse a checkpoint that is no longer the newest: another run may have saved one while this one started."""
+        """Raise `UserError` if the folder has a newer checkpoint, for example one that another run saved meanwhile."""
         newest = newest_checkpoint(Path(self.dirpath or "")) if self._ranks.rank == 0 else None
         known = trainer.ckpt_path and Path(trainer.ckpt_path).resolve()
         if newest is not None and newest.resolve() != known:

@@ -104,7 +104,7 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     """Direction of the headline."""
     decide_answers: ClassVar[tuple[str, ...]] = ()
-    """Options that decide the answers to the same items; `report` compares no results where they differ."""
+    """Options that change the answers to the same items; `report` refuses to compare results that differ in them."""
     by_key: ClassVar[tuple[str, ...]] = ()
     """Metrics that the printed table gives for each value of each key, besides the headline."""
     plots: ClassVar[tuple[Plot, ...]] = ()

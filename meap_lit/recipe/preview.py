@@ -78,7 +78,7 @@ class PreviewCLI(DryRunCLI):
 
 
 class _Console(Console):
-    """A console that raises `BrokenPipeError`, for which `main` has a status; rich would end with status 1."""
+    """Console that raises `BrokenPipeError`, so that `main` sets the exit status; rich exits with status 1."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError

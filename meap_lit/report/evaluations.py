@@ -88,7 +88,7 @@ def _age(result: Result) -> tuple[int, str]:
 
 
 def check_items(results: Sequence[Result]) -> None:
-    """Raise `UserError` unless these results of one evaluation have the same items and options, and compare."""
+    """Raise `UserError` unless the results of one evaluation have the same items and comparable options."""
     first, *others = results
     for other in others:
         if other.about["items"] != first.about["items"]:
@@ -106,7 +106,7 @@ def check_items(results: Sequence[Result]) -> None:
 
 
 def _settings(first: Result, other: Result) -> dict[str, tuple[Any, Any]]:
-    """Return what decides answers to the same items, where both results have it, by its key."""
+    """Return the options that change the answers, with both values; options that one result lacks are omitted."""
     names = [name for name in first.task.decide_answers if name in first.options and name in other.options]
     found = {f"task.{name}": (first.options[name], other.options[name]) for name in names}
     dtypes = first.about.get("dtype"), other.about.get("dtype")

@@ -57,7 +57,7 @@ class Run:
     def holds(self, path: Path) -> bool:
         """Return whether a resolved path is one of the run's folders or inside one.
 
-        Of the checkpoints of an earlier part, those after the one that the next part resumed from are not the run's.
+        Checkpoints that an earlier part saved after the one that the next part resumed from do not count.
         """
         ends = [None, *(age_of(config.get("ckpt_path") or "") for config in (self.config, *self.earlier))]
         age = age_of(path)
@@ -135,7 +135,10 @@ def _is_in(path: Path, folder: Path) -> bool:
 
 
 def holder(path: Path, runs: Sequence[Run]) -> Run | None:
-    """Return the run that holds a resolved path; of several that began as the same run, that run."""
+    """Return the run that holds a resolved path; None if there is none.
+
+    If several runs share an earlier part, a run whose own folder contains the path takes precedence.
+    """
     holding = [run for run in runs if run.holds(path)]
     return next((run for run in holding if _is_in(path, run.path)), holding[-1] if holding else None)
 

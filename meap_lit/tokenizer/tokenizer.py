@@ -320,7 +320,8 @@ class Tokenizer:
                 reserved tokens.
 
         Returns:
-            The first such id, its token in this tokenizer, and its token in `other`; None if there is no such id.
+            A tuple (id, token in this tokenizer, token in `other`) for the smallest id whose tokens differ, or None if
+            all shared ids have the same token.
         """
         added = {*self._backend.get_added_tokens_decoder(), *other.get_added_tokens_decoder()}
         here, there = (

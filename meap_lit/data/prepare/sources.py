@@ -20,7 +20,7 @@ from meap_lit.errors import UserError
 
 _PIECE = 1 << 20
 _NUM_PIECES = 256
-"""At most so many pieces of a file are hashed, so that a step does not wait long for files of hundreds of GB."""
+"""Maximum number of pieces of a file to hash, which limits the time for files of hundreds of GB."""
 
 
 class SourceFile(NamedTuple):
@@ -31,7 +31,7 @@ class SourceFile(NamedTuple):
     time: int
     """Modification time in nanoseconds. It decides whether the file is hashed again, never whether it is the same."""
     sha256: str | None
-    """As of `hash_file`; None if the step does not read the file, or could not."""
+    """Result of `hash_file`; None if the step does not read the file, or the file could not be read."""
 
 
 def look_at(
@@ -69,21 +69,19 @@ def look_at(
 def hash_file(file: Path, bar: tqdm | None = None) -> str | None:
     """Return the SHA-256 of a file, as sha256sum prints it; None if the file cannot be read.
 
-    Of a file above 256 MiB it is that of its size and of 256 pieces of 1 MiB at equal distances, the first and the last
-    among them.
+    For a file larger than 256 MiB, the hash covers its size and 256 evenly spaced pieces of 1 MiB, including the first
+    and the last.
     """
-    found = hashlib.sha256()
     try:
         with open(file, "rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             if size <= _NUM_PIECES * _PIECE:
-                starts: Iterable[int] = range(0, size, _PIECE)
+                found = hashlib.file_digest(opened, "sha256")
             else:
-                found.update(str(size).encode())
-                starts = [(size - _PIECE) * number // (_NUM_PIECES - 1) for number in range(_NUM_PIECES)]
-            for start in starts:
-                opened.seek(start)
-                found.update(opened.read(_PIECE))
+                found = hashlib.sha256(str(size).encode())
+                for number in range(_NUM_PIECES):
+                    opened.seek((size - _PIECE) * number // (_NUM_PIECES - 1))
+                    found.update(opened.read(_PIECE))
             if bar is not None:
                 bar.update(size)
     except OSError:

@@ -34,7 +34,7 @@ class SplitWriter:
         """Draw of the documents in the split `reserve`; None without such a split."""
         self._reserve: list[Any] = []
         self._smallest_draw = 1.0
-        self._draws: set[float] = set()  # one if all texts are the same, two if not
+        self._draws: set[float] = set()  # at most two; a single one means that all texts are equal
 
     def add(self, document: Any, draw: float) -> None:
         """Write one document, or keep it back."""

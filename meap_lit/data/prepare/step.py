@@ -144,7 +144,8 @@ class Preparation(ABC):
         if not is_same(before, now):
             return False
         places = {file.path: file for file in before}
-        now = [places.get(file.path, file) if file.sha256 is None else file for file in now]  # not to be read just now
+        # a file that cannot be read now keeps its record
+        now = [places.get(file.path, file) if file.sha256 is None else file for file in now]
         if now != before:
             # copies have other paths or times: hash them once, not whenever a run starts
             content = record | {"files": [file._asdict() for file in now]}
